@@ -1,0 +1,29 @@
+# make demo   set up and run the whole pipeline on a small generated catalog
+# make test   set up and run the tests
+# make lint   set up and check the style
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: setup demo test lint clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: setup
+	$(BIN)/python tools/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv demo .pytest_cache .ruff_cache .hypothesis

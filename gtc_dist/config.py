@@ -1,0 +1,350 @@
+"""Typed run configuration: one YAML file plus `a.b=c` overrides; unknown keys are refused.
+
+The same file drives prepare, train and the tools. Every field below says what it does; defaults are what a catalog of
+some 10k to 100k nodes wants. Weights of the loss parts follow the paper's code (w_tc 0.4-0.5, w_diff 0.7, w_reg 1e-3).
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gtc_dist.errors import InputError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Interactions(Section):
+    """Where the raw interactions are and what their columns mean. Paths are relative to `data.raw` or full URIs."""
+
+    files: list[str] = []  # names or globs; unused by split.method=given
+    format: Literal["auto", "parquet", "csv", "tsv", "jsonl"] = (
+        "auto"  # auto: by file name (.inter is TSV; .gz allowed)
+    )
+    user: str = "user_id"
+    item: str = "item_id"
+    rating: str | None = None  # column, needed by min_rating
+    time: str | None = None  # column, needed by the splits that order by time
+    min_rating: float | None = None  # rows below are dropped
+    k_core: NonNegative = 0  # every user and item keeps at least this many interactions, at the fixed point; 0: off
+
+    @model_validator(mode="after")
+    def _rating_column(self):
+        if self.min_rating is not None and self.rating is None:
+            raise ValueError("min_rating needs the name of the rating column in data.interactions.rating")
+        return self
+
+
+class Split(Section):
+    """How interactions become train, valid and test."""
+
+    method: Literal["given", "label", "global_time", "ratio", "leave_last_out"] = "ratio"
+    train: list[str] = ["train.parquet"]  # given: files or globs of each split
+    valid: list[str] = ["valid.parquet"]
+    test: list[str] = ["test.parquet"]
+    label: str = "x_label"  # label: the column; its values are named below (MMRec writes 0, 1, 2)
+    train_label: str | int = 0
+    valid_label: str | int = 1
+    test_label: str | int = 2
+    valid_share: Share = 0.1  # global_time, ratio: share of the interactions (of each user's, for ratio)
+    test_share: Share = 0.1
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _shares(self):
+        if self.valid_share + self.test_share >= 1:
+            raise ValueError(
+                f"valid_share + test_share = {self.valid_share + self.test_share:g} leaves nothing to train on"
+            )
+        return self
+
+
+class Modality(Section):
+    """One modality's raw features: a `.npy` matrix (row = item id, or ids in a file beside it) or Parquet files."""
+
+    path: str  # relative to data.raw, or a URI; Parquet may be a glob
+    ids: str | None = None  # .npy only: file with one id per row (.npy, .txt or .parquet); None: row number = item id
+    id_column: str = "item_id"  # Parquet only (and ids in Parquet)
+    vector_column: str = "vector"  # Parquet only
+    pca: Positive | None = None  # reduce to this width
+    weight: Weight = 1.0  # in the item-item graph's similarity
+
+
+class Data(Section):
+    raw: str  # URI of the folder with raw tables and features
+    catalog: str  # URI of the folder that prepare writes and train reads
+    interactions: Interactions = Interactions()
+    split: Split = Split()
+    features: dict[str, Modality] = {}  # modality name -> its raw files
+    items: Literal["interactions", "all"] = "interactions"  # all: also items that only have features
+    verify: Literal["checksum", "size"] = "checksum"  # how train checks the catalog's files against its manifest
+
+
+class Graph(Section):
+    item_neighbours: Positive = 10  # k of the item-item graph (content, cosine)
+    user_neighbours: Positive = 40  # k of the user-user graph (co-interaction counts)
+    hub_cap: Positive = 1000  # at most this many users of one item count as co-interacting (seeded sample beyond)
+
+
+class Run(Section):
+    storage: str  # URI of the folder that holds runs
+    name: str  # the run lives at storage/name
+
+    @model_validator(mode="after")
+    def _plain_name(self):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"run.name is {self.name!r}; use letters, digits, '.', '_' and '-' only")
+        return self
+
+
+class Cluster(Section):
+    workers: Positive = 1  # ranks
+    gpu: bool = False  # one GPU a rank and NCCL; else CPU and gloo
+    cpus_per_worker: Annotated[float, Field(gt=0)] | None = None  # None: 1, less where Ray Data would have none left
+    threads: Positive | None = None  # torch threads a rank; None: the node's cores shared by its ranks
+
+
+class Negatives(Section):
+    """Negative items; never a train positive of the user that they are scored against."""
+
+    mode: Literal["uniform", "shared"] = "uniform"  # uniform: own ones for each pair; shared: one pool for the batch
+    count: Positive = 1  # for each pair, or in a rank's pool
+
+
+class Train(Section):
+    epochs: NonNegative = 50
+    batch_size: Positive = 2048  # interactions a step over all ranks
+    seed: int = 0
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    table_lr: Annotated[float, Field(gt=0)] | None = None  # for id, preference and stream-weight tables; None: lr
+    negatives: Negatives = Negatives()
+    exclude_seed_edges: bool = False  # leave the batch's own edges out of the graph that they are predicted from
+    w_tc: Weight = 0.4  # weight of the total-correlation loss
+    w_diff: Weight = 0.7  # weight of the diffusion loss
+    w_reg: Weight = 1e-3  # weight of the L2 term over the batch's embeddings
+    log_every: Positive = 10  # steps between TensorBoard points
+    prefetch: Positive = 2  # batches prepared ahead
+    max_failures: NonNegative = 0  # restarts by Ray Train after a lost worker
+
+
+class Diffusion(Section):
+    """The content filter (paper's section on user-aware conditional diffusion; DESIGN: x_t, eps-prediction)."""
+
+    enabled: bool = True  # false: content streams are the plain projections
+    steps: Positive = 600  # T
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    start_step: Positive = 100  # the deterministic filter starts here ...
+    ddim_steps: Positive = 1  # ... and reaches 0 in this many DDIM steps
+    hidden: Positive = 128  # width of the denoiser's hidden layers
+    condition: Literal["item", "audience"] = "audience"  # id embedding; plus mean preference of the item's users
+
+    @model_validator(mode="after")
+    def _steps(self):
+        if self.start_step > self.steps:
+            raise ValueError(f"start_step {self.start_step} is beyond steps {self.steps}")
+        if self.ddim_steps > self.start_step:
+            raise ValueError(f"ddim_steps {self.ddim_steps} is more than start_step {self.start_step}")
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}")
+        return self
+
+
+class Correlation(Section):
+    """The total-correlation objective over all streams at once."""
+
+    enabled: bool = True
+    temperature: Annotated[float, Field(gt=0)] = 0.2  # start value; learned
+    rows: NonNegative = 512  # items of the global batch that enter; 0: one for each interaction
+
+
+class Model(Section):
+    propagation: Literal["full", "sampled"] = "full"  # whole graph as one block, or DGL mini-batches
+    sampler: Literal["neighbor", "labor"] = "neighbor"
+    fanout: list[int] = [10, 10]  # sampled: neighbours per user-item layer, last layer first; -1: all
+    item_fanout: int = 5  # sampled: neighbours on the item-item graph; -1: all
+    user_fanout: int = 5  # sampled: neighbours on the user-user graph; -1: all
+    width: Positive = 64  # D of each stream
+    layers: NonNegative = 2  # user-item convolution layers; 0: no convolution
+    modalities: list[str] | None = None  # None: all of the catalog
+    item_hop: bool = True  # add one hop over the item-item graph
+    user_hop: bool = True  # add one hop over the user-user graph
+    gate: bool = True  # similarity gate over the streams; false: all streams alike
+    diffusion: Diffusion = Diffusion()
+    correlation: Correlation = Correlation()
+
+    @model_validator(mode="after")
+    def _fanouts(self):
+        for name, fanouts in (
+            ("fanout", self.fanout),
+            ("item_fanout", [self.item_fanout]),
+            ("user_fanout", [self.user_fanout]),
+        ):
+            if any(f == 0 or f < -1 for f in fanouts):
+                raise ValueError(f"{name} {fanouts} has a value that is neither positive nor -1 (all)")
+        if self.propagation == "sampled" and len(self.fanout) != self.layers:
+            raise ValueError(f"fanout {self.fanout} names {len(self.fanout)} layers, model.layers is {self.layers}")
+        return self
+
+
+class Eval(Section):
+    every: Positive = 1  # epochs between validations
+    metric: str = "recall@20"  # selects the best checkpoint and stops early
+    patience: Positive = 10  # validations without a better metric before training stops
+    item_block: Positive = 16384  # items scored at once
+    user_block: Positive = 1024  # users scored at once
+
+    @model_validator(mode="after")
+    def _metric(self):
+        if not re.fullmatch(r"(recall|ndcg|precision|hitrate|mrr)@(5|10|20|50)", self.metric):
+            raise ValueError(
+                f"metric is {self.metric!r}; use one of recall, ndcg, precision, hitrate, mrr @ 5, 10, 20, 50"
+            )
+        return self
+
+
+class Config(Section):
+    data: Data
+    run: Run
+    graph: Graph = Graph()
+    cluster: Cluster = Cluster()
+    train: Train = Train()
+    model: Model = Model()
+    eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _together(self):
+        if self.train.batch_size < self.cluster.workers:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} is below cluster.workers {self.cluster.workers}"
+            )
+        return self
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, and reads 1e-3 as a number."""
+
+    def construct_mapping(self, node, deep=False):
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise InputError(
+                    f"{key_node.start_mark.name}:{key_node.start_mark.line + 1}: key {key!r} is given twice"
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 wants a dot and a sign in floats; people write 1e-3 (the usual widening of PyYAML's resolver).
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML config and apply overrides.
+
+    Args:
+        path: YAML file.
+        overrides: `a.b=c`, the value read as YAML (`train.lr=1e-3`, `model.fanout=[10,10]`, `train.table_lr=null`).
+
+    Raises:
+        InputError: missing file, bad YAML, unknown key (with the nearest known one), wrong type or value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"config file {path} does not exist")
+    try:
+        tree = _parse(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise InputError(f"config file {path} is not UTF-8 text: {error}") from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise InputError(f"config file {path} holds a {type(tree).__name__}; expected sections such as data: and run:")
+    for override in overrides or []:
+        _apply(tree, override)
+    return build_config(tree, str(path))
+
+
+def build_config(tree: dict, origin: str) -> Config:
+    """Validate a nested dictionary (as read from YAML or JSON); `origin` names it in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(e, origin) for e in error.errors())) from None
+
+
+def parse_command_line(parser, argv: list[str] | None = None):
+    """Add `--config` and `a.b=c` overrides to an argparse parser; returns (config, args)."""
+    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="override of a config key")
+    args = parser.parse_intermixed_args(argv)
+    return load_config(args.config, args.overrides), args
+
+
+def _parse(text: str, name: str):
+    loader = _UniqueKeyLoader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise InputError(f"{name} is not valid YAML: {error}") from None
+    finally:
+        loader.dispose()
+
+
+def _apply(tree: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {override!r} is not of the form a.b=c")
+    node = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        if not isinstance(node.get(part), dict):
+            node[part] = {}
+        node = node[part]
+    node[last] = _parse(text, f"override {key}") if text else ""
+
+
+def _explain(error: dict, origin: str) -> str:
+    location = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section = _section_at(error["loc"][:-1])
+        known = list(section.model_fields) if section else []
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+        return f"{origin}: unknown key {location!r}; {hint}"
+    if error["type"] == "missing":
+        return f"{origin}: key {location!r} is missing"
+    if error["type"] == "value_error":
+        return f"{origin}: {location + ': ' if location else ''}{error['ctx']['error']}"
+    return f"{origin}: key {location!r}: {error['msg']}; found {error['input']!r}"
+
+
+def _section_at(location: tuple) -> type[Section] | None:
+    """The section class that a validation error's location lies in."""
+    section: type[Section] | None = Config
+    for part in location:
+        if section is None:
+            return None
+        field = section.model_fields.get(str(part))
+        if field is None:
+            continue  # the name of a modality: data.features.<name>
+        annotation = field.annotation
+        if annotation == dict[str, Modality]:
+            section = Modality
+        else:
+            section = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+    return section

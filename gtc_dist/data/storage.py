@@ -1,0 +1,271 @@
+"""Files under a URI, local or in object storage, through fsspec.
+
+A plain path or `file://` is local; `s3://` goes through s3fs, which takes credentials and the endpoint from the
+environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_ENDPOINT_URL`, or an instance's role). Any other
+protocol that fsspec knows works once its package is installed.
+
+Writes are atomic as readers see them: local files are renamed into place, objects appear when their upload ends.
+"""
+
+import hashlib
+import io
+import json
+import os
+import posixpath
+import uuid
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from gtc_dist.errors import InputError
+
+ROW_GROUP = 1 << 18
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a write left behind: bytes and their SHA-256."""
+
+    bytes: int
+    sha256: str
+
+
+def is_local(uri: str) -> bool:
+    return "://" not in uri or uri.startswith(("file://", "local://"))
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system that `uri` names and the path on it. Raises InputError for an unknown protocol."""
+    try:
+        return fsspec.core.url_to_fs(uri)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{uri}: {error}") from error
+
+
+def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The same as a pyarrow file system, as Ray and Parquet datasets take it."""
+    fs, path = filesystem(uri)
+    if is_local(uri):
+        return pyarrow.fs.LocalFileSystem(), path
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute, so that workers with another working directory find it; other URIs unchanged."""
+    return filesystem(uri)[1] if is_local(uri) else uri.rstrip("/")
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri/part/...`; a last part that is itself a URI or an absolute path stands alone."""
+    for part in parts:
+        uri = part if "://" in part or posixpath.isabs(part) else f"{uri.rstrip('/')}/{part}"
+    return uri
+
+
+def exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    with _named(uri, "look up"):
+        fs.invalidate_cache()
+        return fs.exists(path)
+
+
+def listing(uri: str) -> dict[str, int]:
+    """Relative names of all files below a folder and their sizes in bytes; empty if there is none."""
+    fs, path = filesystem(uri)
+    with _named(uri, "list"):
+        fs.invalidate_cache()
+        root = path.rstrip("/") + "/"
+        return {
+            name[len(root) :]: info["size"]
+            for name, info in fs.find(path, detail=True).items()
+            if name.startswith(root)
+        }
+
+
+def glob(uri: str) -> list[str]:
+    """URIs of the files that a URI with or without wildcards names, sorted. Raises InputError if there are none."""
+    fs, path = filesystem(uri)
+    with _named(uri, "list"):
+        fs.invalidate_cache()
+        found = sorted(p for p in fs.glob(path) if fs.isfile(p)) if any(c in path for c in "*?[") else []
+        if not found and fs.isfile(path):
+            found = [path]
+        if not found and fs.isdir(path):
+            raise InputError(f"{uri} is a folder; name the files in it, such as {uri.rstrip('/')}/*.parquet")
+    if not found:
+        raise InputError(f"{uri} does not exist" if not any(c in path for c in "*?[") else f"no file matches {uri}")
+    return found if is_local(uri) else [fs.unstrip_protocol(p) for p in found]
+
+
+def open_input(uri: str):
+    """A readable, seekable binary file; compressed names are not unpacked."""
+    fs, path = filesystem(uri)
+    with _named(uri, "open"):
+        return fs.open(path, "rb")
+
+
+def read_bytes(uri: str) -> bytes:
+    fs, path = filesystem(uri)
+    with _named(uri, "read"):
+        return fs.cat_file(path)
+
+
+def write_bytes(uri: str, data: bytes | memoryview) -> Written:
+    """Write one file whole, atomically as readers see it."""
+    fs, path = filesystem(uri)
+    with _named(uri, "write"):
+        if is_local(uri):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
+            try:
+                with open(partial, "wb") as file:
+                    file.write(data)
+                os.replace(partial, path)
+            finally:
+                if os.path.exists(partial):
+                    os.remove(partial)
+        else:
+            fs.pipe_file(path, bytes(data))
+    return Written(len(data), hashlib.sha256(data).hexdigest())
+
+
+def copy_file(local_path: str, uri: str) -> None:
+    """Copy a local file to a URI (streamed; large files go up in parts)."""
+    fs, path = filesystem(uri)
+    with _named(uri, "write"):
+        if is_local(uri):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        fs.put_file(local_path, path)
+
+
+def read_json(uri: str) -> Any:
+    try:
+        return json.loads(read_bytes(uri))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{uri} is not valid JSON: {error}") from error
+
+
+def write_json(uri: str, value: Any) -> Written:
+    return write_bytes(uri, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_table(uri: str, table: pa.Table) -> Written:
+    """Write a Parquet file. Vectors (fixed-size lists) are stored plain, since they do not compress."""
+    buffer = pa.BufferOutputStream()
+    vectors = any(pa.types.is_fixed_size_list(field.type) for field in table.schema)
+    pq.write_table(
+        table,
+        buffer,
+        row_group_size=ROW_GROUP,
+        compression="none" if vectors else "zstd",
+        use_dictionary=not vectors,
+    )
+    return write_bytes(uri, memoryview(buffer.getvalue()))
+
+
+def read_table(uri: str, columns: list[str] | None = None, sha256: str | None = None) -> pa.Table:
+    """Read a Parquet file; with `sha256`, refuse one whose bytes differ."""
+    data = read_bytes(uri)
+    check(uri, data, sha256)
+    try:
+        return pq.read_table(pa.BufferReader(data), columns=columns)
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise InputError(f"{uri} is not a readable Parquet file: {error}") from error
+
+
+def write_array(uri: str, array: np.ndarray) -> Written:
+    """Write a `.npy` file."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return write_bytes(uri, buffer.getbuffer())
+
+
+def read_array(uri: str, sha256: str | None = None) -> np.ndarray:
+    data = read_bytes(uri)
+    check(uri, data, sha256)
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except ValueError as error:
+        raise InputError(f"{uri} is not a plain .npy array: {error}") from error
+
+
+def check(uri: str, data: bytes, sha256: str | None) -> None:
+    """Refuse bytes whose SHA-256 is not the expected one."""
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise InputError(f"{uri} was changed after it was written (checksum differs from its manifest); rebuild it")
+
+
+def check_files(root: str, expected: dict[str, Written], checksum: bool) -> None:
+    """Compare the files below `root` with what a manifest says of them: existence, size and (if asked) SHA-256."""
+    found = listing(root)
+    for name, written in expected.items():
+        if name not in found:
+            raise InputError(f"{join(root, name)} is missing, though the manifest lists it; rebuild with --force")
+        if found[name] != written.bytes:
+            raise InputError(
+                f"{join(root, name)} has {found[name]} bytes, its manifest says {written.bytes}; rebuild with --force"
+            )
+    if checksum:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda item: _check_one(join(root, item[0]), item[1].sha256), expected.items()))
+
+
+def remove_tree(uri: str) -> None:
+    """Remove a folder and all below it; nothing happens if it is not there."""
+    fs, path = filesystem(uri)
+    with _named(uri, "remove"):
+        fs.invalidate_cache()
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+
+def signature(uris: Iterable[str]) -> list[list]:
+    """What tells unchanged input files from changed ones: URI, size and modification time (or ETag) of each."""
+    rows = []
+    for uri in uris:
+        fs, path = filesystem(uri)
+        with _named(uri, "look up"):
+            info = fs.info(path)
+        rows.append([uri, info["size"], str(info.get("ETag") or info.get("mtime") or info.get("LastModified"))])
+    return rows
+
+
+def _check_one(uri: str, sha256: str) -> None:
+    digest = hashlib.sha256()
+    with open_input(uri) as file:
+        while chunk := file.read(1 << 23):
+            digest.update(chunk)
+    if digest.hexdigest() != sha256:
+        raise InputError(
+            f"{uri} was changed after it was written (checksum differs from its manifest); rebuild with --force"
+        )
+
+
+class _named:
+    """Turns the errors that a user can mend into an InputError that names the URI and the action."""
+
+    def __init__(self, uri: str, action: str):
+        self.uri, self.action = uri, action
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, FileNotFoundError):
+            raise InputError(f"{self.uri} does not exist (tried to {self.action} it)") from error
+        if isinstance(error, PermissionError):
+            raise InputError(f"no permission to {self.action} {self.uri}: {error}") from error
+        if isinstance(error, OSError) and not isinstance(error, InputError):
+            raise OSError(error.errno, f"could not {self.action} {self.uri}: {error}") from error
+        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+            raise InputError(
+                f"no credentials to {self.action} {self.uri}; set AWS_ACCESS_KEY_ID and friends"
+            ) from error
+        return False
