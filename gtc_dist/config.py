@@ -134,7 +134,6 @@ class Train(Section):
     w_reg: Weight = 1e-3  # weight of the L2 term over the batch's embeddings
     log_every: Positive = 10  # steps between TensorBoard points
     prefetch: Positive = 2  # batches prepared ahead
-    max_failures: NonNegative = 0  # restarts by Ray Train after a lost worker
 
 
 class Diffusion(Section):
@@ -175,6 +174,7 @@ class Model(Section):
     item_fanout: int = 5  # sampled: neighbours on the item-item graph; -1: all
     user_fanout: int = 5  # sampled: neighbours on the user-user graph; -1: all
     width: Positive = 64  # D of each stream
+    init_std: Annotated[float, Field(gt=0)] = 0.1  # of id and preference embeddings at the start
     layers: NonNegative = 2  # user-item convolution layers; 0: no convolution
     modalities: list[str] | None = None  # None: all of the catalog
     item_hop: bool = True  # add one hop over the item-item graph
@@ -203,6 +203,7 @@ class Eval(Section):
     patience: Positive = 10  # validations without a better metric before training stops
     item_block: Positive = 16384  # items scored at once
     user_block: Positive = 1024  # users scored at once
+    chunk: Positive = 16384  # rows of a rank that inference computes at once
 
     @model_validator(mode="after")
     def _metric(self):

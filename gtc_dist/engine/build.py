@@ -1,0 +1,103 @@
+"""From a configuration and a catalog to the model's pieces on one rank."""
+
+import torch
+
+from gtc_dist.config import Config
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.engine.loader import Loader, LoaderOptions
+from gtc_dist.engine.planner import FullPlanner, PlannerOptions, SampledPlanner
+from gtc_dist.graph.csc import Graphs
+from gtc_dist.model.collectives import World
+from gtc_dist.model.gtc import GTC, Shape, Tables
+from gtc_dist.model.table import RowTable
+
+
+def network_shape(config: Config, catalog: Catalog) -> Shape:
+    """Sizes and switches of the network. Raises InputError for a modality that the catalog lacks."""
+    model, diffusion = config.model, config.model.diffusion
+    return Shape(
+        modalities=catalog.modalities(model.modalities),
+        width=model.width,
+        gate=model.gate,
+        diffusion=diffusion.enabled,
+        condition=diffusion.condition,
+        diffusion_steps=diffusion.steps,
+        beta_start=diffusion.beta_start,
+        beta_end=diffusion.beta_end,
+        start_step=diffusion.start_step,
+        ddim_steps=diffusion.ddim_steps,
+        hidden=diffusion.hidden,
+        correlation=model.correlation.enabled,
+        temperature=model.correlation.temperature,
+        w_tc=config.train.w_tc,
+        w_diff=config.train.w_diff,
+        w_reg=config.train.w_reg,
+    )
+
+
+def build_network(config: Config, catalog: Catalog, world: World) -> tuple[GTC, Tables]:
+    """The dense network and the trainable tables, with the same initial values for any world size."""
+    shape = network_shape(config, catalog)
+    torch.manual_seed(config.train.seed)
+    network = GTC(shape, world).to(world.device)
+    sizes = (catalog.users, catalog.items, len(shape.streams), shape.width)
+    return network, Tables.build(*sizes, config.model.init_std, world, config.train.seed)
+
+
+def load_features(shape: Shape, catalog: Catalog, world: World) -> dict[str, RowTable]:
+    """Frozen float16 tables of the modalities' features; each rank reads just its own rows."""
+    tables = {}
+    for name, width in shape.modalities.items():
+        table = RowTable(name, catalog.items, width, world, dtype=torch.float16, trainable=False)
+        table.weight.copy_(torch.from_numpy(catalog.features(name, table.start, table.stop)))
+        tables[name] = table
+    return tables
+
+
+def over_world(tables: dict[str, RowTable], world: World) -> dict[str, RowTable]:
+    """The same rows (shared, not copied) looked up through another process group, or copied to its device."""
+    moved = {}
+    for name, table in tables.items():
+        moved[name] = RowTable(name, 0, table.width, World(), dtype=table.weight.dtype, trainable=False)
+        moved[name].rows, moved[name].world = table.rows, world
+        moved[name].start, moved[name].stop = table.start, table.stop
+        moved[name].weight = table.weight.to(world.device)
+    return moved
+
+
+def load_graphs(config: Config, catalog: Catalog) -> Graphs:
+    return Graphs.load(catalog, item_item=config.model.item_hop, user_user=config.model.user_hop)
+
+
+def build_loader(
+    config: Config, network: GTC, users, items, graphs: Graphs, features: dict[str, RowTable], world: World
+) -> Loader:
+    """The loader of one rank; `world` and the features' tables belong to the prefetch thread."""
+    model, train = config.model, config.train
+    shape, audience = network.shape, network.needs_audience
+    plan = PlannerOptions(
+        layers=model.layers,
+        audience=audience,
+        exclude_seed_edges=train.exclude_seed_edges,
+        fanout=tuple(model.fanout),
+        item_fanout=model.item_fanout,
+        user_fanout=model.user_fanout,
+        sampler=model.sampler,
+        threads=1,
+    )
+    if model.propagation == "full":
+        planner = FullPlanner(graphs, features, plan, world.device)
+    else:
+        planner = SampledPlanner(graphs, features, plan)
+    options = LoaderOptions(
+        batch_size=train.batch_size,
+        seed=train.seed,
+        negatives=train.negatives.mode,
+        negative_count=train.negatives.count,
+        correlation_rows=model.correlation.rows,
+        diffusion_steps=model.diffusion.steps,
+        modalities=len(shape.modalities),
+        width=shape.width,
+        prefetch=train.prefetch,
+    )
+    return Loader(users, items, graphs, planner, options, world)

@@ -1,0 +1,197 @@
+"""Mini-batches, from a rank's interactions to a `Batch`.
+
+    interactions of this rank (once per run, from Ray Data; put into one order that does not depend on who read what)
+      -> an epoch's permutation, seeded by (seed, epoch, rank), cut into steps of nearly equal size
+      -> draws: negatives, timesteps, noise, seeded by (seed, epoch, step, rank)
+      -> a plan: whole graph (`FullPlanner`) or sampled blocks (`SampledPlanner`), feature rows looked up
+      -> a bounded queue, filled by one thread while the previous step computes
+
+All ranks take the same number of steps; every interaction comes once an epoch; a batch may be empty.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gtc_dist.errors import InputError
+from gtc_dist.graph.csc import Graphs
+from gtc_dist.model.collectives import World
+from gtc_dist.model.gtc import Batch
+
+
+@dataclass
+class Draws:
+    """A step's pairs and its randomness; catalog indexes."""
+
+    users: np.ndarray  # int64 [B]
+    positives: np.ndarray  # int64 [B]
+    negatives: np.ndarray  # int64 [B, K], or [P] shared
+    timesteps: np.ndarray  # int64 [B], 1..T
+    noise: np.ndarray  # float32 [modalities, B, D]
+    seed: int  # alike on every rank: permutations of the total correlation
+    sampler_seed: int  # this rank's: neighbour sampling
+    counts: list[int]  # pairs of each rank
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    batch_size: int  # over all ranks
+    seed: int
+    negatives: str  # uniform or shared
+    negative_count: int
+    correlation_rows: int  # over all ranks; 0: one for each pair
+    diffusion_steps: int
+    modalities: int
+    width: int
+    prefetch: int
+
+
+class Loader:
+    """Batches of one rank.
+
+    Args:
+        users, items: int32 [n] interactions of this rank, in any order.
+        graphs: the train graph keeps negatives clear of train positives.
+        planner: turns draws into a batch.
+        world: a world whose process group is the prefetch thread's own.
+    """
+
+    def __init__(self, users, items, graphs: Graphs, planner, options: LoaderOptions, world: World):
+        self.graphs, self.planner, self.options, self.world = graphs, planner, options, world
+        self.users, self.items = deal(users, items, graphs.items, world)
+        self.rank_rows = world.counts(len(self.users))
+        self.steps = max(1, -(-sum(self.rank_rows) // options.batch_size))
+        degree = graphs.user_degree
+        if len(degree) and degree.max() >= graphs.items:
+            raise InputError(
+                f"the user with index {int(degree.argmax())} interacted with all {graphs.items} items in train: "
+                "there is no negative to rank them against"
+            )
+
+    def counts(self, step: int) -> list[int]:
+        """Pairs of each rank in a step: its rows cut into `steps` parts whose sizes differ by one at most."""
+        return [rows // self.steps + (step < rows % self.steps) for rows in self.rank_rows]
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch; one thread prepares them ahead. Its errors are raised here."""
+        return _prefetch(self._batches(epoch), self.options.prefetch)
+
+    def draw(self, epoch: int, step: int, rows: np.ndarray) -> Draws:
+        """A step's randomness for the interactions `rows` of this rank."""
+        o = self.options
+        rng = np.random.default_rng([o.seed, epoch, step, self.world.rank])
+        users, positives = self.users[rows].astype(np.int64), self.items[rows].astype(np.int64)
+        if o.negatives == "uniform":
+            negatives = self.graphs.draw_negatives(np.repeat(users, o.negative_count), rng)
+            negatives = negatives.reshape(-1, o.negative_count)
+        else:
+            negatives = rng.integers(0, self.graphs.items, o.negative_count)
+        return Draws(
+            users,
+            positives,
+            negatives,
+            rng.integers(1, o.diffusion_steps + 1, len(rows)),
+            rng.standard_normal((o.modalities, len(rows), o.width), dtype=np.float32),
+            int(np.random.default_rng([o.seed, epoch, step]).integers(1 << 31)),
+            int(rng.integers(1 << 31)),
+            self.counts(step),
+        )
+
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        order = np.random.default_rng([self.options.seed, epoch, self.world.rank, 1]).permutation(len(self.users))
+        stop = 0
+        for step in range(self.steps):
+            start, stop = stop, stop + self.counts(step)[self.world.rank]
+            yield self.assemble(self.draw(epoch, step, order[start:stop]))
+
+    def assemble(self, draws: Draws) -> Batch:
+        """The batch of some draws. A collective where the planner looks rows up."""
+        users, user_at = np.unique(draws.users, return_inverse=True)
+        together = np.concatenate([draws.positives, draws.negatives.reshape(-1)])
+        items, item_at = np.unique(together, return_inverse=True)
+        positives, negatives = item_at[: len(draws.positives)], item_at[len(draws.positives) :]
+        mask = None
+        if draws.negatives.ndim == 1:
+            who, what = np.repeat(draws.users, len(negatives)), np.tile(draws.negatives, len(draws.users))
+            mask = torch.from_numpy((~self.graphs.interacted(who, what)).reshape(len(draws.users), len(negatives)))
+        rows = self.options.correlation_rows
+        return Batch(
+            **self.planner.plan(users, items, draws),
+            users=torch.from_numpy(user_at),
+            positives=torch.from_numpy(positives),
+            negatives=torch.from_numpy(negatives.reshape(draws.negatives.shape)),
+            negative_mask=mask,
+            item_ids=torch.from_numpy(items),
+            timesteps=torch.from_numpy(draws.timesteps),
+            noise=torch.from_numpy(draws.noise),
+            permutation_seed=draws.seed,
+            counts=draws.counts,
+            correlation_counts=[min(n, -(-rows // self.world.size)) if rows else n for n in draws.counts],
+        )
+
+
+def deal(users: np.ndarray, items: np.ndarray, items_total: int, world: World) -> tuple[np.ndarray, np.ndarray]:
+    """Give every interaction to the rank that a hash of it names, each rank's sorted: int32 [n], int32 [n].
+
+    Ray Data hands out blocks by demand, so which rank reads what differs from run to run; after this it does not.
+    A collective.
+    """
+    key = np.sort(users.astype(np.int64) * items_total + items)
+    if world.size > 1:
+        mixed = (key.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)
+        owner = (mixed % np.uint64(world.size)).astype(np.int64)
+        order = np.argsort(owner, kind="stable")
+        receive = np.bincount(owner, minlength=world.size).tolist()
+        one_each = [1] * world.size
+        send = torch.tensor(receive, dtype=torch.int64, device=world.device)
+        incoming = world.exchange(send, one_each, one_each).tolist()
+        rows = torch.from_numpy(key[order]).to(world.device)
+        key = np.sort(world.exchange(rows, receive, incoming).cpu().numpy())
+    return (key // items_total).astype(np.int32), (key % items_total).astype(np.int32)
+
+
+class _Failure:
+    def __init__(self, error: BaseException):
+        self.error = error
+
+
+_END = object()
+
+
+def _prefetch(source: Iterator, depth: int) -> Iterator:
+    """Run `source` in a thread, at most `depth` ahead. Leaving early ends the thread."""
+    results: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(value) -> bool:
+        while not stopped.is_set():
+            try:
+                results.put(value, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce():
+        try:
+            for value in source:
+                if not put(value):
+                    return
+            put(_END)
+        except BaseException as error:
+            put(_Failure(error))
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while (value := results.get()) is not _END:
+            if isinstance(value, _Failure):
+                raise value.error
+            yield value
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,230 @@
+"""The training loop of one rank: steps, validation, early stopping, the best checkpoint, the final test.
+
+Nothing here knows of Ray: a rank is a `World`, and `report` is called by every rank after each validation (with Ray
+Train it is a barrier, so all ranks call it equally often).
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from gtc_dist.config import Config
+from gtc_dist.data import storage
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.engine import checkpoint, ranking
+from gtc_dist.engine.build import build_loader, build_network, load_features, over_world
+from gtc_dist.engine.inference import embed_catalog
+from gtc_dist.engine.monitor import Monitor, Stopwatch
+from gtc_dist.graph.csc import Graphs
+from gtc_dist.model.collectives import World
+from gtc_dist.model.gtc import Batch
+from gtc_dist.model.table import RowTable
+
+PROJECTED = 1000  # item embeddings shown in TensorBoard's projector: the most popular
+
+
+class Trainer:
+    """One rank of a run.
+
+    Args:
+        run: URI of the run folder.
+        users, items: int32 [n], this rank's train interactions in any order.
+        graphs: shared by the ranks of the node.
+        world: all ranks. Its process group must not be the default one, which is DDP's.
+        report: called on every rank with each validation's metrics.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        catalog: Catalog,
+        run: str,
+        users: np.ndarray,
+        items: np.ndarray,
+        graphs: Graphs,
+        world: World,
+        report: Callable[[dict], None] = lambda metrics: None,
+    ):
+        self.config, self.catalog, self.run, self.graphs, self.world, self.report = (
+            config,
+            catalog,
+            run,
+            graphs,
+            world,
+            report,
+        )
+        self.network, self.tables = build_network(config, catalog, world)
+        self.loader_world = world.split(torch.device("cpu"))
+        features = load_features(self.network.shape, catalog, self.loader_world)
+        self.features = over_world(features, world)
+        self.loader = build_loader(config, self.network, users, items, graphs, features, self.loader_world)
+        self.forward = self.network
+        if world.size > 1:
+            devices = [world.device] if world.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(self.network, device_ids=devices, broadcast_buffers=False)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.train.lr)
+        self.table_lr = config.train.table_lr or config.train.lr
+        self.truth = {
+            split: ranking.split_truth(catalog.interactions(split), catalog.users) for split in ("valid", "test")
+        }
+        self.monitor = Monitor(run, config.train.epochs, self.loader.steps, active=world.rank == 0)
+        self.watch = Stopwatch()
+        self.best: tuple[float, int] = (-math.inf, 0)  # metric, epoch
+
+    def fit(self) -> dict:
+        """Train to the last epoch or to an early stop; returns what metrics.json holds."""
+        started = time.monotonic()
+        config, waited = self.config, 0
+        self._validate(0)
+        trained = 0.0
+        for epoch in range(1, config.train.epochs + 1):
+            epoch_start = time.monotonic()
+            self._epoch(epoch)
+            trained += time.monotonic() - epoch_start
+            if epoch % config.eval.every and epoch != config.train.epochs:
+                continue
+            waited = 0 if self._validate(epoch) else waited + 1
+            if waited >= config.eval.patience:
+                self._say(f"no better {config.eval.metric} in {waited} validations: stopping early at epoch {epoch}")
+                break
+        return self._finish(epoch if config.train.epochs else 0, trained, time.monotonic() - started)
+
+    def step(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Forward, backward and the optimizers on one batch; returns this rank's share of the loss parts."""
+        self.watch.part("lookup")
+        user_rows = self.tables.user.lookup(batch.user_route)
+        item_rows = self.tables.item.lookup(batch.item_route)
+        self.watch.part("forward")
+        loss, parts = self.forward(batch, user_rows, item_rows)
+        self.watch.part("backward")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.watch.part("optimizer")
+        self.optimizer.step()
+        for table in self.tables.all():
+            table.step(self.table_lr)
+        self.watch.part(None)
+        return parts
+
+    def embed(self, watched: dict[str, float] | None = None) -> tuple[RowTable, RowTable]:
+        """Embeddings of the whole catalog with the current weights."""
+        chunk, layers = self.config.eval.chunk, self.config.model.layers
+        return embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk, watched)
+
+    def _epoch(self, epoch: int) -> None:
+        self.network.train()
+        sums: dict[str, torch.Tensor] = {}
+        since, seen, steps = time.perf_counter(), 0, 0
+        self.watch.part("data")
+        for step, batch in enumerate(self.loader.epoch(epoch), start=1):
+            parts = self.step(batch.to(self.world.device))
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0) + value
+            seen, steps = seen + sum(batch.counts), steps + 1
+            if step % self.config.train.log_every == 0 or step == self.loader.steps:
+                self._log(epoch, step, sums, steps, seen, time.perf_counter() - since)
+                sums, since, seen, steps = {}, time.perf_counter(), 0, 0
+            self.watch.part("data")
+        self.watch.part(None)
+
+    def _log(self, epoch: int, step: int, sums: dict, steps: int, seen: int, elapsed: float) -> None:
+        values = self.world.sum(torch.stack(list(sums.values())) / steps).tolist()
+        losses = dict(zip(sums, values, strict=True))
+        if not all(math.isfinite(v) for v in values):
+            raise FloatingPointError(f"epoch {epoch}, step {step}: the loss is not finite: {losses}")
+        scalars = {f"loss/{name}": value for name, value in losses.items()}
+        if "tc" in losses:
+            rows = sum(min(n, self._correlation_rows(n)) for n in self.loader.counts(step - 1))
+            scalars["total_correlation/bound_nats"] = math.log(max(rows, 1)) - losses["tc"]
+        seconds = self.watch.take() | self.loader.planner.watch.take()
+        seconds["communication"] = self.world.seconds + self.loader_world.seconds
+        self.world.seconds = self.loader_world.seconds = 0.0
+        scalars |= {f"seconds_per_step/{part}": value / steps for part, value in seconds.items()}
+        scalars |= {"lr/dense": self.config.train.lr, "lr/tables": self.table_lr}
+        scalars["interactions_per_second"] = seen / elapsed
+        self.monitor.step(epoch, step, scalars, seen / elapsed)
+
+    def _correlation_rows(self, pairs: int) -> int:
+        rows = self.config.model.correlation.rows
+        return -(-rows // self.world.size) if rows else pairs
+
+    def _validate(self, epoch: int) -> bool:
+        """Rank the valid split; checkpoint if it is the best so far. Every rank takes the same decision."""
+        watched: dict[str, float] = {}
+        metrics = self._rank(self.embed(watched), "valid")
+        if hasattr(self.network, "log_scale"):
+            watched["total_correlation/temperature"] = math.exp(-float(self.network.log_scale))
+        value = metrics["overall"][self.config.eval.metric]
+        better = value > self.best[0]
+        if better:
+            previous, self.best = self.best, (value, epoch)
+            self._save(epoch, metrics["overall"])
+            if previous[0] > -math.inf:
+                self._remove(previous[1])
+        note = f"best so far ({self.config.eval.metric})" if better else f"best was epoch {self.best[1]}"
+        self.monitor.evaluation(epoch, metrics, note, watched)
+        self.report({"epoch": epoch, **metrics["overall"]})
+        return better
+
+    def _rank(self, embeddings: tuple[RowTable, RowTable], split: str) -> dict:
+        blocks = (self.config.eval.item_block, self.config.eval.user_block)
+        return ranking.evaluate(*embeddings, self.graphs, self.truth[split], *blocks)
+
+    def _checkpoint(self, epoch: int) -> str:
+        return storage.join(self.run, "checkpoints", f"epoch-{epoch:05d}")
+
+    def _save(self, epoch: int, metrics: dict[str, float]) -> None:
+        dense = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        checkpoint.save(
+            self._checkpoint(epoch),
+            epoch,
+            dense,
+            list(self.tables.all()),
+            self.world,
+            metrics,
+            self.catalog.manifest.fingerprint,
+        )
+
+    def _remove(self, epoch: int) -> None:
+        if self.world.rank == 0:
+            storage.remove_tree(self._checkpoint(epoch))
+
+    def _finish(self, last: int, trained: float, seconds: float) -> dict:
+        """Score the best checkpoint on valid and test, once, and write metrics.json."""
+        best = self._checkpoint(self.best[1])
+        self.network.load_state_dict(checkpoint.load(best, list(self.tables.all()))["network"])
+        embeddings = self.embed()
+        result = {
+            "best_epoch": self.best[1],
+            "last_epoch": last,
+            "checkpoint": f"checkpoints/epoch-{self.best[1]:05d}",
+            "valid": self._rank(embeddings, "valid"),
+            "test": self._rank(embeddings, "test"),
+            "popularity": self._rank(ranking.popularity(self.graphs, self.world), "test")["overall"],
+            "seconds": round(seconds, 2),
+            "seconds_per_epoch": round(trained / max(last, 1), 3),
+            "workers": self.world.size,
+        }
+        self._project(embeddings[1])
+        if self.world.rank == 0:
+            storage.write_json(storage.join(self.run, "metrics.json"), result)
+        self.monitor.close()
+        self.world.barrier()
+        return result
+
+    def _project(self, items: RowTable) -> None:
+        """Show the most popular of rank 0's items in the projector, under their original ids."""
+        if self.world.rank:
+            return
+        degree = self.graphs.item_degree[items.start : items.stop]
+        chosen = np.argsort(-degree, kind="stable")[:PROJECTED]
+        labels = [str(label) for label in self.catalog.ids("items").take(chosen + items.start).to_pylist()]
+        self.monitor.projector(items.weight[torch.from_numpy(chosen)].cpu().numpy(), labels, self.best[1])
+
+    def _say(self, text: str) -> None:
+        if self.world.rank == 0:
+            print(text, flush=True)

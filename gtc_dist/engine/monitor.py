@@ -1,0 +1,128 @@
+"""What a person sees of a run: progress lines, metrics.jsonl and TensorBoard.
+
+Only rank 0 writes. TensorBoard's event files go straight into a local run folder; for a run in object storage they are
+written to a temporary folder and uploaded at every `flush`.
+"""
+
+import json
+import os
+import tempfile
+import time
+
+import numpy as np
+
+from gtc_dist.data import storage
+
+
+class Stopwatch:
+    """Adds up seconds by part."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._part, self._since = None, 0.0
+
+    def part(self, name: str | None) -> None:
+        """End the running part and begin another (None: none)."""
+        now = time.perf_counter()
+        if self._part is not None:
+            self.seconds[self._part] = self.seconds.get(self._part, 0.0) + now - self._since
+        self._part, self._since = name, now
+
+    def take(self) -> dict[str, float]:
+        """Seconds since the last call, by part."""
+        taken, self.seconds = self.seconds, {}
+        return taken
+
+
+class Monitor:
+    """Writes a run's logs; on ranks other than 0 every method does nothing.
+
+    Args:
+        run: URI of the run folder.
+        epochs, steps: for the progress line.
+    """
+
+    def __init__(self, run: str, epochs: int, steps: int, active: bool = True):
+        self.run, self.epochs, self.steps, self.active = run, epochs, steps, active
+        self.lines: list[str] = []
+        self.started = self.printed = time.monotonic()
+        self._temporary = None
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+        folder = storage.absolute(storage.join(run, "tensorboard"))
+        if not storage.is_local(run):
+            self._temporary = tempfile.TemporaryDirectory(prefix="gtc-tensorboard-")
+            folder = self._temporary.name
+        self.folder = folder
+        self.writer = SummaryWriter(folder)
+
+    def step(self, epoch: int, step: int, scalars: dict[str, float], rate: float) -> None:
+        """A point on every curve, and a progress line now and then.
+
+        Args:
+            scalars: TensorBoard tag -> value; rate: interactions a second over all ranks.
+        """
+        if not self.active:
+            return
+        done = (epoch - 1) * self.steps + step
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, done)
+        now = time.monotonic()
+        if step == self.steps or now - self.printed > 10:
+            self.printed = now
+            elapsed = now - self.started
+            left = elapsed / done * (self.epochs * self.steps - done)
+            bar = "#" * round(20 * done / (self.epochs * self.steps))
+            parts = "  ".join(f"{t.removeprefix('loss/')} {v:.4f}" for t, v in scalars.items() if t.startswith("loss/"))
+            print(
+                f"[{bar:<20}] epoch {epoch}/{self.epochs} step {step}/{self.steps}  {parts}  "
+                f"{rate:,.0f} interactions/s  at most {_duration(left)} left",
+                flush=True,
+            )
+
+    def evaluation(self, epoch: int, metrics: dict, note: str, extra: dict) -> None:
+        """One line of metrics.jsonl, the metric curves, and a line for the person watching."""
+        if not self.active:
+            return
+        for name, value in metrics["overall"].items():
+            self.writer.add_scalar(f"valid/{name}", value, epoch * self.steps)
+        for name, value in extra.items():
+            self.writer.add_scalar(name, value, epoch * self.steps)
+        self.lines.append(json.dumps({"epoch": epoch, "valid": metrics["overall"], **extra}))
+        overall = metrics["overall"]
+        shown = "  ".join(f"{name} {overall[name]:.4f}" for name in ("recall@20", "ndcg@5", "ndcg@20"))
+        print(f"epoch {epoch}: valid {shown}  {note}", flush=True)
+        self.flush()
+
+    def projector(self, vectors: np.ndarray, labels: list[str], step: int) -> None:
+        """Item embeddings [n, W] for TensorBoard's projector."""
+        if self.active:
+            self.writer.add_embedding(vectors, metadata=labels, global_step=step, tag="items")
+
+    def flush(self) -> None:
+        if not self.active:
+            return
+        self.writer.flush()
+        storage.write_bytes(storage.join(self.run, "metrics.jsonl"), ("\n".join(self.lines) + "\n").encode())
+        if self._temporary is not None:
+            for root, _, names in os.walk(self.folder):
+                for name in names:
+                    path = os.path.join(root, name)
+                    relative = os.path.relpath(path, self.folder).replace(os.sep, "/")
+                    storage.copy_file(path, storage.join(self.run, "tensorboard", relative))
+
+    def close(self) -> None:
+        if not self.active:
+            return
+        self.flush()
+        self.writer.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -1,0 +1,204 @@
+"""Plans: which rows and blocks a batch needs, on the whole graph or on a sample of it.
+
+Both give the same numbers where the sample takes every neighbour; a test holds them to that.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gtc_dist.data.catalog import CSC
+from gtc_dist.engine.loader import Draws
+from gtc_dist.engine.monitor import Stopwatch
+from gtc_dist.graph.csc import Graphs, edge_of, take
+from gtc_dist.graph.sampling import Layer, Sampler
+from gtc_dist.model.propagation import Block
+from gtc_dist.model.table import RowTable, make_route, whole_route
+
+
+@dataclass(frozen=True)
+class PlannerOptions:
+    layers: int
+    audience: bool
+    exclude_seed_edges: bool
+    fanout: tuple[int, ...]  # sampled: last layer first
+    item_fanout: int
+    user_fanout: int
+    sampler: str
+    threads: int
+
+
+class FullPlanner:
+    """The whole graph as one block; only the hops are cut to the batch.
+
+    Args:
+        features: tables of the modalities' features, float16; read once, whole.
+    """
+
+    def __init__(self, graphs: Graphs, features: dict[str, RowTable], options: PlannerOptions, device: torch.device):
+        self.graphs, self.options, self.device = graphs, options, device
+        world = next(iter(features.values())).world
+        self.watch = Stopwatch()
+        users, items = graphs.users, graphs.items
+        whole_items = whole_route(items, world)
+        self.features = {name: table.lookup(whole_items).float().to(device) for name, table in features.items()}
+        self.routes = {"user_route": whole_route(users, world).to(device), "item_route": whole_items.to(device)}
+        nodes = graphs.nodes
+        self.block = Block.build(nodes.indptr, nodes.indices, nodes.weight, users + items).to(device)
+        self.audience = whole_audience(graphs).to(device) if options.audience else None
+
+    def plan(self, users: np.ndarray, items: np.ndarray, draws: Draws) -> dict:
+        """Fields of the batch for its unique users [u] and items [i] (catalog indexes)."""
+        self.watch.part("sampling")
+        graphs, options = self.graphs, self.options
+        block = self.block
+        if options.exclude_seed_edges:
+            block = _without(self.block, _seed_edges(graphs, draws))
+        fields = {
+            **self.routes,
+            "features": self.features,
+            "audience": self.audience,
+            "input_nodes": None,
+            "blocks": [block] * options.layers,
+            "seed_users": graphs.users,
+            "seed_items": graphs.items,
+            "user_hop": _whole_hop(graphs.user_user, users),
+            "item_hop": _whole_hop(graphs.item_item, items),
+            "user_rows": torch.from_numpy(users),
+            "item_rows": torch.from_numpy(items),
+            "ego_users": torch.from_numpy(users),
+            "ego_items": torch.from_numpy(items),
+        }
+        self.watch.part(None)
+        return fields
+
+
+class SampledPlanner:
+    """DGL blocks around the batch; feature rows are looked up here, in the prefetch thread.
+
+    Args:
+        features: tables whose world is the prefetch thread's.
+    """
+
+    def __init__(self, graphs: Graphs, features: dict[str, RowTable], options: PlannerOptions):
+        self.graphs, self.options, self.features = graphs, options, features
+        self.world = next(iter(features.values())).world
+        self.watch = Stopwatch()
+        self.nodes = Sampler(graphs.nodes, options.sampler, options.threads)
+        self.item_item = (
+            None if graphs.item_item is None else Sampler(graphs.item_item, options.sampler, options.threads)
+        )
+        self.user_user = (
+            None if graphs.user_user is None else Sampler(graphs.user_user, options.sampler, options.threads)
+        )
+        nodes = graphs.users + graphs.items
+        self.norm = 1 / np.sqrt(np.maximum(graphs.nodes.degree, 1)).astype(np.float32)
+        self.place = np.zeros(nodes, np.int32)
+
+    def plan(self, users: np.ndarray, items: np.ndarray, draws: Draws) -> dict:
+        self.watch.part("sampling")
+        U, options = self.graphs.users, self.options
+        self.nodes.seed(draws.sampler_seed)
+        for seed, sampler in enumerate((self.item_item, self.user_user), start=1):
+            if sampler is not None:
+                sampler.seed(draws.sampler_seed + seed)
+        user_hop, seed_users = self._hop(self.user_user, users, options.user_fanout)
+        item_hop, seed_items = self._hop(self.item_item, items, options.item_fanout)
+        excluded = _seed_edges(self.graphs, draws) if options.exclude_seed_edges else None
+
+        frontier = np.concatenate([seed_users, seed_items + U])
+        blocks = []
+        for fanout in options.fanout:
+            layer = self.nodes.layer(frontier, fanout)
+            blocks.insert(0, self._block(layer, frontier, excluded))
+            frontier = layer.sources
+        in_users, in_items = frontier[frontier < U], frontier[frontier >= U] - U
+        audience, in_users = self._audience(in_users, in_items)
+        order = np.empty(len(frontier), np.int64)
+        order[frontier < U] = np.arange((frontier < U).sum())
+        order[frontier >= U] = len(in_users) + np.arange(len(in_items))
+        self.watch.part("features")
+        item_route = make_route(torch.from_numpy(in_items), self.graphs.items, self.world)
+        fields = {
+            "user_route": make_route(torch.from_numpy(in_users), U, self.world),
+            "item_route": item_route,
+            "features": {name: table.lookup(item_route).float() for name, table in self.features.items()},
+            "audience": audience,
+            "input_nodes": torch.from_numpy(order),
+            "blocks": blocks,
+            "seed_users": len(seed_users),
+            "seed_items": len(seed_items),
+            "user_hop": user_hop,
+            "item_hop": item_hop,
+            "user_rows": torch.arange(len(users)),
+            "item_rows": torch.arange(len(items)),
+            "ego_users": torch.arange(len(users)),
+            "ego_items": torch.arange(len(items)),
+        }
+        self.watch.part(None)
+        return fields
+
+    def _hop(self, sampler: Sampler | None, batch: np.ndarray, fanout: int) -> tuple[Block | None, np.ndarray]:
+        """One hop to the batch's rows and the seeds that it needs, the batch first."""
+        if sampler is None:
+            return None, batch
+        layer = sampler.layer(batch, fanout)
+        weight = sampler.graph.weight[layer.edges] * layer.correction[layer.destination]
+        return Block.build(layer.indptr, layer.positions, weight, len(layer.sources)), layer.sources
+
+    def _block(self, layer: Layer, destinations: np.ndarray, excluded: np.ndarray | None) -> Block:
+        """A user-item layer with weights 1 / sqrt(degree * degree), corrected for the sampling."""
+        to = layer.destination
+        weight = self.norm[layer.sources[layer.positions]] * (self.norm[destinations] * layer.correction)[to]
+        if excluded is not None:
+            weight[np.isin(layer.edges, excluded)] = 0
+        return Block.build(layer.indptr, layer.positions, weight, len(layer.sources))
+
+    def _audience(self, in_users: np.ndarray, in_items: np.ndarray) -> tuple[Block | None, np.ndarray]:
+        """Mean over (sampled) users of each in-item, and the in-users with those users added behind."""
+        if not self.options.audience:
+            return None, in_users
+        layer = self.nodes.layer(in_items + self.graphs.users, self.options.user_fanout, keep_destinations=False)
+        place = self.place  # holds garbage for nodes outside in_users, which the comparison below finds out
+        place[in_users] = np.arange(len(in_users))
+        at = place[layer.sources]
+        known = (at < len(in_users)) & (in_users[np.minimum(at, len(in_users) - 1)] == layer.sources)
+        more = layer.sources[~known]
+        at = at.copy()
+        at[~known] = len(in_users) + np.arange(len(more))
+        degree = np.maximum(np.diff(layer.indptr), 1).astype(np.float32)
+        if self.options.sampler == "labor" and self.options.user_fanout > 0:
+            degree = np.maximum(self.graphs.nodes.degree[in_items + self.graphs.users], 1) / layer.correction
+        weight = (1 / degree)[layer.destination]
+        block = Block.build(layer.indptr, at[layer.positions], weight, len(in_users) + len(more))
+        return block, np.concatenate([in_users, more])
+
+
+def whole_audience(graphs: Graphs, start: int = 0, stop: int | None = None) -> Block:
+    """Mean over all users of items [start, stop): weights 1 / degree."""
+    stop = graphs.items if stop is None else stop
+    indptr, edges = take(graphs.nodes, np.arange(graphs.users + start, graphs.users + stop))
+    degree = np.diff(indptr)
+    weight = np.repeat(1 / np.maximum(degree, 1).astype(np.float32), degree)
+    return Block.build(indptr, graphs.nodes.indices[edges], weight, graphs.users)
+
+
+def _whole_hop(graph: CSC | None, rows: np.ndarray) -> Block | None:
+    if graph is None:
+        return None
+    indptr, edges = take(graph, rows)
+    return Block.build(indptr, graph.indices[edges], graph.weight[edges], len(graph.indptr) - 1)
+
+
+def _seed_edges(graphs: Graphs, draws: Draws) -> np.ndarray:
+    """Edge ids, both directions, of the batch's own pairs."""
+    users, items = draws.users, draws.positives + graphs.users
+    return np.concatenate([edge_of(graphs.nodes, users, items), edge_of(graphs.nodes, items, users)])
+
+
+def _without(block: Block, edges: np.ndarray) -> Block:
+    """The whole user-item block with some edges' weights zero. It is symmetric: both orders of its edges are alike."""
+    weight = block.weight.clone()
+    weight[torch.from_numpy(edges).to(weight.device)] = 0
+    return Block(block.sources, block.indptr, block.indices, weight, block.t_indptr, block.t_indices, weight)

@@ -1,0 +1,71 @@
+"""A finished run, opened for evaluation or export in one process."""
+
+from dataclasses import dataclass
+
+import yaml
+
+from gtc_dist.config import Config, build_config
+from gtc_dist.data import storage
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.engine import checkpoint
+from gtc_dist.engine.build import build_network, load_features, load_graphs
+from gtc_dist.engine.inference import embed_catalog
+from gtc_dist.errors import InputError
+from gtc_dist.graph.csc import Graphs
+from gtc_dist.model.collectives import World
+from gtc_dist.model.gtc import GTC, Tables
+from gtc_dist.model.table import RowTable
+
+CONFIG = "config.yaml"
+
+
+@dataclass
+class Run:
+    """A run's best checkpoint with the catalog that it was trained on."""
+
+    uri: str
+    checkpoint: str  # relative to the run
+    epoch: int
+    config: Config
+    catalog: Catalog
+    graphs: Graphs
+    network: GTC
+    tables: Tables
+    features: dict[str, RowTable]
+
+    def embed(self) -> tuple[RowTable, RowTable]:
+        """Final embeddings of users and items, row = catalog index."""
+        layers, chunk = self.config.model.layers, self.config.eval.chunk
+        return embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk)
+
+
+def restore(uri: str) -> Run:
+    """Open a run.
+
+    Raises:
+        InputError: no run at `uri`, no whole checkpoint in it, or a catalog that is gone or was changed.
+    """
+    path = storage.join(uri, CONFIG)
+    if not storage.exists(path):
+        raise InputError(f"{uri} holds no run (no {CONFIG}); give run.storage/run.name of a training")
+    config = build_config(yaml.safe_load(storage.read_bytes(path)), path)
+    name = newest_checkpoint(uri)
+    manifest = checkpoint.read_manifest(storage.join(uri, name))
+    catalog = Catalog(config.data.catalog, verify=config.data.verify)
+    if catalog.manifest.fingerprint != manifest["catalog"]:
+        raise InputError(f"{config.data.catalog} was rebuilt after the run {uri} was trained on it; train again")
+    world = World()
+    network, tables = build_network(config, catalog, world)
+    network.load_state_dict(checkpoint.load(storage.join(uri, name), list(tables.all()))["network"])
+    features = load_features(network.shape, catalog, world)
+    graphs = load_graphs(config, catalog)
+    return Run(uri, name, manifest["epoch"], config, catalog, graphs, network, tables, features)
+
+
+def newest_checkpoint(run: str) -> str:
+    """Name of the newest whole checkpoint of a run; while it trains, that is the best so far."""
+    found = [n.removesuffix("/manifest.json") for n in storage.listing(storage.join(run, "checkpoints"))]
+    whole = sorted(name for name in found if name.startswith("epoch-") and "/" not in name)
+    if not whole:
+        raise InputError(f"{run} has no whole checkpoint yet")
+    return f"checkpoints/{whole[-1]}"

@@ -1,0 +1,105 @@
+"""Neighbour sampling with DGL (1.1.3, CPU); the only file that imports it.
+
+The user-item graph is one homogeneous graph here: users are nodes [0, users), items [users, users + items), and both
+directions are edges, destinations' sources in CSC. DGL wraps the arrays without a copy, so ranks of a node share them.
+A sampled layer comes back as plain arrays with weights corrected for the sampling, so that a weighted sum over it is
+an unbiased estimate of the sum over all neighbours:
+
+    neighbor  s of d neighbours without replacement: weight * d / s
+    labor     LABOR-0 (Balin and Catalyurek 2023), each neighbour with probability min(1, k / d): weight * max(1, d / k)
+"""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gtc_dist.data.catalog import CSC
+
+os.environ.setdefault("DGLBACKEND", "pytorch")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    _level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # dgl announces missing optional parts on import
+    import dgl
+    from dgl.utils import set_num_threads
+
+    logging.disable(_level)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Sampled in-edges of some destinations.
+
+    sources: node ids [n_src], unique; the destinations first where they were kept among the sources
+    indptr: int64 [n_dst + 1]; positions: [E] of each edge's source in `sources`; edges: [E] edge ids in the graph
+    correction: float32 [n_dst] that makes weighted sums unbiased
+    """
+
+    sources: np.ndarray
+    indptr: np.ndarray
+    positions: np.ndarray
+    edges: np.ndarray
+    correction: np.ndarray
+
+    @property
+    def destination(self) -> np.ndarray:
+        """[E] position of each edge's destination."""
+        return np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))
+
+
+class Sampler:
+    """Samples in-neighbours of one graph.
+
+    Args:
+        graph: CSC over one set of nodes.
+        kind: `neighbor` or `labor`.
+        threads: of DGL's sampling in the calling thread.
+    """
+
+    def __init__(self, graph: CSC, kind: str = "neighbor", threads: int = 1):
+        self.graph, self.kind, self.threads = graph, kind, threads
+        nodes = len(graph.indptr) - 1
+        indptr = torch.from_numpy(graph.indptr.astype(np.int32))
+        indices = _shared(graph.indices)
+        self._dgl = dgl.graph(("csc", (indptr, indices, torch.empty(0, dtype=torch.int32))), num_nodes=nodes)
+
+    def seed(self, seed: int) -> None:
+        """Fix the random state of the calling thread's next draws."""
+        set_num_threads(self.threads)
+        self._labor_seed = seed % (1 << 31)
+        dgl.seed(self._labor_seed)
+
+    def layer(self, destinations: np.ndarray, fanout: int, keep_destinations: bool = True) -> Layer:
+        """Draw up to `fanout` (-1: all) in-neighbours of each destination (unique node ids)."""
+        wanted = torch.from_numpy(np.ascontiguousarray(destinations, dtype=np.int32))
+        if self.kind == "labor" and fanout > 0:
+            seed = dgl.backend.zerocopy_to_dgl_ndarray(torch.tensor([self._labor_seed], dtype=torch.int64))
+            frontier, _ = self._dgl.sample_labors(wanted, fanout, random_seed=seed)
+            self._labor_seed = (self._labor_seed * 6364136223846793005 + 1442695040888963407) % (1 << 31)
+        else:
+            frontier = self._dgl.sample_neighbors(wanted, fanout)
+        block = dgl.to_block(frontier, wanted, include_dst_in_src=keep_destinations)
+        indptr, positions, order = block.adj_tensors("csc")
+        edges = frontier.edata[dgl.EID][block.edata[dgl.EID].long()]
+        if len(order):
+            edges = edges[order.long()]
+        indptr = indptr.long().numpy()
+        degree = (self.graph.indptr[destinations + 1] - self.graph.indptr[destinations]).astype(np.float32)
+        drawn = np.diff(indptr).astype(np.float32)
+        if self.kind == "labor" and fanout > 0:
+            correction = np.maximum(1.0, degree / fanout)
+        else:
+            correction = degree / np.maximum(drawn, 1)
+        sources = block.srcdata[dgl.NID].long().numpy()
+        return Layer(sources, indptr, positions.long().numpy(), edges.long().numpy(), correction.astype(np.float32))
+
+
+def _shared(array: np.ndarray) -> torch.Tensor:
+    """The same memory as a tensor. Shared memory is read-only, of which torch warns; nothing here writes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(array)

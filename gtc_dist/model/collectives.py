@@ -1,0 +1,118 @@
+"""The few collectives that the model and the engine need, with a world of one as a plain special case.
+
+Every function here is a collective: each rank of the world must call it, in the same order, also with empty rows.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass
+class World:
+    """This process among its peers. `seconds` and `bytes_sent` count what its collectives took."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: dist.ProcessGroup | None = None
+    seconds: float = field(default=0.0, compare=False)
+    bytes_sent: int = field(default=0, compare=False)
+
+    def split(self, device: torch.device | None = None) -> "World":
+        """The same ranks over a process group of their own, for a thread that runs beside the main one."""
+        device = device or self.device
+        group = dist.new_group(backend="gloo" if device.type == "cpu" else None) if self.size > 1 else None
+        return World(self.rank, self.size, device, group)
+
+    def range(self, rows: int, rank: int | None = None) -> tuple[int, int]:
+        """The contiguous rows [start, stop) of `rows` that a rank (default: this one) owns."""
+        rank = self.rank if rank is None else rank
+        return rows * rank // self.size, rows * (rank + 1) // self.size
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            with self._counted(values.numel() * values.element_size()):
+                dist.all_reduce(values, group=self.group)
+        return values
+
+    def max(self, value: int) -> int:
+        if self.size == 1:
+            return value
+        return max(self.counts(value))
+
+    def counts(self, value: int) -> list[int]:
+        """One integer of each rank."""
+        if self.size == 1:
+            return [value]
+        mine = torch.tensor([value], dtype=torch.int64, device=self.device)
+        out = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._counted(8 * self.size):
+            dist.all_gather(out, mine, group=self.group)
+        return [int(t) for t in out]
+
+    def gather(self, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """Rows of all ranks one after the other, [sum(counts), ...], without gradient."""
+        if self.size == 1:
+            return rows
+        most = max(counts)
+        padded = rows.new_zeros((most, *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        out = [torch.empty_like(padded) for _ in range(self.size)]
+        with self._counted(padded.numel() * padded.element_size() * (self.size - 1)):
+            dist.all_gather(out, padded, group=self.group)
+        return torch.cat([part[:n] for part, n in zip(out, counts, strict=True)])
+
+    def exchange(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+        """All-to-all: the first send[0] rows go to rank 0, and so on. Returns [sum(receive), ...], by source rank."""
+        if self.size == 1:
+            return rows
+        out = rows.new_empty((sum(receive), *rows.shape[1:]))
+        row_bytes = rows.element_size() * rows[:1].numel() if len(rows) else 0
+        with self._counted(row_bytes * (sum(send) - send[self.rank])):
+            dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
+        return out
+
+    def barrier(self) -> None:
+        self.sum(torch.zeros(1, device=self.device))
+
+    def _counted(self, sent: int) -> "_Counted":
+        self.bytes_sent += sent
+        return _Counted(self)
+
+
+class _Counted:
+    def __init__(self, world: World):
+        self.world = world
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.world.seconds += time.perf_counter() - self.start
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, world, counts):
+        ctx.world, ctx.counts = world, counts
+        return world.gather(rows, counts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        start = sum(ctx.counts[: ctx.world.rank])
+        total = ctx.world.sum(grad.contiguous().clone())
+        return total[start : start + ctx.counts[ctx.world.rank]], None, None
+
+
+def gather_with_gradient(rows: torch.Tensor, world: World, counts: list[int]) -> torch.Tensor:
+    """Rows of all ranks one after the other; the gradient of a row is the sum over the ranks that used it.
+
+    Args:
+        rows: [counts[rank], ...] of this rank.
+        counts: rows of each rank, known to all.
+    """
+    return rows if world.size == 1 else _GatherWithGradient.apply(rows, world, counts)
