@@ -128,7 +128,7 @@ class Train(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     table_lr: Annotated[float, Field(gt=0)] | None = None  # for id, preference and stream-weight tables; None: lr
     negatives: Negatives = Negatives()
-    exclude_seed_edges: bool = False  # leave the batch's own edges out of the graph that they are predicted from
+    exclude_seed_edges: bool = True  # leave the batch's own edges out of the graph that they are predicted from
     w_tc: Weight = 0.4  # weight of the total-correlation loss
     w_diff: Weight = 0.7  # weight of the diffusion loss
     w_reg: Weight = 1e-3  # weight of the L2 term over the batch's embeddings

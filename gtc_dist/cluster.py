@@ -1,0 +1,55 @@
+"""Joining or starting a Ray cluster: one way for every command.
+
+With `RAY_ADDRESS` set (a job of `ray job submit` has it) a command joins that cluster; otherwise it starts a local one.
+"""
+
+import logging
+import os
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine; read when ray is imported
+
+import ray
+import ray.data
+
+MIN_OBJECT_STORE = 512 << 20
+MAX_OBJECT_STORE = 2 << 30
+
+
+def connect(num_cpus_needed: int = 1) -> None:
+    """Make sure that this process is connected to a Ray cluster; nothing happens if it already is.
+
+    Args:
+        num_cpus_needed: logical CPUs that a local cluster offers at least, even on a machine with fewer cores. A
+            cluster that is joined keeps its own count.
+    """
+    # Says on every start that token authentication is on, which the README explains.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    if not ray.is_initialized():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(logging_level=logging.WARNING)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, num_cpus_needed),
+                object_store_memory=object_store_bytes(),
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+            )
+    quiet()
+
+
+def quiet() -> None:
+    """Ray Data's own bars and plans off: commands print what a person wants to know."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that there are no bars
+
+
+def object_store_bytes() -> int:
+    """A local cluster's object store: an eighth of the free memory, within bounds (prepare and train stream)."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * page
+    return int(min(max(free // 8, MIN_OBJECT_STORE), MAX_OBJECT_STORE))

@@ -1,0 +1,60 @@
+"""Run a generator of Arrow tables over many specs with Ray Data and gather what it yields in the driver.
+
+Each table travels as Arrow IPC bytes in one row, so tables of one run may differ in schema (integer ids in one file,
+strings in the next) and Ray Data never has to unify them. An `InputError` in a task comes back as a row too: the driver
+raises it as itself, without a remote traceback.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+
+from gtc_dist.errors import InputError
+
+_SCHEMA = pa.schema([("spec", pa.int64()), ("error", pa.string()), ("table", pa.large_binary())])
+
+
+def map_tables(function: Callable[[Any], Iterator[pa.Table]], specs: Sequence[Any]) -> Iterator[tuple[int, pa.Table]]:
+    """Yield (position of the spec, table) for every table of `function(spec)`, in no particular order.
+
+    Args:
+        function: importable generator function; runs in Ray tasks, so many specs are read at once.
+        specs: picklable descriptions of the work, such as one for each file.
+
+    Raises:
+        InputError: the one of the first spec (by position) in which `function` raised one, after all others are done.
+    """
+    if not specs:
+        return
+    rows = ray.data.from_items([{"spec": i} for i in range(len(specs))], override_num_blocks=len(specs))
+    chunks = rows.map_batches(
+        functools.partial(_run, function=function, specs=list(specs)), batch_size=1, batch_format="pyarrow"
+    )
+    errors: dict[int, str] = {}
+    for block in chunks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        for spec, error, data in zip(*(block[name] for name in _SCHEMA.names), strict=True):
+            if error.is_valid:
+                errors[spec.as_py()] = error.as_py()
+            elif not errors:
+                yield spec.as_py(), pa.ipc.open_stream(data.as_py()).read_all()  # as_py: leaves the object store
+    if errors:
+        raise InputError(errors[min(errors)])
+
+
+def _run(batch: pa.Table, function: Callable[[Any], Iterator[pa.Table]], specs: list) -> Iterator[pa.Table]:
+    for spec in batch["spec"].to_pylist():
+        try:
+            for table in function(specs[spec]):
+                sink = pa.BufferOutputStream()
+                with pa.ipc.new_stream(sink, table.schema) as stream:
+                    stream.write_table(table)
+                yield _row(spec, None, sink.getvalue().to_pybytes())
+        except InputError as error:
+            yield _row(spec, str(error), None)
+
+
+def _row(spec: int, error: str | None, table: bytes | None) -> pa.Table:
+    return pa.table([[spec], [error], [table]], schema=_SCHEMA)

@@ -1,0 +1,279 @@
+"""Raw feature files of one modality -> chunks of rows, streamed and checked.
+
+`inspect` reads headers and ids (before Ray starts) and cuts the files into chunks; `read` is what a Ray task runs on
+one chunk. A `.npy` is read by byte range, so that a task touches just its rows, local or in object storage.
+
+The rows of a source are numbered through all its files from 0: row r of a `.npy` without a list of ids belongs to item
+id r.
+"""
+
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from gtc_dist.config import Modality
+from gtc_dist.data import ids as id_columns
+from gtc_dist.data import storage
+from gtc_dist.errors import InputError
+
+CHUNK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows [start, stop) of a `.npy`, or all rows of a Parquet file; `first` is the number of the first one."""
+
+    source: str
+    uri: str
+    width: int
+    dtype: str  # in which the rows are handed on: float16 or float32
+    first: int
+    start: int = 0
+    stop: int = 0
+    column: str | None = None  # Parquet: the vectors' column
+
+
+@dataclass(frozen=True)
+class Source:
+    """One modality's raw features.
+
+    ids: item id of each row (None: the row's number); rows, width: the shape of all rows together.
+    """
+
+    name: str
+    uris: list[str]
+    rows: int
+    width: int
+    dtype: str
+    ids: pa.Array | None
+    chunks: list[Chunk]
+    ids_uri: str | None = None  # file with the ids, where it is another one
+    untyped: bool = False  # ids come from a text file: strings that may stand for integers
+
+    @property
+    def files(self) -> list[str]:
+        return self.uris + ([self.ids_uri] if self.ids_uri else [])
+
+    def id_of(self, row: int):
+        return row if self.ids is None else self.ids[row].as_py()
+
+    def locate(self, row: int) -> tuple[str, int]:
+        """The file that a row is in, and its row there, counted from 1."""
+        uri = next(chunk.uri for chunk in reversed(self.chunks) if chunk.first <= row)
+        first = next(chunk.first for chunk in self.chunks if chunk.uri == uri)
+        return uri, row - first + 1
+
+    def all_ids(self) -> pa.Array:
+        return pa.array(np.arange(self.rows)) if self.ids is None else self.ids
+
+
+def inspect(name: str, modality: Modality, raw: str) -> Source:
+    """Check one modality's files. Raises InputError: missing file or column, wrong type or shape, bad ids."""
+    try:
+        uris = storage.glob(storage.join(raw, modality.path))
+    except InputError as error:
+        raise InputError(f"data.features.{name}.path: {error}") from error
+    kinds = {posixpath.splitext(uri)[1].lower() for uri in uris}
+    if kinds == {".npy"}:
+        source = _inspect_npy(name, modality, raw, uris)
+    elif kinds <= {".parquet", ".pq"}:
+        source = _inspect_parquet(name, modality, uris)
+    else:
+        raise InputError(f"data.features.{name}.path: {uris[0]} is neither .npy nor .parquet")
+    if modality.pca is not None and modality.pca > source.width:
+        raise InputError(f"data.features.{name}.pca is {modality.pca}, but the vectors have just {source.width} values")
+    if source.ids is not None:
+        _check_ids(source)
+    return source
+
+
+class _BadRow(Exception):
+    """A row that cannot be used; the driver, which knows the ids, names it."""
+
+    def __init__(self, row: int, problem: str):
+        self.row, self.problem = row, problem
+
+
+def read(chunk: Chunk) -> Iterator[pa.Table]:
+    """Yield tables of row:int64 (its number in the source) and vector:fixed_size_list[width]; rows without a vector
+    are left out. The first unusable row ends the chunk with a table of bad_row and problem."""
+    try:
+        for rows, vectors in _read_parquet(chunk) if chunk.column else _read_npy(chunk):
+            with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which the check finds
+                vectors = vectors.astype(chunk.dtype, copy=False)
+            finite = np.isfinite(vectors).all(axis=1)
+            if not finite.all():
+                bad = np.flatnonzero(~finite)[0]
+                column = np.flatnonzero(~np.isfinite(vectors[bad]))[0]
+                raise _BadRow(rows[bad], f"has a value that is not finite ({vectors[bad, column]}, position {column})")
+            flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
+            yield pa.table({"row": rows, "vector": pa.FixedSizeListArray.from_arrays(flat, chunk.width)})
+    except _BadRow as bad:
+        yield pa.table({"bad_row": [int(bad.row)], "problem": [bad.problem]})
+
+
+def _inspect_npy(name: str, modality: Modality, raw: str, uris: list[str]) -> Source:
+    if len(uris) > 1:
+        raise InputError(f"data.features.{name}.path names {len(uris)} .npy files ({uris[0]}, ...); one is expected")
+    uri = uris[0]
+    shape, fortran, dtype, offset = _npy_header(uri)
+    if dtype.kind not in "fiu":
+        raise InputError(f"{uri} holds {dtype} values; features must be float or integer numbers")
+    if len(shape) != 2 or shape[1] == 0:
+        raise InputError(f"{uri} has shape {shape}; features must be a matrix, one row an item")
+    rows, width = shape
+    need = offset + rows * width * dtype.itemsize
+    size = storage.signature([uri])[0][1]
+    if size < need:
+        raise InputError(f"{uri} is truncated: {size} bytes, its header needs {need}")
+    ids = ids_uri = None
+    if modality.ids is not None:
+        ids_uri = storage.join(raw, modality.ids)
+        ids = _read_ids(ids_uri, modality.id_column, f"data.features.{name}.ids")
+        if len(ids) != rows:
+            raise InputError(f"{ids_uri} has {len(ids)} ids, but {uri} has {rows} rows")
+    step = rows if fortran else max(CHUNK_BYTES // (width * dtype.itemsize), 1)
+    kept = "float16" if dtype == np.float16 else "float32"
+    chunks = [
+        Chunk(name, uri, width, kept, start, start, min(start + step, rows)) for start in range(0, rows, max(step, 1))
+    ]
+    return Source(name, uris, rows, width, kept, ids, chunks, ids_uri, untyped=(ids_uri or "").endswith(".txt"))
+
+
+def _npy_header(uri: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, whether in Fortran order, dtype and the byte at which the data starts."""
+    with storage.open_input(uri) as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = reader(file)
+        except ValueError as error:
+            raise InputError(f"{uri} is not a .npy file: {error}") from error
+        if dtype.hasobject:
+            raise InputError(f"{uri} holds Python objects, which are not read; save a matrix of numbers")
+        return shape, fortran, dtype, file.tell()
+
+
+def _read_npy(chunk: Chunk) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    shape, fortran, dtype, offset = _npy_header(chunk.uri)
+    row_bytes = shape[1] * dtype.itemsize
+    rows = np.arange(chunk.start, chunk.stop)
+    if storage.is_local(chunk.uri):
+        matrix = np.load(storage.absolute(chunk.uri), mmap_mode="r", allow_pickle=False)
+        yield rows, matrix[chunk.start : chunk.stop]
+        return
+    fs, path = storage.filesystem(chunk.uri)
+    data = fs.cat_file(path, start=offset + chunk.start * row_bytes, end=offset + chunk.stop * row_bytes)
+    order = "F" if fortran else "C"  # Fortran order comes as one chunk of all rows
+    yield rows, np.frombuffer(data, dtype).reshape((len(rows), shape[1]), order=order)
+
+
+def _read_ids(uri: str, column: str, key: str) -> pa.Array:
+    """One id a row from .npy, .parquet or text."""
+    extension = posixpath.splitext(uri)[1].lower()
+    try:
+        if extension == ".npy":
+            array = storage.read_array(uri)
+            if array.ndim != 1 or array.dtype.kind not in "iuU":
+                raise InputError(
+                    f"{uri} holds {array.dtype} of shape {array.shape}; one integer or string a row needed"
+                )
+            return pa.array(array)
+        if extension in (".parquet", ".pq"):
+            return _plain(uri, column, storage.read_table(uri, [column])[column])
+        if extension != ".txt":
+            raise InputError(f"{uri} is none of .npy, .txt, .parquet")
+        return pa.array(storage.read_bytes(uri).decode().splitlines(), pa.string())
+    except (InputError, KeyError, UnicodeDecodeError) as error:
+        raise InputError(f"{key}: {error}") from error
+
+
+def _inspect_parquet(name: str, modality: Modality, uris: list[str]) -> Source:
+    if modality.ids is not None:
+        raise InputError(f"data.features.{name}.ids goes with .npy; Parquet has its ids in id_column")
+    columns, chunks, types, rows, width = [], [], {}, 0, None
+    for uri in uris:
+        try:
+            with storage.open_input(uri) as stream, pq.ParquetFile(stream) as file:
+                schema = file.schema_arrow
+                for column in (modality.id_column, modality.vector_column):
+                    if column not in schema.names:
+                        raise InputError(f"{uri} has no column {column!r}; columns found: {', '.join(schema.names)}")
+                vector = schema.field(modality.vector_column).type
+                width = width or _width(uri, modality.vector_column, vector, file)
+                types[uri] = vector.value_type
+                columns.append(_plain(uri, modality.id_column, file.read([modality.id_column])[modality.id_column]))
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{uri} is not a readable Parquet file: {error}") from error
+        chunks.append((uri, rows))
+        rows += len(columns[-1])
+    if not rows or width is None:
+        raise InputError(f"data.features.{name}: {', '.join(uris[:3])} hold no vector")
+    kept = "float16" if set(types.values()) == {pa.float16()} else "float32"
+    id_type = id_columns.common_type({uri: c.type for uri, c in zip(uris, columns, strict=True)}, f"{name}'s item ids")
+    ids = pa.concat_arrays([id_columns.cast(c, id_type, f"{name}'s item ids") for c in columns])
+    parts = [Chunk(name, uri, width, kept, first, column=modality.vector_column) for uri, first in chunks]
+    return Source(name, uris, rows, width, kept, ids, parts)
+
+
+def _plain(uri: str, column: str, values: pa.ChunkedArray) -> pa.Array:
+    type = id_columns.plain_type(values.type)
+    if type is None:
+        raise InputError(f"{uri}: column {column!r} has type {values.type}; integers or strings are needed")
+    return pa.concat_arrays(values.cast(type).chunks) if values.num_chunks else pa.array([], type)
+
+
+def _width(uri: str, column: str, type: pa.DataType, file: pq.ParquetFile) -> int | None:
+    """Values in a vector: from the type, else from the first vector; None if the file has none."""
+    lists = pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
+    if not lists or not (pa.types.is_floating(type.value_type) or pa.types.is_integer(type.value_type)):
+        raise InputError(f"{uri}: column {column!r} has type {type}; lists of numbers are needed")
+    if pa.types.is_fixed_size_list(type):
+        return type.list_size
+    for batch in file.iter_batches(batch_size=64, columns=[column]):
+        for vector in batch[column]:
+            if vector.is_valid and len(vector):
+                return len(vector)
+    return None
+
+
+def _read_parquet(chunk: Chunk) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    row = chunk.first
+    with storage.open_input(chunk.uri) as stream:
+        batches = pq.ParquetFile(stream).iter_batches(
+            batch_size=max(CHUNK_BYTES // (4 * chunk.width), 1), columns=[chunk.column], use_threads=False
+        )
+        try:
+            for batch in batches:
+                vectors = batch[chunk.column]
+                rows = row + np.flatnonzero(vectors.is_valid().to_numpy(zero_copy_only=False))
+                vectors = vectors.drop_null()
+                lengths = pc.list_value_length(vectors).to_numpy(zero_copy_only=False)
+                if (lengths != chunk.width).any():
+                    bad = np.flatnonzero(lengths != chunk.width)[0]
+                    raise _BadRow(rows[bad], f"has {lengths[bad]} values where others have {chunk.width}")
+                flat = vectors.flatten().cast(pa.float32() if chunk.dtype == "float32" else pa.float16(), safe=False)
+                yield rows, flat.to_numpy(zero_copy_only=False).reshape(len(rows), chunk.width)  # null values: NaN
+                row += len(batch)
+        except pa.ArrowException as error:
+            raise InputError(f"{chunk.uri} is not a readable Parquet file: {error}") from error
+
+
+def _check_ids(source: Source) -> None:
+    if source.ids.null_count:
+        row = pc.index(source.ids.is_null(), pa.scalar(True)).as_py()
+        uri, place = source.locate(row)
+        raise InputError(f"{source.ids_uri or uri}: the item id of row {place} is null")
+    counts = pc.value_counts(source.ids)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        first = repeated[0].as_py()
+        raise InputError(
+            f"{', '.join(source.uris[:3])}: item {first['values']!r} has {first['counts']} vectors "
+            f"({len(repeated)} items have more than one); one each is needed"
+        )
