@@ -9,7 +9,10 @@ run.storage/run.name gets the resolved config.yaml, metrics.jsonl, metrics.json,
 
 import argparse
 import json
+import logging
 import os
+
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else every line of a rank is printed twice
 
 import numpy as np
 import yaml
@@ -87,7 +90,6 @@ def fit(config: Config, catalog: Catalog, run: str, resources: dict[str, float])
     from ray.train import DataConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
     filesystem, _ = storage.arrow_filesystem(catalog.uri)
     uris = catalog.interaction_uris("train")
     paths = [storage.filesystem(uri)[1] for uri in uris]
@@ -122,6 +124,7 @@ def train_rank(settings: dict) -> None:
     from gtc_dist.engine.loop import Trainer
     from gtc_dist.model.collectives import World
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it prints every reported metric
     config: Config = settings["config"]
     context = train.get_context()
     cores = os.cpu_count() or 1

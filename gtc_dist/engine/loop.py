@@ -157,7 +157,7 @@ class Trainer:
         watched: dict[str, float] = {}
         metrics = self._rank(self.embed(watched), "valid")
         if hasattr(self.network, "log_scale"):
-            watched["total_correlation/temperature"] = math.exp(-float(self.network.log_scale))
+            watched["total_correlation/temperature"] = math.exp(-self.network.log_scale.item())
         value = metrics["overall"][self.config.eval.metric]
         better = value > self.best[0]
         if better:

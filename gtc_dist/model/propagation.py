@@ -46,7 +46,7 @@ class Block:
         by_source = by_destination.tocsc()
         arrays = [by_destination.indptr, by_destination.indices, by_destination.data]
         arrays += [by_source.indptr, by_source.indices, by_source.data]
-        return Block(sources, *(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
+        return Block(sources, *(torch.from_numpy(a if a.flags.writeable else a.copy()) for a in arrays))
 
     def to(self, device: torch.device) -> "Block":
         tensors = (self.indptr, self.indices, self.weight, self.t_indptr, self.t_indices, self.t_weight)

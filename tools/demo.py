@@ -1,0 +1,88 @@
+"""What `make demo` runs: the whole pipeline on a small generated catalog, each command as one would type it.
+
+Everything goes to the folder `demo/`. A demo that is there already is made afresh; a folder of that name which the demo
+did not make is left alone.
+"""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gtc_dist.errors import InputError, run_command
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = Path("demo")  # below ROOT, where all commands run
+MARKER = DEMO / ".made-by-make-demo"
+RUN = DEMO / "runs" / "demo"
+PARTS = (DEMO / "raw", DEMO / "catalog", RUN, DEMO / "embeddings")
+SHOWN = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
+STEPS = (
+    ("raw tables with planted structure", f"tools/make_dataset.py --out {DEMO}/raw --seed 0"),
+    ("raw tables to a catalog", "-m gtc_dist.prepare --config configs/demo.yaml"),
+    ("catalog to a trained run", "-m gtc_dist.train --config configs/demo.yaml"),
+    ("test metrics of the best checkpoint", f"-m gtc_dist.evaluate --run {RUN} --split test"),
+    ("embeddings under the original ids", f"tools/export_embeddings.py --run {RUN} --out {DEMO}/embeddings"),
+)
+CLOSING = """
+run               {run} (config.yaml, metrics.jsonl, metrics.json, checkpoints)
+                  cat {run}/metrics.json
+TensorBoard logs  {run}/tensorboard
+                  {bin}tensorboard --logdir {run}/tensorboard
+embeddings        {demo}/embeddings (Parquet with columns id and embedding, score by dot product)
+                  {bin}python -c "
+import numpy as np, pyarrow.parquet as pq
+users, items = (pq.read_table(f'{demo}/embeddings/{{kind}}') for kind in ('users', 'items'))
+scores = np.stack(items['embedding'].to_numpy()).astype('float32') @ np.float32(users['embedding'][0].as_py())
+print('for', users['id'][0], 'recommend', [items['id'][int(i)].as_py() for i in (-scores).argsort()[:10]])"
+"""
+
+
+def main() -> None:
+    started = time.monotonic()
+    make_room()
+    printed = [step(number, *what) for number, what in enumerate(STEPS, 1)]
+    test = json.loads(printed[3].splitlines()[-1])
+    popularity = json.loads((ROOT / RUN / "metrics.json").read_text())["popularity"]
+    print(f"\nTest metrics of {test['users']:,} users, all items ranked\n")
+    print(f"{'':12}{'this run':>12}{'popularity':>12}")
+    for name in SHOWN:
+        if name in popularity:
+            print(f"{name:12}{test['overall'][name]:12.4f}{popularity[name]:12.4f}")
+    bin = f"{Path(sys.executable).parent.relative_to(ROOT)}/" if Path(sys.executable).is_relative_to(ROOT) else ""
+    print(CLOSING.format(run=RUN, demo=DEMO, bin=bin))
+    print(f"{time.monotonic() - started:.0f} seconds in all")
+
+
+def make_room() -> None:
+    """Remove an earlier demo's own folders; refuse a folder that the demo did not make."""
+    folder, marker = ROOT / DEMO, ROOT / MARKER
+    if folder.exists() and not marker.exists() and any(folder.iterdir()):
+        raise InputError(f"the folder {DEMO}/ holds files that the demo did not write; move it away and run again")
+    folder.mkdir(exist_ok=True)
+    marker.write_text("Folders raw, catalog, runs/demo and embeddings are made afresh by `make demo`.\n")
+    for part in PARTS:
+        shutil.rmtree(ROOT / part, ignore_errors=True)
+
+
+def step(number: int, title: str, command: str) -> str:
+    """Announce and run one command; returns what it printed. Ends the demo with the command's status if it fails."""
+    print(f"\n[{number}/{len(STEPS)}] {title}\n$ python {command}", flush=True)
+    lines = []
+    with subprocess.Popen(
+        [sys.executable, *shlex.split(command)], cwd=ROOT, stdout=subprocess.PIPE, text=True, errors="replace"
+    ) as process:  # progress bars are on stderr, which goes straight to the terminal
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode != 0:
+        print(f"the demo stopped: the command above ended with status {process.returncode}", file=sys.stderr)
+        sys.exit(process.returncode)
+    return "".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)
