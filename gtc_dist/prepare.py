@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import os
+import posixpath
 import sys
 import time
 
@@ -97,7 +98,16 @@ def inspect(config: Config) -> tuple[list, dict[str, vectors.Source]]:
     if not any(modality.weight for modality in modalities.values()):
         raise InputError("data.features: every modality has weight 0; the item-item graph needs one above")
     files = ingest.inspect(config.data)
-    return files, {name: vectors.inspect(name, modality, config.data.raw) for name, modality in modalities.items()}
+    sources = {name: vectors.inspect(name, modality, config.data.raw) for name, modality in modalities.items()}
+    folder = posixpath.normpath(storage.absolute(config.data.catalog))
+    inside = [uri for uri in raw_uris(files, sources) if posixpath.normpath(uri).startswith(f"{folder}/")]
+    if inside:
+        raise InputError(f"raw files, such as {inside[0]}, lie inside data.catalog {folder}; name another folder")
+    return files, sources
+
+
+def raw_uris(files: list, sources: dict[str, vectors.Source]) -> list[str]:
+    return [file.uri for file in files] + [uri for source in sources.values() for uri in source.files]
 
 
 def fingerprint(config: Config, files: list, sources: dict[str, vectors.Source]) -> str:
@@ -105,8 +115,7 @@ def fingerprint(config: Config, files: list, sources: dict[str, vectors.Source])
     wanted = config.model_dump(mode="json", include={"data": True, "graph": True})
     for key in ("catalog", "verify"):
         del wanted["data"][key]
-    uris = [file.uri for file in files] + [uri for source in sources.values() for uri in source.files]
-    parts = [SCHEMA_VERSION, wanted, storage.signature(uris)]
+    parts = [SCHEMA_VERSION, wanted, storage.signature(raw_uris(files, sources))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -178,7 +178,8 @@ class Catalog:
         for name in wanted or []:
             if name not in have:
                 raise InputError(
-                    f"model.modalities names {name!r}, which the catalog {self.uri} lacks; it has: {', '.join(have) or 'none'}"
+                    f"model.modalities names {name!r}, which the catalog {self.uri} lacks; "
+                    f"it has: {', '.join(have) or 'none'}"
                 )
         return {name: have[name].dim for name in (have if wanted is None else wanted)}
 

@@ -217,7 +217,9 @@ def _check_split(raw: Raw, data: Data, user, item, codes: np.ndarray, which: int
             f"the {name} split is empty (data.split.method={data.split.method}); "
             f"interactions: {', '.join(f'{n} {np.sum(codes == c)}' for c, n in enumerate(SPLITS))}"
         )
-    repeated = split.repeated_in_train(user, item, codes, which) if which != split.TRAIN else []
+    if raw.split is None or which == split.TRAIN:
+        return  # splits that were made here share nothing
+    repeated = split.repeated_in_train(user, item, codes, which)
     if len(repeated):
         first = repeated[0]
         files = getattr(data.split, name) if data.split.method == "given" else data.interactions.files

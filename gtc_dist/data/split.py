@@ -16,21 +16,25 @@ def merge_duplicates(
 
     Of rows that repeat a pair the earliest is kept: a user's first contact with an item is what orders the history.
     """
-    keys = [item, user] + ([] if split is None else [split])
-    order = np.lexsort(([] if time is None else [time]) + keys)
-    new = np.ones(len(order), bool)
-    new[1:] = False
-    for key in keys:
-        ordered = key[order]
-        new[1:] |= ordered[1:] != ordered[:-1]
-    return order[new]
+    pair = _pair(user, item, split)
+    order = np.argsort(pair)
+    starts = np.flatnonzero(np.diff(pair[order], prepend=-1))
+    rows = order[starts]
+    if time is not None and len(rows) < len(order):  # few rows repeat, so only those are sorted by time
+        sizes = np.diff(np.append(starts, len(order)))
+        group = np.repeat(np.arange(len(starts)), sizes)
+        repeated = np.flatnonzero(np.repeat(sizes > 1, sizes))
+        by_time = repeated[np.lexsort((time[order[repeated]], group[repeated]))]
+        rows[sizes > 1] = order[by_time[np.flatnonzero(np.diff(group[by_time], prepend=-1))]]
+    return rows
 
 
 def repeated_in_train(user: np.ndarray, item: np.ndarray, split: np.ndarray, which: int) -> np.ndarray:
     """Rows of split `which` whose (user, item) is also in train."""
-    pair = user.astype(np.int64) << 32 | item
-    rows = np.flatnonzero(split == which)
-    return rows[np.isin(pair[rows], pair[split == TRAIN])]
+    pair, rows = _pair(user, item), np.flatnonzero(split == which)
+    train = np.sort(pair[split == TRAIN])
+    place = np.searchsorted(train, pair[rows])
+    return rows[np.append(train, -1)[place] == pair[rows]]
 
 
 def k_core(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
@@ -92,6 +96,14 @@ def ratio(user: np.ndarray, valid_share: float, test_share: float, rng: np.rando
     split[order[from_end < np.repeat(test + valid, counts)]] = VALID
     split[order[from_end < np.repeat(test, counts)]] = TEST
     return split
+
+
+def _pair(user: np.ndarray, item: np.ndarray, split: np.ndarray | None = None) -> np.ndarray:
+    """One int64 for each (split, user, item), in their order."""
+    key = user.astype(np.int64)
+    if split is not None:
+        key += split.astype(np.int64) * (int(user.max(initial=0)) + 1)
+    return key * (int(item.max(initial=0)) + 1) + item
 
 
 def _places(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

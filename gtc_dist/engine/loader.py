@@ -120,7 +120,7 @@ class Loader:
             mask = torch.from_numpy((~self.graphs.interacted(who, what)).reshape(len(draws.users), len(negatives)))
         rows = self.options.correlation_rows
         return Batch(
-            **self.planner.plan(users, items, draws),
+            **self.planner.plan(users, items, self._global_pairs(draws), draws.sampler_seed),
             users=torch.from_numpy(user_at),
             positives=torch.from_numpy(positives),
             negatives=torch.from_numpy(negatives.reshape(draws.negatives.shape)),
@@ -132,6 +132,12 @@ class Loader:
             counts=draws.counts,
             correlation_counts=[min(n, -(-rows // self.world.size)) if rows else n for n in draws.counts],
         )
+
+    def _global_pairs(self, draws: Draws) -> np.ndarray:
+        """Interactions of all ranks in this step, int64 [n, 2]: a step's result must not depend on how many ranks
+        share its batch, so each leaves out the edges of all."""
+        mine = torch.from_numpy(np.stack([draws.users, draws.positives], axis=1))
+        return self.world.gather(mine.to(self.world.device), draws.counts).cpu().numpy()
 
 
 def deal(users: np.ndarray, items: np.ndarray, items_total: int, world: World) -> tuple[np.ndarray, np.ndarray]:

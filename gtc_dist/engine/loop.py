@@ -65,7 +65,7 @@ class Trainer:
         self.forward = self.network
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.network, device_ids=devices, broadcast_buffers=False)
+            self.forward = DistributedDataParallel(self.network, device_ids=devices, forward_sync_buffers=False)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.train.lr)
         self.table_lr = config.train.table_lr or config.train.lr
         self.truth = {

@@ -3,13 +3,13 @@
 Both give the same numbers where the sample takes every neighbour; a test holds them to that.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 
 from gtc_dist.data.catalog import CSC
-from gtc_dist.engine.loader import Draws
 from gtc_dist.engine.monitor import Stopwatch
 from gtc_dist.graph.csc import Graphs, edge_of, take
 from gtc_dist.graph.sampling import Layer, Sampler
@@ -47,18 +47,32 @@ class FullPlanner:
         nodes = graphs.nodes
         self.block = Block.build(nodes.indptr, nodes.indices, nodes.weight, users + items).to(device)
         self.audience = whole_audience(graphs).to(device) if options.audience else None
+        # edge ids of an item's users follow those of the users' items; where they stand by source
+        self.first_audience_edge = int(nodes.indptr[users])
+        self.audience_by_source = _position_by_source(nodes, users, items) if options.audience else None
 
-    def plan(self, users: np.ndarray, items: np.ndarray, draws: Draws) -> dict:
-        """Fields of the batch for its unique users [u] and items [i] (catalog indexes)."""
+    def plan(self, users: np.ndarray, items: np.ndarray, pairs: np.ndarray, seed: int) -> dict:
+        """Fields of the batch.
+
+        Args:
+            users, items: the batch's unique ones, [u] and [i], catalog indexes.
+            pairs: int64 [n, 2], interactions of the global batch, whose edges are left out if so configured.
+            seed: of the sampling; not used on the whole graph.
+        """
         self.watch.part("sampling")
         graphs, options = self.graphs, self.options
-        block = self.block
+        block, audience = self.block, self.audience
         if options.exclude_seed_edges:
-            block = _without(self.block, _seed_edges(graphs, draws))
+            to_users, to_items = _seed_edges(graphs, pairs)
+            edges = np.concatenate([to_users, to_items])
+            block = _without(block, edges, edges)  # symmetric: both orders of its edges are alike
+            if audience is not None:
+                edges = to_items - self.first_audience_edge
+                audience = _without(audience, edges, self.audience_by_source[edges])
         fields = {
             **self.routes,
             "features": self.features,
-            "audience": self.audience,
+            "audience": audience,
             "input_nodes": None,
             "blocks": [block] * options.layers,
             "seed_users": graphs.users,
@@ -96,16 +110,15 @@ class SampledPlanner:
         self.norm = 1 / np.sqrt(np.maximum(graphs.nodes.degree, 1)).astype(np.float32)
         self.place = np.zeros(nodes, np.int32)
 
-    def plan(self, users: np.ndarray, items: np.ndarray, draws: Draws) -> dict:
+    def plan(self, users: np.ndarray, items: np.ndarray, pairs: np.ndarray, seed: int) -> dict:
         self.watch.part("sampling")
         U, options = self.graphs.users, self.options
-        self.nodes.seed(draws.sampler_seed)
-        for seed, sampler in enumerate((self.item_item, self.user_user), start=1):
+        for offset, sampler in enumerate((self.nodes, self.item_item, self.user_user)):
             if sampler is not None:
-                sampler.seed(draws.sampler_seed + seed)
+                sampler.seed(seed + offset)
         user_hop, seed_users = self._hop(self.user_user, users, options.user_fanout)
         item_hop, seed_items = self._hop(self.item_item, items, options.item_fanout)
-        excluded = _seed_edges(self.graphs, draws) if options.exclude_seed_edges else None
+        excluded = np.concatenate(_seed_edges(self.graphs, pairs)) if options.exclude_seed_edges else None
 
         frontier = np.concatenate([seed_users, seed_items + U])
         blocks = []
@@ -114,7 +127,7 @@ class SampledPlanner:
             blocks.insert(0, self._block(layer, frontier, excluded))
             frontier = layer.sources
         in_users, in_items = frontier[frontier < U], frontier[frontier >= U] - U
-        audience, in_users = self._audience(in_users, in_items)
+        audience, in_users = self._audience(in_users, in_items, excluded)
         order = np.empty(len(frontier), np.int64)
         order[frontier < U] = np.arange((frontier < U).sum())
         order[frontier >= U] = len(in_users) + np.arange(len(in_items))
@@ -155,7 +168,9 @@ class SampledPlanner:
             weight[np.isin(layer.edges, excluded)] = 0
         return Block.build(layer.indptr, layer.positions, weight, len(layer.sources))
 
-    def _audience(self, in_users: np.ndarray, in_items: np.ndarray) -> tuple[Block | None, np.ndarray]:
+    def _audience(
+        self, in_users: np.ndarray, in_items: np.ndarray, excluded: np.ndarray | None
+    ) -> tuple[Block | None, np.ndarray]:
         """Mean over (sampled) users of each in-item, and the in-users with those users added behind."""
         if not self.options.audience:
             return None, in_users
@@ -170,7 +185,9 @@ class SampledPlanner:
         degree = np.maximum(np.diff(layer.indptr), 1).astype(np.float32)
         if self.options.sampler == "labor" and self.options.user_fanout > 0:
             degree = np.maximum(self.graphs.nodes.degree[in_items + self.graphs.users], 1) / layer.correction
-        weight = (1 / degree)[layer.destination]
+        weight = (1 / degree)[layer.destination].astype(np.float32)
+        if excluded is not None:
+            weight[np.isin(layer.edges, excluded)] = 0
         block = Block.build(layer.indptr, at[layer.positions], weight, len(in_users) + len(more))
         return block, np.concatenate([in_users, more])
 
@@ -191,14 +208,26 @@ def _whole_hop(graph: CSC | None, rows: np.ndarray) -> Block | None:
     return Block.build(indptr, graph.indices[edges], graph.weight[edges], len(graph.indptr) - 1)
 
 
-def _seed_edges(graphs: Graphs, draws: Draws) -> np.ndarray:
-    """Edge ids, both directions, of the batch's own pairs."""
-    users, items = draws.users, draws.positives + graphs.users
-    return np.concatenate([edge_of(graphs.nodes, users, items), edge_of(graphs.nodes, items, users)])
+def _seed_edges(graphs: Graphs, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Edge ids of train interactions [n, 2]: into their users, into their items."""
+    users, items = pairs[:, 0], pairs[:, 1] + graphs.users
+    return edge_of(graphs.nodes, users, items), edge_of(graphs.nodes, items, users)
 
 
-def _without(block: Block, edges: np.ndarray) -> Block:
-    """The whole user-item block with some edges' weights zero. It is symmetric: both orders of its edges are alike."""
-    weight = block.weight.clone()
+def _position_by_source(nodes: CSC, users: int, items: int) -> np.ndarray:
+    """Where each edge user -> item stands when the edges are ordered by source, int64 [E]."""
+    first = nodes.indptr[users]
+    shape = (items, users)
+    number = np.arange(len(nodes.indices) - first)
+    by_item = sp.csr_matrix((number, nodes.indices[first:], nodes.indptr[users:] - first), shape=shape)
+    position = np.empty_like(number)
+    position[by_item.tocsc().data] = number
+    return position
+
+
+def _without(block: Block, edges: np.ndarray, by_source: np.ndarray) -> Block:
+    """The block with the weights of some edges zero; their positions by destination and by source."""
+    weight, t_weight = block.weight.clone(), block.t_weight.clone()
     weight[torch.from_numpy(edges).to(weight.device)] = 0
-    return Block(block.sources, block.indptr, block.indices, weight, block.t_indptr, block.t_indices, weight)
+    t_weight[torch.from_numpy(by_source).to(weight.device)] = 0
+    return replace(block, weight=weight, t_weight=t_weight)

@@ -1,0 +1,326 @@
+"""A Ray cluster of several nodes on this machine, with S3 object storage beside it.
+
+    python cluster/local_cluster.py --nodes 2 --cpus 2
+
+runs until Ctrl-C (or SIGTERM) and prints the lines that submit a job. Every node is a raylet of its own, started with
+`ray start` as on separate machines; token authentication is on. Other Ray clusters of the machine are left alone. On
+exit everything that was started here ends, and object storage is removed with its data. Linux only: what belongs to the
+cluster is recognised by a mark in the environment of its processes (/proc).
+
+The tests use it as well:
+
+    with LocalCluster(nodes=2, cpus=1) as cluster:
+        done = cluster.submit(["python", "-m", "gtc_dist.train", "--config", "configs/demo.yaml"], working_dir=".")
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from seaweed import HOST, SeaweedServer, find_program, free_ports
+
+MARK = "GTC_LOCAL_CLUSTER"
+BUCKET = "gtc"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+WELCOME = f"""
+The cluster is up. In another shell, in the project's folder and its environment (.venv/bin/activate):
+
+    source {{env}}
+    python tools/make_dataset.py --out s3://{BUCKET}/demo/raw
+    python -m gtc_dist.prepare --config configs/demo.yaml \\
+        data.raw=s3://{BUCKET}/demo/raw data.catalog=s3://{BUCKET}/demo/catalog
+    ray job submit --address {{address}} --working-dir . -- \\
+        python -m gtc_dist.train --config configs/demo.yaml cluster.workers={{nodes}} \\
+        data.catalog=s3://{BUCKET}/demo/catalog run.storage=s3://{BUCKET}/demo/runs
+
+The sourced file holds the storage's credentials and where the token is; only you can read it. Dashboard: {{address}}
+(it asks for the token: `ray get-auth-token` prints it). Ctrl-C ends the cluster and removes its data.
+"""
+
+
+class LocalCluster:
+    """One head and `nodes - 1` workers, `cpus` CPUs each, started on entry and ended on exit.
+
+    Args:
+        nodes: raylets, the head included.
+        cpus: CPUs that each of them offers (not tied to real cores).
+        storage: a running S3 server to use; by default the cluster has its own, with the bucket `gtc`.
+        object_store_mb: shared memory of each node.
+        timeout: seconds to wait for the start.
+
+    `env` is the environment for clients: with it, `ray job submit` finds the cluster and is let in. `address` is the
+    job server's URL.
+    """
+
+    def __init__(
+        self,
+        nodes: int = 2,
+        cpus: int = 2,
+        storage: SeaweedServer | None = None,
+        object_store_mb: int = 256,
+        timeout: float = 120,
+    ):
+        if nodes < 1 or cpus < 1:
+            raise ValueError(f"nodes is {nodes} and cpus is {cpus}; both must be at least 1")
+        self.nodes, self.cpus, self.object_store_mb, self.timeout = nodes, cpus, object_store_mb, timeout
+        self.storage, self.owns_storage = storage, storage is None
+        self.mark = secrets.token_hex(16)
+        self.folder: Path | None = None
+        self.processes: list[subprocess.Popen] = []
+        self.address = ""
+        self.env: dict[str, str] = {}
+
+    def start(self) -> "LocalCluster":
+        try:
+            # Short, since Ray puts sockets below it, whose paths may have 107 characters.
+            self.folder = Path(tempfile.mkdtemp(prefix="gtc-ray-"))
+            self.env = self._environment()
+            if self.storage is None:
+                self.storage = SeaweedServer(buckets=[BUCKET], env=self.env).start()
+            self.env |= self.storage.env
+            head = self._start_head()
+            for index in range(1, self.nodes):
+                self._ray_start(f"worker-{index}", f"--address={head}")
+            self._wait(self._all_alive, f"{self.nodes} nodes")
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def stop(self) -> None:
+        """End all that was started, by process id, and remove the cluster's files. Safe to call twice."""
+        for process in reversed(self.processes):
+            process.terminate()  # `ray start --block` ends its own processes then
+        deadline = time.monotonic() + 10
+        for process in self.processes:
+            try:
+                process.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.processes.clear()
+        if self.owns_storage and self.storage is not None:
+            self.storage.stop()
+            self.storage = None
+        while left := self.running():  # whatever detached itself, jobs for instance
+            for pid in left:
+                _signal(pid, signal.SIGKILL)
+            time.sleep(0.05)
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = None
+
+    def running(self) -> list[int]:
+        """Process ids that belong to this cluster, however far they are from the process that started them."""
+        mark = f"{MARK}={self.mark}".encode()
+        return [pid for pid in _process_ids() if mark in _environment_of(pid).split(b"\0")]
+
+    def __enter__(self) -> "LocalCluster":
+        return self.start()
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def submit(
+        self,
+        command: Sequence[str],
+        working_dir: str | os.PathLike | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> subprocess.CompletedProcess:
+        """`ray job submit -- command`, followed until it ends.
+
+        Args:
+            working_dir: folder that is uploaded and in which the command runs (files in .gitignore are left out).
+            env: variables for the job.
+            timeout: seconds until subprocess.TimeoutExpired is raised.
+
+        Returns:
+            returncode and stdout (the job's output among Ray's, as text).
+        """
+        where = [] if working_dir is None else ["--working-dir", os.fspath(working_dir)]
+        runtime = ["--runtime-env-json", json.dumps({"env_vars": dict(env)})] if env else []
+        return subprocess.run(
+            [find_program("ray"), "job", "submit", "--address", self.address, *where, *runtime, "--", *command],
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=timeout,
+        )
+
+    def write_env_file(self) -> Path:
+        """A file that only its owner may read, with the `export` lines for a shell."""
+        names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", *self.storage.env)
+        exports = {name: self.env[name] for name in names} | {"RAY_API_SERVER_ADDRESS": self.address}
+        path = self.folder / "env"
+        path.touch(mode=0o600)
+        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in exports.items()]
+        path.write_text("unset RAY_ADDRESS RAY_AUTH_TOKEN\n" + "".join(lines))  # they would come first
+        return path
+
+    def _environment(self) -> dict[str, str]:
+        env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_ID", MARK)}
+        token = self.folder / "auth_token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))  # as `ray get-auth-token --generate` makes it, but not in ~/.ray
+        return env | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)]),  # jobs' `python`
+            MARK: self.mark,
+        }
+
+    def _start_head(self) -> str:
+        """Start the head; returns the address that workers join."""
+        for attempt in range(3):  # a port may be taken between asking for it and using it
+            port, dashboard, client = free_ports(3)
+            self.address = f"http://{HOST}:{dashboard}"
+            process = self._ray_start(
+                "head",
+                "--head",
+                f"--port={port}",
+                "--include-dashboard=true",
+                f"--dashboard-host={HOST}",
+                f"--dashboard-port={dashboard}",
+                f"--ray-client-server-port={client}",
+            )
+            joined = self.folder / "head" / "ray_current_cluster"  # written once the head is up
+            try:
+                self._wait(lambda path=joined: path.exists() and path.read_text().strip(), "the head")
+                return joined.read_text().strip()
+            except RuntimeError:
+                if attempt == 2 or process.poll() is None:
+                    raise
+                self.processes.remove(process)
+        raise AssertionError("unreachable")
+
+    def _ray_start(self, name: str, *flags: str) -> subprocess.Popen:
+        ports = free_ports(6)
+        kinds = (
+            "node-manager-port",
+            "object-manager-port",
+            "dashboard-agent-listen-port",
+            "dashboard-agent-grpc-port",
+            "runtime-env-agent-port",
+            "metrics-export-port",
+        )
+        with open(self.folder / f"{name}.log", "wb") as log:
+            process = subprocess.Popen(
+                [
+                    find_program("ray"),
+                    "start",
+                    "--block",
+                    "--disable-usage-stats",
+                    "--log-style=record",
+                    f"--node-name={name}",
+                    f"--num-cpus={self.cpus}",
+                    f"--object-store-memory={self.object_store_mb << 20}",
+                    f"--temp-dir={self.folder / name}",
+                    "--min-worker-port=0",  # any free port: the nodes share one machine
+                    "--max-worker-port=0",
+                    *(f"--{kind}={port}" for kind, port in zip(kinds, ports, strict=True)),
+                    *flags,
+                ],
+                env=self.env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C in the terminal reaches us, and we end the nodes in order
+            )
+        self.processes.append(process)
+        return process
+
+    def dead(self) -> subprocess.Popen | None:
+        """A node that ended by itself, if there is one."""
+        return next((process for process in self.processes if process.poll() is not None), None)
+
+    def _wait(self, done: Callable[[], object], what: str) -> None:
+        deadline = time.monotonic() + self.timeout
+        while not done():
+            ended = self.dead()
+            if ended is not None or time.monotonic() > deadline:
+                why = "a node ended" if ended is not None else f"{self.timeout:g} s have passed"
+                raise RuntimeError(f"waited for {what} to start, but {why}:\n{self.log_tails()}")
+            time.sleep(0.2)
+
+    def _all_alive(self) -> bool:
+        """Whether the job server answers and knows every node."""
+        try:
+            summary = self._get("/nodes?view=summary")["data"]["summary"]
+        except (urllib.error.URLError, OSError, KeyError, ValueError):
+            return False
+        return sum(node.get("raylet", {}).get("state") == "ALIVE" for node in summary) == self.nodes
+
+    def _get(self, path: str) -> dict:
+        token = Path(self.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+        request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return json.load(response)
+
+    def log_tails(self) -> str:
+        return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-1500:]}" for log in self.folder.glob("*.log"))
+
+
+def _process_ids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+
+
+def _environment_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # ended, or another user's
+        return b""
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--nodes", type=int, default=2, help="raylets, the head included (default %(default)s)")
+    parser.add_argument("--cpus", type=int, default=2, help="CPUs that each offers (default %(default)s)")
+    parser.add_argument("--object-store-mb", type=int, default=256, help="shared memory of each (default %(default)s)")
+    args = parser.parse_args()
+    if args.nodes < 1 or args.cpus < 1:
+        parser.error("--nodes and --cpus must be at least 1")
+
+    def interrupt(*_) -> None:
+        for number in SIGNALS:  # once: the clean-up runs to its end
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
+    print(f"starting {args.nodes} Ray nodes with {args.cpus} CPUs each, and object storage ...", flush=True)
+    try:
+        with LocalCluster(args.nodes, args.cpus, object_store_mb=args.object_store_mb) as cluster:
+            print(WELCOME.format(env=cluster.write_env_file(), address=cluster.address, nodes=args.nodes), flush=True)
+            while (ended := cluster.dead()) is None:
+                time.sleep(1)
+            print(f"error: a node ended with status {ended.returncode}\n{cluster.log_tails()}", file=sys.stderr)
+            return 1
+    except KeyboardInterrupt:
+        print("the cluster has ended", flush=True)
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

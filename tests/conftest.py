@@ -1,0 +1,64 @@
+"""Fixtures that are real things: a local Ray cluster and an S3 server, each started once for all tests."""
+
+import os
+import secrets
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "cluster"))  # scripts, not a package
+
+from seaweed import SeaweedServer
+
+# Set before ray, torch or numpy are imported, since they read it at import.
+os.environ.update(
+    {
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else ray.init would write one into the home folder
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about CUDA_VISIBLE_DEVICES
+    }
+)
+for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
+    os.environ.pop(name, None)
+
+BUCKET = "gtc-test"
+OBJECT_STORE_BYTES = 400 << 20
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """An S3 server (SeaweedFS); the environment of this process and its children points to it."""
+    with SeaweedServer(buckets=[BUCKET]) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.env.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server) -> str:
+    """A prefix of its own in the S3 server, as a URI."""
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def ray_local(s3_server):
+    """A local Ray cluster of 4 CPUs. Needs the S3 server first, since workers inherit the environment at ray.init."""
+    import ray
+
+    context = ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield context
+    ray.shutdown()

@@ -1,0 +1,80 @@
+"""A small catalog with structure, made without Ray, and configurations for it."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from gtc_dist.config import Config, build_config
+from gtc_dist.data.catalog import SPLITS, Catalog, CatalogWriter, ModalityEntry
+from gtc_dist.graph import build
+
+
+def small_config(catalog: str, storage: str = "runs", **sections) -> Config:
+    """A configuration for a small catalog; `sections` are merged over it, e.g. model={"width": 8}."""
+    tree = {
+        "data": {"raw": "raw", "catalog": catalog},
+        "run": {"storage": storage, "name": "small"},
+        "train": {"batch_size": 32, "epochs": 2},
+        "model": {"width": 8, "diffusion": {"steps": 20, "start_step": 5, "ddim_steps": 2, "hidden": 16}},
+    }
+    return build_config(_merge(tree, sections), "test")
+
+
+def _merge(below: dict, above: dict) -> dict:
+    out = dict(below)
+    for key, value in above.items():
+        out[key] = _merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def small_catalog(uri: str | Path, users=60, items=40, modalities=2, seed=0, per_user=8, cold=3) -> Catalog:
+    """Users and items in four groups that like each other; features tell an item's group. The last `cold` items have
+    no train interaction."""
+    rng = np.random.default_rng(seed)
+    user_group, item_group = rng.integers(0, 4, users), rng.integers(0, 4, items)
+    taste = 1.0 + 8.0 * (user_group[:, None] == item_group[None, :])
+    noise = rng.gumbel(size=(users, items))
+    order = np.argsort(-(np.log(taste) + noise), axis=1)[:, :per_user]
+    split = {name: ([], []) for name in SPLITS}
+    for user in range(users):
+        for place, item in enumerate(order[user]):
+            name = "test" if place == 0 else "valid" if place == 1 else "train"
+            if name == "train" and item >= items - cold:
+                continue
+            split[name][0].append(user)
+            split[name][1].append(int(item))
+    split = {name: (np.array(u, np.int32), np.array(i, np.int32)) for name, (u, i) in split.items()}
+
+    writer = CatalogWriter(str(uri))
+    for name, (user, item) in split.items():
+        writer.interactions(name, user, item)
+    writer.ids("users", pa.array([f"u{n:03d}" for n in range(users)]))
+    writer.ids("items", pa.array(np.arange(items, dtype=np.int64) * 7 + 100))
+    item_user, user_item = build.user_item(*split["train"], users, items)
+    features = {}
+    for m in range(modalities):
+        centres = rng.normal(size=(4, 6 + m)) * 2
+        vectors = centres[item_group] + rng.normal(size=(items, 6 + m))
+        features[f"m{m}"] = ((vectors - vectors.mean(0)) / vectors.std(0)).astype(np.float16)
+        writer.features(f"m{m}", 0, 0, features[f"m{m}"])
+    graphs = {
+        "item_user": item_user,
+        "user_item": user_item,
+        "item_item": build.item_item(features, dict.fromkeys(features, 1.0), 3, 1),
+        "user_user": build.user_user(item_user, items, 5, 1000, 0),
+    }
+    for name, graph in graphs.items():
+        writer.graph(name, graph)
+    entries = {n: ModalityEntry(dim=f.shape[1], raw_dim=f.shape[1], missing=0) for n, f in features.items()}
+    writer.finish(
+        fingerprint=f"small-{seed}",
+        users=users,
+        items=items,
+        interactions={name: len(pair[0]) for name, pair in split.items()},
+        cold_items=int((user_item.degree == 0).sum()),
+        modalities=entries,
+        graphs={name: len(graph.indices) for name, graph in graphs.items()},
+        dropped={},
+    )
+    return Catalog(str(uri))

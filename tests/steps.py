@@ -1,0 +1,100 @@
+"""One training step on given draws, for tests that compare worlds and planners."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from gtc_dist.config import Config
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.engine.build import build_loader, build_network, load_features, load_graphs
+from gtc_dist.engine.loader import Draws, Loader
+from gtc_dist.model.collectives import World
+from gtc_dist.model.table import RowTable
+
+
+def loader_of(config: Config, catalog: Catalog, world: World, network) -> Loader:
+    users, items = catalog.interactions("train")
+    mine = slice(world.rank, None, world.size)
+    thread_world = world.split()
+    features = load_features(network.shape, catalog, thread_world)
+    graphs = load_graphs(config, catalog)
+    return build_loader(config, network, users[mine], items[mine], graphs, features, thread_world)
+
+
+def global_draws(config: Config, catalog: Catalog) -> Draws:
+    """Draws of a batch of 24 pairs, as a world of one makes them."""
+    network, _ = build_network(config, catalog, World())
+    loader = loader_of(config, catalog, World(), network)
+    rows = np.random.default_rng(3).permutation(len(loader.users))[:24]
+    return replace(loader.draw(1, 0, rows), counts=[len(rows)])
+
+
+def share(draws: Draws, rank: int, counts: list[int]) -> Draws:
+    """A rank's contiguous part of global draws."""
+    start = sum(counts[:rank])
+    rows = slice(start, start + counts[rank])
+    negatives = draws.negatives[rows] if draws.negatives.ndim == 2 else draws.negatives
+    return replace(
+        draws,
+        users=draws.users[rows],
+        positives=draws.positives[rows],
+        negatives=negatives,
+        timesteps=draws.timesteps[rows],
+        noise=draws.noise[:, rows],
+        counts=counts,
+    )
+
+
+def set_away_from_start(network, seed: int = 11) -> None:
+    """Random dense weights, also where training starts at zero, so that every path matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def step(world: World, catalog_uri: str, config: Config, draws: Draws, counts: list[int]) -> dict:
+    """Loss parts of the global batch and all gradients: dense ones as DDP leaves them, tables' as dense rows."""
+    catalog = Catalog(catalog_uri)
+    network, tables = build_network(config, catalog, world)
+    set_away_from_start(network)
+    loader = loader_of(config, catalog, world, network)
+    forward = DistributedDataParallel(network, forward_sync_buffers=False) if world.size > 1 else network
+    batch = loader.assemble(share(draws, world.rank, counts))
+    loss, parts = forward(batch, tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route))
+    loss.backward()
+    names = sorted(parts)
+    summed = world.sum(torch.stack([parts[name] for name in names]))
+    return {
+        "parts": dict(zip(names, summed.tolist(), strict=True)),
+        "dense": {name: p.grad for name, p in network.named_parameters()},
+        "tables": {table.name: whole_gradient(table) for table in tables.all()},
+    }
+
+
+def whole_gradient(table: RowTable) -> torch.Tensor:
+    """A table's gradient over all ranks as one dense matrix."""
+    rows, values = table.gradient()
+    dense = torch.zeros_like(table.weight)
+    if rows is None:
+        dense += values
+    else:
+        dense[rows] = values
+    return table.world.gather(
+        dense,
+        [table.world.range(table.rows, r)[1] - table.world.range(table.rows, r)[0] for r in range(table.world.size)],
+    )
+
+
+def assert_same_step(got: dict, want: dict, rtol: float = 2e-4, atol: float = 2e-6) -> None:
+    assert got["parts"] == {name: pytest.approx(value, rel=1e-4) for name, value in want["parts"].items()}
+    for kind in ("dense", "tables"):
+        assert got[kind].keys() == want[kind].keys()
+        for name, gradient in want[kind].items():
+            torch.testing.assert_close(
+                got[kind][name], gradient, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+            )

@@ -1,0 +1,184 @@
+"""The whole network against a slow dense reference, and its switches."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from small import small_catalog, small_config
+from steps import global_draws, loader_of, set_away_from_start
+
+from gtc_dist.data.catalog import CSC, Catalog
+from gtc_dist.engine.build import build_network, load_graphs
+from gtc_dist.model.collectives import World
+
+VARIANTS = {
+    "as in the paper": {},
+    "condition on the item alone": {"diffusion": {"condition": "item"}},
+    "no filter": {"diffusion": {"enabled": False}},
+    "no total correlation": {"correlation": {"enabled": False}},
+    "no gate": {"gate": False},
+    "no hops": {"item_hop": False, "user_hop": False},
+    "no convolution": {"layers": 0},
+    "three layers": {"layers": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def catalogs(tmp_path_factory):
+    return {m: small_catalog(tmp_path_factory.mktemp("c") / "c", modalities=m) for m in (1, 2, 5)}
+
+
+def dense(graph: CSC, sources: int) -> torch.Tensor:
+    out = torch.zeros(len(graph.indptr) - 1, sources)
+    for c in range(len(graph.indptr) - 1):
+        for e in range(graph.indptr[c], graph.indptr[c + 1]):
+            out[c, graph.indices[e]] += float(graph.weight[e])
+    return out
+
+
+def reference(network, tables, catalog: Catalog, config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of all users and items, with dense matrices and no shared code for graph and gate."""
+    S, D, U = network.S, network.D, catalog.users
+    rows = tables.user.weight
+    preference = torch.stack([F.normalize(rows[:, s * D : (s + 1) * D], dim=1) for s in range(S)], dim=1)
+    user_weight = S * torch.softmax(rows[:, S * D :], dim=1)
+    ids = tables.item.weight
+    audience = (dense(catalog.graph("user_item"), U) > 0).float()
+    audience = audience / audience.sum(1, keepdim=True).clamp(min=1)
+    streams = [ids]
+    for s, name in enumerate(network.shape.modalities, start=1):
+        features = torch.from_numpy(catalog.features(name).astype(np.float32))
+        x0 = network.project[name](features)
+        x0 = x0 / x0.square().mean(1, keepdim=True).add(torch.finfo(torch.float32).eps).sqrt()
+        if config.model.diffusion.enabled:
+            c = ids / ids.square().mean(1, keepdim=True).add(torch.finfo(torch.float32).eps).sqrt()
+            if config.model.diffusion.condition == "audience":
+                c = torch.cat([c, D**0.5 * (audience @ preference[:, s])], dim=1)
+            x0 = network.filters[name](x0, c)
+        streams.append(x0)
+    streams = torch.stack([F.normalize(x, dim=1) for x in streams], dim=1)
+    gate = torch.full((catalog.items, S), 1 / S)
+    if config.model.gate:
+        for i in range(catalog.items):
+            cosine = streams[i] @ streams[i].T
+            agreement = torch.stack([(cosine[s].sum() - cosine[s, s]) / (S - 1) for s in range(S)])
+            gate[i] = torch.softmax(network.gate_scale * agreement, dim=0)
+    fused = sum(gate[:, s : s + 1] * streams[:, s] for s in range(S))
+    first = F.normalize(streams[:, 0] + fused, dim=1)
+    streams = torch.cat([first[:, None], streams[:, 1:]], dim=1) * S * gate[:, :, None]
+    nodes = torch.cat([preference.flatten(1), streams.flatten(1)])
+    items = catalog.items
+    A = torch.zeros(U + items, U + items)
+    A[:U, U:] = dense(catalog.graph("item_user"), items)
+    A[U:, :U] = dense(catalog.graph("user_item"), U)
+    out = sum(torch.linalg.matrix_power(A, k) @ nodes for k in range(config.model.layers + 1))
+    users = out[:U] * user_weight.repeat_interleave(D, dim=1)
+    item_out = out[U:]
+    if config.model.user_hop:
+        users = users + dense(catalog.graph("user_user"), U) @ users
+    if config.model.item_hop:
+        item_out = item_out + dense(catalog.graph("item_item"), items) @ item_out
+    return users, item_out
+
+
+def setup(catalog, **sections):
+    sections.setdefault("train", {})
+    sections["train"] = {"exclude_seed_edges": False, **sections["train"]}
+    config = small_config(catalog.uri, **sections)
+    network, tables = build_network(config, catalog, World())
+    set_away_from_start(network)
+    tables.user.weight += 0.3 * torch.randn(tables.user.weight.shape, generator=torch.Generator().manual_seed(1))
+    return config, network, tables
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_embeddings_match_the_dense_reference(catalogs, name):
+    catalog = catalogs[2]
+    config, network, tables = setup(catalog, model=VARIANTS[name])
+    users, items = reference(network, tables, catalog, config)
+    batch = loader_of(config, catalog, World(), network).assemble(global_draws(config, catalog))
+    out = network.embed(batch, tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route))
+    torch.testing.assert_close(out["users"], users[batch.user_rows], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out["items"], items[batch.item_ids], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("modalities", [1, 5])
+def test_any_number_of_modalities(catalogs, modalities):
+    catalog = catalogs[modalities]
+    config, network, tables = setup(catalog)
+    users, items = reference(network, tables, catalog, config)
+    batch = loader_of(config, catalog, World(), network).assemble(global_draws(config, catalog))
+    out = network.embed(batch, tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route))
+    assert modalities + 1 == network.S
+    torch.testing.assert_close(out["items"], items[batch.item_ids], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out["users"], users[batch.user_rows], rtol=1e-4, atol=1e-5)
+
+
+def test_a_chosen_modality_alone(catalogs):
+    _config, network, _ = setup(catalogs[5], model={"modalities": ["m3"]})
+    assert list(network.shape.modalities) == ["m3"]
+    assert network.S == 2
+
+
+@pytest.mark.parametrize("negatives", [{"mode": "uniform", "count": 3}, {"mode": "shared", "count": 7}])
+def test_ranking_and_l2_losses_by_loops(catalogs, negatives):
+    config, network, tables = setup(catalogs[2], train={"negatives": negatives})
+    batch = loader_of(config, catalogs[2], World(), network).assemble(global_draws(config, catalogs[2]))
+    user_rows, item_rows = tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route)
+    e = network.embed(batch, user_rows, item_rows)
+    _, parts = network(batch, user_rows, item_rows)
+    bpr, l2 = [], []
+    for n in range(len(batch.users)):
+        user, positive = e["users"][batch.users[n]], e["items"][batch.positives[n]]
+        pool = batch.negatives[n] if batch.negatives.dim() == 2 else batch.negatives
+        allowed = [k for k in range(len(pool)) if batch.negative_mask is None or batch.negative_mask[n, k]]
+        scores = [(user * positive).sum() - (user * e["items"][pool[k]]).sum() for k in allowed]
+        bpr.append(sum(-torch.log(torch.sigmoid(s)) for s in scores) / max(len(scores), 1))
+        ego = [user_rows[batch.ego_users[batch.users[n]]], item_rows[batch.ego_items[batch.positives[n]]]]
+        other = sum(item_rows[batch.ego_items[k]].square().sum() for k in pool) / len(pool)
+        l2.append(0.5 * (sum(row.square().sum() for row in ego) + other))
+    assert float(parts["bpr"]) == pytest.approx(float(sum(bpr).detach()) / len(bpr), rel=1e-4)
+    assert float(parts["l2"]) == pytest.approx(float(sum(l2).detach()) / len(l2), rel=1e-4)
+
+
+def test_the_denoisers_are_trained_and_the_diffusion_loss_leaves_the_content_alone(catalogs):
+    """The paper's code never registered its denoisers. And with a gradient into the content, the cheapest denoising
+    would be content without content."""
+    config, network, tables = setup(catalogs[2], train={"w_diff": 1.0})
+    names = dict(network.named_parameters())
+    assert any(name.startswith("filters.m0.denoiser") for name in names)
+    batch = loader_of(config, catalogs[2], World(), network).assemble(global_draws(config, catalogs[2]))
+    user_rows, item_rows = tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route)
+    e = network.embed(batch, user_rows, item_rows)
+    loss = network._diffusion(item_rows, e, batch.ego_items[batch.positives], batch).sum()
+    gradients = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
+    for name, gradient in zip(names, gradients, strict=True):
+        trained = gradient is not None and bool(gradient.abs().sum() > 0)
+        assert trained == ("denoiser" in name), name
+
+
+def test_the_weights_of_the_loss_parts(catalogs):
+    weights = {"w_tc": 0.3, "w_diff": 0.2, "w_reg": 0.1}
+    config, network, tables = setup(catalogs[2], train=weights)
+    batch = loader_of(config, catalogs[2], World(), network).assemble(global_draws(config, catalogs[2]))
+    loss, parts = network(batch, tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route))
+    want = parts["bpr"] + 0.3 * parts["tc"] + 0.2 * parts["diffusion"] + 0.1 * parts["l2"]
+    assert float(loss.detach()) == pytest.approx(float(want), rel=1e-5)
+
+
+def test_what_is_watched(catalogs):
+    _config, network, tables = setup(catalogs[2])
+    content = network.content({n: torch.from_numpy(catalogs[2].features(n)) for n in network.shape.modalities})
+    streams = network.streams(tables.item.weight, content)
+    untouched = network.watch(streams, content, content)
+    assert untouched["kept_energy/m0"].tolist() == pytest.approx([1.0] * catalogs[2].items)
+    halved = network.watch(streams, content, {name: x / 2 for name, x in content.items()})
+    assert halved["kept_energy/m0"].tolist() == pytest.approx([0.75] * catalogs[2].items, rel=1e-5)
+    assert sum(float(untouched[f"gate/{s}"][0]) for s in ("id", "m0", "m1")) == pytest.approx(1.0)
+
+
+def test_graph_hops_are_not_loaded_where_unused(catalogs):
+    config = small_config(catalogs[2].uri, model={"item_hop": False})
+    graphs = load_graphs(config, catalogs[2])
+    assert graphs.item_item is None
+    assert graphs.user_user is not None

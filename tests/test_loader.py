@@ -1,0 +1,157 @@
+"""Batches: every interaction once an epoch, true negatives, deterministic, errors that arrive."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import small_catalog, small_config
+from steps import loader_of
+from worlds import run_ranks
+
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.engine.build import build_network
+from gtc_dist.engine.loader import Loader, _prefetch, deal
+from gtc_dist.errors import InputError
+from gtc_dist.graph.csc import Graphs, absent_source, both_directions, by_destination, edge_of, take
+from gtc_dist.model.collectives import World
+
+CATALOG_USERS, CATALOG_ITEMS = 60, 40
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    return small_catalog(tmp_path_factory.mktemp("catalog") / "c", CATALOG_USERS, CATALOG_ITEMS)
+
+
+def make_loader(world: World, catalog: Catalog, **sections) -> Loader:
+    config = small_config(catalog.uri, **sections)
+    network, _ = build_network(config, catalog, world)
+    return loader_of(config, catalog, world, network)
+
+
+def pairs_of(batch) -> list[tuple[int, int]]:
+    """Catalog indexes of a full-mode batch's pairs."""
+    users = batch.user_rows[batch.users]
+    return list(zip(users.tolist(), batch.item_ids[batch.positives].tolist(), strict=True))
+
+
+def test_an_epoch_holds_every_interaction_once_and_the_next_in_another_order(catalog):
+    loader = make_loader(World(), catalog)
+    epochs = [[pair for batch in loader.epoch(n) for pair in pairs_of(batch)] for n in (1, 1, 2)]
+    users, items = catalog.interactions("train")
+    assert sorted(epochs[0]) == sorted(zip(users.tolist(), items.tolist(), strict=True))
+    assert epochs[0] == epochs[1]
+    assert epochs[0] != epochs[2]
+    assert sorted(epochs[0]) == sorted(epochs[2])
+
+
+def test_batches_differ_by_one_pair_at_most(catalog):
+    loader = make_loader(World(), catalog)
+    sizes = [sum(loader.counts(step)) for step in range(loader.steps)]
+    assert loader.steps == -(-len(loader.users) // 32)
+    assert sum(sizes) == len(loader.users)
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("negatives", [{"mode": "uniform", "count": 3}, {"mode": "shared", "count": 20}])
+def test_negatives_are_never_train_positives_of_their_user(catalog, negatives):
+    loader = make_loader(World(), catalog, train={"negatives": negatives})
+    known = set(zip(*(a.tolist() for a in catalog.interactions("train")), strict=True))
+    drawn = set()
+    for batch in loader.epoch(1):
+        users = batch.user_rows[batch.users].tolist()
+        items = batch.item_ids[batch.negatives]
+        for n, user in enumerate(users):
+            if batch.negative_mask is None:
+                mine = items[n].tolist()
+            else:
+                mine = items[batch.negative_mask[n]].tolist()
+                masked = items[~batch.negative_mask[n]].tolist()
+                assert all((user, item) in known for item in masked)
+            assert not any((user, item) in known for item in mine)
+            drawn.update(mine)
+    assert len(drawn) == CATALOG_ITEMS  # cold items too
+
+
+def test_uniform_negatives_are_uniform_over_the_others(catalog):
+    graphs = Graphs.load(catalog)
+    user = int(graphs.user_degree.argmax())
+    drawn = graphs.draw_negatives(np.full(40_000, user), np.random.default_rng(0))
+    counts = np.bincount(drawn, minlength=graphs.items)
+    mine = catalog.interactions("train")[1][catalog.interactions("train")[0] == user]
+    assert (counts[mine] == 0).all()
+    others = np.delete(counts, mine)
+    assert abs(others / 40_000 - 1 / len(others)).max() < 5 * np.sqrt(1 / len(others) / 40_000)
+
+
+def test_a_user_with_every_item_is_refused():
+    item_user = by_destination(np.array([0, 0, 1]), np.array([0, 1, 0]), 2)
+    user_item = by_destination(np.array([0, 1, 0]), np.array([0, 0, 1]), 2)
+    graphs = Graphs(2, 2, both_directions(item_user, user_item))
+    options = type("O", (), {"batch_size": 2})()
+    with pytest.raises(InputError, match="index 0 interacted with all 2 items"):
+        Loader(np.array([0, 0, 1]), np.array([0, 1, 0]), graphs, None, options, World())
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sets(st.tuples(st.integers(0, 6), st.integers(0, 9))), st.integers(0, 6), st.integers(0, 9))
+def test_graph_look_ups_match_sets(pairs, destination, source):
+    d, s = (np.array([p[k] for p in sorted(pairs)], dtype=np.int64) for k in (0, 1))
+    graph = by_destination(d, s, 7)
+    found = edge_of(graph, np.array([destination]), np.array([source]))[0]
+    assert (found >= 0) == ((destination, source) in pairs)
+    if found >= 0:
+        assert graph.indices[found] == source
+    mine = sorted(item for who, item in pairs if who == destination)
+    absent = [item for item in range(10) if item not in mine]
+    got = absent_source(graph, np.full(len(absent), destination), np.arange(len(absent)))
+    assert got.tolist() == absent
+    indptr, edges = take(graph, np.array([destination, destination]))
+    assert indptr.tolist() == [0, len(mine), 2 * len(mine)]
+    assert graph.indices[edges].tolist() == mine * 2
+
+
+def deal_parts(world: World, scattered: bool) -> dict:
+    """The same 101 interactions, read by the ranks in two different ways."""
+    users, items = np.arange(101, dtype=np.int32) % 13, (np.arange(101, dtype=np.int32) * 7) % 50
+    mine = np.arange(101) % world.size == world.rank if scattered else np.full(101, world.rank == 0)
+    u, i = deal(users[mine], items[mine], 50, world)
+    return {"users": torch.from_numpy(u), "items": torch.from_numpy(i)}
+
+
+def test_who_reads_an_interaction_does_not_decide_who_trains_on_it():
+    one, other = run_ranks(deal_parts, 2, True), run_ranks(deal_parts, 2, False)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a["users"], b["users"])
+        assert torch.equal(a["items"], b["items"])
+        assert 30 < len(a["users"]) < 71
+    assert sum(len(a["users"]) for a in one) == 101
+
+
+def test_errors_of_the_prefetch_thread_are_raised_here():
+    def source():
+        yield 1
+        raise KeyError("from the thread")
+
+    results = _prefetch(source(), 2)
+    assert next(results) == 1
+    with pytest.raises(KeyError, match="from the thread"):
+        next(results)
+
+
+def test_leaving_early_ends_the_prefetch_thread():
+    import threading
+
+    produced = []
+
+    def source():
+        for n in range(10_000):
+            produced.append(n)
+            yield n
+
+    results = _prefetch(source(), 2)
+    assert next(results) == 0
+    results.close()
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+    assert len(produced) < 10

@@ -1,0 +1,28 @@
+"""Run a function on the ranks of a world: one process each, gloo, one thread."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from gtc_dist.model.collectives import World
+
+
+def run_ranks(function, size: int, *args) -> list:
+    """What `function(world, *args)` returns on each rank: tensors, numbers, and lists or dictionaries of them."""
+    if size == 1:
+        return [function(World(), *args)]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (size, folder, function, args), nprocs=size)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def _rank(rank: int, size: int, folder: str, function, args) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    world = World(rank, size).split()
+    torch.save(function(world, *args), Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
