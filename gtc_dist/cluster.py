@@ -15,12 +15,13 @@ MIN_OBJECT_STORE = 512 << 20
 MAX_OBJECT_STORE = 2 << 30
 
 
-def connect(num_cpus_needed: int = 1) -> None:
+def connect(num_cpus_needed: int = 1, dashboard: bool = False) -> None:
     """Make sure that this process is connected to a Ray cluster; nothing happens if it already is.
 
     Args:
         num_cpus_needed: logical CPUs that a local cluster offers at least, even on a machine with fewer cores. A
             cluster that is joined keeps its own count.
+        dashboard: start Ray's dashboard with a local cluster; Ray Train asks it for the state of its actors.
     """
     # Says on every start that token authentication is on, which the README explains.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
@@ -32,7 +33,7 @@ def connect(num_cpus_needed: int = 1) -> None:
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, num_cpus_needed),
                 object_store_memory=object_store_bytes(),
-                include_dashboard=False,
+                include_dashboard=dashboard,
                 logging_level=logging.WARNING,
             )
     quiet()

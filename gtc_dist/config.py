@@ -126,7 +126,7 @@ class Train(Section):
     batch_size: Positive = 2048  # interactions a step over all ranks
     seed: int = 0
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    table_lr: Annotated[float, Field(gt=0)] | None = None  # for id, preference and stream-weight tables; None: lr
+    table_lr: Annotated[float, Field(gt=0)] = 2e-3  # for the id, preference and stream-weight tables
     negatives: Negatives = Negatives()
     exclude_seed_edges: bool = True  # leave the batch's own edges out of the graph that they are predicted from
     w_tc: Weight = 0.4  # weight of the total-correlation loss
@@ -258,7 +258,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Args:
         path: YAML file.
-        overrides: `a.b=c`, the value read as YAML (`train.lr=1e-3`, `model.fanout=[10,10]`, `train.table_lr=null`).
+        overrides: `a.b=c`, the value read as YAML (`train.lr=1e-3`, `model.fanout=[10,10]`, `cluster.threads=null`).
 
     Raises:
         InputError: missing file, bad YAML, unknown key (with the nearest known one), wrong type or value.

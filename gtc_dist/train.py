@@ -8,7 +8,6 @@ run.storage/run.name gets the resolved config.yaml, metrics.jsonl, metrics.json,
 """
 
 import argparse
-import json
 import logging
 import os
 
@@ -32,11 +31,11 @@ def main(argv: list[str] | None = None) -> None:
     run = storage.join(config.run.storage, config.run.name)
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
     check(config, catalog, run)
-    connect(config.cluster.workers + 1)
+    connect(config.cluster.workers + 1, dashboard=True)
     resources = worker_resources(config)
     storage.write_bytes(storage.join(run, CONFIG), yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
     result = fit(config, catalog, run, resources)
-    print(json.dumps({"run": run, **result}))
+    print(summary(run, result))
 
 
 def with_absolute_uris(config: Config) -> Config:
@@ -113,6 +112,18 @@ def fit(config: Config, catalog: Catalog, run: str, resources: dict[str, float])
     )
     trainer.fit()
     return storage.read_json(storage.join(run, "metrics.json"))
+
+
+def summary(run: str, result: dict) -> str:
+    """What metrics.json holds, for a person."""
+    shown = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@20")
+    lines = [f"run {run}: best epoch {result['best_epoch']} of {result['last_epoch']}, {result['seconds']:.0f} s"]
+    rows = {"valid": result["valid"]["overall"], "test": result["test"]["overall"], "popularity": result["popularity"]}
+    lines += [
+        f"{name:>10}  " + "  ".join(f"{metric} {values[metric]:.4f}" for metric in shown)
+        for name, values in rows.items()
+    ]
+    return "\n".join(lines)
 
 
 def train_rank(settings: dict) -> None:

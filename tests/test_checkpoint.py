@@ -89,7 +89,7 @@ def test_nothing_pickled_is_loaded(tmp_path):
         str(tmp_path / "dense.pt"), (tmp_path / "dense.pt").read_bytes()
     ).sha256
     storage.write_json(str(tmp_path / "manifest.json"), manifest)
-    with pytest.raises(Exception, match="(?i)weights.only|unsupported"):
+    with pytest.raises(Exception, match=r"(?i)weights.only|unsupported"):
         checkpoint.load(str(tmp_path), tables_of(World(), 1))
 
 

@@ -29,13 +29,13 @@ def test_overrides_are_read_as_yaml(tmp_path):
         "train.lr=1e-4",
         "model.fanout=[3,4]",
         "model.propagation=sampled",
-        "train.table_lr=null",
+        "cluster.threads=null",
         "run.name=x",
     ]
     config = load_config(write(tmp_path, MINIMAL), overrides)
     assert config.train.lr == 1e-4
     assert config.model.fanout == [3, 4]
-    assert config.train.table_lr is None
+    assert config.cluster.threads is None
     assert config.run.name == "x"
 
 

@@ -57,8 +57,8 @@ def test_errors_name_the_uri(folder):
         storage.read_table(storage.join(folder, "bad"))
     with pytest.raises(InputError, match=r"bad is not a plain \.npy"):
         storage.read_array(storage.join(folder, "bad"))
+    storage.write_bytes(storage.join(folder, "f/x.csv"), b"1")
     with pytest.raises(InputError, match="is a folder"):
-        storage.write_bytes(storage.join(folder, "f/x.csv"), b"1")
         storage.glob(storage.join(folder, "f"))
 
 

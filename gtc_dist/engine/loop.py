@@ -24,6 +24,8 @@ from gtc_dist.model.collectives import World
 from gtc_dist.model.gtc import Batch
 from gtc_dist.model.table import RowTable
 
+# of a step; sampling and features run ahead in the prefetch thread, communication is part of the others
+PARTS = ("data", "sampling", "features", "lookup", "forward", "backward", "optimizer", "communication")
 PROJECTED = 1000  # item embeddings shown in TensorBoard's projector: the most popular
 
 
@@ -67,7 +69,7 @@ class Trainer:
             devices = [world.device] if world.device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.network, device_ids=devices, forward_sync_buffers=False)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.train.lr)
-        self.table_lr = config.train.table_lr or config.train.lr
+        self.table_lr = config.train.table_lr
         self.truth = {
             split: ranking.split_truth(catalog.interactions(split), catalog.users) for split in ("valid", "test")
         }
@@ -140,7 +142,7 @@ class Trainer:
         if "tc" in losses:
             rows = sum(min(n, self._correlation_rows(n)) for n in self.loader.counts(step - 1))
             scalars["total_correlation/bound_nats"] = math.log(max(rows, 1)) - losses["tc"]
-        seconds = self.watch.take() | self.loader.planner.watch.take()
+        seconds = dict.fromkeys(PARTS, 0.0) | self.watch.take() | self.loader.planner.watch.take()
         seconds["communication"] = self.world.seconds + self.loader_world.seconds
         self.world.seconds = self.loader_world.seconds = 0.0
         scalars |= {f"seconds_per_step/{part}": value / steps for part, value in seconds.items()}

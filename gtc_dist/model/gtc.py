@@ -155,8 +155,9 @@ class GTC(nn.Module):
 
     def users_in(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """User rows [n, S * D + S] -> L2-normalised preferences [n, S, D] and stream weights [n, S] with mean one."""
-        preference = F.normalize(rows[:, : self.S * self.D].view(-1, self.S, self.D), dim=2)
-        return preference, torch.softmax(rows[:, self.S * self.D :], dim=1) * self.S
+        preference, weight = rows.split([self.S * self.D, self.S], dim=1)
+        preference = F.normalize(preference.reshape(-1, self.S, self.D), dim=2)
+        return preference, torch.softmax(weight, dim=1) * self.S
 
     def content(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Projected content of each modality, [n, D] with unit mean square, so that the noise schedule fits it."""
@@ -228,8 +229,8 @@ class GTC(nn.Module):
             nodes = nodes[batch.input_nodes]
         seeds = convolve(batch.blocks, nodes, batch.seed_users + batch.seed_items)
         # seed users come first among the in-users (sampled) or are all of them (full)
-        users = self.users_out(seeds[: batch.seed_users], weights[: batch.seed_users])
-        items = seeds[batch.seed_users :]
+        users, items = seeds.split([batch.seed_users, batch.seed_items])
+        users = self.users_out(users, weights[: batch.seed_users])
         out_users, out_items = users[batch.user_rows], items[batch.item_rows]
         if batch.user_hop is not None:
             out_users = out_users + weighted_sum(batch.user_hop, users)

@@ -1,0 +1,274 @@
+"""The commands from raw tables to exported embeddings, on local Ray, on disk and in object storage."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from small import small_catalog
+
+from gtc_dist import evaluate, train
+from gtc_dist.data import storage
+from gtc_dist.engine.restore import newest_checkpoint, restore
+from gtc_dist.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import export_embeddings  # noqa: E402  (a script)
+import recommend  # noqa: E402
+
+
+def write_config(tmp_path: Path, catalog: str, runs: str, **train_keys) -> str:
+    tree = {
+        "data": {"raw": "unused", "catalog": catalog},
+        "run": {"storage": runs, "name": "r"},
+        "train": {"epochs": 3, "batch_size": 64, **train_keys},
+        "model": {"width": 8, "diffusion": {"steps": 20, "start_step": 5, "hidden": 16}},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(ray_local, tmp_path_factory) -> str:
+    """A finished run of one rank."""
+    folder = tmp_path_factory.mktemp("run")
+    catalog = small_catalog(folder / "catalog")
+    train.main(["--config", write_config(folder, catalog.uri, str(folder / "runs"))])
+    return str(folder / "runs" / "r")
+
+
+def metrics_of(run: str) -> dict:
+    return storage.read_json(storage.join(run, "metrics.json"))
+
+
+def test_a_run_folder_holds_what_is_promised(run):
+    names = storage.listing(run)
+    for name in ("config.yaml", "metrics.json", "metrics.jsonl"):
+        assert name in names
+    assert any(name.startswith("tensorboard/events.out") for name in names)
+    assert any("items" in name and name.endswith("tensors.tsv") for name in names)
+    metrics = metrics_of(run)
+    checkpoints = {name.split("/")[1] for name in names if name.startswith("checkpoints/")}
+    assert checkpoints == {f"epoch-{metrics['best_epoch']:05d}"}  # the best, and no other
+    lines = [json.loads(line) for line in storage.read_bytes(f"{run}/metrics.jsonl").splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    best = max(lines, key=lambda line: line["valid"]["recall@20"])
+    assert best["epoch"] == metrics["best_epoch"]
+    assert metrics["valid"]["overall"] == pytest.approx(best["valid"])
+    resolved = yaml.safe_load(storage.read_bytes(f"{run}/config.yaml"))
+    assert resolved["model"]["width"] == 8
+    assert resolved["train"]["w_tc"] == 0.4
+
+
+def test_tensorboard_has_every_curve(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(f"{run}/tensorboard")
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    wanted = {f"loss/{part}" for part in ("bpr", "tc", "diffusion", "l2")} | {"total_correlation/bound_nats"}
+    wanted |= {f"gate/{stream}" for stream in ("id", "m0", "m1")} | {"kept_energy/m0", "kept_energy/m1"}
+    wanted |= {"lr/dense", "lr/tables", "interactions_per_second", "valid/recall@20", "valid/ndcg@5"}
+    parts = ("data", "sampling", "features", "lookup", "forward", "backward", "optimizer", "communication")
+    wanted |= {f"seconds_per_step/{part}" for part in parts}
+    assert wanted <= tags
+    for tag in wanted:
+        assert np.isfinite([event.value for event in events.Scalars(tag)]).all(), tag
+
+
+def test_evaluate_prints_what_the_run_says(run, capsys):
+    for split in ("valid", "test"):
+        capsys.readouterr()
+        evaluate.main(["--run", run, "--split", split])
+        printed = json.loads(capsys.readouterr().out)
+        expected = metrics_of(run)[split]
+        assert printed["users"] == expected["users"]
+        assert printed["cold_users"] == expected["cold_users"]
+        assert printed["overall"] == pytest.approx(expected["overall"])
+        assert printed["cold"] == pytest.approx(expected["cold"])
+        assert set(printed["overall"]) == {
+            f"{m}@{k}" for m in ("recall", "ndcg", "precision", "hitrate", "mrr") for k in (5, 10, 20, 50)
+        }
+
+
+def read_export(folder: str, kind: str) -> tuple[list, np.ndarray]:
+    ids, vectors = [], []
+    for name in sorted(storage.listing(storage.join(folder, kind))):
+        table = storage.read_table(storage.join(folder, kind, name))
+        ids += table["id"].to_pylist()
+        vectors.append(table["embedding"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1))
+    return ids, np.concatenate(vectors)
+
+
+def test_exported_embeddings_rank_as_evaluate_does(run, tmp_path):
+    out = str(tmp_path / "e")
+    export_embeddings.main(["--run", run, "--out", out])
+    users, user_vectors = read_export(out, "users")
+    items, item_vectors = read_export(out, "items")
+    catalog = restore(run).catalog
+    assert users == catalog.ids("users").to_pylist()
+    assert items == catalog.ids("items").to_pylist()
+    train_pairs, test_pairs = catalog.interactions("train"), catalog.interactions("test")
+    hits, total = [], 0
+    for u in sorted(set(test_pairs[0].tolist()) & set(train_pairs[0].tolist())):
+        scores = item_vectors @ user_vectors[u]
+        scores[train_pairs[1][train_pairs[0] == u]] = -np.inf
+        truth = set(test_pairs[1][test_pairs[0] == u].tolist())
+        hits.append(len(truth & set(np.argsort(-scores)[:5].tolist())) / len(truth))
+        total += 1
+    assert total == metrics_of(run)["test"]["users"]
+    assert float(np.mean(hits)) == pytest.approx(metrics_of(run)["test"]["overall"]["recall@5"], abs=1e-4)
+    manifest = storage.read_json(f"{out}/manifest.json")
+    assert (manifest["users"], manifest["items"], manifest["dim"]) == (60, 40, 24)
+    assert manifest["metric"] == "dot product"
+    assert manifest["checkpoint"] == metrics_of(run)["checkpoint"]
+
+
+def test_export_is_deterministic_typed_and_in_half_precision(run, tmp_path):
+    for name in ("a", "b"):
+        export_embeddings.main(["--run", run, "--out", str(tmp_path / name), "--dtype", "float16", "--faiss"])
+    a, b = ((tmp_path / n / "items" / "part-00000.parquet").read_bytes() for n in ("a", "b"))
+    assert a == b
+    schema = pq.read_schema(tmp_path / "a" / "users" / "part-00000.parquet")
+    assert str(schema.field("embedding").type) == "fixed_size_list<element: halffloat>[24]"
+    assert str(schema.field("id").type) == "string"
+    import faiss
+
+    index = faiss.read_index(str(tmp_path / "a" / "items.faiss"))
+    assert (index.ntotal, index.d) == (40, 24)
+
+
+def test_recommend_shows_original_ids(run, tmp_path, capsys):
+    export_embeddings.main(["--run", run, "--out", str(tmp_path / "e")])
+    capsys.readouterr()
+    recommend.main(["--embeddings", str(tmp_path / "e"), "--user", "u003", "--top", "4"])
+    lines = capsys.readouterr().out.split()
+    ids = set(restore(run).catalog.ids("items").to_pylist())
+    assert len(lines) == 8
+    assert all(int(item) in ids for item in lines[1::2])
+    with pytest.raises(InputError, match="no user 'nobody'"):
+        recommend.main(["--embeddings", str(tmp_path / "e"), "--user", "nobody"])
+
+
+def test_the_same_seed_gives_the_same_run_and_object_storage_the_same_metrics(run, s3, tmp_path, capsys):
+    catalog = small_catalog(f"{s3}/catalog")
+    train.main(["--config", write_config(tmp_path, catalog.uri, f"{s3}/runs")])
+    there = metrics_of(f"{s3}/runs/r")
+    here = metrics_of(run)
+    for part in ("valid", "test", "popularity", "best_epoch"):
+        assert there[part] == here[part]
+    export_embeddings.main(["--run", f"{s3}/runs/r", "--out", f"{s3}/embeddings"])
+    export_embeddings.main(["--run", run, "--out", str(tmp_path / "e")])
+    assert np.array_equal(read_export(f"{s3}/embeddings", "items")[1], read_export(str(tmp_path / "e"), "items")[1])
+    names = storage.listing(f"{s3}/runs/r")
+    assert any(name.startswith("tensorboard/events.out") for name in names)
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.propagation=sampled", "model.fanout=[3,3]", "model.sampler=labor"]])
+def test_two_workers_train_validate_and_agree(ray_local, tmp_path, overrides):
+    """Full mode on two ranks ends where one rank ends, up to how pairs are dealt to batches; what must hold exactly
+    is that the run is whole and that its checkpoint, read by one process, scores what the two ranks scored."""
+    catalog = small_catalog(tmp_path / "catalog", users=120, items=80)
+    config = write_config(tmp_path, catalog.uri, str(tmp_path / "runs"))
+    train.main(["--config", config, "cluster.workers=2", *overrides])
+    metrics = metrics_of(str(tmp_path / "runs/r"))
+    assert metrics["workers"] == 2
+    names = storage.listing(f"{tmp_path}/runs/r/{metrics['checkpoint']}")
+    assert {n for n in names if n.startswith("user.weight")} == {
+        "user.weight.000000000000-000000000060.npy",
+        "user.weight.000000000060-000000000120.npy",
+    }
+    run = restore(str(tmp_path / "runs/r"))
+    from gtc_dist.engine import ranking
+
+    truth = ranking.split_truth(catalog.interactions("test"), catalog.users)
+    alone = ranking.evaluate(*run.embed(), run.graphs, truth)
+    assert alone["overall"] == pytest.approx(metrics["test"]["overall"], abs=1e-6)
+
+
+def test_training_beats_popularity_where_there_is_something_to_learn(ray_local, tmp_path):
+    catalog = small_catalog(tmp_path / "catalog", users=300, items=120, per_user=12)
+    config = write_config(tmp_path, catalog.uri, str(tmp_path / "runs"), epochs=15, table_lr=1e-2)
+    train.main(["--config", config])
+    metrics = metrics_of(str(tmp_path / "runs/r"))
+    assert metrics["test"]["overall"]["recall@20"] > 1.5 * metrics["popularity"]["recall@20"]
+
+
+def test_early_stopping_keeps_the_best(ray_local, tmp_path):
+    catalog = small_catalog(tmp_path / "catalog")
+    config = write_config(tmp_path, catalog.uri, str(tmp_path / "runs"), epochs=40, table_lr=0.1)
+    train.main(["--config", config, "eval.patience=2"])
+    metrics = metrics_of(str(tmp_path / "runs/r"))
+    assert metrics["last_epoch"] < 40
+    assert metrics["last_epoch"] - metrics["best_epoch"] == 2
+    assert newest_checkpoint(str(tmp_path / "runs/r")) == metrics["checkpoint"]
+
+
+def refused(arguments: list[str], message: str) -> None:
+    """The real command: status 2, one clear error, no traceback, before Ray starts."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.fixture(scope="module")
+def plain_catalog(tmp_path_factory) -> str:
+    return small_catalog(tmp_path_factory.mktemp("plain") / "catalog").uri
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.modalities=[m0,smell]"], "'smell', which the catalog"),
+        (["train.epoch=3"], "did you mean 'epochs'"),
+        (["data.catalog=nowhere"], "run python -m gtc_dist.prepare first"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_starts(plain_catalog, tmp_path, overrides, message):
+    config = write_config(tmp_path, plain_catalog, str(tmp_path / "runs"))
+    refused(["-m", "gtc_dist.train", "--config", config, *overrides], message)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_more_workers_than_cpus_are_refused_with_their_number(ray_local, plain_catalog, tmp_path):
+    config = write_config(tmp_path, plain_catalog, str(tmp_path / "runs"))
+    with pytest.raises(InputError, match="needs 9 CPUs; the cluster has 4"):
+        train.main(["--config", config, "cluster.workers=9"])
+    with pytest.raises(InputError, match="needs 1 GPUs; the cluster has 0"):
+        train.main(["--config", config, "cluster.gpu=true"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_folder_in_use_is_refused(run, tmp_path):
+    config = yaml.safe_load(storage.read_bytes(f"{run}/config.yaml"))
+    path = tmp_path / "again.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(InputError, match=r"is not empty; choose another run\.name"):
+        train.main(["--config", str(path)])
+
+
+def test_a_changed_catalog_is_refused_by_file(tmp_path):
+    catalog = small_catalog(tmp_path / "catalog")
+    path = tmp_path / "catalog/graph/user_user.weight.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"user_user\.weight\.npy was changed"):
+        train.main(["--config", write_config(tmp_path, catalog.uri, str(tmp_path / "runs"))])
+
+
+def test_evaluate_and_export_refuse_what_is_no_run(run, tmp_path):
+    refused(["-m", "gtc_dist.evaluate", "--run", str(tmp_path)], "holds no run")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").write_text("1")
+    refused(["tools/export_embeddings.py", "--run", run, "--out", str(tmp_path / "full")], "is not empty")
+    assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["x"]
