@@ -35,8 +35,15 @@ def connect(num_cpus_needed: int = 1, dashboard: bool = False) -> None:
                 object_store_memory=object_store_bytes(),
                 include_dashboard=dashboard,
                 logging_level=logging.WARNING,
+                runtime_env={"worker_process_setup_hook": name_own_cluster},
             )
     quiet()
+
+
+def name_own_cluster() -> None:
+    """In every worker of a local cluster: helpers of Ray that look the cluster up by themselves find this one, also
+    where other clusters run on the machine."""
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 def quiet() -> None:

@@ -111,7 +111,7 @@ class Cluster(Section):
     workers: Positive = 1  # ranks
     gpu: bool = False  # one GPU a rank and NCCL; else CPU and gloo
     cpus_per_worker: Annotated[float, Field(gt=0)] | None = None  # None: 1, less where Ray Data would have none left
-    threads: Positive | None = None  # torch threads a rank; None: the node's cores shared by its ranks
+    threads: Positive | None = None  # torch threads a rank; None: the rank's share of the node's cores, less one
 
 
 class Negatives(Section):

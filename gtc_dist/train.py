@@ -86,7 +86,7 @@ def worker_resources(config: Config) -> dict[str, float]:
 def fit(config: Config, catalog: Catalog, run: str, resources: dict[str, float]) -> dict:
     """Run the ranks to the end and return what metrics.json holds."""
     import ray
-    from ray.train import DataConfig, RunConfig, ScalingConfig
+    from ray.train import DataConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     filesystem, _ = storage.arrow_filesystem(catalog.uri)
@@ -101,14 +101,20 @@ def fit(config: Config, catalog: Catalog, run: str, resources: dict[str, float])
             # one copy of the graphs a node: in Ray's object store, wrapped without a copy by every rank
             "graphs": ray.put(load_graphs(config, catalog)),
         },
-        datasets={"train": ray.data.read_parquet(paths, filesystem=filesystem)},
+        # a quarter CPU a task: they also fit where the ranks take nearly all of every node
+        datasets={"train": ray.data.read_parquet(paths, filesystem=filesystem, ray_remote_args={"num_cpus": 0.25})},
         # equal=False: every interaction reaches a rank
         dataset_config=DataConfig(datasets_to_split=["train"]),
         torch_config=TorchConfig(backend="nccl" if config.cluster.gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.cluster.workers, use_gpu=config.cluster.gpu, resources_per_worker=resources
         ),
-        run_config=RunConfig(name="ray", storage_path=run_path, storage_filesystem=arrow_storage),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=run_path,
+            storage_filesystem=arrow_storage,
+            logging_config=LoggingConfig(log_level="WARNING"),  # else every reported metric is printed
+        ),
     )
     trainer.fit()
     return storage.read_json(storage.join(run, "metrics.json"))
@@ -135,11 +141,12 @@ def train_rank(settings: dict) -> None:
     from gtc_dist.engine.loop import Trainer
     from gtc_dist.model.collectives import World
 
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it prints every reported metric
+    logging.disable(logging.INFO)  # Ray would print every reported metric
     config: Config = settings["config"]
     context = train.get_context()
-    cores = os.cpu_count() or 1
-    torch.set_num_threads(config.cluster.threads or max(1, cores // context.get_local_world_size()))
+    # each rank leaves a core to its prefetch thread: one thread too many costs more than one too few
+    cores = (os.cpu_count() or 1) // context.get_local_world_size()
+    torch.set_num_threads(config.cluster.threads or max(1, cores - 1))
     device = train.torch.get_device() if config.cluster.gpu else torch.device("cpu")
     world = World(context.get_world_rank(), context.get_world_size()).split(device)
     users, items = read_shard(train.get_dataset_shard("train"))

@@ -28,6 +28,7 @@ def write_config(tmp_path: Path, catalog: str, runs: str, **train_keys) -> str:
         "data": {"raw": "unused", "catalog": catalog},
         "run": {"storage": runs, "name": "r"},
         "train": {"epochs": 3, "batch_size": 64, **train_keys},
+        "cluster": {"threads": 1},
         "model": {"width": 8, "diffusion": {"steps": 20, "start_step": 5, "hidden": 16}},
     }
     path = tmp_path / "config.yaml"

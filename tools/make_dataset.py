@@ -33,7 +33,7 @@ HELP = {
 }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="folder to write, local or s3://; must be empty")
     parser.add_argument("--force", action="store_true", help="replace a dataset that is there")
@@ -45,7 +45,7 @@ def main() -> None:
             flag = "--" + spec_field.name.replace("_", "-")
             help = f"{HELP[spec_field.name]} (default {default:g})"
             parser.add_argument(flag, type=type(default), default=default, help=help)
-    options = vars(parser.parse_args())
+    options = vars(parser.parse_args(argv))
 
     out, force, modalities = options.pop("out"), options.pop("force"), options.pop("modalities")
     if modalities is not None:

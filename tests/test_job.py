@@ -1,0 +1,40 @@
+"""The main job as a user of a cluster runs it: `ray job submit`, two nodes, two ranks, everything under s3://."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from local_cluster import LocalCluster
+
+from gtc_dist import evaluate
+from gtc_dist.data import storage
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import export_embeddings  # noqa: E402  (scripts)
+import make_dataset  # noqa: E402
+
+
+def test_prepare_and_train_as_jobs_on_object_storage(s3, s3_server, capsys):
+    make_dataset.main(["--out", f"{s3}/raw", "--users", "400", "--items", "200", "--interactions", "5000"])
+    places = [f"data.raw={s3}/raw", f"data.catalog={s3}/catalog", f"run.storage={s3}/runs", "run.name=job"]
+    keys = ["cluster.workers=2", "cluster.threads=1", "train.epochs=6", "train.batch_size=256", "model.width=16"]
+    with LocalCluster(nodes=2, cpus=1, storage=s3_server) as cluster:
+        for command in ("prepare", "train"):
+            words = ["python", "-m", f"gtc_dist.{command}", "--config", "configs/demo.yaml", *places, *keys]
+            done = cluster.submit(words, working_dir=ROOT, timeout=280)
+            assert done.returncode == 0, done.stdout[-3000:]
+    assert "epoch 6/6" in done.stdout
+    metrics = storage.read_json(f"{s3}/runs/job/metrics.json")
+    assert metrics["workers"] == 2
+    assert metrics["test"]["overall"]["recall@20"] > metrics["popularity"]["recall@20"]
+
+    capsys.readouterr()
+    evaluate.main(["--run", f"{s3}/runs/job"])
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["overall"] == pytest.approx(metrics["test"]["overall"], abs=1e-6)
+    export_embeddings.main(["--run", f"{s3}/runs/job", "--out", f"{s3}/embeddings"])
+    manifest = storage.read_json(f"{s3}/embeddings/manifest.json")
+    assert (manifest["users"], manifest["dim"]) == (400, 64)
