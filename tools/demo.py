@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from gtc_dist.errors import InputError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,11 +35,7 @@ run               {run} (config.yaml, metrics.jsonl, metrics.json, checkpoints)
 TensorBoard logs  {run}/tensorboard
                   {bin}tensorboard --logdir {run}/tensorboard
 embeddings        {demo}/embeddings (Parquet with columns id and embedding, score by dot product)
-                  {bin}python -c "
-import numpy as np, pyarrow.parquet as pq
-users, items = (pq.read_table(f'{demo}/embeddings/{{kind}}') for kind in ('users', 'items'))
-scores = np.stack(items['embedding'].to_numpy()).astype('float32') @ np.float32(users['embedding'][0].as_py())
-print('for', users['id'][0], 'recommend', [items['id'][int(i)].as_py() for i in (-scores).argsort()[:10]])"
+                  {bin}python tools/recommend.py --embeddings {demo}/embeddings --user {user}
 """
 
 
@@ -53,7 +51,8 @@ def main() -> None:
         if name in popularity:
             print(f"{name:12}{test['overall'][name]:12.4f}{popularity[name]:12.4f}")
     bin = f"{Path(sys.executable).parent.relative_to(ROOT)}/" if Path(sys.executable).is_relative_to(ROOT) else ""
-    print(CLOSING.format(run=RUN, demo=DEMO, bin=bin))
+    user = pq.read_table(ROOT / DEMO / "embeddings" / "users", columns=["id"])["id"][0].as_py()
+    print(CLOSING.format(run=RUN, demo=DEMO, bin=bin, user=user))
     print(f"{time.monotonic() - started:.0f} seconds in all")
 
 

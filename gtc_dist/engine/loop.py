@@ -75,6 +75,7 @@ class Trainer:
         }
         self.monitor = Monitor(run, config.train.epochs, self.loader.steps, active=world.rank == 0)
         self.watch = Stopwatch()
+        self.logged: dict[str, float] = {}  # seconds by part of a step, over all logged steps
         self.best: tuple[float, int] = (-math.inf, 0)  # metric, epoch
 
     def fit(self) -> dict:
@@ -85,7 +86,7 @@ class Trainer:
         trained = 0.0
         for epoch in range(1, config.train.epochs + 1):
             epoch_start = time.monotonic()
-            self._epoch(epoch)
+            self.train_epoch(epoch)
             trained += time.monotonic() - epoch_start
             if epoch % config.eval.every and epoch != config.train.epochs:
                 continue
@@ -117,7 +118,8 @@ class Trainer:
         chunk, layers = self.config.eval.chunk, self.config.model.layers
         return embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk, watched)
 
-    def _epoch(self, epoch: int) -> None:
+    def train_epoch(self, epoch: int) -> None:
+        """One pass over this rank's interactions."""
         self.network.train()
         sums: dict[str, torch.Tensor] = {}
         since, seen, steps = time.perf_counter(), 0, 0
@@ -145,6 +147,8 @@ class Trainer:
         seconds = dict.fromkeys(PARTS, 0.0) | self.watch.take() | self.loader.planner.watch.take()
         seconds["communication"] = self.world.seconds + self.loader_world.seconds
         self.world.seconds = self.loader_world.seconds = 0.0
+        for part, value in seconds.items():
+            self.logged[part] = self.logged.get(part, 0.0) + value
         scalars |= {f"seconds_per_step/{part}": value / steps for part, value in seconds.items()}
         scalars |= {"lr/dense": self.config.train.lr, "lr/tables": self.table_lr}
         scalars["interactions_per_second"] = seen / elapsed
@@ -157,7 +161,7 @@ class Trainer:
     def _validate(self, epoch: int) -> bool:
         """Rank the valid split; checkpoint if it is the best so far. Every rank takes the same decision."""
         watched: dict[str, float] = {}
-        metrics = self._rank(self.embed(watched), "valid")
+        metrics = self.rank(self.embed(watched), "valid")
         if hasattr(self.network, "log_scale"):
             watched["total_correlation/temperature"] = math.exp(-self.network.log_scale.item())
         value = metrics["overall"][self.config.eval.metric]
@@ -172,7 +176,8 @@ class Trainer:
         self.report({"epoch": epoch, **metrics["overall"]})
         return better
 
-    def _rank(self, embeddings: tuple[RowTable, RowTable], split: str) -> dict:
+    def rank(self, embeddings: tuple[RowTable, RowTable], split: str) -> dict:
+        """Metrics of a split."""
         blocks = (self.config.eval.item_block, self.config.eval.user_block)
         return ranking.evaluate(*embeddings, self.graphs, self.truth[split], *blocks)
 
@@ -204,9 +209,9 @@ class Trainer:
             "best_epoch": self.best[1],
             "last_epoch": last,
             "checkpoint": f"checkpoints/epoch-{self.best[1]:05d}",
-            "valid": self._rank(embeddings, "valid"),
-            "test": self._rank(embeddings, "test"),
-            "popularity": self._rank(ranking.popularity(self.graphs, self.world), "test")["overall"],
+            "valid": self.rank(embeddings, "valid"),
+            "test": self.rank(embeddings, "test"),
+            "popularity": self.rank(ranking.popularity(self.graphs, self.world), "test")["overall"],
             "seconds": round(seconds, 2),
             "seconds_per_epoch": round(trained / max(last, 1), 3),
             "workers": self.world.size,
