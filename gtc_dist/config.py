@@ -118,7 +118,7 @@ class Negatives(Section):
     """Negative items; never a train positive of the user that they are scored against."""
 
     mode: Literal["uniform", "shared"] = "uniform"  # uniform: own ones for each pair; shared: one pool for the batch
-    count: Positive = 1  # for each pair, or in a rank's pool
+    count: Positive = 8  # for each pair, or in a rank's pool
 
 
 class Train(Section):
