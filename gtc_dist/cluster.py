@@ -31,13 +31,24 @@ def connect(num_cpus_needed: int = 1, dashboard: bool = False) -> None:
         else:
             ray.init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, num_cpus_needed),
+                num_cpus=max(cores(), num_cpus_needed),
                 object_store_memory=object_store_bytes(),
                 include_dashboard=dashboard,
                 logging_level=logging.WARNING,
                 runtime_env={"worker_process_setup_hook": name_own_cluster},
             )
     quiet()
+
+
+def cores() -> int:
+    """Cores that this process may use: its affinity and, in a container, the quota of its control group."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return allowed
 
 
 def name_own_cluster() -> None:

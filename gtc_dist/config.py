@@ -21,7 +21,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Interactions(Section):
@@ -58,7 +58,7 @@ class Split(Section):
     test_label: str | int = 2
     valid_share: Share = 0.1  # global_time, ratio: share of the interactions (of each user's, for ratio)
     test_share: Share = 0.1
-    seed: int = 0
+    seed: NonNegative = 0
 
     @model_validator(mode="after")
     def _shares(self):
@@ -124,7 +124,7 @@ class Negatives(Section):
 class Train(Section):
     epochs: NonNegative = 50
     batch_size: Positive = 2048  # interactions a step over all ranks
-    seed: int = 0
+    seed: NonNegative = 0
     lr: Annotated[float, Field(gt=0)] = 1e-3
     table_lr: Annotated[float, Field(gt=0)] = 2e-3  # for the id, preference and stream-weight tables
     negatives: Negatives = Negatives()
@@ -185,6 +185,8 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _fanouts(self):
+        if self.modalities is not None and (not self.modalities or len(set(self.modalities)) < len(self.modalities)):
+            raise ValueError(f"modalities is {self.modalities}; name each wanted one once, or null for all")
         for name, fanouts in (
             ("fanout", self.fanout),
             ("item_fanout", [self.item_fanout]),
@@ -239,10 +241,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            where = f"{key_node.start_mark.name}:{key_node.start_mark.line + 1}"
+            if not isinstance(key, str | int | float | bool | None):
+                raise InputError(f"{where}: a key must be a plain word, found a {type(key).__name__}")
             if key in seen:
-                raise InputError(
-                    f"{key_node.start_mark.name}:{key_node.start_mark.line + 1}: key {key!r} is given twice"
-                )
+                raise InputError(f"{where}: key {key!r} is given twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -266,17 +269,24 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"config file {path} does not exist")
+    return read_config(path.read_bytes(), str(path), overrides)
+
+
+def read_config(data: bytes, origin: str, overrides: list[str] | None = None) -> Config:
+    """The same from the bytes of a file; `origin` names it in errors."""
     try:
-        tree = _parse(path.read_text(encoding="utf-8"), str(path))
+        tree = _parse(data.decode(), origin)
     except UnicodeDecodeError as error:
-        raise InputError(f"config file {path} is not UTF-8 text: {error}") from error
+        raise InputError(f"config file {origin} is not UTF-8 text: {error}") from error
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise InputError(f"config file {path} holds a {type(tree).__name__}; expected sections such as data: and run:")
+        raise InputError(
+            f"config file {origin} holds a {type(tree).__name__}; expected sections such as data: and run:"
+        )
     for override in overrides or []:
         _apply(tree, override)
-    return build_config(tree, str(path))
+    return build_config(tree, origin)
 
 
 def build_config(tree: dict, origin: str) -> Config:

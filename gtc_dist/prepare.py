@@ -8,7 +8,6 @@ fingerprint of the configuration and the raw files: the same again means there i
 import argparse
 import hashlib
 import json
-import os
 import posixpath
 import sys
 import time
@@ -67,7 +66,7 @@ def prepare(config: Config, force: bool = False) -> tuple[Manifest, bool]:
         writer = CatalogWriter(uri)
         entries, content = write_features(writer, config, gathered)
         say(f"features written to {uri}")
-    graphs = write_graphs(writer, config, found, content)
+    graphs = write_graphs(writer, config, found, content, cluster.cores())
     say("graphs: " + ", ".join(f"{name} {edges:,}" for name, edges in graphs.items()))
     writer.ids("users", found.users)
     writer.ids("items", found.items)
@@ -95,6 +94,8 @@ def inspect(config: Config) -> tuple[list, dict[str, vectors.Source]]:
     for name in modalities:
         if not name.replace("_", "").replace("-", "").isalnum():
             raise InputError(f"data.features: {name!r} names a folder; use letters, digits, '_' and '-' only")
+    if "id" in modalities:
+        raise InputError("data.features: 'id' is the name of the id stream; choose another name")
     if not any(modality.weight for modality in modalities.values()):
         raise InputError("data.features: every modality has weight 0; the item-item graph needs one above")
     files = ingest.inspect(config.data)
@@ -166,12 +167,14 @@ def write_features(writer: CatalogWriter, config: Config, gathered: dict) -> tup
     return entries, content
 
 
-def write_graphs(writer: CatalogWriter, config: Config, found: ingest.Interactions, content: dict) -> dict[str, int]:
+def write_graphs(
+    writer: CatalogWriter, config: Config, found: ingest.Interactions, content: dict, threads: int
+) -> dict[str, int]:
     """Build and write the graphs; returns their numbers of edges."""
     users, items, settings = len(found.users), len(found.items), config.graph
     weights = {name: modality.weight for name, modality in config.data.features.items()}
     graphs = dict(zip(GRAPHS[:2], build.user_item(*found.splits["train"], users, items), strict=True))
-    graphs["item_item"] = build.item_item(content, weights, settings.item_neighbours, os.cpu_count() or 1)
+    graphs["item_item"] = build.item_item(content, weights, settings.item_neighbours, threads)
     graphs["user_user"] = build.user_user(
         graphs["item_user"], items, settings.user_neighbours, settings.hub_cap, config.data.split.seed
     )

@@ -48,13 +48,13 @@ def reference(network, tables, catalog: Catalog, config) -> tuple[torch.Tensor, 
     streams = [ids]
     for s, name in enumerate(network.shape.modalities, start=1):
         features = torch.from_numpy(catalog.features(name).astype(np.float32))
-        x0 = network.project[name](features)
+        x0 = network.project[s - 1](features)
         x0 = x0 / x0.square().mean(1, keepdim=True).add(torch.finfo(torch.float32).eps).sqrt()
         if config.model.diffusion.enabled:
             c = ids / ids.square().mean(1, keepdim=True).add(torch.finfo(torch.float32).eps).sqrt()
             if config.model.diffusion.condition == "audience":
                 c = torch.cat([c, D**0.5 * (audience @ preference[:, s])], dim=1)
-            x0 = network.filters[name](x0, c)
+            x0 = network.filters[s - 1](x0, c)
         streams.append(x0)
     streams = torch.stack([F.normalize(x, dim=1) for x in streams], dim=1)
     gate = torch.full((catalog.items, S), 1 / S)
@@ -146,7 +146,7 @@ def test_the_denoisers_are_trained_and_the_diffusion_loss_leaves_the_content_alo
     would be content without content."""
     config, network, tables = setup(catalogs[2], train={"w_diff": 1.0})
     names = dict(network.named_parameters())
-    assert any(name.startswith("filters.m0.denoiser") for name in names)
+    assert any(name.startswith("filters.0.denoiser") for name in names)
     batch = loader_of(config, catalogs[2], World(), network).assemble(global_draws(config, catalogs[2]))
     user_rows, item_rows = tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route)
     e = network.embed(batch, user_rows, item_rows)

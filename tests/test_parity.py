@@ -16,9 +16,9 @@ def catalog(tmp_path_factory):
     return small_catalog(tmp_path_factory.mktemp("catalog") / "c")
 
 
-@pytest.mark.parametrize("propagation", ["full", "sampled"])
-def test_two_ranks_give_the_loss_and_gradients_of_one(catalog, propagation):
-    config = small_config(catalog.uri, model={**MODELS[propagation], "correlation": {"rows": 0}})
+@pytest.mark.parametrize(("propagation", "rows"), [("full", 512), ("sampled", 0)])
+def test_two_ranks_give_the_loss_and_gradients_of_one(catalog, propagation, rows):
+    config = small_config(catalog.uri, model={**MODELS[propagation], "correlation": {"rows": rows}})
     draws = global_draws(config, catalog)
     alone = run_ranks(step, 1, catalog.uri, config, draws, [24])[0]
     assert set(alone["parts"]) == {"bpr", "tc", "diffusion", "l2"}

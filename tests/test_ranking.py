@@ -108,6 +108,8 @@ def test_popularity_ranks_by_train_interactions(catalog):
     graphs = Graphs.load(catalog)
     tables = ranking.popularity(graphs, World())
     top = ranking.top_items(*tables, graphs, np.arange(5), 10, 16, 7)
+    for blocks in ((1, 1), (7, 3), (1000, 1000)):  # ties are everywhere, and must not hang on the blocks
+        assert np.array_equal(ranking.top_items(*tables, graphs, np.arange(5), 10, *blocks), top)
     for u in range(5):
         degree = graphs.item_degree[top[u]]
         assert (np.diff(degree) <= 0).all()

@@ -13,8 +13,10 @@ from small import small_catalog
 
 from gtc_dist import evaluate, train
 from gtc_dist.data import storage
+from gtc_dist.data.catalog import CatalogWriter
 from gtc_dist.engine.restore import newest_checkpoint, restore
-from gtc_dist.errors import InputError
+from gtc_dist.errors import InputError, find_input_error
+from gtc_dist.graph import build
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -154,6 +156,8 @@ def test_recommend_shows_original_ids(run, tmp_path, capsys):
     ids = set(restore(run).catalog.ids("items").to_pylist())
     assert len(lines) == 8
     assert all(int(item) in ids for item in lines[1::2])
+    with pytest.raises(InputError, match="holds no export"):
+        recommend.main(["--embeddings", restore(run).catalog.uri, "--user", "u003"])
     with pytest.raises(InputError, match="no user 'nobody'"):
         recommend.main(["--embeddings", str(tmp_path / "e"), "--user", "nobody"])
 
@@ -176,7 +180,8 @@ def test_the_same_seed_gives_the_same_run_and_object_storage_the_same_metrics(ru
 def test_two_workers_train_validate_and_agree(ray_local, tmp_path, overrides):
     """Full mode on two ranks ends where one rank ends, up to how pairs are dealt to batches; what must hold exactly
     is that the run is whole and that its checkpoint, read by one process, scores what the two ranks scored."""
-    catalog = small_catalog(tmp_path / "catalog", users=120, items=80)
+    catalog = small_catalog(tmp_path / "catalog", users=120, items=80, seed=1)
+    assert catalog.manifest.interactions["train"] % 2 == 1  # equal shares would drop one
     config = write_config(tmp_path, catalog.uri, str(tmp_path / "runs"))
     train.main(["--config", config, "cluster.workers=2", *overrides])
     metrics = metrics_of(str(tmp_path / "runs/r"))
@@ -242,11 +247,55 @@ def test_bad_input_is_refused_before_anything_starts(plain_catalog, tmp_path, ov
 
 def test_more_workers_than_cpus_are_refused_with_their_number(ray_local, plain_catalog, tmp_path):
     config = write_config(tmp_path, plain_catalog, str(tmp_path / "runs"))
-    with pytest.raises(InputError, match="needs 9 CPUs; the cluster has 4"):
+    with pytest.raises(InputError, match=r"needs 9 CPUs, and 0\.25 to read data; the cluster has 4 on 1 nodes"):
         train.main(["--config", config, "cluster.workers=9"])
+    with pytest.raises(InputError, match=r"needs 4 CPUs, and 0\.25 to read data; the cluster has 4"):
+        train.main(["--config", config, "cluster.workers=2", "cluster.cpus_per_worker=2"])
+    with pytest.raises(InputError, match="needs 5 CPUs"):  # 5 CPUs on no node
+        train.main(["--config", config, "cluster.workers=1", "cluster.cpus_per_worker=5"])
     with pytest.raises(InputError, match="needs 1 GPUs; the cluster has 0"):
         train.main(["--config", config, "cluster.gpu=true"])
     assert not (tmp_path / "runs").exists()
+
+
+def test_more_workers_than_cores_are_refused_where_ray_is_started_here(plain_catalog, tmp_path):
+    config = write_config(tmp_path, plain_catalog, str(tmp_path / "runs"))
+    refused(["-m", "gtc_dist.train", "--config", config, "cluster.workers=40", "train.batch_size=80"], "needs 40 CPUs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_a_rank_refuses_arrives_as_one_error_and_blocks_no_retry(ray_local, tmp_path):
+    catalog = small_catalog(tmp_path / "catalog")
+    path = tmp_path / "catalog/features/m0/part-00000.parquet"
+    data = path.read_bytes()
+    path.write_bytes(data[:-4] + b"XXXX")  # the same size, but no Parquet file
+    config = write_config(tmp_path, catalog.uri, str(tmp_path / "runs"))
+    with pytest.raises(Exception, match=r"(?s).*") as caught:
+        train.main(["--config", config, "data.verify=size"])
+    found = find_input_error(caught.value)
+    assert "part-00000.parquet is not a readable Parquet file" in str(found)
+    assert not storage.listing(str(tmp_path / "runs"))
+
+
+def test_splits_that_cannot_be_scored_are_refused(tmp_path):
+    catalog = small_catalog(tmp_path / "catalog", users=5, items=12, per_user=2)  # nothing is left for train
+    with pytest.raises(InputError, match=r"the valid split .* has no user with a train interaction"):
+        train.main(["--config", write_config(tmp_path, catalog.uri, str(tmp_path / "runs"))])
+
+
+def test_a_user_with_every_item_is_refused_by_id(tmp_path):
+    catalog = small_catalog(tmp_path / "catalog", users=5, items=6, per_user=8, cold=0)
+    users, items = catalog.interactions("train")
+    writer = CatalogWriter(catalog.uri)
+    writer.files.update(catalog.manifest.files)
+    everything = (np.r_[users, [3] * 6], np.r_[items, np.arange(6)])
+    everything = np.unique(np.stack(everything), axis=1)
+    for name, graph in zip(("item_user", "user_item"), build.user_item(*everything, 5, 6), strict=True):
+        writer.graph(name, graph)
+    fields = catalog.manifest.model_dump(exclude={"files", "schema_version"})
+    writer.finish(**fields)
+    with pytest.raises(InputError, match="user 'u003' interacted with all 6 items"):
+        train.main(["--config", write_config(tmp_path, catalog.uri, str(tmp_path / "runs"))])
 
 
 def test_a_run_folder_in_use_is_refused(run, tmp_path):

@@ -30,16 +30,17 @@ def main() -> None:
     step.add_argument("--epochs", type=int, default=3, help="measured epochs")
     step.add_argument("--out", default="benchmark.json", help="JSON file")
     step.add_argument("--inside", type=int, help=argparse.SUPPRESS)  # this process measures with so many threads
-    step.add_argument("overrides", nargs="*", metavar="a.b=c")
-    args = step_args = parser.parse_intermixed_args()
+    args, overrides = parser.parse_known_args()  # a.b=c may stand between the options
+    if any(word.startswith("-") for word in overrides):
+        parser.error(f"unknown options: {' '.join(word for word in overrides if word.startswith('-'))}")
 
-    if step_args.inside:
-        json.dump(measure_steps(args.config, args.overrides, args.inside, args.epochs), sys.stdout)
+    if args.inside:
+        json.dump(measure_steps(args.config, overrides, args.inside, args.epochs), sys.stdout)
         return
     rows = []
     for threads in (int(n) for n in args.threads.split(",")):
         command = [sys.executable, __file__, "step", "--config", args.config, "--epochs", str(args.epochs)]
-        command += ["--inside", str(threads), *args.overrides]
+        command += ["--inside", str(threads), *overrides]
         environment = os.environ | dict.fromkeys(THREADS, str(threads))
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))

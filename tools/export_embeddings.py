@@ -8,8 +8,7 @@ RUN and DIR are local or in object storage. The same run gives the same bytes ev
 """
 
 import argparse
-import os
-import tempfile
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -44,12 +43,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def export(run: Run, users: RowTable, items: RowTable, out: str, dtype: str, faiss_index: bool) -> None:
     """Write the Parquet files, the index if asked for, and the manifest last."""
-    files = {}
+    files: dict[str, dict] = {}
+    converted = {}
     for kind, table in (("users", users), ("items", items)):
-        ids = run.catalog.ids(kind)
-        vectors = table.weight.numpy().astype(dtype)
-        if not np.isfinite(vectors).all():
+        with np.errstate(over="ignore"):  # found and said just below
+            converted[kind] = table.weight.numpy().astype(dtype)
+        if not np.isfinite(converted[kind]).all():
             raise InputError(f"embeddings of {kind} are not finite in {dtype}; export them as float32")
+    for kind, vectors in converted.items():
+        ids = run.catalog.ids(kind)
         for part, start in enumerate(range(0, len(ids), ROWS)):
             rows = vectors[start : start + ROWS]
             column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
@@ -57,9 +59,10 @@ def export(run: Run, users: RowTable, items: RowTable, out: str, dtype: str, fai
             written = storage.write_table(
                 storage.join(out, name), pa.table({"id": ids.slice(start, ROWS), "embedding": column})
             )
-            files[name] = {"rows": len(rows), "bytes": written.bytes, "sha256": written.sha256}
+            files[name] = {"rows": len(rows)} | asdict(written)
     if faiss_index:
-        write_index(items.weight.numpy(), storage.join(out, "items.faiss"))
+        written = write_index(items.weight.numpy(), storage.join(out, "items.faiss"))
+        files["items.faiss"] = {"rows": items.rows} | asdict(written)
     manifest = {
         "run": run.uri,
         "checkpoint": run.checkpoint,
@@ -76,16 +79,13 @@ def export(run: Run, users: RowTable, items: RowTable, out: str, dtype: str, fai
     storage.write_json(storage.join(out, "manifest.json"), manifest)
 
 
-def write_index(vectors: np.ndarray, uri: str) -> None:
+def write_index(vectors: np.ndarray, uri: str) -> storage.Written:
     """An exact FAISS inner-product index; position = row of the exported items, file after file."""
     import faiss
 
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(np.ascontiguousarray(vectors, dtype=np.float32))
-    with tempfile.TemporaryDirectory(prefix="gtc-faiss-") as folder:
-        path = os.path.join(folder, "items.faiss")
-        faiss.write_index(index, path)
-        storage.copy_file(path, uri)
+    return storage.write_bytes(uri, faiss.serialize_index(index).tobytes())
 
 
 if __name__ == "__main__":

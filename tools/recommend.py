@@ -22,9 +22,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     manifest = storage.join(args.embeddings, "manifest.json")
-    if not storage.exists(manifest):
-        raise InputError(f"{args.embeddings} holds no export (no manifest.json)")
-    files = sorted(storage.read_json(manifest)["files"])
+    export = storage.read_json(manifest) if storage.exists(manifest) else {}
+    if export.get("metric") != "dot product":
+        raise InputError(f"{args.embeddings} holds no export of tools/export_embeddings.py")
+    files = sorted(export["files"])
     vector = user_vector(args.embeddings, [f for f in files if f.startswith("users/")], args.user)
     found: list[tuple[float, object]] = []
     for name in (f for f in files if f.startswith("items/")):

@@ -264,6 +264,8 @@ class _named:
             raise InputError(f"no permission to {self.action} {self.uri}: {error}") from error
         if isinstance(error, OSError) and not isinstance(error, InputError):
             raise OSError(error.errno, f"could not {self.action} {self.uri}: {error}") from error
+        if type(error).__name__ in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError"):
+            raise InputError(f"cannot reach the object store to {self.action} {self.uri}: {error}") from error
         if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
             raise InputError(
                 f"no credentials to {self.action} {self.uri}; set AWS_ACCESS_KEY_ID and friends"

@@ -86,7 +86,7 @@ def build_loader(
         threads=1,
     )
     if model.propagation == "full":
-        planner = FullPlanner(graphs, features, plan, world.device)
+        planner = FullPlanner(graphs, features, plan, network.world.device)
     else:
         planner = SampledPlanner(graphs, features, plan)
     options = LoaderOptions(

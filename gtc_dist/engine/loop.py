@@ -64,6 +64,11 @@ class Trainer:
         features = load_features(self.network.shape, catalog, self.loader_world)
         self.features = over_world(features, world)
         self.loader = build_loader(config, self.network, users, items, graphs, features, self.loader_world)
+        if sum(self.loader.rank_rows) != catalog.manifest.interactions["train"]:
+            raise RuntimeError(
+                f"the ranks hold {sum(self.loader.rank_rows)} train interactions, the catalog "
+                f"{catalog.manifest.interactions['train']}"
+            )
         self.forward = self.network
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None

@@ -178,7 +178,8 @@ class SampledPlanner:
         place = self.place  # holds garbage for nodes outside in_users, which the comparison below finds out
         place[in_users] = np.arange(len(in_users))
         at = place[layer.sources]
-        known = (at < len(in_users)) & (in_users[np.minimum(at, len(in_users) - 1)] == layer.sources)
+        known = at < len(in_users)
+        known[known] = in_users[at[known]] == layer.sources[known]
         more = layer.sources[~known]
         at = at.copy()
         at[~known] = len(in_users) + np.arange(len(more))

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-import yaml
-
-from gtc_dist.config import Config, build_config
+from gtc_dist.config import Config, read_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import checkpoint
@@ -48,7 +46,7 @@ def restore(uri: str) -> Run:
     path = storage.join(uri, CONFIG)
     if not storage.exists(path):
         raise InputError(f"{uri} holds no run (no {CONFIG}); give run.storage/run.name of a training")
-    config = build_config(yaml.safe_load(storage.read_bytes(path)), path)
+    config = read_config(storage.read_bytes(path), path)
     name = newest_checkpoint(uri)
     manifest = checkpoint.read_manifest(storage.join(uri, name))
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
@@ -63,7 +61,9 @@ def restore(uri: str) -> Run:
 
 
 def newest_checkpoint(run: str) -> str:
-    """Name of the newest whole checkpoint of a run; while it trains, that is the best so far."""
+    """Name of a run's best checkpoint: the one that metrics.json names, or, while it trains, the newest whole one."""
+    if storage.exists(storage.join(run, "metrics.json")):
+        return storage.read_json(storage.join(run, "metrics.json"))["checkpoint"]
     found = [n.removesuffix("/manifest.json") for n in storage.listing(storage.join(run, "checkpoints"))]
     whole = sorted(name for name in found if name.startswith("epoch-") and "/" not in name)
     if not whole:

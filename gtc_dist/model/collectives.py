@@ -77,7 +77,8 @@ class World:
         return out
 
     def barrier(self) -> None:
-        self.sum(torch.zeros(1, device=self.device))
+        """Wait for all ranks; on a GPU the host waits too."""
+        self.sum(torch.zeros(1, device=self.device)).item()
 
     def _counted(self, sent: int) -> "_Counted":
         self.bytes_sent += sent

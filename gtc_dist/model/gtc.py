@@ -134,14 +134,15 @@ class GTC(nn.Module):
         super().__init__()
         self.shape, self.world = shape, world
         self.S, self.D = 1 + len(shape.modalities), shape.width
-        self.project = nn.ModuleDict({name: nn.Linear(dim, self.D) for name, dim in shape.modalities.items()})
-        self.filters = nn.ModuleDict()
+        # by number: a modality may be called what a module has as an attribute ("items")
+        self.project = nn.ModuleList(nn.Linear(dim, self.D) for dim in shape.modalities.values())
+        self.filters = nn.ModuleList()
         if shape.diffusion:
             schedule = Schedule(shape.diffusion_steps, shape.beta_start, shape.beta_end)
             condition = self.D * (2 if shape.condition == "audience" else 1)
-            for name in shape.modalities:
+            for _ in shape.modalities:
                 path = (shape.start_step, shape.ddim_steps)
-                self.filters[name] = ContentFilter(schedule, self.D, condition, shape.hidden, *path)
+                self.filters.append(ContentFilter(schedule, self.D, condition, shape.hidden, *path))
         if shape.gate and self.S > 1:
             self.gate_scale = nn.Parameter(torch.ones(()))
         if shape.correlation and self.S > 1:
@@ -163,7 +164,7 @@ class GTC(nn.Module):
         """Projected content of each modality, [n, D] with unit mean square, so that the noise schedule fits it."""
         return {
             name: F.rms_norm(project(features[name].to(project.weight.dtype)), (self.D,))
-            for name, project in self.project.items()
+            for name, project in zip(self.shape.modalities, self.project, strict=True)
         }
 
     def condition(self, ids: torch.Tensor, audience: torch.Tensor | None, stream: int) -> torch.Tensor:
@@ -180,7 +181,7 @@ class GTC(nn.Module):
         if not self.filters:
             return content
         return {
-            name: self.filters[name](x0, self.condition(ids, audience, s))
+            name: self.filters[s - 1](x0, self.condition(ids, audience, s))
             for s, (name, x0) in enumerate(content.items(), start=1)
         }
 
@@ -287,10 +288,10 @@ class GTC(nn.Module):
         with a gradient into the content, shrinking it to a point would be the cheapest way to a low loss."""
         audience = None if e["audience"] is None else e["audience"][ego_items].detach()
         losses = []
-        for s, (name, x0) in enumerate(e["content"].items(), start=1):
+        for s, x0 in enumerate(e["content"].values(), start=1):
             condition = self.condition(item_rows[ego_items].detach(), audience, s)
             x0 = x0[ego_items].detach()
-            losses.append(self.filters[name].loss(x0, condition, batch.timesteps, batch.noise[s - 1]))
+            losses.append(self.filters[s - 1].loss(x0, condition, batch.timesteps, batch.noise[s - 1]))
         return torch.stack(losses).mean(0)
 
     def _l2(self, user_rows: torch.Tensor, item_rows: torch.Tensor, batch: Batch) -> torch.Tensor:

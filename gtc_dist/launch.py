@@ -1,0 +1,121 @@
+"""Ray's part of a training: what each rank may use, the trainer, and what a rank does first."""
+
+import logging
+import math
+import os
+
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else every line of a rank is printed twice
+
+import numpy as np
+import ray
+import ray.data
+import torch
+from ray import train
+from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from gtc_dist.cluster import cores
+from gtc_dist.config import Config
+from gtc_dist.data import storage
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.engine.loop import Trainer
+from gtc_dist.engine.restore import CONFIG
+from gtc_dist.errors import InputError
+from gtc_dist.graph.csc import Graphs
+from gtc_dist.model.collectives import World
+
+READER_CPUS = 0.25  # of a Ray Data task: it also fits where the ranks take nearly all of every node
+
+
+class EveryRow(DataConfig):
+    """Deals the train rows to the ranks without the default's equal shares, which drop what does not divide."""
+
+    def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):
+        return [{"train": part} for part in datasets["train"].streaming_split(world_size, equal=False)]
+
+
+def worker_resources(config: Config) -> dict[str, float]:
+    """Resources of a rank. Raises InputError, instead of hanging, where the cluster cannot give them.
+
+    Ray Data needs a share of a CPU beside the ranks. On a cluster with just as many CPUs as ranks each rank asks for a
+    little less than one, which changes how Ray counts and not how the rank runs.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = [node.get("CPU", 0.0) for node in nodes]
+    gpus = [node.get("GPU", 0.0) for node in nodes]
+    workers, asked = config.cluster.workers, config.cluster.cpus_per_worker
+    if config.cluster.gpu and sum(gpus) < workers:
+        raise InputError(
+            f"cluster.workers={workers} with cluster.gpu=true needs {workers} GPUs; the cluster has {sum(gpus):g}"
+        )
+    each = asked or 1
+    if asked is None and workers <= sum(cpus) < workers + 1:
+        each = max((sum(cpus) - 1) / workers, 0.1)
+    slots = sum(
+        min(math.floor(cpu / each), math.floor(gpu) if config.cluster.gpu else math.inf)
+        for cpu, gpu in zip(cpus, gpus, strict=True)
+    )
+    if slots < workers or workers * each + READER_CPUS > sum(cpus):
+        raise InputError(
+            f"cluster.workers={workers} needs {workers * (asked or 1):g} CPUs, and {READER_CPUS:g} to read data; the "
+            f"cluster has {sum(cpus):g} on {len(nodes)} nodes. Use fewer workers or a smaller cluster.cpus_per_worker"
+        )
+    return {"CPU": each, "GPU": 1} if config.cluster.gpu else {"CPU": each}
+
+
+def fit(config: Config, catalog: Catalog, graphs: Graphs, run: str, resources: dict[str, float]) -> dict:
+    """Run the ranks to the end and return what metrics.json holds."""
+    filesystem, _ = storage.arrow_filesystem(catalog.uri)
+    paths = [storage.filesystem(uri)[1] for uri in catalog.interaction_uris("train")]
+    rows = ray.data.read_parquet(paths, filesystem=filesystem, ray_remote_args={"num_cpus": READER_CPUS})
+    run_filesystem, run_path = storage.arrow_filesystem(run)
+    trainer = TorchTrainer(
+        train_rank,
+        # one copy of the graphs a node: in Ray's object store, wrapped without a copy by every rank
+        train_loop_config={"config": config, "run": run, "graphs": ray.put(graphs)},
+        datasets={"train": rows},
+        dataset_config=EveryRow(),
+        torch_config=TorchConfig(backend="nccl" if config.cluster.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.cluster.workers, use_gpu=config.cluster.gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=run_path,
+            storage_filesystem=run_filesystem,
+            logging_config=LoggingConfig(log_level="WARNING"),
+            # a lost worker ends the run: nothing continues from a checkpoint yet
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+        ),
+    )
+    trainer.fit()
+    return storage.read_json(storage.join(run, "metrics.json"))
+
+
+def train_rank(settings: dict) -> None:
+    """What every rank runs (a Ray Train worker)."""
+    logging.disable(logging.INFO)  # Ray would print every reported metric
+    config: Config = settings["config"]
+    if not storage.exists(storage.join(settings["run"], CONFIG)):
+        raise InputError(
+            f"{settings['run']} cannot be seen from node {ray.util.get_node_ip_address()}; "
+            "on several nodes run.storage must be shared or object storage"
+        )
+    context = train.get_context()
+    # each rank leaves a core to its prefetch thread: one thread too many costs more than one too few
+    torch.set_num_threads(config.cluster.threads or max(1, cores() // context.get_local_world_size() - 1))
+    device = train.torch.get_device() if config.cluster.gpu else torch.device("cpu")
+    world = World(context.get_world_rank(), context.get_world_size()).split(device)
+    users, items = read_shard(train.get_dataset_shard("train"))
+    graphs = ray.get(settings["graphs"])
+    Trainer(config, Catalog(config.data.catalog), settings["run"], users, items, graphs, world, train.report).fit()
+
+
+def read_shard(shard) -> tuple[np.ndarray, np.ndarray]:
+    """This rank's interactions, in one pass: 8 bytes each."""
+    columns: dict[str, list[np.ndarray]] = {"user": [], "item": []}
+    for batch in shard.iter_batches(batch_size=1 << 16, batch_format="numpy", prefetch_batches=1):
+        for name, parts in columns.items():
+            parts.append(batch[name].astype(np.int32))
+    empty = [np.empty(0, np.int32)]
+    return np.concatenate(columns["user"] or empty), np.concatenate(columns["item"] or empty)
