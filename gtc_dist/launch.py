@@ -67,7 +67,7 @@ def fit(config: Config, catalog: Catalog, graphs: Graphs, run: str, resources: d
     """Run the ranks to the end and return what metrics.json holds."""
     filesystem, _ = storage.arrow_filesystem(catalog.uri)
     paths = [storage.filesystem(uri)[1] for uri in catalog.interaction_uris("train")]
-    rows = ray.data.read_parquet(paths, filesystem=filesystem, ray_remote_args={"num_cpus": READER_CPUS})
+    rows = ray.data.read_parquet(paths, filesystem=filesystem, num_cpus=READER_CPUS)
     run_filesystem, run_path = storage.arrow_filesystem(run)
     trainer = TorchTrainer(
         train_rank,
