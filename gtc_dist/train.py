@@ -8,6 +8,7 @@ run.storage/run.name gets the resolved config.yaml, metrics.jsonl, metrics.json,
 """
 
 import argparse
+import sys
 
 import yaml
 
@@ -28,6 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     check(config, catalog, run)
     graphs = load_graphs(config, catalog)
     check_rows(catalog, graphs)
+
+    rows = catalog.manifest.interactions["train"]
+    print(f"{catalog.users:,} users, {catalog.items:,} items, {rows:,} interactions; starting Ray", file=sys.stderr)
 
     from gtc_dist import cluster, launch  # here, so that the errors above show at once
 
