@@ -10,6 +10,7 @@ from worlds import run_ranks
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine.build import load_graphs
 from gtc_dist.engine.loop import Trainer
+from gtc_dist.engine.restore import newest_checkpoint
 from gtc_dist.model.collectives import World
 
 
@@ -84,3 +85,20 @@ def test_interactions_that_got_lost_on_the_way_stop_the_run(catalog, tmp_path):
     graphs = load_graphs(config, catalog)
     with pytest.raises(RuntimeError, match=f"the ranks hold {len(users) - 1} train interactions, the catalog"):
         Trainer(config, catalog, str(tmp_path / "run"), users[1:], items[1:], graphs, World())
+
+
+def test_training_beats_popularity_where_there_is_something_to_learn(tmp_path):
+    catalog = small_catalog(tmp_path / "c", users=300, items=120, per_user=12)
+    config = small_config(catalog.uri, train={"epochs": 15, "table_lr": 1e-2, "batch_size": 64})
+    fit(World(), catalog.uri, str(tmp_path / "run"), config)
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["test"]["overall"]["recall@20"] > 1.5 * metrics["popularity"]["recall@20"]
+
+
+def test_early_stopping_keeps_the_best(catalog, tmp_path):
+    config = small_config(catalog.uri, train={"epochs": 40, "table_lr": 0.1}, eval={"patience": 2})
+    result = fit(World(), catalog.uri, str(tmp_path / "run"), config)
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["last_epoch"] == result["epochs"][-1] < 40
+    assert metrics["last_epoch"] - metrics["best_epoch"] == 2
+    assert newest_checkpoint(str(tmp_path / "run")) == metrics["checkpoint"]

@@ -14,7 +14,7 @@ from small import small_catalog
 from gtc_dist import evaluate, train
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import CatalogWriter
-from gtc_dist.engine.restore import newest_checkpoint, restore
+from gtc_dist.engine.restore import restore
 from gtc_dist.errors import InputError, find_input_error
 from gtc_dist.graph import build
 
@@ -197,24 +197,6 @@ def test_two_workers_train_validate_and_agree(ray_local, tmp_path, overrides):
     truth = ranking.split_truth(catalog.interactions("test"), catalog.users)
     alone = ranking.evaluate(*run.embed(), run.graphs, truth)
     assert alone["overall"] == pytest.approx(metrics["test"]["overall"], abs=1e-6)
-
-
-def test_training_beats_popularity_where_there_is_something_to_learn(ray_local, tmp_path):
-    catalog = small_catalog(tmp_path / "catalog", users=300, items=120, per_user=12)
-    config = write_config(tmp_path, catalog.uri, str(tmp_path / "runs"), epochs=15, table_lr=1e-2)
-    train.main(["--config", config])
-    metrics = metrics_of(str(tmp_path / "runs/r"))
-    assert metrics["test"]["overall"]["recall@20"] > 1.5 * metrics["popularity"]["recall@20"]
-
-
-def test_early_stopping_keeps_the_best(ray_local, tmp_path):
-    catalog = small_catalog(tmp_path / "catalog")
-    config = write_config(tmp_path, catalog.uri, str(tmp_path / "runs"), epochs=40, table_lr=0.1)
-    train.main(["--config", config, "eval.patience=2"])
-    metrics = metrics_of(str(tmp_path / "runs/r"))
-    assert metrics["last_epoch"] < 40
-    assert metrics["last_epoch"] - metrics["best_epoch"] == 2
-    assert newest_checkpoint(str(tmp_path / "runs/r")) == metrics["checkpoint"]
 
 
 def refused(arguments: list[str], message: str) -> None:
