@@ -76,6 +76,11 @@ class Loader:
         """Pairs of each rank in a step: its rows cut into `steps` parts whose sizes differ by one at most."""
         return [rows // self.steps + (step < rows % self.steps) for rows in self.rank_rows]
 
+    def correlation_counts(self, counts: list[int]) -> list[int]:
+        """Of a step's pairs of each rank, those whose items enter the total correlation."""
+        rows = self.options.correlation_rows
+        return [min(n, -(-rows // self.world.size)) if rows else n for n in counts]
+
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch; one thread prepares them ahead. Its errors are raised here."""
         return _prefetch(self._batches(epoch), self.options.prefetch)
@@ -118,7 +123,6 @@ class Loader:
         if draws.negatives.ndim == 1:
             who, what = np.repeat(draws.users, len(negatives)), np.tile(draws.negatives, len(draws.users))
             mask = torch.from_numpy((~self.graphs.interacted(who, what)).reshape(len(draws.users), len(negatives)))
-        rows = self.options.correlation_rows
         return Batch(
             **self.planner.plan(users, items, self._global_pairs(draws), draws.sampler_seed),
             users=torch.from_numpy(user_at),
@@ -130,7 +134,7 @@ class Loader:
             noise=torch.from_numpy(draws.noise),
             permutation_seed=draws.seed,
             counts=draws.counts,
-            correlation_counts=[min(n, -(-rows // self.world.size)) if rows else n for n in draws.counts],
+            correlation_counts=self.correlation_counts(draws.counts),
         )
 
     def _global_pairs(self, draws: Draws) -> np.ndarray:

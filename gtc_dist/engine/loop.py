@@ -147,7 +147,7 @@ class Trainer:
             raise FloatingPointError(f"epoch {epoch}, step {step}: the loss is not finite: {losses}")
         scalars = {f"loss/{name}": value for name, value in losses.items()}
         if "tc" in losses:
-            rows = sum(min(n, self._correlation_rows(n)) for n in self.loader.counts(step - 1))
+            rows = sum(self.loader.correlation_counts(self.loader.counts(step - 1)))
             scalars["total_correlation/bound_nats"] = math.log(max(rows, 1)) - losses["tc"]
         seconds = dict.fromkeys(PARTS, 0.0) | self.watch.take() | self.loader.planner.watch.take()
         seconds["communication"] = self.world.seconds + self.loader_world.seconds
@@ -158,10 +158,6 @@ class Trainer:
         scalars |= {"lr/dense": self.config.train.lr, "lr/tables": self.table_lr}
         scalars["interactions_per_second"] = seen / elapsed
         self.monitor.step(epoch, step, scalars, seen / elapsed)
-
-    def _correlation_rows(self, pairs: int) -> int:
-        rows = self.config.model.correlation.rows
-        return -(-rows // self.world.size) if rows else pairs
 
     def _validate(self, epoch: int) -> bool:
         """Rank the valid split; checkpoint if it is the best so far. Every rank takes the same decision."""

@@ -37,7 +37,7 @@ class FullPlanner:
     """
 
     def __init__(self, graphs: Graphs, features: dict[str, RowTable], options: PlannerOptions, device: torch.device):
-        self.graphs, self.options, self.device = graphs, options, device
+        self.graphs, self.options = graphs, options
         world = next(iter(features.values())).world
         self.watch = Stopwatch()
         users, items = graphs.users, graphs.items
