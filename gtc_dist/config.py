@@ -90,6 +90,13 @@ class Data(Section):
     verify: Literal["checksum", "size"] = "checksum"  # how train checks the catalog's files against its manifest
 
 
+class Prepare(Section):
+    """What prepare may use; its result does not depend on it."""
+
+    memory_gib: Annotated[float, Field(gt=0)] = 2.0  # working memory of one blocked step in the driver
+    scratch: str | None = None  # local folder for intermediate data; None: the system's temporary folder
+
+
 class Graph(Section):
     item_neighbours: Positive = 10  # k of the item-item graph (content, cosine)
     user_neighbours: Positive = 40  # k of the user-user graph (co-interaction counts)
@@ -219,6 +226,8 @@ class Eval(Section):
 class Config(Section):
     data: Data
     run: Run
+    dataset: dict[str, Any] = {}  # parameters of tools/make_dataset.py, which writes to data.raw; nothing else reads it
+    prepare: Prepare = Prepare()
     graph: Graph = Graph()
     cluster: Cluster = Cluster()
     train: Train = Train()
