@@ -15,12 +15,13 @@ MIN_OBJECT_STORE = 512 << 20
 MAX_OBJECT_STORE = 2 << 30
 
 
-def connect(num_cpus_needed: int = 1, dashboard: bool = False) -> None:
+def connect(num_cpus_needed: int = 1, dashboard: bool = False, shared_bytes: int = 0) -> None:
     """Make sure that this process is connected to a Ray cluster; nothing happens if it already is.
 
     Args:
         num_cpus_needed: logical CPUs that a local cluster offers at least, even on a machine with fewer cores. A
             cluster that is joined keeps its own count.
+        shared_bytes: what the command will `share`; a local cluster's object store has room for it.
         dashboard: start Ray's dashboard with a local cluster; Ray Train asks it for the state of its actors.
     """
     # Says on every start that token authentication is on, which the README explains.
@@ -32,7 +33,7 @@ def connect(num_cpus_needed: int = 1, dashboard: bool = False) -> None:
             ray.init(
                 address="local",
                 num_cpus=max(cores(), num_cpus_needed),
-                object_store_memory=object_store_bytes(),
+                object_store_memory=object_store_bytes() + shared_bytes,
                 include_dashboard=dashboard,
                 logging_level=logging.WARNING,
                 runtime_env={"worker_process_setup_hook": name_own_cluster},

@@ -99,6 +99,8 @@ class Prepare(Section):
 
 class Graph(Section):
     item_neighbours: Positive = 10  # k of the item-item graph (content, cosine)
+    search: Literal["auto", "exact", "approximate"] = "auto"  # of item neighbours; auto: exact up to 50,000 items
+    probes: Positive = 160  # approximate: lists of about 250 alike items searched for each item; more finds more
     user_neighbours: Positive = 40  # k of the user-user graph (co-interaction counts)
     hub_cap: Positive = 1000  # at most this many users of one item count as co-interacting (seeded sample beyond)
 
@@ -134,6 +136,8 @@ class Train(Section):
     seed: NonNegative = 0
     lr: Annotated[float, Field(gt=0)] = 1e-3
     table_lr: Annotated[float, Field(gt=0)] = 2e-3  # for the id, preference and stream-weight tables
+    table_optimizer: Literal["adam", "rowwise_adam"] = "adam"  # rowwise: one second moment a row, a third less memory
+    epoch_steps: Positive | None = None  # steps from one validation to the next; null: one pass over the interactions
     negatives: Negatives = Negatives()
     exclude_seed_edges: bool = True  # leave the batch's own edges out of the graph that they are predicted from
     w_tc: Weight = 0.4  # weight of the total-correlation loss
@@ -180,6 +184,7 @@ class Model(Section):
     fanout: list[int] = [10, 10]  # sampled: neighbours per user-item layer, last layer first; -1: all
     item_fanout: int = 5  # sampled: neighbours on the item-item graph; -1: all
     user_fanout: int = 5  # sampled: neighbours on the user-user graph; -1: all
+    layer_nodes: Positive | None = None  # sampled: about this many new nodes a layer or hop, over all ranks; null: all
     width: Positive = 64  # D of each stream
     init_std: Annotated[float, Field(gt=0)] = 0.1  # of id and preference embeddings at the start
     layers: NonNegative = 2  # user-item convolution layers; 0: no convolution
@@ -210,6 +215,7 @@ class Eval(Section):
     every: Positive = 1  # epochs between validations
     metric: str = "recall@20"  # selects the best checkpoint and stops early
     patience: Positive = 10  # validations without a better metric before training stops
+    users: Positive | None = None  # rank about so many users of a split, a seeded sample; null: all
     item_block: Positive = 16384  # items scored at once
     user_block: Positive = 1024  # users scored at once
     chunk: Positive = 16384  # rows of a rank that inference computes at once

@@ -3,6 +3,8 @@
 import logging
 import math
 import os
+import uuid
+from collections.abc import Callable
 
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else every line of a rank is printed twice
 
@@ -15,7 +17,7 @@ from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, Scali
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from gtc_dist.cluster import cores
-from gtc_dist.config import Config
+from gtc_dist.config import Cluster, Config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine.loop import Trainer
@@ -34,7 +36,7 @@ class EveryRow(DataConfig):
         return [{"train": part} for part in datasets["train"].streaming_split(world_size, equal=False)]
 
 
-def worker_resources(config: Config) -> dict[str, float]:
+def worker_resources(cluster: Cluster) -> dict[str, float]:
     """Resources of a rank. Raises InputError, instead of hanging, where the cluster cannot give them.
 
     Ray Data needs a share of a CPU beside the ranks. On a cluster with just as many CPUs as ranks each rank asks for a
@@ -43,8 +45,8 @@ def worker_resources(config: Config) -> dict[str, float]:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = [node.get("CPU", 0.0) for node in nodes]
     gpus = [node.get("GPU", 0.0) for node in nodes]
-    workers, asked = config.cluster.workers, config.cluster.cpus_per_worker
-    if config.cluster.gpu and sum(gpus) < workers:
+    workers, asked = cluster.workers, cluster.cpus_per_worker
+    if cluster.gpu and sum(gpus) < workers:
         raise InputError(
             f"cluster.workers={workers} with cluster.gpu=true needs {workers} GPUs; the cluster has {sum(gpus):g}"
         )
@@ -52,7 +54,7 @@ def worker_resources(config: Config) -> dict[str, float]:
     if asked is None and workers <= sum(cpus) < workers + 1:
         each = max((sum(cpus) - 1) / workers, 0.1)
     slots = sum(
-        min(math.floor(cpu / each), math.floor(gpu) if config.cluster.gpu else math.inf)
+        min(math.floor(cpu / each), math.floor(gpu) if cluster.gpu else math.inf)
         for cpu, gpu in zip(cpus, gpus, strict=True)
     )
     if slots < workers or workers * each + READER_CPUS > sum(cpus):
@@ -60,55 +62,88 @@ def worker_resources(config: Config) -> dict[str, float]:
             f"cluster.workers={workers} needs {workers * (asked or 1):g} CPUs, and {READER_CPUS:g} to read data; the "
             f"cluster has {sum(cpus):g} on {len(nodes)} nodes. Use fewer workers or a smaller cluster.cpus_per_worker"
         )
-    return {"CPU": each, "GPU": 1} if config.cluster.gpu else {"CPU": each}
+    return {"CPU": each, "GPU": 1} if cluster.gpu else {"CPU": each}
 
 
-def fit(config: Config, catalog: Catalog, graphs: Graphs, run: str, resources: dict[str, float]) -> dict:
-    """Run the ranks to the end and return what metrics.json holds."""
+def share(graphs: Graphs) -> ray.ObjectRef:
+    """One copy of the graphs a node, in Ray's object store; ranks wrap its arrays without a copy."""
+    return ray.put(graphs)
+
+
+def fit(config: Config, catalog: Catalog, graphs: ray.ObjectRef, run: str, resources: dict[str, float]) -> dict:
+    """Train on the ranks to the end and return what metrics.json holds."""
     filesystem, _ = storage.arrow_filesystem(catalog.uri)
     paths = [storage.filesystem(uri)[1] for uri in catalog.interaction_uris("train")]
     rows = ray.data.read_parquet(paths, filesystem=filesystem, num_cpus=READER_CPUS)
-    run_filesystem, run_path = storage.arrow_filesystem(run)
-    trainer = TorchTrainer(
-        train_rank,
-        # one copy of the graphs a node: in Ray's object store, wrapped without a copy by every rank
-        train_loop_config={"config": config, "run": run, "graphs": ray.put(graphs)},
-        datasets={"train": rows},
-        dataset_config=EveryRow(),
-        torch_config=TorchConfig(backend="nccl" if config.cluster.gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=config.cluster.workers, use_gpu=config.cluster.gpu, resources_per_worker=resources
-        ),
+    settings = {"config": config, "run": run, "graphs": graphs}
+    datasets = {"datasets": {"train": rows}, "dataset_config": EveryRow()}
+    _trainer(train_rank, settings, config.cluster, run, "ray", resources, **datasets).fit()
+    return storage.read_json(storage.join(run, "metrics.json"))
+
+
+def on_ranks(
+    work: Callable[[World, Graphs], dict],
+    cluster: Cluster,
+    graphs: ray.ObjectRef,
+    run: str,
+    resources: dict[str, float],
+) -> dict:
+    """Run `work` on every rank of a world and return what it returned on rank 0 (numbers, strings, dictionaries)."""
+    name = f"ray-{uuid.uuid4().hex[:8]}"
+    try:
+        settings = {"work": work, "cluster": cluster, "graphs": graphs}
+        return _trainer(work_rank, settings, cluster, run, name, resources).fit().metrics
+    finally:
+        storage.remove_tree(storage.join(run, name))
+
+
+def _trainer(function, settings: dict, cluster: Cluster, run: str, name: str, resources: dict, **datasets):
+    filesystem, path = storage.arrow_filesystem(run)
+    return TorchTrainer(
+        function,
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker=resources),
         run_config=RunConfig(
-            name="ray",
-            storage_path=run_path,
-            storage_filesystem=run_filesystem,
+            name=name,
+            storage_path=path,
+            storage_filesystem=filesystem,
             logging_config=LoggingConfig(log_level="WARNING"),
             # a lost worker ends the run: nothing continues from a checkpoint yet
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
         ),
+        **datasets,
     )
-    trainer.fit()
-    return storage.read_json(storage.join(run, "metrics.json"))
 
 
 def train_rank(settings: dict) -> None:
-    """What every rank runs (a Ray Train worker)."""
-    logging.disable(logging.INFO)  # Ray would print every reported metric
+    """What every rank of a training runs (a Ray Train worker)."""
     config: Config = settings["config"]
     if not storage.exists(storage.join(settings["run"], CONFIG)):
         raise InputError(
             f"{settings['run']} cannot be seen from node {ray.util.get_node_ip_address()}; "
             "on several nodes run.storage must be shared or object storage"
         )
-    context = train.get_context()
-    # each rank leaves a core to its prefetch thread: one thread too many costs more than one too few
-    torch.set_num_threads(config.cluster.threads or max(1, cores() // context.get_local_world_size() - 1))
-    device = train.torch.get_device() if config.cluster.gpu else torch.device("cpu")
-    world = World(context.get_world_rank(), context.get_world_size()).split(device)
+    world = _world(config.cluster)
     users, items = read_shard(train.get_dataset_shard("train"))
     graphs = ray.get(settings["graphs"])
     Trainer(config, Catalog(config.data.catalog), settings["run"], users, items, graphs, world, train.report).fit()
+
+
+def work_rank(settings: dict) -> None:
+    """What every rank of `on_ranks` runs."""
+    world = _world(settings["cluster"])
+    train.report(settings["work"](world, ray.get(settings["graphs"])))
+
+
+def _world(cluster: Cluster) -> World:
+    """This Ray Train worker among its peers, with its threads set."""
+    logging.disable(logging.INFO)  # Ray would print every reported metric
+    context = train.get_context()
+    # each rank leaves a core to its prefetch thread: one thread too many costs more than one too few
+    torch.set_num_threads(cluster.threads or max(1, cores() // context.get_local_world_size() - 1))
+    device = train.torch.get_device() if cluster.gpu else torch.device("cpu")
+    return World(context.get_world_rank(), context.get_world_size()).split(device)
 
 
 def read_shard(shard) -> tuple[np.ndarray, np.ndarray]:

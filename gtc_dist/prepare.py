@@ -3,22 +3,25 @@
 Everything that can be checked is checked before Ray starts, and all raw data is read and checked before the first file
 is written. A folder that is being written holds building.json; the manifest comes last. The manifest carries a
 fingerprint of the configuration and the raw files: the same again means there is nothing to do.
+
+Memory is bounded by prepare.memory_gib, the ids and a few numbers for each user and item; everything else passes
+through arrays on local disk (prepare.scratch).
 """
 
 import argparse
 import hashlib
 import json
 import posixpath
-import sys
-import time
 
 import numpy as np
 
 from gtc_dist.config import Config, parse_command_line
 from gtc_dist.data import features, ingest, storage, vectors
-from gtc_dist.data.catalog import BUILDING, GRAPHS, MANIFEST, SCHEMA_VERSION, SPLITS, CatalogWriter, Manifest
+from gtc_dist.data.catalog import BUILDING, CSC, GRAPHS, MANIFEST, SCHEMA_VERSION, SPLITS, CatalogWriter, Manifest
+from gtc_dist.data.scratch import Scratch
 from gtc_dist.errors import InputError, run_command
-from gtc_dist.graph import build
+from gtc_dist.graph import build, co_users, neighbours
+from gtc_dist.progress import Progress, Tell, silent
 
 OWN_FILES = ("users/", "items/", "interactions/", "features/", "graph/", MANIFEST, BUILDING)
 
@@ -43,8 +46,7 @@ def prepare(config: Config, force: bool = False) -> tuple[Manifest, bool]:
     Raises:
         InputError: bad input, or a folder at data.catalog that this must not overwrite; nothing is written then.
     """
-    data, uri = config.data, config.data.catalog
-    say = _Progress()
+    uri, say = config.data.catalog, Progress()
     files, sources = inspect(config)
     mark = fingerprint(config, files, sources)
     current = existing(uri, mark, force)
@@ -54,19 +56,30 @@ def prepare(config: Config, force: bool = False) -> tuple[Manifest, bool]:
 
     from gtc_dist import cluster  # here, so that errors above and a catalog that is up to date show at once
 
-    cluster.connect()
-    raw = ingest.read(files)
+    with Scratch(config.prepare.scratch, int(config.prepare.memory_gib * 2**30)) as scratch:
+        cluster.connect()
+        manifest = build_catalog(config, mark, files, sources, scratch, say)
+    return manifest, True
+
+
+def build_catalog(config: Config, mark: str, files: list, sources: dict, scratch: Scratch, say: Progress) -> Manifest:
+    """Read, check and write everything; `mark` is the catalog's fingerprint."""
+    from gtc_dist import cluster
+
+    data, uri = config.data, config.data.catalog
+    raw = ingest.read(files, scratch, say.often)
+    say(f"interactions read: {len(raw.user):,}")
     more = features.item_ids(sources, raw.item_ids.type) if data.items == "all" else None
-    found = ingest.build(raw, data, more)
+    found = ingest.build(raw, data, scratch, more, say.often)
     counts = ", ".join(f"{split} {rows:,}" for split, rows in found.counts.items())
     say(f"interactions: {len(found.users):,} users, {len(found.items):,} items, {counts}")
-    with features.gather(sources, found.items) as gathered:
-        say("features read and checked: " + ", ".join(f"{name} {g.vectors.shape[1]}" for name, g in gathered.items()))
-        clear(uri)
-        writer = CatalogWriter(uri)
-        entries, content = write_features(writer, config, gathered)
-        say(f"features written to {uri}")
-    graphs = write_graphs(writer, config, found, content, cluster.cores())
+    gathered = features.gather(sources, found.items, scratch, say.often)
+    say("features read and checked: " + ", ".join(f"{name} {g.vectors.shape[1]}" for name, g in gathered.items()))
+    clear(uri)
+    writer = CatalogWriter(uri)
+    entries, content = write_features(writer, config, gathered, scratch, say.often)
+    say(f"features written to {uri}")
+    graphs, quality = write_graphs(writer, config, found, content, scratch, cluster.cores(), say.often)
     say("graphs: " + ", ".join(f"{name} {edges:,}" for name, edges in graphs.items()))
     writer.ids("users", found.users)
     writer.ids("items", found.items)
@@ -77,13 +90,14 @@ def prepare(config: Config, force: bool = False) -> tuple[Manifest, bool]:
         users=len(found.users),
         items=len(found.items),
         interactions=found.counts,
-        cold_items=len(found.items) - len(np.unique(found.splits["train"][1])),
+        cold_items=cold_items(found, scratch),
         modalities=entries,
         graphs=graphs,
+        graph_quality=quality,
         dropped=found.dropped | {f"features/{name}": g.unknown for name, g in gathered.items()},
     )
     say("manifest written")
-    return manifest, True
+    return manifest
 
 
 def inspect(config: Config) -> tuple[list, dict[str, vectors.Source]]:
@@ -159,28 +173,67 @@ def clear(uri: str) -> None:
             storage.remove_tree(storage.join(uri, name))
 
 
-def write_features(writer: CatalogWriter, config: Config, gathered: dict) -> tuple[dict, dict[str, np.ndarray]]:
+def write_features(
+    writer: CatalogWriter, config: Config, gathered: dict[str, features.Gathered], scratch: Scratch, tell: Tell
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Write all modalities; returns their manifest entries and their features in scratch."""
     entries, content = {}, {}
     for name, raw in gathered.items():
         transform = features.fit(raw, config.data.features[name].pca)
-        entries[name], content[name] = features.write(writer, name, raw, transform)
+        entries[name], content[name] = features.write(writer, name, raw, transform, scratch, tell)
+        scratch.discard(raw.vectors)
     return entries, content
 
 
+def cold_items(found: ingest.Interactions, scratch: Scratch) -> int:
+    """Items without a train interaction."""
+    _, item = found.splits["train"]
+    cold = np.ones(len(found.items), bool)
+    for block in scratch.blocks(len(item), 16):
+        cold[item[block]] = False
+    return int(cold.sum())
+
+
 def write_graphs(
-    writer: CatalogWriter, config: Config, found: ingest.Interactions, content: dict, threads: int
-) -> dict[str, int]:
-    """Build and write the graphs; returns their numbers of edges."""
-    users, items, settings = len(found.users), len(found.items), config.graph
+    writer: CatalogWriter,
+    config: Config,
+    found: ingest.Interactions,
+    content: dict[str, np.ndarray],
+    scratch: Scratch,
+    threads: int,
+    tell: Tell = silent,
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Build and write the graphs, one after the other; returns their numbers of edges and measures of their quality."""
+    settings, edges, quality = config.graph, {}, {}
+
+    def write(name: str, graph: CSC) -> None:
+        writer.graph(name, graph)
+        edges[name] = len(graph.indices)
+        tell(f"graph {name}: {edges[name]:,} edges")
+
+    def progress(name: str):
+        return lambda done, total: tell(f"graph {name}: {done:,} of {total:,}")
+
     weights = {name: modality.weight for name, modality in config.data.features.items()}
-    graphs = dict(zip(GRAPHS[:2], build.user_item(*found.splits["train"], users, items), strict=True))
-    graphs["item_item"] = build.item_item(content, weights, settings.item_neighbours, threads)
-    graphs["user_user"] = build.user_user(
-        graphs["item_user"], items, settings.user_neighbours, settings.hub_cap, config.data.split.seed
+    items, search = len(found.items), {"search": settings.search, "probes": settings.probes}
+    graph = neighbours.item_item(
+        content, weights, settings.item_neighbours, threads, **search, scratch=scratch, progress=progress("item_item")
     )
-    for name in GRAPHS:
-        writer.graph(name, graphs[name])
-    return {name: len(graphs[name].indices) for name in GRAPHS}
+    write("item_item", graph)
+    if neighbours.approximates(settings.search, items):
+        quality["item_item_recall"] = neighbours.recall(graph, content, weights, threads, scratch=scratch)
+    scratch.discard(graph.indices, graph.weight)
+
+    both = build.user_item(*found.splits["train"], len(found.users), items, scratch)
+    for name, graph in zip(GRAPHS[:2], both, strict=True):
+        write(name, graph)
+    seed, report = config.data.split.seed, progress("user_user")
+    graph = co_users.user_user(
+        *both, settings.user_neighbours, settings.hub_cap, seed, threads, scratch=scratch, progress=report
+    )
+    write("user_user", graph)
+    scratch.discard(*(array for made in (*both, graph) for array in (made.indices, made.weight)))
+    return {name: edges[name] for name in GRAPHS}, quality
 
 
 def summary(manifest: Manifest) -> str:
@@ -190,22 +243,13 @@ def summary(manifest: Manifest) -> str:
         "interactions  " + "  ".join(f"{name} {rows:,}" for name, rows in manifest.interactions.items()),
         "edges  " + "  ".join(f"{name} {edges:,}" for name, edges in manifest.graphs.items()),
     ]
+    lines += [f"{name}  {value:.3f}" for name, value in manifest.graph_quality.items()]
     for name, entry in manifest.modalities.items():
         pca = f" by PCA, {entry.explained_variance:.1%} of the variance" if entry.dim != entry.raw_dim else ""
         lines.append(f"{name}  {entry.raw_dim} -> {entry.dim} values{pca}; {entry.missing:,} items without a vector")
     dropped = {reason: rows for reason, rows in manifest.dropped.items() if rows}
     lines.append("dropped  " + ("  ".join(f"{reason} {rows:,}" for reason, rows in dropped.items()) or "nothing"))
     return "\n".join(lines)
-
-
-class _Progress:
-    """Prints a line for each finished stage, with the seconds since the start."""
-
-    def __init__(self):
-        self.start = time.monotonic()
-
-    def __call__(self, message: str) -> None:
-        print(f"[{time.monotonic() - self.start:6.1f} s] {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -35,11 +35,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from gtc_dist import cluster, launch  # here, so that the errors above show at once
 
-    cluster.connect(min(config.cluster.workers, cluster.cores()) + 1, dashboard=True)
-    resources = launch.worker_resources(config)
+    cluster.connect(min(config.cluster.workers, cluster.cores()) + 1, dashboard=True, shared_bytes=graphs.bytes)
+    resources = launch.worker_resources(config.cluster)
+    shared = launch.share(graphs)
+    del graphs  # the ranks of a node share the one copy in Ray's object store
     storage.write_bytes(storage.join(run, CONFIG), yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
     try:
-        result = launch.fit(config, catalog, graphs, run, resources)
+        result = launch.fit(config, catalog, shared, run, resources)
     except BaseException:
         remove_if_nothing_was_saved(run)
         raise
@@ -66,8 +68,7 @@ def check(config: Config, catalog: Catalog, run: str) -> None:
 def check_rows(catalog: Catalog, graphs: Graphs) -> None:
     """Every split can be ranked, and every user has an item to be ranked below its own."""
     for split in ("valid", "test"):
-        users, _ = catalog.interactions(split)
-        if not (graphs.user_degree[users] > 0).any():
+        if not any((graphs.user_degree[users] > 0).any() for users, _ in catalog.interaction_files(split)):
             raise InputError(
                 f"the {split} split of the catalog {catalog.uri} has no user with a train interaction, so nothing can "
                 "be scored on it; split in another way (data.split)"

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from gtc_dist.config import Config, build_config
 from gtc_dist.data.catalog import SPLITS, Catalog, CatalogWriter, ModalityEntry
-from gtc_dist.graph import build
+from gtc_dist.graph import build, co_users, neighbours
 
 
 def small_config(catalog: str, storage: str = "runs", **sections) -> Config:
@@ -61,8 +61,8 @@ def small_catalog(uri: str | Path, users=60, items=40, modalities=2, seed=0, per
     graphs = {
         "item_user": item_user,
         "user_item": user_item,
-        "item_item": build.item_item(features, dict.fromkeys(features, 1.0), 3, 1),
-        "user_user": build.user_user(item_user, items, 5, 1000, 0),
+        "item_item": neighbours.item_item(features, dict.fromkeys(features, 1.0), 3, 1),
+        "user_user": co_users.user_user(item_user, user_item, 5, 1000, 0),
     }
     for name, graph in graphs.items():
         writer.graph(name, graph)

@@ -1,6 +1,5 @@
 """Raw features to catalog features against plain numpy; every kind of bad input."""
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from gtc_dist.config import Modality
 from gtc_dist.data import features, storage, vectors
 from gtc_dist.data.catalog import CatalogWriter
 from gtc_dist.data.features import Gathered, Transform
+from gtc_dist.data.scratch import Scratch
 from gtc_dist.errors import InputError
 
 ROWS, WIDTH = 40, 6
@@ -25,6 +25,12 @@ def matrix(seed: int = 0, rows: int = ROWS, width: int = WIDTH) -> np.ndarray:
 
 def gathered_of(x: np.ndarray, present: np.ndarray | None = None) -> Gathered:
     return Gathered(x, np.ones(len(x), bool) if present is None else present, 0)
+
+
+@pytest.fixture
+def scratch():
+    with Scratch() as scratch:
+        yield scratch
 
 
 def inspect(folder: Path | str, path: str = "v.npy", **settings) -> vectors.Source:
@@ -110,10 +116,10 @@ def test_pca_is_the_svd_on_one_common_scale(width):
 
 
 @pytest.mark.parametrize("pca", [None, 2])
-def test_written_transform_gives_new_vectors_the_same_features(tmp_path, pca):
+def test_written_transform_gives_new_vectors_the_same_features(tmp_path, scratch, pca):
     x, present = matrix(), np.arange(ROWS) % 5 != 0
     transform = features.fit(gathered_of(x, present), pca)
-    entry, out = features.write(CatalogWriter(str(tmp_path)), "visual", gathered_of(x, present), transform)
+    entry, out = features.write(CatalogWriter(str(tmp_path)), "visual", gathered_of(x, present), transform, scratch)
     assert (entry.dim, entry.raw_dim, entry.missing) == (pca or WIDTH, WIDTH, 8)
     assert (out[~present] == 0).all()
     assert np.array_equal(Transform.load(str(tmp_path), "visual").apply(x[present]), out[present])
@@ -122,10 +128,11 @@ def test_written_transform_gives_new_vectors_the_same_features(tmp_path, pca):
     assert np.array_equal(np.stack(table["vector"].to_numpy()), out)
 
 
-def test_feature_files_are_cut(tmp_path, monkeypatch):
+def test_feature_files_are_cut(tmp_path, scratch, monkeypatch):
     monkeypatch.setattr(features, "FEATURE_ROWS", 16)
     writer = CatalogWriter(str(tmp_path))
-    _, out = features.write(writer, "visual", gathered_of(matrix()), features.fit(gathered_of(matrix())))
+    _, out = features.write(writer, "visual", gathered_of(matrix()), features.fit(gathered_of(matrix())), scratch)
+    assert isinstance(out, np.memmap)
     names = sorted(name for name in writer.files if "part-" in name)
     assert [(writer.files[n].first, writer.files[n].rows) for n in names] == [(0, 16), (16, 16), (32, 8)]
     tables = [storage.read_table(str(tmp_path / name)) for name in names]
@@ -210,28 +217,27 @@ def test_rows_go_to_their_items(tmp_path, ray_local, kind, text):
         write_parquet(tmp_path / "v.parquet", row_ids, x.tolist(), pa.list_(pa.float32()))
     sources = {"visual": inspect(tmp_path, **settings)}
     assert sorted(features.item_ids(sources, items.type).to_pylist()) == sorted(row_ids)
-    before = set(os.listdir(tempfile.gettempdir()))
-    with features.gather(sources, items) as gathered:
-        found = gathered["visual"]
-        assert found.unknown == 2
-        assert found.present.tolist() == [True, True, True, False, True]
-        assert np.array_equal(found.vectors[found.present], x[[1, 5, 3, 0]])
-        assert any(name.startswith("gtc-features-") for name in set(os.listdir(tempfile.gettempdir())) - before)
-    left = set(os.listdir(tempfile.gettempdir())) - before
-    assert not any(name.startswith("gtc-features-") for name in left)
+    for memory in (1, 3 * WIDTH * 8, 1 << 30):  # ranges of one item, of some, of all
+        with Scratch(memory_bytes=memory) as scratch:
+            found = features.gather(sources, items, scratch)["visual"]
+            assert found.unknown == 2
+            assert found.present.tolist() == [True, True, True, False, True]
+            assert np.array_equal(found.vectors[found.present], x[[1, 5, 3, 0]])
+            assert (found.vectors[~found.present] == 0).all()
+            assert list(scratch.path.iterdir()) == [Path(found.vectors.filename)]
 
 
-def test_several_modalities_and_row_numbers_as_ids(tmp_path, ray_local, monkeypatch):
+def test_several_modalities_and_row_numbers_as_ids(tmp_path, ray_local, scratch, monkeypatch):
     monkeypatch.setattr(vectors, "CHUNK_BYTES", 2000)
     wide, narrow = matrix(rows=78), matrix(1, rows=90, width=3).astype(np.float16)
     np.save(tmp_path / "wide.npy", wide)
     np.save(tmp_path / "narrow.npy", narrow)
     sources = {name: vectors.inspect(name, Modality(path=f"{name}.npy"), str(tmp_path)) for name in ("wide", "narrow")}
     rows = ITEMS.to_numpy()
-    with features.gather(sources, ITEMS) as gathered:
-        assert np.array_equal(gathered["wide"].vectors, wide[rows])
-        assert np.array_equal(gathered["narrow"].vectors, narrow[rows])
-        assert gathered["narrow"].unknown == 85
+    gathered = features.gather(sources, ITEMS, scratch)
+    assert np.array_equal(gathered["wide"].vectors, wide[rows])
+    assert np.array_equal(gathered["narrow"].vectors, narrow[rows])
+    assert gathered["narrow"].unknown == 85
 
 
 # --- bad input ---
@@ -244,11 +250,10 @@ def refused(*args, **settings) -> str:
 
 
 def refused_rows(source: vectors.Source, items: pa.Array = ITEMS) -> str:
-    """What reading says, through Ray; nothing stays on disk."""
-    before = set(os.listdir(tempfile.gettempdir()))
-    with pytest.raises(InputError) as caught, features.gather({"visual": source}, items):
-        raise AssertionError("bad rows were accepted")
-    assert not any(n.startswith("gtc-features-") for n in set(os.listdir(tempfile.gettempdir())) - before)
+    """What reading says, through Ray."""
+    with pytest.raises(InputError) as caught, Scratch() as scratch:
+        features.gather({"visual": source}, items, scratch)
+    assert not scratch.path.exists()
     return str(caught.value)
 
 

@@ -1,5 +1,6 @@
 """Ids of any type: codes, positions, common types."""
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -57,6 +58,41 @@ def test_codes_point_to_their_ids_and_absent_ids_to_none(values, draw):
     found = ids.positions(column, pa.array(unique_some, column.type))
     assert found.tolist() == [unique_some.index(v) if v in unique_some else -1 for v in values]
     assert [e >= 0 for e in expected] == (found >= 0).tolist()
+
+
+batches = st.lists(st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=5), min_size=1, max_size=3), min_size=1)
+
+
+@QUICK
+@given(batches, st.integers(0, 30))
+def test_a_growing_vocabulary_gives_lasting_codes(batches, text_from):
+    """Columns batch by batch: files of the narrowest type that holds them, or a text file whose ids turn to strings."""
+    words, given, text = ids.Vocabulary("user ids"), [], False
+    turns = text_from < sum(map(len, batches))
+    for batch in batches:
+        columns = []
+        for values in batch:
+            type = pa.int64() if turns else pa.uint8() if max(values) < 256 else pa.int16()
+            text = text_from <= 0
+            column = pa.array(values, type).cast(pa.string() if text else type)
+            columns.append(("text file" if turns else f"file of {type}", pa.chunked_array([column])))
+            text_from -= 1
+            given += values
+        codes = words.add(columns)
+        assert codes.dtype == np.int32
+        assert words.ids.take(pa.array(codes)).cast(pa.int64()).to_pylist() == [v for values in batch for v in values]
+    found, places = words.finish()
+    assert ids.is_text(found.type) == text
+    assert found.to_pylist() == sorted({str(v) if text else v for v in given})
+    assert sorted(places.tolist()) == list(range(len(found)))
+    assert found.take(pa.array(places)).equals(words.ids.cast(found.type))
+
+
+def test_a_vocabulary_names_files_that_disagree():
+    words = ids.Vocabulary("user ids")
+    words.add([("b", pa.chunked_array([pa.array([1])])), ("a", pa.chunked_array([pa.array(["x"])]))])
+    with pytest.raises(InputError, match=r"user ids are integers \(int64\) in b but strings in a"):
+        words.finish()
 
 
 def test_integer_ids_of_different_types_match_by_value():

@@ -1,5 +1,7 @@
 """Batches: every interaction once an epoch, true negatives, deterministic, errors that arrive."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ from steps import loader_of
 from worlds import run_ranks
 
 from gtc_dist.data.catalog import Catalog
+from gtc_dist.engine import loader as loader_module
 from gtc_dist.engine.build import build_network
-from gtc_dist.engine.loader import Loader, _prefetch, deal
+from gtc_dist.engine.loader import Loader, LoaderOptions, _prefetch, deal
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs, absent_source, both_directions, by_destination, edge_of, take
 from gtc_dist.model.collectives import World
@@ -54,6 +57,30 @@ def test_batches_differ_by_one_pair_at_most(catalog):
     assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize("epoch_steps", [3, 23])
+def test_epochs_of_some_steps_go_on_where_the_last_one_stopped(catalog, epoch_steps):
+    """Three passes, cut into epochs of another length, hold every interaction three times, each pass in its order."""
+    whole = make_loader(World(), catalog)
+    want = [pairs_of(batch) for turn in (1, 2, 3) for batch in whole.epoch(turn)]
+    loader = make_loader(World(), catalog, train={"epoch_steps": epoch_steps})
+    assert loader.steps == epoch_steps
+    assert loader.pass_steps == whole.steps
+    epochs = -(-len(want) // epoch_steps)
+    got = [pairs_of(batch) for epoch in range(1, epochs + 1) for batch in loader.epoch(epoch)]
+    assert len(got) == epochs * epoch_steps
+    assert got[: len(want)] == want
+
+
+def test_crossed_tells_every_train_interaction_between_users_and_items(catalog):
+    graphs = Graphs.load(catalog)
+    users, items = np.array([5, 0, 59, 5]), np.array([7, 3, 7, 39, 0])
+    known = set(zip(*(a.tolist() for a in catalog.interactions("train")), strict=True))
+    want = [[(u, i) in known for i in items.tolist()] for u in users.tolist()]
+    assert graphs.crossed(users, items).tolist() == want
+    assert graphs.crossed(np.arange(CATALOG_USERS), np.arange(CATALOG_ITEMS)).sum() == len(known)
+    assert graphs.crossed(users, items[:0]).shape == (4, 0)
+
+
 @pytest.mark.parametrize("negatives", [{"mode": "uniform", "count": 3}, {"mode": "shared", "count": 20}])
 def test_negatives_are_never_train_positives_of_their_user(catalog, negatives):
     loader = make_loader(World(), catalog, train={"negatives": negatives})
@@ -89,7 +116,7 @@ def test_a_user_with_every_item_is_refused():
     item_user = by_destination(np.array([0, 0, 1]), np.array([0, 1, 0]), 2)
     user_item = by_destination(np.array([0, 1, 0]), np.array([0, 0, 1]), 2)
     graphs = Graphs(2, 2, both_directions(item_user, user_item))
-    options = type("O", (), {"batch_size": 2})()
+    options = LoaderOptions(2, 0, "uniform", 1, 0, 1, 1, 4, 1)
     with pytest.raises(InputError, match="index 0 interacted with all 2 items"):
         Loader(np.array([0, 0, 1]), np.array([0, 1, 0]), graphs, None, options, World())
 
@@ -141,8 +168,6 @@ def test_errors_of_the_prefetch_thread_are_raised_here():
 
 
 def test_leaving_early_ends_the_prefetch_thread():
-    import threading
-
     produced = []
 
     def source():
@@ -155,3 +180,20 @@ def test_leaving_early_ends_the_prefetch_thread():
     results.close()
     assert not any(thread.name == "prefetch" for thread in threading.enumerate())
     assert len(produced) < 10
+
+
+def test_leaving_early_does_not_wait_for_a_batch_that_never_comes(monkeypatch):
+    """A rank that fails must end, though its prefetch thread waits in a collective for ranks that will not come."""
+    monkeypatch.setattr(loader_module, "LEAVE_SECONDS", 0.1)
+    released = threading.Event()
+
+    def source():
+        yield 1
+        released.wait()
+        yield 2
+
+    results = _prefetch(source(), 2)
+    assert next(results) == 1
+    results.close()  # returns
+    assert any(thread.name == "prefetch" for thread in threading.enumerate())
+    released.set()

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gtc_dist import prepare
-from gtc_dist.config import Config
+from gtc_dist import prepare, progress
+from gtc_dist.config import Config, Prepare
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import BUILDING, GRAPHS, MANIFEST, SPLITS, Catalog
 from gtc_dist.data.features import Transform
@@ -120,6 +120,44 @@ def test_s3_gives_the_same_catalog_as_local_disk(ray_local, tmp_path, raw, s3):
     assert not built
     _, built = prepare.prepare(config(f"{s3}/raw", f"{s3}/catalog"), force=True)
     assert built
+
+
+@pytest.mark.parametrize("method", ["given", "ratio"])
+def test_memory_and_scratch_do_not_change_the_catalog(ray_local, tmp_path, raw, method):
+    """Every file has the same bytes, and the fingerprint does not know of them."""
+    data = {"split": {"method": method}, "interactions": {"files": ["train.parquet"], "k_core": 2}}
+    large, _ = prepare.prepare(config(raw, tmp_path / "large", **data))
+    tight = config(raw, tmp_path / "small", **data)
+    (tmp_path / "scratch").mkdir()
+    tight = tight.model_copy(update={"prepare": Prepare(memory_gib=1e-6, scratch=str(tmp_path / "scratch"))})
+    small, _ = prepare.prepare(tight)
+    assert small == large
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_intermediate_data_goes_also_after_an_error(ray_local, tmp_path, raw):
+    (tmp_path / "scratch").mkdir()
+    broken = config(raw, tmp_path / "catalog", interactions={"k_core": 50})
+    broken = broken.model_copy(update={"prepare": Prepare(scratch=str(tmp_path / "scratch"))})
+    with pytest.raises(InputError, match="k_core=50 leaves no interaction"):
+        prepare.prepare(broken)
+    assert not list((tmp_path / "scratch").iterdir())
+    gone = broken.model_copy(update={"prepare": Prepare(scratch=str(tmp_path / "gone"))})
+    with pytest.raises(InputError, match=r"prepare\.scratch .*gone is no folder"):
+        prepare.prepare(gone)
+
+
+def test_long_steps_say_how_far_they_are(ray_local, tmp_path, raw, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    prepare.prepare(config(raw, tmp_path / "catalog"))
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("[") for line in lines)
+    for part in (
+        "... interactions read: 600; 60 users, 40 items so far",
+        "... feature rows read: 77 of 77",
+        "... features written: visual, 40 of 40",
+    ):
+        assert any(line.endswith(part) for line in lines), lines
 
 
 def test_a_rerun_is_up_to_date_until_something_changes(ray_local, tmp_path, raw, capsys):

@@ -10,7 +10,8 @@ from worlds import run_ranks
 
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import ranking
-from gtc_dist.graph.csc import Graphs
+from gtc_dist.engine.ranking import RankingOptions
+from gtc_dist.graph.csc import Graphs, by_destination
 from gtc_dist.model.collectives import World
 from gtc_dist.model.table import RowTable
 
@@ -30,10 +31,12 @@ def embeddings(world: World, catalog: Catalog) -> tuple[RowTable, RowTable]:
     return tuple(tables)
 
 
-def score(world: World, uri: str, item_block: int, user_block: int) -> dict:
+def score(world: World, uri: str, item_block: int, user_block: int, users: int | None = None, seed: int = 0) -> dict:
     catalog = Catalog(uri)
-    truth = ranking.split_truth(catalog.interactions("test"), catalog.users)
-    return ranking.evaluate(*embeddings(world, catalog), Graphs.load(catalog), truth, item_block, user_block)
+    tables = embeddings(world, catalog)
+    truth = ranking.split_truth(catalog, "test", tables[0].start, tables[0].stop)
+    options = RankingOptions(item_block, user_block, users, seed)
+    return ranking.evaluate(*tables, Graphs.load(catalog), truth, options)
 
 
 def reference(catalog: Catalog) -> dict:
@@ -87,17 +90,36 @@ def test_ranks_share_the_work_and_agree(catalog):
 
 
 def test_users_without_a_train_interaction_do_not_count(catalog):
-    truth = ranking.split_truth((np.arange(catalog.users), np.zeros(catalog.users, int)), catalog.users)
+    truth = by_destination(np.arange(catalog.users), np.zeros(catalog.users, int), catalog.users)
     graphs = Graphs.load(catalog)
     users = ranking.evaluate(*embeddings(World(), catalog), graphs, truth)["users"]
     assert users == int((graphs.user_degree > 0).sum())
+
+
+def test_a_sample_of_users_is_the_same_over_ranks_and_another_for_another_seed(catalog):
+    everyone = score(World(), catalog.uri, 16, 7)["users"]
+    alone = score(World(), catalog.uri, 16, 7, 30)
+    assert 15 <= alone["users"] <= 45 < everyone
+    for result in run_ranks(score, 3, catalog.uri, 16, 7, 30):
+        assert result["users"] == alone["users"]
+        assert result["overall"] == pytest.approx(alone["overall"])
+    assert score(World(), catalog.uri, 16, 7, 30, 1)["overall"] != alone["overall"]
+    assert score(World(), catalog.uri, 16, 7, everyone) == score(World(), catalog.uri, 16, 7)
+
+
+def test_truth_is_read_for_a_range_of_users(catalog):
+    whole = ranking.split_truth(catalog, "test")
+    part = ranking.split_truth(catalog, "test", 20, 50)
+    for user in range(20, 50):
+        items = [g.indices[g.indptr[u] : g.indptr[u + 1]].tolist() for g, u in ((whole, user), (part, user - 20))]
+        assert items[0] == items[1]
 
 
 def test_train_positives_and_padding_are_never_recommended(catalog):
     users, items = embeddings(World(), catalog)
     graphs = Graphs.load(catalog)
     everyone = np.arange(catalog.users)
-    top = ranking.top_items(users, items, graphs, everyone, catalog.items, 16, 7)
+    top = ranking.top_items(users, items, graphs, everyone, catalog.items, RankingOptions(16, 7))
     for u in everyone:
         listed = top[u][top[u] >= 0]
         assert len(listed) == catalog.items - graphs.user_degree[u]
@@ -107,9 +129,9 @@ def test_train_positives_and_padding_are_never_recommended(catalog):
 def test_popularity_ranks_by_train_interactions(catalog):
     graphs = Graphs.load(catalog)
     tables = ranking.popularity(graphs, World())
-    top = ranking.top_items(*tables, graphs, np.arange(5), 10, 16, 7)
+    top = ranking.top_items(*tables, graphs, np.arange(5), 10, RankingOptions(16, 7))
     for blocks in ((1, 1), (7, 3), (1000, 1000)):  # ties are everywhere, and must not hang on the blocks
-        assert np.array_equal(ranking.top_items(*tables, graphs, np.arange(5), 10, *blocks), top)
+        assert np.array_equal(ranking.top_items(*tables, graphs, np.arange(5), 10, RankingOptions(*blocks)), top)
     for u in range(5):
         degree = graphs.item_degree[top[u]]
         assert (np.diff(degree) <= 0).all()

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small import small_catalog, small_config
 from steps import assert_same_step, global_draws, loader_of, set_away_from_start, step
 
 from gtc_dist.data.catalog import CSC
 from gtc_dist.engine.build import build_network
-from gtc_dist.graph.sampling import Sampler
+from gtc_dist.graph.sampling import Sampler, inclusion, thin
 from gtc_dist.model.collectives import World
 
 ALL = {"propagation": "sampled", "fanout": [-1, -1], "item_fanout": -1, "user_fanout": -1}
@@ -51,8 +53,8 @@ def test_leaving_out_seed_edges_changes_the_result(catalog):
     assert abs(outcomes[0]["parts"]["bpr"] - outcomes[1]["parts"]["bpr"]) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["neighbor", "labor"])
-def test_mean_of_many_draws_converges_to_whole_propagation(catalog, kind):
+@pytest.mark.parametrize(("kind", "layer_nodes"), [("neighbor", None), ("labor", None), ("neighbor", 12)])
+def test_mean_of_many_draws_converges_to_whole_propagation(catalog, kind, layer_nodes):
     """Embeddings of the batch: two layers, hops and their corrections. The gate and the filter see no sample here
     (condition: item), so the estimate is unbiased."""
 
@@ -75,6 +77,7 @@ def test_mean_of_many_draws_converges_to_whole_propagation(catalog, kind):
 
     want = embeddings({"propagation": "full"}, 1)
     few = {"propagation": "sampled", "sampler": kind, "fanout": [2, 2], "item_fanout": 2, "user_fanout": 2}
+    few |= {"layer_nodes": layer_nodes}
     one, many = embeddings(few, 4), embeddings(few, 900)
     error_one, error_many = (one - want).norm() / want.norm(), (many - want).norm() / want.norm()
     assert error_many < 0.05  # without the corrections it stays near 0.5
@@ -107,6 +110,56 @@ def test_the_same_seed_draws_the_same(kind):
         drawn.append(np.concatenate([sampler.layer(np.arange(50), 3).edges, sampler.layer(np.arange(50), 3).edges]))
     assert np.array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0, 1e3), max_size=40), st.integers(0, 50))
+def test_inclusion_probabilities_add_up_and_keep_their_proportions(sizes, expected):
+    size = np.array(sizes)
+    chance = inclusion(size, expected)
+    positive = int((size > 0).sum())
+    assert ((chance >= 0) & (chance <= 1)).all()
+    assert (chance[size == 0] == 0).all()
+    assert chance.sum() == pytest.approx(min(expected, positive), abs=1e-6)
+    part = np.flatnonzero((chance > 0) & (chance < 1))
+    if len(part) > 1:
+        np.testing.assert_allclose(chance[part] / chance[part[0]], size[part] / size[part[0]], rtol=1e-6)
+
+
+def test_thinned_layers_keep_free_sources_hold_the_limit_and_stay_unbiased():
+    graph, matrix = random_graph()
+    sampler = Sampler(graph)
+    sampler.seed(0)
+    wanted = np.arange(30)
+    layer = sampler.layer(wanted, -1)
+    free = np.arange(len(layer.sources)) < 30
+    rng, total, kept = np.random.default_rng(1), np.zeros((30, 150)), []
+    for _ in range(400):
+        thinned, weight = thin(layer, graph.weight[layer.edges], free, 20, rng)
+        assert (thinned.sources[:30] == wanted).all()
+        assert (graph.indices[thinned.edges] == thinned.sources[thinned.positions]).all()
+        assert thinned.indptr[-1] == len(thinned.edges) == len(weight)
+        kept.append(len(thinned.sources) - 30)
+        np.add.at(total, (thinned.destination, thinned.sources[thinned.positions]), weight)
+    assert 18 < np.mean(kept) < 22
+    want = matrix.toarray()[:30]
+    assert np.linalg.norm(total / 400 - want) < 0.15 * np.linalg.norm(want)
+    assert thin(layer, graph.weight[layer.edges], free, 1000, rng)[0] is layer
+
+
+def test_the_rows_of_a_step_do_not_grow_with_the_catalog(tmp_path):
+    """Fanouts alone bring in more and more different nodes; `layer_nodes` bounds them."""
+    rows = {}
+    for limit in (None, 40):
+        for users in (400, 1600):
+            small = small_catalog(tmp_path / f"{users}-{limit}", users=users, items=users, per_user=12)
+            model = {"propagation": "sampled", "fanout": [10, 10], "layer_nodes": limit}
+            negatives = {"mode": "shared", "count": 16}
+            config = small_config(small.uri, model=model, train={"negatives": negatives})
+            batch = next(loader_of(config, small, World(), build_network(config, small, World())[0]).epoch(1))
+            rows[limit, users] = len(batch.user_route.position) + len(batch.item_route.position)
+    assert rows[None, 1600] > 1.5 * rows[None, 400]
+    assert rows[40, 1600] < 1.2 * rows[40, 400]
 
 
 def test_labor_needs_fewer_sources_than_neighbor_sampling():

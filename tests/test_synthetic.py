@@ -1,8 +1,7 @@
-"""The generator: same seed, same bytes; the planted truth is in the tables; formats that prepare reads; refusals."""
+"""The generator: same seed, same bytes, also as Ray tasks; the planted truth is in the tables; formats; refusals."""
 
 import hashlib
-import subprocess
-import sys
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gtc_dist.data import choice, storage, synthetic
-from gtc_dist.data.synthetic import Spec, World, generate, tasks, write_part
+from gtc_dist.data.recipe import Spec
+from gtc_dist.data.synthetic import World, generate, tasks, write_part
 from gtc_dist.errors import InputError
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "make_dataset.py"
 SPEC = Spec(
     users=900, items=400, interactions=14_000, cold_share=0.1, missing_share=0.05, user_chunk=256, item_chunk=128
 )
@@ -77,6 +74,52 @@ def test_parts_may_be_made_in_any_order_and_place(folder, tmp_path, order):
     expected = digests(folder)
     del expected[synthetic.DATASET]
     assert digests(tmp_path) == expected
+
+
+def test_ray_tasks_give_the_same_bytes(folder, tmp_path, ray_local):
+    dataset = generate(SPEC, str(tmp_path / "raw"), parallel=True)
+    assert digests(tmp_path / "raw") == digests(folder)
+    assert dataset == storage.read_json(f"{folder}/{synthetic.DATASET}")
+
+
+@pytest.mark.parametrize("parallel", [False, True], ids=["in process", "Ray"])
+@pytest.mark.parametrize(
+    ("obstacle", "message"),
+    [("file", r"part \d+ of users cannot be made: .*truth/users"), ("/proc", r"does not exist .*write it")],
+)
+def test_a_part_that_fails_ends_the_run_and_says_why(tmp_path, ray_local, parallel, obstacle, message):
+    """The folder of a kind cannot be written once the run has begun; nothing passes for a dataset then."""
+    out = tmp_path / "raw"
+
+    def spoil(parts, total):
+        (out / "truth").mkdir()
+        if obstacle == "file":
+            (out / "truth/users").write_text("in the way")
+        else:
+            (out / "truth/users").symlink_to(obstacle)
+        return parts
+
+    with pytest.raises(InputError, match=message):
+        generate(SPEC, str(out), progress=spoil, parallel=parallel)
+    assert (out / synthetic.BUILDING).exists()
+    assert not (out / synthetic.DATASET).exists()
+    (out / "truth/users").unlink()
+    generate(SPEC, str(out), force=True, parallel=parallel)
+    assert (out / synthetic.DATASET).exists()
+
+
+def test_parts_that_are_not_there_make_no_dataset(tmp_path):
+    """As with a local folder on a cluster of several machines."""
+    out = tmp_path / "raw"
+
+    def lose(parts, total):
+        yield from parts
+        shutil.rmtree(out / "interactions")
+        shutil.rmtree(out / "features/visual")
+
+    with pytest.raises(InputError, match=r"features/visual/part-00000\.parquet was written, but is not there; if Ray"):
+        generate(SPEC, str(out), progress=lose)
+    assert not (out / synthetic.DATASET).exists()
 
 
 def test_block_size_changes_nothing(folder, tmp_path, monkeypatch):
@@ -212,39 +255,26 @@ def test_cold_items_are_only_in_cold(folder, data):
     assert table.schema.remove_metadata() == data.table.schema.remove_metadata()
 
 
-def test_drawn_candidates_give_the_same_distribution_as_weighing_all(monkeypatch):
-    """With candidates many times the wanted items, choices follow popularity * exp(strength * taste)."""
-    items, k, users = 60, 4, 4000
-    rng = np.random.default_rng(0)
-    factors = rng.standard_normal((items, k)).astype(np.float32)
-    pool = choice.Pool(np.arange(items), factors, -np.log(np.arange(1, items + 1, dtype=np.float32)), 1.0)
-    taste, own = np.float32([1, -0.5, 0, 0]), np.float32([0.4, 0.3, 0, 0])
-    args = (taste, np.tile(own, (users, 1)), np.ones(users, int))
-    exact = np.exp(pool.log_popularity + factors @ (taste + own))
-    exact /= exact.sum()
-    for limit in (choice.EXACT_ITEMS, 0):
-        monkeypatch.setattr(choice, "EXACT_ITEMS", limit)
-        _, item = pool.choose(np.random.default_rng(1), *args)
-        share = np.bincount(item, minlength=items) / users
-        assert np.abs(share - exact).sum() < 0.15  # 60 cells of 4,000 draws: about 0.08 by chance
+def test_activity_exponent_sets_the_tail(folder, data, tmp_path):
+    generate(replace(SPEC, activity=1.5), str(tmp_path / "raw"))
+    heavy = Dataset(tmp_path / "raw", SPEC)
+    counts = [np.sort(np.bincount(d.user))[::-1] for d in (data, heavy)]
+    assert counts[1][: SPEC.users // 100].mean() > counts[0][: SPEC.users // 100].mean()
+    assert np.median(counts[1]) < np.median(counts[0])
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 30), st.booleans(), st.integers(0, 5))
-def test_choices_are_distinct_and_as_many_as_wanted(items, users, exact, seed):
-    rng = np.random.default_rng(seed)
-    pool = choice.Pool(np.arange(items) * 3, rng.standard_normal((items, 2)).astype(np.float32), np.zeros(items), 1.0)
-    wanted = np.sort(rng.integers(1, items + 1, users))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice, "EXACT_ITEMS", 1 << 14 if exact else 0)
-        patch.setattr(choice, "BLOCK", 100)
-        user, item = pool.choose(rng, np.float32([1, 0]), np.zeros((users, 2), np.float32), wanted)
-    assert len(set(zip(user.tolist(), item.tolist(), strict=True))) == len(user)
-    assert set(item.tolist()) <= set(pool.items.tolist())
-    taken = np.bincount(user, minlength=users)
-    assert (taken <= wanted).all()
-    if exact:
-        assert (taken == wanted).all()
+def test_large_catalogs_have_no_matrix(tmp_path):
+    """The last of several modalities is one .npy matrix only up to 65,536 items."""
+    spec = Spec(users=50, items=1 << 16, interactions=400, modalities={"text": 2, "audio": 2}, factors=2, kept=1)
+    assert (spec.npy_modality, replace(spec, modalities={"text": 2}).npy_modality) == ("audio", None)
+    spec = replace(spec, items=(1 << 16) + 1)
+    assert spec.npy_modality is None
+    dataset = generate(spec, str(tmp_path))
+    assert dataset["counts"]["missing_audio"] == 0
+    assert sorted(p.name for p in (tmp_path / "features").iterdir()) == ["audio", "text"]
+    assert [pq.read_metadata(p).num_rows for p in sorted((tmp_path / "features/audio").iterdir())] == [32768, 32768, 1]
+    user = pq.read_table(tmp_path / "interactions")["user_id"]  # drawn from candidates, since the items are many
+    assert user.value_counts().field("counts").to_numpy().min() >= spec.minimum
 
 
 def test_object_storage_gets_the_same_bytes(folder, s3):
@@ -284,29 +314,12 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
         ({"cold_share": 1.0}, "cold_share is 1.0"),
         ({"modalities": {}}, "name at least one"),
         ({"noise": -1.0}, "noise is -1.0"),
+        ({"noise": float("nan")}, "noise is nan; expected a finite number"),
+        ({"activity": 1.0}, "activity is 1.0; it must be above 1"),
+        ({"users": 10.5}, "users is 10.5; expected a whole number"),
+        ({"modalities": {"a/b": 4}}, "modalities has 'a/b'"),
     ],
 )
 def test_contradicting_parameters_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         Spec(**changes)
-
-
-def test_command_line(tmp_path):
-    def run(*arguments):
-        return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=120)
-
-    out = str(tmp_path / "raw")
-    small = ["--users", "50", "--items", "200", "--interactions", "400", "--modalities", "text:8,audio:4"]
-    made = run("--out", out, *small, "--cold-share", "0.1", "--seed", "3")
-    assert made.returncode == 0, made.stderr
-    assert "50 users, 200 items" in made.stdout
-    parameters = storage.read_json(f"{out}/{synthetic.DATASET}")["parameters"]
-    assert (parameters["modalities"], parameters["seed"]) == ({"text": 8, "audio": 4}, 3)
-    again = run("--out", out, *small)
-    assert again.returncode == 2
-    assert "holds a dataset" in again.stderr
-    assert "Traceback" not in again.stderr
-    wrong = run("--out", str(tmp_path / "other"), "--modalities", "text=8")
-    assert wrong.returncode == 2
-    assert "'text=8'" in wrong.stderr
-    assert not (tmp_path / "other").exists()

@@ -93,3 +93,30 @@ def test_untouched_rows_stay_as_they_are():
     table.step(lr=0.1)
     changed = (table.weight != before).any(1).nonzero().flatten().tolist()
     assert changed == [4, 9]
+
+
+def train_rowwise(world: World) -> dict:
+    table = RowTable("t", ROWS, WIDTH, world, init_std=0.3, seed=5, rowwise=True)
+    for step in range(STEPS):
+        ids = ids_of(world.rank, step)
+        loss_of(table.lookup(make_route(ids, ROWS, world)), ids).backward()
+        table.step(lr=0.05)
+    return {"weight": table.weight, "exp_avg_sq": table.exp_avg_sq}
+
+
+def test_rowwise_adam_keeps_one_second_moment_a_row():
+    """Against Adam written out row by row, on one rank and on two."""
+    weight = RowTable("t", ROWS, WIDTH, World(), init_std=0.3, seed=5).weight.clone()
+    avg, avg_sq = torch.zeros(ROWS, WIDTH), torch.zeros(ROWS)
+    for step in range(STEPS):
+        leaf = weight.clone().requires_grad_()
+        sum(loss_of(leaf[ids], ids) for ids in (ids_of(0, step), ids_of(1, step))).div(2).backward()
+        for row in set(ids_of(0, step).tolist()) | set(ids_of(1, step).tolist()):
+            grad = leaf.grad[row]
+            avg[row] = 0.9 * avg[row] + 0.1 * grad
+            avg_sq[row] = 0.999 * avg_sq[row] + 0.001 * grad.square().mean()
+            size = 0.05 * (1 - 0.999 ** (step + 1)) ** 0.5 / (1 - 0.9 ** (step + 1))
+            weight[row] -= size * avg[row] / (avg_sq[row].sqrt() + 1e-8)
+    results = run_ranks(train_rowwise, 2)
+    torch.testing.assert_close(torch.cat([r["weight"] for r in results]), weight)
+    torch.testing.assert_close(torch.cat([r["exp_avg_sq"] for r in results])[:, 0], avg_sq)

@@ -10,30 +10,76 @@ import pytest
 from small import small_catalog
 from test_train import write_config
 
+from gtc_dist.data.catalog import Catalog
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_benchmark_writes_what_it_measured(tmp_path):
-    catalog = small_catalog(tmp_path / "catalog")
-    config = write_config(tmp_path, catalog.uri, str(tmp_path / "runs"))
-    command = [sys.executable, "tools/benchmark.py", "step", "--config", config, "--threads", "1", "--epochs", "2"]
+def benchmark(folder: Path, *words: str) -> tuple[list[dict], str]:
+    """The rows of the JSON file and what was printed."""
     done = subprocess.run(
-        [*command, "--out", str(tmp_path / "b.json"), "model.width=4"],
+        [sys.executable, "tools/benchmark.py", *words, "--out", str(folder / "b.json")],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    row = json.loads((tmp_path / "b.json").read_text())["step"][0]
+    report = json.loads((folder / "b.json").read_text())
+    assert report["machine"] in done.stdout
+    return report[words[0]], done.stdout
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[str, Catalog]:
+    folder = tmp_path_factory.mktemp("benchmark")
+    catalog = small_catalog(folder / "catalog")
+    return write_config(folder, catalog.uri, str(folder / "runs")), catalog
+
+
+def test_benchmark_steps_on_one_and_two_ranks(small, tmp_path):
+    config, catalog = small
+    rows, printed = benchmark(tmp_path, "step", "--config", config, "--ranks", "1,2", "--repeats", "3", "model.width=4")
     train_rows = len(catalog.interactions("train")[0])
-    assert row["steps"] == -(-train_rows // 64)
-    assert row["processor_seconds_per_epoch"] > 0
-    assert row["interactions_per_second"] * row["seconds_per_epoch"] == pytest.approx(train_rows)
-    inside = sum(row["seconds_by_part"][part] for part in ("data", "lookup", "forward", "backward", "optimizer"))
-    assert 0 < inside < 1.5 * row["seconds_per_epoch"]
-    assert "seconds_per_epoch" in done.stdout
-    assert not (tmp_path / "runs").exists()
+    for row in rows:
+        result = row["result"]
+        assert result["steps_per_pass"] == -(-train_rows // 64)
+        assert result["interactions_per_second"] * result["seconds_per_step"] == pytest.approx(64)
+        assert 0 <= result["waiting_for_batch"] < 1
+        inside = sum(result[f"seconds/{part}"] for part in ("lookup", "forward", "backward", "optimizer"))
+        assert inside > 0
+    assert [row["result"]["sent_bytes_per_step"] > 0 for row in rows] == [False, True]
+    assert "seconds_per_step" in printed
+    assert not Path(config).with_name("runs").exists()
+
+
+def test_benchmark_compares_with_an_earlier_file(tmp_path):
+    words = ("lookup", "--rows", "100", "--ids", "50", "--width", "4", "--ranks", "2", "--repeats", "2")
+    rows, _ = benchmark(tmp_path, *words)
+    result = rows[0]["result"]
+    # each rank asks for at most 50 different of 100 rows, about half of them the other's: ids, rows and gradients
+    assert 0 < result["sent_bytes"] < 50 * (8 + 2 * 4 * 4) + 16
+    (tmp_path / "b.json").rename(tmp_path / "earlier.json")
+    _, printed = benchmark(tmp_path, *words, "--compare", str(tmp_path / "earlier.json"))
+    assert "peak_mib  " in printed
+    assert "sent_bytes  1.000" in printed
+
+
+def test_benchmark_of_the_whole_catalog_and_of_commands(small, tmp_path):
+    config, catalog = small
+    embedded, _ = benchmark(tmp_path, "inference", "--config", config, "--export", str(tmp_path / "e"), "--ranks", "2")
+    assert embedded[0]["result"]["sent_bytes"] > 0
+    assert len(list((tmp_path / "e" / "items").iterdir())) == 2
+    ranked, _ = benchmark(tmp_path, "ranking", "--config", config, "--users", "20")
+    assert ranked[0]["result"]["items"] == catalog.items
+    sampled, _ = benchmark(
+        tmp_path, "sampling", "--nodes", "300", "--interactions", "3000", "--seeds", "50", "--repeats", "2"
+    )
+    assert [row["case"]["sampler"] for row in sampled] == ["neighbor", "labor"]
+    assert all(row["result"]["edges"] > 50 for row in sampled)
+    hold = "x = bytearray(200 << 20); import time; time.sleep(2.5)"
+    ran, _ = benchmark(tmp_path, "command", "--", sys.executable, "-c", hold)
+    assert 200 < ran[0]["result"]["peak_mib_all_processes"] < 300
 
 
 def test_the_demo_leaves_a_folder_that_it_did_not_make_alone(tmp_path):

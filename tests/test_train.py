@@ -14,7 +14,7 @@ from small import small_catalog
 from gtc_dist import evaluate, train
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import CatalogWriter
-from gtc_dist.engine.restore import restore
+from gtc_dist.engine.restore import find, restore
 from gtc_dist.errors import InputError, find_input_error
 from gtc_dist.graph import build
 
@@ -115,7 +115,7 @@ def test_exported_embeddings_rank_as_evaluate_does(run, tmp_path):
     export_embeddings.main(["--run", run, "--out", out])
     users, user_vectors = read_export(out, "users")
     items, item_vectors = read_export(out, "items")
-    catalog = restore(run).catalog
+    catalog = restore(find(run)).catalog
     assert users == catalog.ids("users").to_pylist()
     assert items == catalog.ids("items").to_pylist()
     train_pairs, test_pairs = catalog.interactions("train"), catalog.interactions("test")
@@ -137,9 +137,9 @@ def test_exported_embeddings_rank_as_evaluate_does(run, tmp_path):
 def test_export_is_deterministic_typed_and_in_half_precision(run, tmp_path):
     for name in ("a", "b"):
         export_embeddings.main(["--run", run, "--out", str(tmp_path / name), "--dtype", "float16", "--faiss"])
-    a, b = ((tmp_path / n / "items" / "part-00000.parquet").read_bytes() for n in ("a", "b"))
+    a, b = ((tmp_path / n / "items" / "part-000000000000.parquet").read_bytes() for n in ("a", "b"))
     assert a == b
-    schema = pq.read_schema(tmp_path / "a" / "users" / "part-00000.parquet")
+    schema = pq.read_schema(tmp_path / "a" / "users" / "part-000000000000.parquet")
     assert str(schema.field("embedding").type) == "fixed_size_list<element: halffloat>[24]"
     assert str(schema.field("id").type) == "string"
     import faiss
@@ -153,11 +153,11 @@ def test_recommend_shows_original_ids(run, tmp_path, capsys):
     capsys.readouterr()
     recommend.main(["--embeddings", str(tmp_path / "e"), "--user", "u003", "--top", "4"])
     lines = capsys.readouterr().out.split()
-    ids = set(restore(run).catalog.ids("items").to_pylist())
+    ids = set(restore(find(run)).catalog.ids("items").to_pylist())
     assert len(lines) == 8
     assert all(int(item) in ids for item in lines[1::2])
     with pytest.raises(InputError, match="holds no export"):
-        recommend.main(["--embeddings", restore(run).catalog.uri, "--user", "u003"])
+        recommend.main(["--embeddings", restore(find(run)).catalog.uri, "--user", "u003"])
     with pytest.raises(InputError, match="no user 'nobody'"):
         recommend.main(["--embeddings", str(tmp_path / "e"), "--user", "nobody"])
 
@@ -176,8 +176,12 @@ def test_the_same_seed_gives_the_same_run_and_object_storage_the_same_metrics(ru
     assert any(name.startswith("tensorboard/events.out") for name in names)
 
 
-@pytest.mark.parametrize("overrides", [[], ["model.propagation=sampled", "model.fanout=[3,3]", "model.sampler=labor"]])
-def test_two_workers_train_validate_and_agree(ray_local, tmp_path, overrides):
+LARGE = ["model.propagation=sampled", "model.fanout=[3,3]", "model.layer_nodes=64", "train.negatives.mode=shared"]
+LARGE += ["train.table_optimizer=rowwise_adam", "train.epoch_steps=5", "eval.users=50"]
+
+
+@pytest.mark.parametrize("overrides", [[], LARGE])
+def test_two_workers_train_validate_and_agree(ray_local, tmp_path, overrides, capsys):
     """Full mode on two ranks ends where one rank ends, up to how pairs are dealt to batches; what must hold exactly
     is that the run is whole and that its checkpoint, read by one process, scores what the two ranks scored."""
     catalog = small_catalog(tmp_path / "catalog", users=120, items=80, seed=1)
@@ -191,12 +195,26 @@ def test_two_workers_train_validate_and_agree(ray_local, tmp_path, overrides):
         "user.weight.000000000000-000000000060.npy",
         "user.weight.000000000060-000000000120.npy",
     }
-    run = restore(str(tmp_path / "runs/r"))
-    from gtc_dist.engine import ranking
-
-    truth = ranking.split_truth(catalog.interactions("test"), catalog.users)
-    alone = ranking.evaluate(*run.embed(), run.graphs, truth)
+    run = str(tmp_path / "runs/r")
+    found = find(run)
+    alone = restore(found).evaluate("test", found.config.eval.users)
+    assert alone["users"] == metrics["test"]["users"]
     assert alone["overall"] == pytest.approx(metrics["test"]["overall"], abs=1e-6)
+
+    capsys.readouterr()
+    evaluate.main(["--run", run, "--workers", "2"])
+    together = json.loads(capsys.readouterr().out)
+    assert together["users"] == alone["users"]
+    assert together["overall"] == pytest.approx(alone["overall"], abs=1e-6)
+    for name, workers in (("one", "0"), ("two", "2")):
+        export_embeddings.main(["--run", run, "--out", str(tmp_path / name), "--workers", workers])
+    assert len(storage.listing(str(tmp_path / "two/items"))) == 2
+    for kind in ("users", "items"):
+        ids, vectors = read_export(str(tmp_path / "two"), kind)
+        want_ids, want = read_export(str(tmp_path / "one"), kind)
+        assert ids == want_ids
+        np.testing.assert_allclose(vectors, want, rtol=1e-5, atol=1e-6)
+    assert not [n for n in storage.listing(run) if n.startswith("ray-")]
 
 
 def refused(arguments: list[str], message: str) -> None:

@@ -1,106 +1,194 @@
-"""Measure the parts of the system on this machine.
+"""Measure the parts of the system on this machine: one table on screen, one JSON file.
 
-    python tools/benchmark.py step --config configs/tiktok.yaml [a.b=c ...] [--threads 1,2] [--epochs 3] [--out FILE]
+    python tools/benchmark.py sampling                                seeds a second on a 4 M-interaction graph
+    python tools/benchmark.py lookup    --ranks 1,2                   a row-sharded table: look up, gradient, Adam
+    python tools/benchmark.py step      --config C.yaml [a.b=c ...]   training steps on a prepared catalog
+    python tools/benchmark.py scale     --config C.yaml --config D.yaml --ranks 1,2 [a.b=c ...]   the same step on each
+    python tools/benchmark.py inference --config C.yaml               embeddings of the whole catalog, and their export
+    python tools/benchmark.py ranking   --config C.yaml --users 10000  users against all items
+    python tools/benchmark.py ingest    --config C.yaml --config D.yaml   prepare from raw tables to a catalog
+    python tools/benchmark.py command -- python -m gtc_dist.train ...  seconds and memory of any command
 
-`step` trains on a prepared catalog in one process, without Ray: seconds and processor seconds per epoch, the same split
-by part of a step, seconds of one validation, and peak memory. Every thread count runs in a process of its own; the
-first epoch warms up and does not count; medians over the others. One table on screen and one JSON file.
+Common: --threads 1,2 (torch's and DGL's, a measurement each), --repeats N (after a warm-up that does not count),
+--out FILE, --compare FILE (prints each figure over the one in an earlier file). Every measurement runs in processes of
+its own, ranks are processes that talk over gloo, figures are medians. Memory is what the kernel counted (the highest
+resident set of a rank; for whole commands the sum of the proportional sets of all processes, Ray's included), bytes
+sent are what the collectives counted.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
-import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+MEASURE = Path(__file__).with_name("measure.py")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    step = commands.add_parser("step", help="training steps")
-    step.add_argument("--config", required=True)
-    step.add_argument("--threads", default="1,2", help="torch threads, one measurement each")
-    step.add_argument("--epochs", type=int, default=3, help="measured epochs")
-    step.add_argument("--out", default="benchmark.json", help="JSON file")
-    step.add_argument("--inside", type=int, help=argparse.SUPPRESS)  # this process measures with so many threads
-    args, overrides = parser.parse_known_args()  # a.b=c may stand between the options
-    if any(word.startswith("-") for word in overrides):
-        parser.error(f"unknown options: {' '.join(word for word in overrides if word.startswith('-'))}")
-
-    if args.inside:
-        json.dump(measure_steps(args.config, overrides, args.inside, args.epochs), sys.stdout)
-        return
+    args = parse()
     rows = []
-    for threads in (int(n) for n in args.threads.split(",")):
-        command = [sys.executable, __file__, "step", "--config", args.config, "--epochs", str(args.epochs)]
-        command += ["--inside", str(threads), *overrides]
-        environment = os.environ | dict.fromkeys(THREADS, str(threads))
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-    report = {"command": " ".join(sys.argv), "machine": machine(), "step": rows}
+    for case in cases(args):
+        print(f"measuring {describe(case)}", file=sys.stderr, flush=True)
+        rows.append({"case": case, "result": run_case(case)})
+    report = {"command": " ".join(sys.argv), "machine": machine(), args.command: rows}
     with open(args.out, "w") as file:
         json.dump(report, file, indent=2)
     print(table(rows))
+    if args.compare:
+        with open(args.compare) as file:
+            print(comparison(rows, json.load(file)[args.command]))
     print(f"machine: {report['machine']}; written to {args.out}")
 
 
-def measure_steps(config_path: str, overrides: list[str], threads: int, epochs: int) -> dict:
-    """One measurement, in this process."""
-    import torch
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("sampling", "lookup", "step", "scale", "inference", "ranking", "ingest", "command"):
+        sub = commands.add_parser(name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.add_argument("--repeats", type=int, default=1 if name in ("ingest", "command", "inference") else 20)
+        sub.add_argument("--out", default=f"benchmark-{name}.json", help="JSON file")
+        sub.add_argument("--compare", help="JSON file of an earlier measurement")
+        if name not in ("ingest", "command"):
+            sub.add_argument("--threads", default="1", help="comma-separated")
+            sub.add_argument("--ranks", default="1", help="comma-separated")
+        if name in ("step", "scale", "inference", "ranking", "ingest"):
+            sub.add_argument("--config", action="append", required=True, help="YAML; may be given several times")
+        if name == "sampling":
+            sub.add_argument("--nodes", type=int, default=200_000, help="users, and as many items")
+            sub.add_argument("--interactions", type=int, default=4_000_000)
+            sub.add_argument("--fanout", default="10,10")
+            sub.add_argument("--seeds", type=int, default=6144, help="of a batch")
+        if name == "lookup":
+            sub.add_argument("--rows", default="10000,1000000", help="of the table, comma-separated")
+            sub.add_argument("--ids", type=int, default=50_000, help="asked for by each rank")
+            sub.add_argument("--width", type=int, default=64)
+        if name == "ranking":
+            sub.add_argument("--users", type=int, default=10_000)
+        if name == "inference":
+            sub.add_argument("--export", help="URI to write the embeddings to (default: a temporary folder)")
+    args, rest = parser.parse_known_args()  # a.b=c may stand between the options
+    args.rest = [word for word in rest if word != "--"]
+    unknown = [word for word in args.rest if word.startswith("-")]
+    if unknown and args.command != "command":
+        parser.error(f"unknown options: {' '.join(unknown)}")
+    return args
 
-    from gtc_dist.config import load_config
-    from gtc_dist.data.catalog import Catalog
-    from gtc_dist.engine.build import load_graphs
-    from gtc_dist.engine.loop import Trainer
-    from gtc_dist.model.collectives import World
 
-    torch.set_num_threads(threads)
-    config = load_config(config_path, overrides)
-    catalog = Catalog(config.data.catalog)
-    with tempfile.TemporaryDirectory(prefix="gtc-benchmark-") as run:
-        pairs = catalog.interactions("train")
-        trainer = Trainer(config, catalog, run, *pairs, load_graphs(config, catalog), World())
-        trainer.monitor.active = False
-        wall, processor, parts = [], [], {}
-        for epoch in range(1, epochs + 2):
-            trainer.logged.clear()
-            before, cpu = time.perf_counter(), time.process_time()
-            trainer.train_epoch(epoch)
-            if epoch > 1:
-                wall.append(time.perf_counter() - before)
-                processor.append(time.process_time() - cpu)
-                for part, seconds in trainer.logged.items():
-                    parts.setdefault(part, []).append(seconds)
-        before = time.perf_counter()
-        trainer.rank(trainer.embed(), "valid")
-        validation = time.perf_counter() - before
-    return {
-        "threads": threads,
-        "steps": trainer.loader.steps,
-        "batch_size": config.train.batch_size,
-        "seconds_per_epoch": statistics.median(wall),
-        "processor_seconds_per_epoch": statistics.median(processor),
-        "interactions_per_second": sum(trainer.loader.rank_rows) / statistics.median(wall),
-        "seconds_by_part": {part: statistics.median(values) for part, values in parts.items()},
-        "validation_seconds": validation,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+def cases(args: argparse.Namespace) -> list[dict]:
+    """What is measured: one dictionary for each row of the table."""
+    if args.command == "command":
+        return [{"kind": "command", "command": args.rest, "repeats": args.repeats}]
+    shared = {"kind": args.command, "repeats": args.repeats}
+    if args.command == "ingest":
+        return [shared | {"config": config, "overrides": args.rest} for config in args.config]
+    grid = {"ranks": numbers(args.ranks), "threads": numbers(args.threads)}
+    if args.command == "sampling":
+        grid["sampler"] = ["neighbor", "labor"]
+        shared |= {"nodes": args.nodes, "interactions": args.interactions, "seeds": args.seeds}
+        shared |= {"fanout": numbers(args.fanout)}
+    elif args.command == "lookup":
+        grid["rows"] = numbers(args.rows)
+        shared |= {"ids": args.ids, "width": args.width}
+    else:
+        grid["config"] = args.config
+        shared |= {"overrides": args.rest}
+        if args.command == "ranking":
+            shared |= {"users": args.users}
+        if args.command == "inference":
+            shared |= {"export": args.export}
+    return [shared | dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def run_case(case: dict) -> dict:
+    """Start the ranks of a case and return what rank 0 measured, with the largest memory of all."""
+    ranks, threads = case.get("ranks", 1), case.get("threads", 1)
+    environment = os.environ | dict.fromkeys(THREADS, str(threads))
+    with tempfile.TemporaryDirectory(prefix="gtc-benchmark-") as folder:
+        running = [
+            subprocess.Popen(
+                [sys.executable, str(MEASURE), json.dumps(case), str(rank), folder],
+                env=environment,
+                stdout=sys.stderr,
+            )
+            for rank in range(ranks)
+        ]
+        if failed(running):
+            sys.exit(f"the measurement failed: {describe(case)}")
+        results = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
+    merged = results[0]
+    if "peak_mib" in merged:
+        merged["peak_mib"] = max(result["peak_mib"] for result in results)
+    if "seeds_per_second" in merged:  # of the host: ranks sample side by side
+        merged["seeds_per_second"] = sum(result["seeds_per_second"] for result in results)
+    return merged
+
+
+def failed(running: list[subprocess.Popen]) -> bool:
+    """Wait for the ranks; one that fails ends the others, which would wait for it."""
+    left = list(running)
+    while left:
+        time.sleep(0.1)
+        left = [process for process in left if process.poll() is None]
+        if any(process.returncode for process in running):
+            for process in left:
+                process.kill()
+            return True
+    return False
 
 
 def table(rows: list[dict]) -> str:
-    names = ["seconds_per_epoch", "processor_seconds_per_epoch", "interactions_per_second", "validation_seconds"]
-    lines = [("threads", [str(row["threads"]) for row in rows])]
-    lines += [(name, [f"{row[name]:,.2f}" for row in rows]) for name in [*names, "peak_memory_mib"]]
-    for part in rows[0]["seconds_by_part"]:
-        lines.append((f"  {part}", [f"{row['seconds_by_part'][part]:.2f}" for row in rows]))
-    return "\n".join(f"{name:<30}" + "".join(f"{value:>12}" for value in values) for name, values in lines)
+    """Figures down, cases across."""
+    headers = [describe(row["case"]) for row in rows]
+    lines = [f"case {n}: {header}" for n, header in enumerate(headers, 1)]
+    names = list(dict.fromkeys(name for row in rows for name in row["result"]))
+    lines.append(f"{'':<32}" + "".join(f"{f'case {n}':>14}" for n in range(1, len(rows) + 1)))
+    for name in names:
+        values = [row["result"].get(name) for row in rows]
+        lines.append(f"{name:<32}" + "".join(f"{show(value):>14}" for value in values))
+        if len(rows) > 1 and name in ("seconds", "seconds_per_step") and values[0]:
+            ratios = [f"{value / values[0]:.2f}" if value else "" for value in values]
+            lines.append(f"{'  over case 1':<32}" + "".join(f"{ratio:>14}" for ratio in ratios))
+    return "\n".join(lines)
+
+
+def comparison(rows: list[dict], earlier: list[dict]) -> str:
+    """Each figure over the one of the same case in an earlier file."""
+    lines = ["over the earlier file:"]
+    for row in rows:
+        match = next((old for old in earlier if old["case"] == row["case"]), None)
+        if match is None:
+            lines.append(f"{describe(row['case'])}: not in the earlier file")
+            continue
+        for name, value in row["result"].items():
+            old = match["result"].get(name)
+            if isinstance(value, int | float) and isinstance(old, int | float) and old:
+                lines.append(f"{describe(row['case'])}  {name}  {value / old:.3f}")
+    return "\n".join(lines)
+
+
+def describe(case: dict) -> str:
+    shown = {name: value for name, value in case.items() if name not in ("kind", "repeats") and value not in ([], None)}
+    words = [" ".join(map(str, v)) if isinstance(v, list) else str(v) for v in shown.values()]
+    return ", ".join(f"{name} {word}" for name, word in zip(shown, words, strict=True))
+
+
+def show(value) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 1000 or isinstance(value, int) else f"{value:,.4g}"
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def machine() -> str:

@@ -1,13 +1,16 @@
 """Export a run's embeddings under the original ids.
 
-    python tools/export_embeddings.py --run RUN --out DIR [--dtype float16] [--faiss]
+    python tools/export_embeddings.py --run RUN --out DIR [--dtype float16] [--faiss] [--workers N]
 
 Writes DIR/users/part-*.parquet and DIR/items/part-*.parquet with the columns `id` (original type) and `embedding`
 (fixed_size_list), and DIR/manifest.json last. The score of a user and an item is the dot product of their embeddings.
-RUN and DIR are local or in object storage. The same run gives the same bytes every time.
+RUN and DIR are local or in object storage. The same run and number of workers give the same bytes every time.
+
+With --workers each rank of the cluster writes its own rows. --faiss holds all items in the memory of this process.
 """
 
 import argparse
+import functools
 from dataclasses import asdict
 
 import numpy as np
@@ -15,8 +18,12 @@ import pyarrow as pa
 import torch
 
 from gtc_dist.data import storage
-from gtc_dist.engine.restore import Run, restore
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.engine.restore import Found, find, restore
 from gtc_dist.errors import InputError, run_command
+from gtc_dist.finished import parse_run_command, run_on
+from gtc_dist.graph.csc import Graphs
+from gtc_dist.model.collectives import World
 from gtc_dist.model.table import RowTable
 
 ROWS = 1 << 17  # rows of a file
@@ -24,68 +31,77 @@ ROWS = 1 << 17  # rows of a file
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="URI of the run folder: run.storage/run.name")
     parser.add_argument("--out", required=True, help="URI of a new or empty folder")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--faiss", action="store_true", help="also write items.faiss, an exact inner-product index")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
+    args = parse_run_command(parser, argv)
 
-    if storage.listing(args.out):
+    out = storage.absolute(args.out)
+    if storage.listing(out):
         raise InputError(f"the output folder {args.out} is not empty; choose another, or remove it")
-    run = restore(args.run)
-    print(f"run {args.run}, {run.checkpoint}: computing embeddings", flush=True)
-    users, items = run.embed()
-    export(run, users, items, args.out, args.dtype, args.faiss)
-    print(f"{users.rows:,} users and {items.rows:,} items of width {users.width} are in {args.out}")
-
-
-def export(run: Run, users: RowTable, items: RowTable, out: str, dtype: str, faiss_index: bool) -> None:
-    """Write the Parquet files, the index if asked for, and the manifest last."""
-    files: dict[str, dict] = {}
-    converted = {}
-    for kind, table in (("users", users), ("items", items)):
-        with np.errstate(over="ignore"):  # found and said just below
-            converted[kind] = table.weight.numpy().astype(dtype)
-        if not np.isfinite(converted[kind]).all():
-            raise InputError(f"embeddings of {kind} are not finite in {dtype}; export them as float32")
-    for kind, vectors in converted.items():
-        ids = run.catalog.ids(kind)
-        for part, start in enumerate(range(0, len(ids), ROWS)):
-            rows = vectors[start : start + ROWS]
-            column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
-            name = f"{kind}/part-{part:05d}.parquet"
-            written = storage.write_table(
-                storage.join(out, name), pa.table({"id": ids.slice(start, ROWS), "embedding": column})
-            )
-            files[name] = {"rows": len(rows)} | asdict(written)
-    if faiss_index:
-        written = write_index(items.weight.numpy(), storage.join(out, "items.faiss"))
-        files["items.faiss"] = {"rows": items.rows} | asdict(written)
+    found = find(args.run)
+    print(f"run {args.run}, {found.checkpoint}: computing embeddings", flush=True)
+    export = run_on(args, found, functools.partial(export_rank, out=out, dtype=args.dtype))
+    files = export["files"]
+    if args.faiss:
+        files["items.faiss"] = write_index([name for name in files if name.startswith("items/")], export["dim"], out)
     manifest = {
-        "run": run.uri,
-        "checkpoint": run.checkpoint,
-        "epoch": run.epoch,
-        "catalog": run.config.data.catalog,
-        "users": users.rows,
-        "items": items.rows,
-        "dim": users.width,
-        "dtype": dtype,
+        "run": found.uri,
+        "checkpoint": found.checkpoint,
+        "epoch": found.epoch,
+        "catalog": found.config.data.catalog,
+        **export,
+        "dtype": args.dtype,
         "metric": "dot product",
-        "streams": run.network.shape.streams,
-        "files": files,
     }
     storage.write_json(storage.join(out, "manifest.json"), manifest)
+    print(f"{export['users']:,} users and {export['items']:,} items of width {export['dim']} are in {args.out}")
 
 
-def write_index(vectors: np.ndarray, uri: str) -> storage.Written:
-    """An exact FAISS inner-product index; position = row of the exported items, file after file."""
+def export_rank(world: World, graphs: Graphs | None, found: Found, out: str, dtype: str) -> dict:
+    """Compute and write this rank's rows; returns what the manifest says of the files of all ranks. A collective."""
+    run = restore(found, world, graphs)
+    tables = dict(zip(("users", "items"), run.embed(), strict=True))
+    for kind, table in tables.items():
+        if world.max(int(not _fits(table, dtype))):
+            raise InputError(f"embeddings of {kind} are not finite in {dtype}; export them as float32")
+    files = {}
+    for kind, table in tables.items():
+        for first in range(table.start, table.stop, ROWS):
+            name = f"{kind}/part-{first:012d}.parquet"
+            files[name] = write_rows(run.catalog, kind, table, first, storage.join(out, name), dtype)
+    merged = {}
+    for rank_files in world.gather_json(files):
+        merged |= rank_files
+    sizes = {kind: table.rows for kind, table in tables.items()}
+    return {**sizes, "dim": tables["items"].width, "streams": run.network.shape.streams, "files": merged}
+
+
+def write_rows(catalog: Catalog, kind: str, table: RowTable, first: int, uri: str, dtype: str) -> dict:
+    """Write up to ROWS of this rank's rows from `first` on, with their ids."""
+    last = min(first + ROWS, table.stop)
+    rows = table.weight[first - table.start : last - table.start].cpu().numpy().astype(dtype)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
+    written = storage.write_table(uri, pa.table({"id": catalog.ids(kind, first, last), "embedding": column}))
+    return {"rows": len(rows)} | asdict(written)
+
+
+def write_index(names: list[str], dim: int, out: str) -> dict:
+    """An exact FAISS inner-product index of the exported items; position = row, file after file."""
     import faiss
 
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(np.ascontiguousarray(vectors, dtype=np.float32))
-    return storage.write_bytes(uri, faiss.serialize_index(index).tobytes())
+    index = faiss.IndexFlatIP(dim)
+    for name in sorted(names):
+        column = storage.read_table(storage.join(out, name), ["embedding"])["embedding"].combine_chunks()
+        index.add(column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32))
+    written = storage.write_bytes(storage.join(out, "items.faiss"), faiss.serialize_index(index).data)
+    return {"rows": index.ntotal} | asdict(written)
+
+
+def _fits(table: RowTable, dtype: str) -> bool:
+    """Whether this rank's embeddings are finite, and stay so in `dtype`."""
+    most = table.weight.abs().max().item() if len(table.weight) else 0.0
+    return most <= torch.finfo(getattr(torch, dtype)).max  # false for NaN
 
 
 if __name__ == "__main__":

@@ -1,19 +1,26 @@
 """Make a synthetic catalog with planted truth, as raw tables that `python -m gtc_dist.prepare` reads.
 
     python tools/make_dataset.py --out demo/raw --users 3000 --items 1500 --interactions 40000
+    python tools/make_dataset.py --config configs/scale/1m.yaml [--out s3://BUCKET/raw] [--users N ...]
 
-`--out` may be local or `s3://`. What is planted and where it is written: gtc_dist/data/synthetic.py.
+`--out` may be local or `s3://`. Parameters come from the section `dataset:` of a config, if one is named; flags that
+are given override it. More than a few parts are made as Ray tasks, on the cluster of RAY_ADDRESS or a local one. What
+is planted and where it is written: gtc_dist/data/synthetic.py.
 """
 
 import argparse
+import sys
 import time
 from dataclasses import fields
 
 from tqdm import tqdm
 
-from gtc_dist.data.synthetic import Spec, generate
+from gtc_dist.config import load_config
+from gtc_dist.data.recipe import Spec, check_section
+from gtc_dist.data.synthetic import generate, prepare_folder, tasks
 from gtc_dist.errors import InputError, run_command
 
+FEW = 8  # parts that are made in less time than Ray takes to start
 HELP = {
     "users": "users",
     "items": "items",
@@ -24,41 +31,79 @@ HELP = {
     "strength": "of taste against popularity",
     "deviation": "of a user from the group's taste",
     "zipf": "exponent of item popularity",
+    "activity": "exponent of the tail of user activity; smaller is heavier",
     "minimum": "interactions of every user at least",
     "noise": "variance of the nuisance in the features, relative to that of the factors",
     "nuisance": "nuisance factors of each modality",
     "cold_share": "share of items whose only interactions are in cold/",
     "missing_share": "share of items without a vector, for each modality",
     "seed": "same seed, same bytes",
+    "user_chunk": "users of a part",
+    "item_chunk": "items of a part",
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", required=True, help="folder to write, local or s3://; must be empty")
-    parser.add_argument("--force", action="store_true", help="replace a dataset that is there")
-    parser.add_argument("--modalities", metavar="NAME:WIDTH,...", help="such as visual:64,textual:48")
-    defaults = Spec()
-    for spec_field in fields(Spec):
-        if spec_field.name in HELP:
-            default = getattr(defaults, spec_field.name)
-            flag = "--" + spec_field.name.replace("_", "-")
-            help = f"{HELP[spec_field.name]} (default {default:g})"
-            parser.add_argument(flag, type=type(default), default=default, help=help)
+    parser = build_parser()
     options = vars(parser.parse_args(argv))
-
-    out, force, modalities = options.pop("out"), options.pop("force"), options.pop("modalities")
-    if modalities is not None:
-        options["modalities"] = parse_modalities(modalities)
-    spec = Spec(**options)
+    config, out, force, parallel = (options.pop(name) for name in ("config", "out", "force", "parallel"))
+    if "modalities" in options:
+        options["modalities"] = parse_modalities(options["modalities"])
+    spec, out = resolve(config, out, options)
     started = time.monotonic()
-    dataset = generate(spec, out, force, progress=lambda parts: tqdm(parts, desc="dataset", unit="part"))
+    prepare_folder(out, force)
+    in_ray = parallel == "ray" or (parallel == "auto" and len(tasks(spec)) > FEW)
+    if in_ray:
+        print(f"{len(tasks(spec))} parts; starting Ray", file=sys.stderr)
+        from gtc_dist import cluster  # here, so that errors above and small datasets need no Ray
+
+        cluster.connect()
+    dataset = generate(spec, out, force, parallel=in_ray, progress=show)
     counts = dataset["counts"]
     sizes = [
         f"{counts[name]:,} {name}" for name in ("users", "items", "interactions", "cold interactions") if name in counts
     ]
     widths = [f"{name} {width}" for name, width in spec.modalities.items()]
     print(f"{out}: {', '.join(sizes)}; {', '.join(widths)}; {time.monotonic() - started:.1f} s")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", help="YAML file with a section dataset:, see configs/scale/")
+    parser.add_argument(
+        "--out", help="folder to write, local or s3://; must be empty (default: data.raw of the config)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace a dataset that is there")
+    parser.add_argument(
+        "--parallel", choices=["auto", "ray", "none"], default="auto", help=f"auto: Ray tasks for more than {FEW} parts"
+    )
+    given = {"default": argparse.SUPPRESS}  # tells flags that are given from those that are not
+    parser.add_argument("--modalities", metavar="NAME:WIDTH,...", help="such as visual:64,textual:48", **given)
+    for known in fields(Spec):
+        if known.name in HELP:
+            flag = "--" + known.name.replace("_", "-")
+            help = f"{HELP[known.name]} (default {known.default:g})"
+            parser.add_argument(flag, type=known.type, help=help, **given)
+    return parser
+
+
+def resolve(config: str | None, out: str | None, flags: dict) -> tuple[Spec, str]:
+    """What to make and where, from the config (if any) and the flags that were given, which go first."""
+    values = {}
+    if config is not None:
+        loaded = load_config(config)
+        if not loaded.dataset:
+            raise InputError(f"{config} has no section dataset:, which says what to make; see configs/scale/")
+        check_section(loaded.dataset, config)
+        values, out = loaded.dataset, out or loaded.data.raw
+    if out is None:
+        raise InputError("name the folder to write with --out, or a config with --config")
+    return Spec(**(values | flags)), out
+
+
+def show(parts, total: int):
+    """A progress bar over parts as they are finished."""
+    return tqdm(parts, total=total, desc="dataset", unit="part")
 
 
 def parse_modalities(text: str) -> dict[str, int]:

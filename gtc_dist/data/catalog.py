@@ -14,6 +14,7 @@ normalised to sum to one) and `user_user` (softmax of co-interaction counts).
 User and item indexes are a seeded random permutation of the sorted ids, so contiguous ranges are balanced.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,7 @@ class Manifest(BaseModel):
     cold_items: int  # items without a train interaction
     modalities: dict[str, ModalityEntry]
     graphs: dict[str, int]  # name -> edges
+    graph_quality: dict[str, float] = {}  # measures of the graphs that were built approximately, such as a recall
     dropped: dict[str, int]  # raw rows that did not make it, by reason
     files: dict[str, FileEntry]
 
@@ -190,19 +192,31 @@ class Catalog:
     def interaction_uris(self, split: str) -> list[str]:
         return [storage.join(self.uri, name) for name in self.names(f"interactions/{split}/")]
 
+    def interaction_files(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """A split's interactions file by file: user int32 [n], item int32 [n]."""
+        for uri in self.interaction_uris(split):
+            table = storage.read_table(uri)
+            yield table["user"].to_numpy(), table["item"].to_numpy()
+
     def interactions(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """All interactions of a split: user int32 [E], item int32 [E], in file order."""
-        tables = [storage.read_table(uri) for uri in self.interaction_uris(split)]
-        table = pa.concat_tables(tables)
-        return table["user"].to_numpy(), table["item"].to_numpy()
+        users, items = zip(*self.interaction_files(split), strict=True)
+        return np.concatenate(users), np.concatenate(items)
 
-    def ids(self, kind: str) -> pa.Array:
-        """Original ids of `users` or `items`, in index order."""
-        tables = [storage.read_table(storage.join(self.uri, name), ["id"]) for name in self.names(f"{kind}/")]
-        return pa.concat_tables(tables)["id"].combine_chunks()
+    def ids(self, kind: str, start: int = 0, stop: int | None = None) -> pa.Array:
+        """Original ids of `users` or `items` [start, stop), in index order; reads only the files that hold them."""
+        stop = getattr(self, kind) if stop is None else stop
+        names = self.names(f"{kind}/")
+        ranges = [(self.manifest.files[name].first, self.manifest.files[name].rows) for name in names]
+        wanted = [n for n, (first, rows) in enumerate(ranges) if first < stop and first + rows > start]
+        parts = []
+        for n in wanted or [0]:
+            column = storage.read_table(storage.join(self.uri, names[n]), ["id"])["id"]
+            parts.append(column.slice(max(start - ranges[n][0], 0), max(stop - max(start, ranges[n][0]), 0)))
+        return pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type).combine_chunks()
 
     def features(self, modality: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Standardised features of items [start, stop) as float16 [n, d]; reads only the files that hold them."""
+        """Standardised features of items [start, stop) as float16 [n, d]; fetches the row groups that hold them."""
         stop = self.items if stop is None else stop
         dim = self.manifest.modalities[modality].dim
         out = np.empty((max(stop - start, 0), dim), np.float16)
@@ -210,9 +224,10 @@ class Catalog:
             entry = self.manifest.files[name]
             first, last = max(entry.first, start), min(entry.first + entry.rows, stop)
             if first < last:
-                vectors = storage.read_table(storage.join(self.uri, name), ["vector"])["vector"].combine_chunks()
-                flat = vectors.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
-                out[first - start : last - start] = flat[first - entry.first : last - entry.first]
+                uri = storage.join(self.uri, name)
+                out[first - start : last - start] = storage.read_vectors(
+                    uri, "vector", first - entry.first, last - entry.first
+                )
         return out
 
     def graph(self, name: str) -> CSC:

@@ -1,8 +1,8 @@
 """Raw features -> standardised float16 features of the catalog's items.
 
 The chain: `vectors.inspect` (before Ray) -> `gather` (Ray tasks read and check chunks; the driver puts each row at its
-item's index in a scratch file on local disk, so memory does not grow with the catalog) -> `fit` (one pass over the
-scratch, in index order, so that the result does not depend on which task ended first) -> `Transform.apply`.
+item's index in scratch, so memory does not grow with the catalog) -> `fit` (one pass over the scratch, in index order,
+so that the result does not depend on which task ended first) -> `write` (`Transform.apply`, block by block).
 
 Without PCA each dimension gets mean 0 and variance 1 over the items that have a vector. With PCA the centred vectors
 are turned to the leading principal axes and divided by one common scale, chosen so that the variances of the kept
@@ -10,11 +10,8 @@ dimensions average 1: their relative sizes, which carry the information, stay. I
 which is zero in either case.
 """
 
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +19,13 @@ import pyarrow.compute as pc
 
 from gtc_dist.data import ids, parallel, storage, vectors
 from gtc_dist.data.catalog import FEATURE_ROWS, CatalogWriter, ModalityEntry
+from gtc_dist.data.scratch import Buckets, Scratch
 from gtc_dist.data.vectors import Source
 from gtc_dist.errors import InputError
+from gtc_dist.progress import Tell, silent
 
 FLOAT16_MAX = 65504.0
-BLOCK_BYTES = 32 << 20  # of float64 at once in the driver
+BLOCK_BYTES = 32 << 20  # of float64 at once in the driver; fixed, so that sums are the same whatever the memory
 
 
 @dataclass(frozen=True)
@@ -73,18 +72,22 @@ class Transform:
 class Gathered:
     """One modality's raw vectors by item index.
 
-    vectors: memory-mapped scratch [items, raw width]; present: bool [items]; unknown: raw rows of ids that are no item.
+    vectors: [items, raw width], in `scratch` if there is one; present: bool [items]; unknown: raw rows of ids that are
+    no item.
     """
 
     vectors: np.ndarray
     present: np.ndarray
     unknown: int
+    scratch: Scratch | None = None
 
-    def blocks(self, rows: int | None = None) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yield (first index, vectors, present) block by block."""
-        rows = rows or max(BLOCK_BYTES // (8 * self.vectors.shape[1]), 1)
+    def blocks(self) -> Iterator[slice]:
+        """Blocks of rows, the same for any amount of memory."""
+        rows = max(BLOCK_BYTES // (8 * self.vectors.shape[1]), 1)
         for first in range(0, len(self.present), rows):
-            yield first, self.vectors[first : first + rows], self.present[first : first + rows]
+            yield slice(first, min(first + rows, len(self.present)))
+            if self.scratch is not None:
+                self.scratch.release()
 
 
 def item_ids(sources: dict[str, Source], like: pa.DataType) -> pa.Array:
@@ -117,37 +120,75 @@ def match(source: Source, items: pa.Array) -> np.ndarray:
     return index
 
 
-@contextmanager
-def gather(sources: dict[str, Source], items: pa.Array) -> Iterator[dict[str, Gathered]]:
-    """Read all modalities with Ray Data into scratch files, which are removed when the context ends.
+def gather(sources: dict[str, Source], items: pa.Array, scratch: Scratch, tell: Tell = silent) -> dict[str, Gathered]:
+    """Read all modalities with Ray Data into scratch.
+
+    Args:
+        tell: takes a line about how far it is, often.
 
     Raises:
         InputError: as `match`, or a row that is not finite or of another width (file and item named).
     """
-    index = {name: match(source, items) for name, source in sources.items()}
+    places = {name: _Places(source, match(source, items), len(items), scratch) for name, source in sources.items()}
     chunks = [chunk for source in sources.values() for chunk in source.chunks]
-    with tempfile.TemporaryDirectory(prefix="gtc-features-") as folder:
-        gathered = {
-            name: Gathered(
-                np.lib.format.open_memmap(
-                    Path(folder) / f"{number}.npy", "w+", np.dtype(source.dtype), (len(items), source.width)
-                ),
-                np.zeros(len(items), bool),
-                int(np.sum(index[name] < 0)),
-            )
-            for number, (name, source) in enumerate(sources.items())
-        }
-        for position, table in parallel.map_tables(vectors.read, chunks):
-            name = chunks[position].source
-            if "bad_row" in table.column_names:
-                row, problem = table["bad_row"][0].as_py(), table["problem"][0].as_py()
-                uri, place = sources[name].locate(row)
-                raise InputError(f"{uri}: the vector of item {sources[name].id_of(row)!r} (row {place}) {problem}")
-            _place(gathered[name], index[name], table)
-        for name, source in sources.items():
-            if not gathered[name].present.any():
-                raise InputError(f"{', '.join(source.uris[:3])}: no item of the interactions has a vector")
-        yield gathered
+    total, done = sum(source.rows for source in sources.values()), 0
+    for position, table in parallel.map_tables(vectors.read, chunks):
+        name = chunks[position].source
+        if "bad_row" in table.column_names:
+            row, problem = table["bad_row"][0].as_py(), table["problem"][0].as_py()
+            uri, place = sources[name].locate(row)
+            raise InputError(f"{uri}: the vector of item {sources[name].id_of(row)!r} (row {place}) {problem}")
+        places[name].add(table)
+        done += table.num_rows
+        tell(f"feature rows read: {done:,} of {total:,}")
+    for name, source in sources.items():
+        if not places[name].present.any():
+            raise InputError(f"{', '.join(source.uris[:3])}: no item of the interactions has a vector")
+    return {name: place.finish() for name, place in places.items()}
+
+
+class _Places:
+    """Vectors on their way to their items' places.
+
+    Rows come in the order of the files, which is random as items go; put there one by one, they would touch every page
+    of the array again and again. So they are first dealt to ranges of items that fit memory, then ordered in each.
+
+    Args:
+        index: catalog index of each raw row, -1 for none.
+    """
+
+    def __init__(self, source: Source, index: np.ndarray, items: int, scratch: Scratch):
+        self.index, self.scratch = index, scratch
+        self.present = np.zeros(items, bool)
+        row_bytes = source.width * np.dtype(source.dtype).itemsize
+        self.rows = scratch.rows(4 * row_bytes + 8)  # of a range: it and its copy, while it is ordered, take half
+        sizes = [min(self.rows, items - first) for first in range(0, items, self.rows)]
+        self.ranges = Buckets(scratch, np.array(sizes), [np.int32, (source.dtype, source.width)])
+        self.pending = 0
+
+    def add(self, table: pa.Table) -> None:
+        where = self.index[table["row"].to_numpy()]
+        known = where >= 0
+        matrix = pc.list_flatten(table["vector"]).combine_chunks().to_numpy(zero_copy_only=False)
+        matrix, where = matrix.reshape(len(where), -1)[known], where[known]
+        self.ranges.add(where // self.rows, where, matrix)
+        self.present[where] = True
+        self.pending += matrix.nbytes
+        if self.pending >= self.scratch.memory_bytes // 8:
+            self.scratch.release()
+            self.pending = 0
+
+    def finish(self) -> Gathered:
+        """The vectors at their places; zeros where there is none."""
+        items, vectors = self.ranges.columns
+        for number, first in enumerate(self.ranges.starts[:-1]):
+            where, rows = self.ranges.bucket(number)
+            rows = np.array(rows)
+            vectors[first : self.ranges.starts[number + 1]] = 0
+            vectors[where] = rows
+            self.scratch.release()
+        self.scratch.discard(items)
+        return Gathered(vectors, self.present, int(np.sum(self.index < 0)), self.scratch)
 
 
 def fit(gathered: Gathered, pca: int | None = None) -> Transform:
@@ -160,8 +201,8 @@ def fit(gathered: Gathered, pca: int | None = None) -> Transform:
     shift = gathered.vectors[np.argmax(gathered.present)].astype(np.float64)
     count, total = 0, np.zeros(width)
     squares = np.zeros((width, width) if pca else width)  # the Gram matrix, or its diagonal
-    for _, block, present in gathered.blocks():
-        x = block[present].astype(np.float64) - shift
+    for block in gathered.blocks():
+        x = gathered.vectors[block][gathered.present[block]].astype(np.float64) - shift
         count += len(x)
         total += x.sum(axis=0)
         squares += x.T @ x if pca else np.einsum("nd,nd->d", x, x)
@@ -172,14 +213,24 @@ def fit(gathered: Gathered, pca: int | None = None) -> Transform:
 
 
 def write(
-    writer: CatalogWriter, name: str, gathered: Gathered, transform: Transform
+    writer: CatalogWriter,
+    name: str,
+    gathered: Gathered,
+    transform: Transform,
+    scratch: Scratch,
+    tell: Tell = silent,
 ) -> tuple[ModalityEntry, np.ndarray]:
-    """Write a modality's files; also returns its features, float16 [items, width]."""
-    out = np.zeros((len(gathered.present), transform.width), np.float16)
-    for first, block, present in gathered.blocks():
-        out[first : first + len(block)][present] = transform.apply(block[present])
-    for part, first in enumerate(range(0, len(out), FEATURE_ROWS)):
+    """Write a modality's files; also returns its features, float16 [items, width], in scratch."""
+    items = len(gathered.present)
+    out = scratch.array((items, transform.width), np.float16)
+    for block in gathered.blocks():
+        present = gathered.present[block]
+        out[block][present] = transform.apply(gathered.vectors[block][present])
+        tell(f"features standardised: {name}, {block.stop:,} of {items:,}")
+    for part, first in enumerate(range(0, items, FEATURE_ROWS)):
         writer.features(name, part, first, out[first : first + FEATURE_ROWS])
+        scratch.release()
+        tell(f"features written: {name}, {min(first + FEATURE_ROWS, items):,} of {items:,}")
     transform.save(writer, name)
     entry = ModalityEntry(
         dim=transform.width,
@@ -200,15 +251,6 @@ def _principal(mean: np.ndarray, covariance: np.ndarray, width: int) -> Transfor
     kept, everything = variance[:width].sum(), variance.sum()
     scale = np.full(width, np.sqrt(kept / width))
     return Transform(mean, scale, np.ascontiguousarray(components), float(kept / everything) if everything else 1.0)
-
-
-def _place(gathered: Gathered, index: np.ndarray, table: pa.Table) -> None:
-    """Put the table's vectors at their items' places."""
-    where = index[table["row"].to_numpy()]
-    known = where >= 0
-    matrix = pc.list_flatten(table["vector"]).combine_chunks().to_numpy(zero_copy_only=False).reshape(len(where), -1)
-    gathered.vectors[where[known]] = matrix[known]
-    gathered.present[where[known]] = True
 
 
 def _ids_like(source: Source, like: pa.DataType) -> pa.Array:

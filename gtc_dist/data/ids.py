@@ -86,6 +86,58 @@ def encode(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
     return ids, positions(column, ids)
 
 
+class Vocabulary:
+    """Ids that grow as columns come in, each with a code: the order in which it came.
+
+    A column may have another type than those before it. Codes stay as they are when the ids seen so far turn into a
+    wider type or, once a column of strings comes, into strings: an integer from a text file is written plainly there,
+    so its text is known.
+
+    Args:
+        what: names the ids in errors, such as `user ids`.
+    """
+
+    def __init__(self, what: str):
+        self.what = what
+        self.ids: pa.Array | None = None
+        self.types: dict[str, pa.DataType] = {}  # file -> type of its ids
+
+    def __len__(self) -> int:
+        return 0 if self.ids is None else len(self.ids)
+
+    def add(self, columns: list[tuple[str, pa.ChunkedArray]]) -> np.ndarray:
+        """Codes (int32) of the ids of (file, column) pairs, one after the other. Raises InputError: as `cast`."""
+        for file, column in columns:
+            if not is_text(self.types.setdefault(file, column.type)):  # a text file's ids are strings if some are
+                self.types[file] = column.type
+        held = self._held_type()
+        chunks = [chunk for _, column in columns for chunk in cast(column, held, self.what).chunks]
+        known = pa.array([], held) if self.ids is None else cast(self.ids, held, self.what)
+        encoded = pa.chunked_array(chunks, held).combine_chunks().dictionary_encode()
+        found = positions(encoded.dictionary, known).copy()
+        new = np.flatnonzero(found < 0)
+        found[new] = len(known) + np.arange(len(new), dtype=np.int32)
+        self.ids = pa.concat_arrays([known, encoded.dictionary.take(pa.array(new))])
+        return found[encoded.indices.to_numpy()]
+
+    def finish(self) -> tuple[pa.Array, np.ndarray]:
+        """Sorted ids in the files' common type, and each code's position among them (int32).
+
+        Raises:
+            InputError: some files have integers and others strings (one of each is named).
+        """
+        ids = cast(self.ids, common_type(dict(sorted(self.types.items())), self.what), self.what)
+        order = pc.sort_indices(ids)
+        place = np.empty(len(ids), np.int32)
+        place[order.to_numpy()] = np.arange(len(ids), dtype=np.int32)
+        return ids.take(order), place
+
+    def _held_type(self) -> pa.DataType:
+        """One type for all ids so far, also for those that `finish` will refuse to mix."""
+        texts = {file: type for file, type in self.types.items() if is_text(type)}
+        return common_type(texts or self.types, self.what)
+
+
 def sorted_unique(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     ids = pc.unique(column)
     return ids.take(pc.sort_indices(ids))

@@ -1,13 +1,15 @@
 """Raw interactions -> users, items and the three splits under catalog indexes.
 
-The chain: `inspect` (before Ray: files, columns, types) -> `read` (Ray Data parses the files, the driver keeps columns
-of codes: 8 bytes an interaction, plus time and rating where used) -> `build` (clean, split, index). The driver's part
-is linear in the interactions but for sorts, and vectorised throughout.
+The chain: `inspect` (before Ray: files, columns, types) -> `read` (Ray Data parses the files, the driver appends
+columns of codes to scratch: 8 bytes an interaction, plus time and rating where used) -> `build` (clean, split, index,
+shuffle). The driver holds the ids and a few numbers for each user and item; rows lie in scratch and are handled in
+blocks that fit `prepare.memory_gib`. The result depends neither on the blocks nor on the order of files or rows.
 
 What is dropped, in this order, and counted: rows below `min_rating`; rows that repeat a pair of the same split (the
 earliest is kept; since ratings are filtered before, a pair stays if its highest rating does); rows outside the k-core.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,33 +18,21 @@ import pyarrow as pa
 
 from gtc_dist.config import Data
 from gtc_dist.data import ids, parallel, parse, split, storage
-from gtc_dist.data.catalog import SPLITS
+from gtc_dist.data.catalog import INTERACTION_ROWS, SPLITS
+from gtc_dist.data.clean import Raw, Rows, clean
 from gtc_dist.data.parse import RawFile
+from gtc_dist.data.scratch import Buckets, Growing, Scratch
 from gtc_dist.errors import InputError
+from gtc_dist.progress import Tell, silent
 
-
-@dataclass(frozen=True)
-class Raw:
-    """All rows of the raw files, in no particular order.
-
-    user_ids, item_ids: sorted unique ids; user, item: int32 positions among them [E]; time: int64 or float64 [E];
-    rating: float64 [E]; split: int8 [E] where the files or a label column give it.
-    """
-
-    user_ids: pa.Array
-    item_ids: pa.Array
-    user: np.ndarray
-    item: np.ndarray
-    time: np.ndarray | None = None
-    rating: np.ndarray | None = None
-    split: np.ndarray | None = None
+MOST_PENDING = 1 << 30  # bytes of tables at most whose ids are looked up together
 
 
 @dataclass(frozen=True)
 class Interactions:
     """What goes into the catalog.
 
-    users, items: original ids in index order; splits: name -> (user int32, item int32), shuffled;
+    users, items: original ids in index order; splits: name -> (user int32, item int32), shuffled, in scratch;
     dropped: reason -> rows.
     """
 
@@ -88,28 +78,49 @@ def inspect(data: Data) -> list[RawFile]:
     return files
 
 
-def read(files: list[RawFile]) -> Raw:
-    """Parse the files in Ray tasks and gather their columns."""
-    tables: list[list[pa.Table]] = [[] for _ in files]
-    for position, table in parallel.map_tables(parse.read, files):
-        tables[position].append(table)
-    parts = [(file, pa.concat_tables(_one_type(chunks))) for file, chunks in zip(files, tables, strict=True) if chunks]
-    parts = [(file, table) for file, table in parts if table.num_rows]
-    if not parts:
+def read(files: list[RawFile], scratch: Scratch, tell: Tell = silent) -> Raw:
+    """Parse the files in Ray tasks and gather their columns in scratch.
+
+    Args:
+        tell: takes a line about how far it is, often.
+
+    Raises:
+        InputError: what is wrong in a file; files whose ids or times do not go together; no row at all.
+    """
+    users, items, times = ids.Vocabulary("user ids"), ids.Vocabulary("item ids"), _Times(scratch)
+    columns = {"user": scratch.growing(np.int32), "item": scratch.growing(np.int32)}
+    tables = ((files[position].uri, table) for position, table in parallel.map_tables(parse.read, files))
+    for batch in _batches(tables, min(scratch.memory_bytes // 8, MOST_PENDING)):
+        columns["user"].append(users.add([(file, table["user"]) for file, table in batch]))
+        columns["item"].append(items.add([(file, table["item"]) for file, table in batch]))
+        for file, table in batch:
+            for name, dtype in {"rating": np.float64, "split": np.int8}.items():
+                if name in table.column_names:
+                    columns[name] = columns.get(name) or scratch.growing(dtype)
+                    columns[name].append(table[name].to_numpy())
+            if "time" in table.column_names:
+                times.append(file, table["time"])
+        tell(f"interactions read: {columns['user'].rows:,}; {len(users):,} users, {len(items):,} items so far")
+    if not columns["user"].rows:
         raise InputError(f"no interactions in {', '.join(file.uri for file in files[:5])}")
-    user_ids, user = _codes(parts, "user")
-    item_ids, item = _codes(parts, "item")
-    optional = {
-        name: np.concatenate([table[name].to_numpy() for _, table in parts])
-        for name in ("rating", "split")
-        if name in parts[0][1].column_names
-    }
-    time = _times(parts) if "time" in parts[0][1].column_names else None
-    return Raw(user_ids, item_ids, user, item, time, **optional)
+    user_ids, user_places = users.finish()
+    item_ids, item_places = items.finish()
+    time = times.finish()
+    arrays = {name: column.finish() for name, column in columns.items()}
+    for block in scratch.blocks(len(arrays["user"]), 16):
+        arrays["user"][block] = user_places[arrays["user"][block]]
+        arrays["item"][block] = item_places[arrays["item"][block]]
+    return Raw(user_ids, item_ids, time=time, **arrays)
 
 
-def build(raw: Raw, data: Data, more_items: pa.Array | None = None) -> Interactions:
-    """Clean, split and index the interactions.
+def build(
+    raw: Raw,
+    data: Data,
+    scratch: Scratch,
+    more_items: pa.Array | None = None,
+    tell: Tell = silent,
+) -> Interactions:
+    """Clean, split and index the interactions. Takes the columns of `raw` away from scratch.
 
     Args:
         more_items: ids that become items though they may have no interaction (data.items: all).
@@ -117,19 +128,19 @@ def build(raw: Raw, data: Data, more_items: pa.Array | None = None) -> Interacti
     Raises:
         InputError: no row left, an empty split, or pairs of valid or test that are also in train.
     """
-    rows, dropped = _clean(raw, data)
-    user, item = raw.user[rows], raw.item[rows]
-    codes = _split(raw, data, rows)
-    for which, name in enumerate(SPLITS):
-        _check_split(raw, data, user, item, codes, which, name)
+    rows, dropped = clean(raw, data, scratch, tell)
+    tell("interactions split")
+    codes = _split(rows, data, scratch)
+    counts = _check_splits(raw, data, rows, codes, scratch)
     seed = data.split.seed
-    users, user = _index(raw.user_ids, user, np.random.default_rng([seed, 0]))
-    items, item = _index(raw.item_ids, item, np.random.default_rng([seed, 1]), more_items)
+    users, user_index = _index(raw.user_ids, rows.users, np.random.default_rng([seed, 0]))
+    items, item_index = _index(raw.item_ids, rows.items, np.random.default_rng([seed, 1]), more_items)
     splits = {}
     for which, name in enumerate(SPLITS):
-        chosen = np.flatnonzero(codes == which)
-        chosen = chosen[np.random.default_rng([seed, 2, which]).permutation(len(chosen))]
-        splits[name] = (user[chosen], item[chosen])
+        tell(f"interactions shuffled: {name}")
+        chosen = _chosen(rows, codes, which, user_index, item_index, scratch)
+        splits[name] = _shuffled(chosen, counts[which], [seed, 4, which], [seed, 2, which], scratch)
+    scratch.discard(rows.user, rows.item, rows.time, codes)
     return Interactions(users, items, splits, dropped)
 
 
@@ -148,93 +159,119 @@ def _find(data: Data, name: str | None) -> list[str]:
     return list(found)
 
 
-def _one_type(tables: list[pa.Table]) -> list[pa.Table]:
-    """A text file's ids are integers only if all its blocks' are; as text they are what they were, being plain."""
-    for role in ("user", "item"):
-        texts = [ids.is_text(table[role].type) for table in tables]
-        if any(texts) and not all(texts):
-            tables = [
-                table if text else table.set_column(table.column_names.index(role), role, table[role].cast(pa.string()))
-                for table, text in zip(tables, texts, strict=True)
-            ]
-    return tables
+def _batches(tables: Iterator[tuple[str, pa.Table]], most_bytes: int) -> Iterator[list[tuple[str, pa.Table]]]:
+    """Tables gathered to batches of some size: looking ids up costs a pass over all ids known so far."""
+    batch, size = [], 0
+    for file, table in tables:
+        if table.num_rows:
+            batch.append((file, table))
+            size += table.nbytes
+        if size >= most_bytes:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _codes(parts: list[tuple[RawFile, pa.Table]], role: str) -> tuple[pa.Array, np.ndarray]:
-    what = f"{role} ids"
-    type = ids.common_type({file.uri: table[role].type for file, table in parts}, what)
-    return ids.encode(
-        pa.chunked_array([chunk for _, table in parts for chunk in ids.cast(table[role], type, what).chunks], type)
-    )
+class _Times:
+    """Times of all rows on one scale: a column of 8 bytes that holds int64 or float64, run by run, until `finish`."""
+
+    def __init__(self, scratch: Scratch):
+        self.scratch = scratch
+        self.column: Growing | None = None
+        self.runs: list[tuple[int, str]] = []  # (first row, dtype's kind) where it changes
+        self.instants: dict[str, None] = {}  # files with timestamps, in the order they came
+        self.numbers: dict[str, None] = {}
+
+    def append(self, file: str, time: pa.ChunkedArray) -> None:
+        instant = pa.types.is_timestamp(time.type)
+        (self.instants if instant else self.numbers)[file] = None
+        values = (time.cast(pa.int64()) if instant else time).to_numpy()
+        self.column = self.column or self.scratch.growing(np.int64)
+        if not self.runs or self.runs[-1][1] != values.dtype.kind:
+            self.runs.append((self.column.rows, values.dtype.kind))
+        self.column.append(values.view(np.int64))
+
+    def finish(self) -> np.ndarray | None:
+        """The column; float64 where some files have fractions. Raises InputError for timestamps beside numbers."""
+        if self.instants and self.numbers:
+            raise InputError(
+                f"times are timestamps in {min(self.instants)} but numbers in {min(self.numbers)}; write them alike"
+            )
+        if self.column is None:
+            return None
+        time = self.column.finish()
+        if all(kind == "i" for _, kind in self.runs):
+            return time
+        stops = [start for start, _ in self.runs[1:]] + [len(time)]
+        for (start, kind), stop in zip(self.runs, stops, strict=True):
+            for block in self.scratch.blocks(stop - start, 16) if kind == "i" else ():
+                part = time[start + block.start : start + block.stop]
+                part[:] = part.astype(np.float64).view(np.int64)
+        return time.view(np.float64)
 
 
-def _times(parts: list[tuple[RawFile, pa.Table]]) -> np.ndarray:
-    """Times of all rows on one scale."""
-    instants = [file.uri for file, table in parts if pa.types.is_timestamp(table["time"].type)]
-    numbers = [file.uri for file, table in parts if not pa.types.is_timestamp(table["time"].type)]
-    if instants and numbers:
-        raise InputError(f"times are timestamps in {instants[0]} but numbers in {numbers[0]}; write them alike")
-    columns = [table["time"].cast(pa.int64()) if instants else table["time"] for _, table in parts]
-    return np.concatenate([column.to_numpy() for column in columns])  # int64 and float64 together: float64
-
-
-def _clean(raw: Raw, data: Data) -> tuple[np.ndarray, dict[str, int]]:
-    """Rows that stay, in canonical order, and how many went for which reason."""
-    minimum, k = data.interactions.min_rating, data.interactions.k_core
-    rows, dropped = np.arange(len(raw.user)), {}
-    if minimum is not None:
-        rows = rows[raw.rating >= minimum]
-        dropped["min_rating"] = len(raw.user) - len(rows)
-        if not len(rows):
-            raise InputError(f"data.interactions.min_rating={minimum:g} leaves no interaction")
-    merged = rows[split.merge_duplicates(raw.user[rows], raw.item[rows], _take(raw.split, rows), _take(raw.time, rows))]
-    dropped["duplicate"] = len(rows) - len(merged)
-    rows = merged
-    if k:
-        core = rows[split.k_core(raw.user[rows], raw.item[rows], k)]
-        dropped["k_core"] = len(rows) - len(core)
-        rows = core
-        if not len(rows):
-            raise InputError(f"data.interactions.k_core={k} leaves no interaction")
-    return rows, dropped
-
-
-def _split(raw: Raw, data: Data, rows: np.ndarray) -> np.ndarray:
-    method, user, item, time = data.split.method, raw.user[rows], raw.item[rows], _take(raw.time, rows)
-    shares = (data.split.valid_share, data.split.test_share)
+def _split(rows: Rows, data: Data, scratch: Scratch) -> np.ndarray:
+    """Each row's split, int8."""
+    method, shares = data.split.method, (data.split.valid_share, data.split.test_share)
+    if rows.split is not None:
+        return rows.split
+    codes = scratch.array(len(rows), np.int8)
     if method == "global_time":
-        return split.global_time(time, user, item, *shares)
-    if method == "leave_last_out":
-        return split.leave_last_out(time, user, item)
-    if method == "ratio":
-        return split.ratio(user, *shares, np.random.default_rng([data.split.seed, 3]))
-    return raw.split[rows]
+        valid, test = (round(len(rows) * share) for share in shares)
+        cuts = [split.TimeCut(rows.time, len(rows) - later, scratch) for later in (test + valid, test)]
+        for block in scratch.blocks(len(rows), 64):
+            codes[block] = sum(cut.after(rows.time[block]).astype(np.int8) for cut in cuts)
+        return codes
+    draws = split.ratio_draws([data.split.seed, 3], len(rows), int(np.count_nonzero(rows.users)))
+    for block in rows.of_users(scratch):
+        user = rows.user[block]
+        if method == "leave_last_out":
+            codes[block] = split.leave_last_out(rows.time[block], user, rows.item[block])
+        else:
+            codes[block] = split.ratio(user, *shares, draws)
+    return codes
 
 
-def _check_split(raw: Raw, data: Data, user, item, codes: np.ndarray, which: int, name: str) -> None:
-    if not (codes == which).any():
-        raise InputError(
-            f"the {name} split is empty (data.split.method={data.split.method}); "
-            f"interactions: {', '.join(f'{n} {np.sum(codes == c)}' for c, n in enumerate(SPLITS))}"
-        )
-    if raw.split is None or which == split.TRAIN:
-        return  # splits that were made here share nothing
-    repeated = split.repeated_in_train(user, item, codes, which)
-    if len(repeated):
-        first = repeated[0]
-        files = getattr(data.split, name) if data.split.method == "given" else data.interactions.files
-        raise InputError(
-            f"{name} ({', '.join(files[:3])} in {data.raw}) repeats {len(repeated)} interactions of train, such as "
-            f"{data.interactions.user}={raw.user_ids[user[first]].as_py()!r}, "
-            f"{data.interactions.item}={raw.item_ids[item[first]].as_py()!r}; remove them from one of the two"
-        )
+def _check_splits(raw: Raw, data: Data, rows: Rows, codes: np.ndarray, scratch: Scratch) -> np.ndarray:
+    """Rows of each split. Raises InputError for an empty one, and for pairs of valid or test that are also in train."""
+    counts = np.zeros(len(SPLITS), np.int64)
+    repeated: dict[int, list] = {split.VALID: [0, None], split.TEST: [0, None]}  # how many, and the first
+    for block in rows.of_users(scratch):
+        user, item, code = rows.user[block], rows.item[block], codes[block]
+        counts += np.bincount(code, minlength=len(counts))
+        for which in repeated if rows.split is not None else ():  # splits that were made here share nothing
+            found = split.repeated_in_train(user, item, code, which)
+            repeated[which][0] += len(found)
+            if len(found) and repeated[which][1] is None:
+                repeated[which][1] = (int(user[found[0]]), int(item[found[0]]))
+    for which, name in enumerate(SPLITS):
+        if not counts[which]:
+            raise InputError(
+                f"the {name} split is empty (data.split.method={data.split.method}); "
+                f"interactions: {', '.join(f'{n} {c}' for n, c in zip(SPLITS, counts, strict=True))}"
+            )
+        number, first = repeated.get(which, (0, None))
+        if first is not None:
+            files = getattr(data.split, name) if data.split.method == "given" else data.interactions.files
+            raise InputError(
+                f"{name} ({', '.join(files[:3])} in {data.raw}) repeats {number} interactions of train, such as "
+                f"{data.interactions.user}={raw.user_ids[first[0]].as_py()!r}, "
+                f"{data.interactions.item}={raw.item_ids[first[1]].as_py()!r}; remove them from one of the two"
+            )
+    return counts
 
 
 def _index(
-    all_ids: pa.Array, codes: np.ndarray, rng: np.random.Generator, more: pa.Array | None = None
+    all_ids: pa.Array, rows: np.ndarray, rng: np.random.Generator, more: pa.Array | None = None
 ) -> tuple[pa.Array, np.ndarray]:
-    """Ids in index order and each row's index: a random permutation of the sorted ids that are in use."""
-    used = np.flatnonzero(np.bincount(codes, minlength=len(all_ids)))
+    """Ids in index order and each code's index: a random permutation of the sorted ids that are in use.
+
+    Args:
+        rows: how many rows each code has.
+        more: ids that are in use without a row.
+    """
+    used = np.flatnonzero(rows)
     kept = all_ids.take(pa.array(used))
     if more is not None:
         kept = ids.sorted_unique(pa.chunked_array([kept, more.cast(kept.type)]))
@@ -243,8 +280,41 @@ def _index(
     where[used] = index[ids.positions(all_ids.take(pa.array(used)), kept)]
     order = np.empty(len(kept), np.int64)
     order[index] = np.arange(len(kept))
-    return kept.take(pa.array(order)), where[codes]
+    return kept.take(pa.array(order)), where
 
 
-def _take(values: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
-    return None if values is None else values[rows]
+def _chosen(
+    rows: Rows, codes: np.ndarray, which: int, user_index: np.ndarray, item_index: np.ndarray, scratch: Scratch
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of the rows of one split, under catalog indexes."""
+    for block in scratch.blocks(len(rows), 64):
+        chosen = codes[block] == which
+        yield user_index[rows.user[block][chosen]], item_index[rows.item[block][chosen]]
+
+
+def _shuffled(
+    pairs: Iterator[tuple[np.ndarray, np.ndarray]],
+    count: int,
+    deal_seed: list[int],
+    order_seed: list[int],
+    scratch: Scratch,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` pairs in a random order: each goes to a random bucket, then each bucket is shuffled by itself. The
+    number of buckets goes by the number of pairs alone."""
+    parts = max(-(-int(count) // INTERACTION_ROWS), 1)
+    rng, sizes = np.random.default_rng(deal_seed), np.zeros(parts, np.int64)
+    for block in scratch.blocks(int(count), 32):
+        sizes += np.bincount(_deal(rng, block.stop - block.start, parts), minlength=parts)
+    buckets, rng = Buckets(scratch, sizes, [np.int32, np.int32]), np.random.default_rng(deal_seed)
+    for user, item in pairs:
+        buckets.add(_deal(rng, len(user), parts), user, item)
+    for number in range(parts):
+        user, item = buckets.bucket(number)
+        order = np.random.default_rng([*order_seed, number]).permutation(len(user))
+        user[:], item[:] = user[order], item[order]
+    return tuple(buckets.columns)
+
+
+def _deal(rng: np.random.Generator, rows: int, parts: int) -> np.ndarray:
+    """A random bucket for each row; rows may be dealt in blocks, since each takes one draw."""
+    return (rng.random(rows) * parts).astype(np.int32)

@@ -14,18 +14,23 @@ import ray.data
 
 from gtc_dist.errors import InputError
 
+PART_BYTES = 8 << 20  # of a table on its way: Ray holds a few for each task, and its object store may be small
 _SCHEMA = pa.schema([("spec", pa.int64()), ("error", pa.string()), ("table", pa.large_binary())])
 
 
-def map_tables(function: Callable[[Any], Iterator[pa.Table]], specs: Sequence[Any]) -> Iterator[tuple[int, pa.Table]]:
+def map_tables(
+    function: Callable[[Any], Iterator[pa.Table]], specs: Sequence[Any], first_error: bool = False
+) -> Iterator[tuple[int, pa.Table]]:
     """Yield (position of the spec, table) for every table of `function(spec)`, in no particular order.
 
     Args:
         function: importable generator function; runs in Ray tasks, so many specs are read at once.
         specs: picklable descriptions of the work, such as one for each file.
+        first_error: end the run with the first `InputError` that comes, whichever it is.
 
     Raises:
-        InputError: the one of the first spec (by position) in which `function` raised one, after all others are done.
+        InputError: the one of the first spec (by position) in which `function` raised one, after all others are done;
+            with `first_error` at once.
     """
     if not specs:
         return
@@ -33,11 +38,14 @@ def map_tables(function: Callable[[Any], Iterator[pa.Table]], specs: Sequence[An
     chunks = rows.map_batches(
         functools.partial(_run, function=function, specs=list(specs)), batch_size=1, batch_format="pyarrow"
     )
+    chunks.context.target_max_block_size = PART_BYTES  # else rows are joined to 128 MB before they travel
     errors: dict[int, str] = {}
     for block in chunks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         for spec, error, data in zip(*(block[name] for name in _SCHEMA.names), strict=True):
             if error.is_valid:
                 errors[spec.as_py()] = error.as_py()
+                if first_error:
+                    raise InputError(error.as_py())
             elif not errors:
                 yield spec.as_py(), pa.ipc.open_stream(data.as_py()).read_all()  # as_py: leaves the object store
     if errors:
@@ -48,12 +56,20 @@ def _run(batch: pa.Table, function: Callable[[Any], Iterator[pa.Table]], specs: 
     for spec in batch["spec"].to_pylist():
         try:
             for table in function(specs[spec]):
-                sink = pa.BufferOutputStream()
-                with pa.ipc.new_stream(sink, table.schema) as stream:
-                    stream.write_table(table)
-                yield _row(spec, None, sink.getvalue().to_pybytes())
+                for part in _parts(table):
+                    sink = pa.BufferOutputStream()
+                    with pa.ipc.new_stream(sink, table.schema) as stream:
+                        stream.write_table(part)
+                    yield _row(spec, None, sink.getvalue().to_pybytes())
         except InputError as error:
             yield _row(spec, str(error), None)
+
+
+def _parts(table: pa.Table) -> Iterator[pa.Table]:
+    """The table in parts of some `PART_BYTES`, at least one."""
+    rows = max(table.num_rows * PART_BYTES // max(table.nbytes, 1), 1)
+    for start in range(0, max(table.num_rows, 1), rows):
+        yield table.slice(start, rows)
 
 
 def _row(spec: int, error: str | None, table: bytes | None) -> pa.Table:

@@ -4,17 +4,18 @@ A plain path or `file://` is local; `s3://` goes through s3fs, which takes crede
 environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_ENDPOINT_URL`, or an instance's role). Any other
 protocol that fsspec knows works once its package is installed.
 
-Writes are atomic as readers see them: local files are renamed into place, objects appear when their upload ends.
+Writes are atomic as readers see them: local files are renamed into place, objects appear when their upload ends. A
+write that fails leaves nothing. Tables and arrays are streamed in parts, so that a file may be larger than memory.
 """
 
 import hashlib
-import io
 import json
 import os
 import posixpath
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ import pyarrow.parquet as pq
 from gtc_dist.errors import InputError
 
 ROW_GROUP = 1 << 18
+VECTOR_ROW_GROUP = 1 << 13  # of tables with vectors: what a reader of a few rows has to fetch
+VECTOR_PAGE_BYTES = 8 << 20  # a page a row group: small pages take two to three times as long to write and read
+PART_BYTES = 32 << 20  # of an upload, and of a file that is read or written piece by piece
 
 
 @dataclass(frozen=True)
@@ -104,11 +108,15 @@ def glob(uri: str) -> list[str]:
     return found if is_local(uri) else [fs.unstrip_protocol(p) for p in found]
 
 
-def open_input(uri: str):
-    """A readable, seekable binary file; compressed names are not unpacked."""
+def open_input(uri: str, buffered: bool = True):
+    """A readable, seekable binary file; compressed names are not unpacked.
+
+    Args:
+        buffered: read ahead from object storage; without, each read fetches just what it asks for.
+    """
     fs, path = filesystem(uri)
     with _named(uri, "open"):
-        return fs.open(path, "rb")
+        return fs.open(path, "rb", **({} if buffered or is_local(uri) else {"cache_type": "none"}))
 
 
 def read_bytes(uri: str) -> bytes:
@@ -117,8 +125,33 @@ def read_bytes(uri: str) -> bytes:
         return fs.cat_file(path)
 
 
-def write_bytes(uri: str, data: bytes | memoryview) -> Written:
-    """Write one file whole, atomically as readers see it."""
+class _Output:
+    """A binary file for writing that counts and hashes what goes through it."""
+
+    closed = False
+
+    def __init__(self, file):
+        self._file, self._digest, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data) -> int:
+        data = memoryview(data).cast("B")
+        self._digest.update(data)
+        self.bytes += len(data)
+        for start in range(0, len(data), PART_BYTES):  # what an object store's file is given, it copies
+            self._file.write(data[start : start + PART_BYTES])
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+    @property
+    def written(self) -> Written:
+        return Written(self.bytes, self._digest.hexdigest())
+
+
+@contextmanager
+def create(uri: str) -> Iterator[_Output]:
+    """A file to write to: it appears at `uri` when the context ends, and not at all if that is by an error."""
     fs, path = filesystem(uri)
     with _named(uri, "write"):
         if is_local(uri):
@@ -126,14 +159,27 @@ def write_bytes(uri: str, data: bytes | memoryview) -> Written:
             partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
             try:
                 with open(partial, "wb") as file:
-                    file.write(data)
+                    yield _Output(file)
                 os.replace(partial, path)
             finally:
                 if os.path.exists(partial):
                     os.remove(partial)
         else:
-            fs.pipe_file(path, bytes(data))
-    return Written(len(data), hashlib.sha256(data).hexdigest())
+            file = fs.open(path, "wb", block_size=PART_BYTES)
+            try:
+                yield _Output(file)
+                file.close()
+            except BaseException:
+                file.discard()  # aborts the upload; closing would complete it
+                file.closed = True
+                raise
+
+
+def write_bytes(uri: str, data: bytes | memoryview) -> Written:
+    """Write one file whole."""
+    with create(uri) as file:
+        file.write(data)
+    return file.written
 
 
 def copy_file(local_path: str, uri: str) -> None:
@@ -157,17 +203,21 @@ def write_json(uri: str, value: Any) -> Written:
 
 
 def write_table(uri: str, table: pa.Table) -> Written:
-    """Write a Parquet file. Vectors (fixed-size lists) are stored plain, since they do not compress."""
-    buffer = pa.BufferOutputStream()
+    """Write a Parquet file. Vectors (fixed-size lists) are stored plain, since they do not compress, and in short row
+    groups, so that `read_vectors` can fetch some of them."""
     vectors = any(pa.types.is_fixed_size_list(field.type) for field in table.schema)
-    pq.write_table(
-        table,
-        buffer,
-        row_group_size=ROW_GROUP,
-        compression="none" if vectors else "zstd",
-        use_dictionary=not vectors,
-    )
-    return write_bytes(uri, memoryview(buffer.getvalue()))
+    layout: dict[str, Any] = {"row_group_size": ROW_GROUP, "compression": "zstd"}
+    if vectors:
+        layout = {
+            "row_group_size": VECTOR_ROW_GROUP,
+            "compression": "none",
+            "use_dictionary": False,
+            "write_statistics": False,
+            "data_page_size": VECTOR_PAGE_BYTES,
+        }
+    with create(uri) as file:
+        pq.write_table(table, pa.PythonFile(file, mode="w"), **layout)
+    return file.written
 
 
 def read_table(uri: str, columns: list[str] | None = None, sha256: str | None = None) -> pa.Table:
@@ -180,26 +230,77 @@ def read_table(uri: str, columns: list[str] | None = None, sha256: str | None = 
         raise InputError(f"{uri} is not a readable Parquet file: {error}") from error
 
 
+def read_vectors(uri: str, column: str, start: int, stop: int) -> np.ndarray:
+    """Rows [start, stop) of a column of vectors, [n, width]; fetches only the row groups that hold some of them."""
+    with open_input(uri, buffered=False) as stream:
+        try:
+            file = pq.ParquetFile(stream, pre_buffer=True)
+            bounds = np.cumsum([0] + [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
+            groups = np.flatnonzero((bounds[:-1] < stop) & (bounds[1:] > start))
+            values = file.read_row_groups(groups.tolist(), columns=[column], use_threads=False)[column]
+        except (pa.ArrowInvalid, KeyError) as error:
+            raise InputError(f"{uri} is not a readable Parquet file: {error}") from error
+    parts = [c.flatten().to_numpy(zero_copy_only=False).reshape(len(c), -1) for c in values.chunks]
+    return np.concatenate(parts)[start - bounds[groups[0]] : stop - bounds[groups[0]]]
+
+
 def write_array(uri: str, array: np.ndarray) -> Written:
-    """Write a `.npy` file."""
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return write_bytes(uri, buffer.getbuffer())
+    """Write a `.npy` file, piece by piece, so that a memory-mapped array need not fit memory."""
+    array = np.atleast_1d(array)
+    header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
+    if array.dtype.hasobject:
+        raise ValueError(f"{uri}: an array of {array.dtype} cannot be written")
+    rows = max(PART_BYTES // max(array[:1].nbytes, 1), 1)
+    with create(uri) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(array) if array.size else 0, rows):
+            file.write(np.ascontiguousarray(array[start : start + rows]).reshape(-1).view(np.uint8).data)
+    return file.written
 
 
 def read_array(uri: str, sha256: str | None = None) -> np.ndarray:
-    data = read_bytes(uri)
-    check(uri, data, sha256)
-    try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    except ValueError as error:
-        raise InputError(f"{uri} is not a plain .npy array: {error}") from error
+    """Read a `.npy` file, with no second copy in memory; with `sha256`, refuse one whose bytes differ."""
+    digest = hashlib.sha256()
+    with open_input(uri, buffered=False) as file:
+        try:
+            shape, fortran, dtype = read_array_header(file)
+        except ValueError as error:
+            raise InputError(f"{uri} is not a plain .npy array: {error}") from error
+        array = np.empty(shape, dtype, order="F" if fortran else "C")
+        if sha256 is not None:
+            start = file.tell()
+            file.seek(0)
+            digest.update(file.read(start))
+        if array.size:
+            flat = memoryview(array.reshape(-1, order="A").view(np.uint8))
+            for start in range(0, len(flat), PART_BYTES):
+                part = flat[start : start + PART_BYTES]
+                if file.readinto(part) < len(part):
+                    raise InputError(f"{uri} is not a plain .npy array: it ends before its last row")
+                digest.update(part) if sha256 is not None else None
+    if sha256 is not None:
+        _same(uri, digest.hexdigest(), sha256)
+    return array
+
+
+def read_array_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and dtype, from the head of a `.npy` file, which is left at its data.
+
+    Raises:
+        ValueError: no such head, or an array of Python objects.
+    """
+    version = np.lib.format.read_magic(file)
+    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = reader(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are not read; save a matrix of numbers")
+    return shape, fortran, dtype
 
 
 def check(uri: str, data: bytes, sha256: str | None) -> None:
     """Refuse bytes whose SHA-256 is not the expected one."""
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise InputError(f"{uri} was changed after it was written (checksum differs from its manifest); rebuild it")
+    if sha256 is not None:
+        _same(uri, hashlib.sha256(data).hexdigest(), sha256)
 
 
 def check_files(root: str, expected: dict[str, Written], checksum: bool) -> None:
@@ -242,10 +343,12 @@ def _check_one(uri: str, sha256: str) -> None:
     with open_input(uri) as file:
         while chunk := file.read(1 << 23):
             digest.update(chunk)
-    if digest.hexdigest() != sha256:
-        raise InputError(
-            f"{uri} was changed after it was written (checksum differs from its manifest); rebuild with --force"
-        )
+    _same(uri, digest.hexdigest(), sha256)
+
+
+def _same(uri: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise InputError(f"{uri} was changed after it was written (checksum differs from its manifest); rebuild it")
 
 
 class _named:

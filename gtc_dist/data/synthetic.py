@@ -12,19 +12,26 @@ keep and dropping the rest. What was planted is written beside the tables, for t
     interactions/part-*.parquet         user_id: string, item_id: int64, rating, timestamp, x_label (0, 1, 2)
     cold/part-*.parquet                 the same columns for cold items, always x_label 2 (test); not for training
     features/<modality>/part-*.parquet  item_id, vector: fixed_size_list<float16>
-    features/<modality>.npy             the last of several modalities: float32 rows, ids in <modality>_ids.parquet
+    features/<modality>.npy             the last of several modalities, up to 65,536 items: float32 rows, ids in
+                                        <modality>_ids.parquet
     truth/items/part-*.parquet          item_id, popularity, cold, factors
     truth/users/part-*.parquet          user_id, group, taste
     truth/{masks,tastes}.npy            by group and factor
     dataset.json                        all parameters and counts, written last
 
 Every chunk of users or items draws from a generator seeded by (seed, kind, chunk), so chunks can be made in any order
-and place, and the same parameters give the same bytes. Memory: the item factors plus one block.
+and place, and the same parameters give the same bytes. `generate` makes them one by one or as Ray Data tasks.
+
+Memory of a process: 4 * factors + 29 bytes an item (factors, popularity, id, where it is cold, and what choice.py needs
+of them; 8 more if some are cold), about 1 GB for 10 million items of 16 factors; and one part, some 300 MB with the
+default chunks and vectors of 512.
 """
 
+import functools
+import json
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cached_property
 
 import numpy as np
@@ -32,73 +39,13 @@ import pyarrow as pa
 
 from gtc_dist.data import storage
 from gtc_dist.data.choice import Pool, dot
+from gtc_dist.data.recipe import Spec
 from gtc_dist.errors import InputError
 
 DATASET = "dataset.json"  # written last
 BUILDING = "dataset.building.json"  # stands in the folder before that
 START, SPAN = 1_600_000_000, 2 * 365 * 86_400  # timestamps: seconds from START
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What to generate. Raises InputError for values that contradict each other."""
-
-    users: int = 3000
-    items: int = 1500
-    interactions: int = 40_000  # about; cold ones come on top
-    modalities: dict[str, int] = field(default_factory=lambda: {"visual": 64, "textual": 48, "acoustic": 32})
-    factors: int = 16
-    groups: int = 30
-    kept: int = 4  # factors that a group cares about
-    strength: float = 2.2  # of taste against popularity
-    deviation: float = 0.8  # of a user from the group, relative to the group's taste
-    zipf: float = 0.8  # exponent of item popularity
-    minimum: int = 5  # interactions of a user
-    noise: float = 1.0  # variance of nuisance relative to that of the factors, in the features
-    nuisance: int = 8  # nuisance factors of each modality; half of them are shared by all
-    cold_share: float = 0.0  # share of items without interactions but in cold/
-    missing_share: float = 0.0  # share of items without a vector, drawn for each modality
-    seed: int = 0
-    user_chunk: int = 1 << 14
-    item_chunk: int = 1 << 16
-
-    def __post_init__(self):
-        for name in ("users", "items", "factors", "groups", "kept", "minimum", "user_chunk", "item_chunk"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("strength", "deviation", "zipf", "noise", "nuisance", "seed"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("cold_share", "missing_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
-        if not self.modalities or any(width < 1 for width in self.modalities.values()):
-            raise InputError(f"modalities are {self.modalities}; name at least one, with a positive width")
-        if self.kept > self.factors:
-            raise InputError(f"kept is {self.kept}, but there are only {self.factors} factors")
-        if self.mean < self.minimum:
-            raise InputError(
-                f"{self.interactions} interactions of {self.users} users are {self.mean:.1f} a user; "
-                f"the minimum is {self.minimum}"
-            )
-        if self.mean > self.warm / 4:
-            raise InputError(
-                f"{self.interactions} interactions of {self.users} users are {self.mean:.1f} a user, more than a "
-                f"quarter of the {self.warm} items that are not cold"
-            )
-
-    @property
-    def mean(self) -> float:
-        return self.interactions / self.users
-
-    @property
-    def warm(self) -> int:
-        return self.items - round(self.items * self.cold_share)
-
-    @property
-    def npy_modality(self) -> str | None:
-        """The modality that is written as .npy with an id file; the others are Parquet."""
-        return list(self.modalities)[-1] if len(self.modalities) > 1 else None
+SLAB = 1 << 13  # items whose features are computed at once
 
 
 class World:
@@ -131,12 +78,10 @@ class World:
     @cached_property
     def pools(self) -> dict[str, Pool]:
         """What users choose from: `interactions` (items that are not cold) and `cold`."""
+        if not self.cold.any():
+            return {"interactions": Pool(None, self.factors, self.log_popularity, self.spec.strength)}
         members = {"interactions": np.flatnonzero(~self.cold), "cold": np.flatnonzero(self.cold)}
-        return {
-            name: Pool(items, self.factors[items], self.log_popularity[items], self.spec.strength)
-            for name, items in members.items()
-            if len(items)
-        }
+        return {name: Pool(m, self.factors, self.log_popularity, self.spec.strength) for name, m in members.items()}
 
 
 def tasks(spec: Spec) -> list[tuple[str, int]]:
@@ -171,36 +116,73 @@ def write_part(world: World, uri: str, kind: str, chunk: int) -> dict[str, int]:
     modality = kind.removeprefix("features/")
     if modality == spec.npy_modality:
         return _write_npy(world, uri, modality)
-    vectors, present = features(world, modality, chunk)
-    ids = world.item_ids[_slice(spec.items, spec.item_chunk, chunk)][present]
-    table = pa.table({"item_id": ids, "vector": _vectors(vectors[present].astype(np.float16))})
+    vectors, present = features(world, modality, chunk, np.float16)
+    ids = world.item_ids[_slice(spec.items, spec.item_chunk, chunk)]
+    if not present.all():
+        vectors, ids = vectors[present], ids[present]
+    table = pa.table({"item_id": ids, "vector": _vectors(vectors)})
     storage.write_table(storage.join(uri, f"{kind}/part-{chunk:05d}.parquet"), table)
     return {f"missing_{modality}": int((~present).sum())}
 
 
-def generate(spec: Spec, uri: str, force: bool = False, progress=None) -> dict:
+def generate(spec: Spec, uri: str, force: bool = False, progress=None, parallel: bool = False) -> dict:
     """Write a whole dataset.
 
     Args:
         uri: folder, local or in object storage; must be empty.
         force: replace a dataset (or an unfinished one) that is there.
-        progress: wraps the list of parts for display, as tqdm does.
+        progress: wraps the iterator over finished parts for display, as tqdm does; called with `total`.
+        parallel: make the parts as Ray Data tasks, as many at once as the cluster has CPUs, in no particular order. The
+            bytes are the same.
 
     Returns:
         What `dataset.json` holds.
 
     Raises:
-        InputError: the folder is not empty.
+        InputError: the folder is not empty, or a part cannot be written. Then BUILDING stays in the folder, and
+            DATASET is not written.
     """
     prepare_folder(uri, force)
     storage.write_json(storage.join(uri, BUILDING), asdict(spec))
-    world = World(spec)
+    parts = tasks(spec)
+    made = _in_ray(spec, uri, parts) if parallel else _in_process(spec, uri, parts)
     counts: dict[str, int] = {"interactions": 0}
-    parts: Iterable = tasks(spec)
-    for kind, chunk in progress(parts) if progress else parts:
-        for name, count in write_part(world, uri, kind, chunk).items():
+    for counted in progress(made, total=len(parts)) if progress else made:
+        for name, count in counted.items():
             counts[name] = counts.get(name, 0) + count
     return finish(spec, uri, counts)
+
+
+def _in_process(spec: Spec, uri: str, parts: list[tuple[str, int]]) -> Iterator[dict[str, int]]:
+    world = World(spec)
+    for part in parts:
+        yield _make(world, uri, *part)
+
+
+def _in_ray(spec: Spec, uri: str, parts: list[tuple[str, int]]) -> Iterator[dict[str, int]]:
+    from gtc_dist.data.parallel import map_tables  # here, since Ray's import takes longer than a small dataset
+
+    make = functools.partial(_make_in_worker, parameters=json.dumps(asdict(spec)), uri=storage.absolute(uri))
+    for _, counted in map_tables(make, parts, first_error=True):
+        yield dict(zip(counted["name"].to_pylist(), counted["count"].to_pylist(), strict=True))
+
+
+def _make_in_worker(part: tuple[str, int], parameters: str, uri: str) -> Iterator[pa.Table]:
+    counts = _make(_worker_world(parameters), uri, *part)
+    yield pa.table({"name": list(counts), "count": list(counts.values())})
+
+
+@functools.lru_cache(maxsize=1)
+def _worker_world(parameters: str) -> World:
+    """Every worker derives the world for itself, once: seconds for millions of items."""
+    return World(Spec(**json.loads(parameters)))
+
+
+def _make(world: World, uri: str, kind: str, chunk: int) -> dict[str, int]:
+    try:
+        return write_part(world, uri, kind, chunk)
+    except OSError as error:  # such as a full disk
+        raise InputError(f"part {chunk} of {kind} cannot be made: {error}") from error
 
 
 def prepare_folder(uri: str, force: bool) -> None:
@@ -217,15 +199,24 @@ def prepare_folder(uri: str, force: bool) -> None:
 
 
 def finish(spec: Spec, uri: str, counts: dict[str, int]) -> dict:
-    """Write `dataset.json`, which makes the dataset whole."""
+    """Write `dataset.json`, which makes the dataset whole, if all parts are there."""
+    found = storage.listing(uri)
+    folders = {"items": "truth/items", "users": "truth/users"}
+    for kind, chunk in tasks(spec):
+        name = f"{folders.get(kind, kind)}/part-{chunk:05d}.parquet"
+        if name not in found and kind not in ("truth", f"features/{spec.npy_modality}"):
+            raise InputError(
+                f"{storage.join(uri, name)} was written, but is not there; if Ray runs on several machines, "
+                "name a folder that all of them share, or s3://"
+            )
     dataset = {"parameters": asdict(spec), "counts": {"users": spec.users, "items": spec.items, **counts}}
     storage.write_json(storage.join(uri, DATASET), dataset)
     storage.remove_tree(storage.join(uri, BUILDING))
     return dataset
 
 
-def features(world: World, modality: str, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    """Raw features of a chunk of items: float32 [n, d], and which items have one: bool [n].
+def features(world: World, modality: str, chunk: int, dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """Raw features of a chunk of items: `dtype` [n, d], and which items have one: bool [n].
 
     Signal and nuisance are scaled to variance 1 and `noise` per dimension, white noise has a tenth of the signal's.
     """
@@ -236,16 +227,22 @@ def features(world: World, modality: str, chunk: int) -> tuple[np.ndarray, np.nd
     maps = _rng(spec, f"map {modality}")
     signal = maps.standard_normal((len(seen), width), np.float32) / np.float32(np.sqrt(len(seen)))
     offset = maps.standard_normal(width, np.float32)
-    out = dot(world.factors[rows][:, seen], signal.T) + offset
+    n = rows.stop - rows.start
     rng = _rng(spec, f"features {modality}", chunk)
+    half = spec.nuisance // 2
+    nuisance = None
     if spec.nuisance and spec.noise:
-        half = spec.nuisance // 2
-        shared = _rng(spec, "nuisance", chunk).standard_normal((rows.stop - rows.start, half), np.float32)
-        own = rng.standard_normal((rows.stop - rows.start, spec.nuisance - half), np.float32)
-        nuisance = maps.standard_normal((spec.nuisance, width), np.float32) * np.sqrt(spec.noise / spec.nuisance)
-        out += dot(np.concatenate([shared, own], 1), nuisance.T.astype(np.float32))
-    out += np.float32(np.sqrt(0.1)) * rng.standard_normal(out.shape, np.float32)
-    return out, rng.random(len(out)) >= spec.missing_share
+        shared = _rng(spec, "nuisance", chunk).standard_normal((n, half), np.float32)
+        nuisance = np.concatenate([shared, rng.standard_normal((n, spec.nuisance - half), np.float32)], 1)
+        spread = maps.standard_normal((spec.nuisance, width), np.float32) * np.sqrt(spec.noise / spec.nuisance)
+        spread = spread.T.astype(np.float32)
+    out = np.empty((n, width), dtype)
+    for slab in _chunks(n, SLAB):
+        vectors = dot(world.factors[rows][slab][:, seen], signal.T) + offset
+        if nuisance is not None:
+            vectors += dot(nuisance[slab], spread)
+        out[slab] = vectors + np.float32(np.sqrt(0.1)) * rng.standard_normal(vectors.shape, np.float32)
+    return out, rng.random(n) >= spec.missing_share
 
 
 def visible(spec: Spec) -> dict[str, np.ndarray]:
@@ -266,8 +263,9 @@ def _write_users(world: World, uri: str, chunk: int) -> dict[str, int]:
     group = rng.integers(0, spec.groups, n).astype(np.int32)
     deviation = rng.standard_normal((n, spec.factors), np.float32) * np.float32(spec.deviation / np.sqrt(spec.kept))
     deviation *= world.masks[group]
-    # A Lomax tail above the minimum: mean 1 / (2.5 - 1), scaled to the wanted mean.
-    activity = spec.minimum + np.rint(rng.pareto(2.5, n) * 1.5 * (spec.mean - spec.minimum)).astype(np.int64)
+    # A Lomax tail above the minimum: mean 1 / (exponent - 1), scaled to the wanted mean.
+    tail = rng.pareto(spec.activity, n) * (spec.activity - 1) * (spec.mean - spec.minimum)
+    activity = spec.minimum + np.rint(tail).astype(np.int64)
     activity = np.minimum(activity, max(spec.warm // 4, spec.minimum))
     suffix = rng.integers(0, 256, n)
     digits = max(5, len(str(spec.users - 1)))
@@ -278,7 +276,7 @@ def _write_users(world: World, uri: str, chunk: int) -> dict[str, int]:
     counts = {}
     for name, pool in world.pools.items():
         wanted = activity if name == "interactions" else rng.binomial(activity, spec.cold_share)
-        wanted = np.minimum(wanted, len(pool.items))
+        wanted = np.minimum(wanted, pool.size)
         user, item = _choose_all(world, pool, rng, group, deviation, wanted)
         time = START + rng.integers(0, SPAN, len(user))
         order = np.lexsort((item, time, user))

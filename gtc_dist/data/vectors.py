@@ -9,6 +9,7 @@ id r.
 
 import posixpath
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,7 +138,8 @@ def _inspect_npy(name: str, modality: Modality, raw: str, uris: list[str]) -> So
         ids = _read_ids(ids_uri, modality.id_column, f"data.features.{name}.ids")
         if len(ids) != rows:
             raise InputError(f"{ids_uri} has {len(ids)} ids, but {uri} has {rows} rows")
-    step = rows if fortran else max(CHUNK_BYTES // (width * dtype.itemsize), 1)
+    # Rows in Fortran order lie scattered, which costs object storage a request for each column: it is asked for all.
+    step = rows if fortran and not storage.is_local(uri) else max(CHUNK_BYTES // (width * dtype.itemsize), 1)
     kept = "float16" if dtype == np.float16 else "float32"
     chunks = [
         Chunk(name, uri, width, kept, start, start, min(start + step, rows)) for start in range(0, rows, max(step, 1))
@@ -149,14 +151,9 @@ def _npy_header(uri: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """Shape, whether in Fortran order, dtype and the byte at which the data starts."""
     with storage.open_input(uri) as file:
         try:
-            version = np.lib.format.read_magic(file)
-            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = reader(file)
+            return *storage.read_array_header(file), file.tell()
         except ValueError as error:
-            raise InputError(f"{uri} is not a .npy file: {error}") from error
-        if dtype.hasobject:
-            raise InputError(f"{uri} holds Python objects, which are not read; save a matrix of numbers")
-        return shape, fortran, dtype, file.tell()
+            raise InputError(f"{uri} is not a .npy file that can be read: {error}") from error
 
 
 def _read_npy(chunk: Chunk) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -196,29 +193,38 @@ def _read_ids(uri: str, column: str, key: str) -> pa.Array:
 def _inspect_parquet(name: str, modality: Modality, uris: list[str]) -> Source:
     if modality.ids is not None:
         raise InputError(f"data.features.{name}.ids goes with .npy; Parquet has its ids in id_column")
-    columns, chunks, types, rows, width = [], [], {}, 0, None
-    for uri in uris:
-        try:
-            with storage.open_input(uri) as stream, pq.ParquetFile(stream) as file:
-                schema = file.schema_arrow
-                for column in (modality.id_column, modality.vector_column):
-                    if column not in schema.names:
-                        raise InputError(f"{uri} has no column {column!r}; columns found: {', '.join(schema.names)}")
-                vector = schema.field(modality.vector_column).type
-                width = width or _width(uri, modality.vector_column, vector, file)
-                types[uri] = vector.value_type
-                columns.append(_plain(uri, modality.id_column, file.read([modality.id_column])[modality.id_column]))
-        except pa.ArrowInvalid as error:
-            raise InputError(f"{uri} is not a readable Parquet file: {error}") from error
-        chunks.append((uri, rows))
-        rows += len(columns[-1])
+    with ThreadPoolExecutor(8) as pool:
+        heads = list(pool.map(lambda uri: _parquet_head(uri, modality), uris))
+    columns = [ids for ids, _, _ in heads]
+    types = {uri: type for uri, (_, type, _) in zip(uris, heads, strict=True)}
+    width = next((width for _, _, width in heads if width is not None), None)
+    first = np.cumsum([0] + [len(ids) for ids in columns]).tolist()
+    rows = first.pop()
     if not rows or width is None:
         raise InputError(f"data.features.{name}: {', '.join(uris[:3])} hold no vector")
     kept = "float16" if set(types.values()) == {pa.float16()} else "float32"
     id_type = id_columns.common_type({uri: c.type for uri, c in zip(uris, columns, strict=True)}, f"{name}'s item ids")
     ids = pa.concat_arrays([id_columns.cast(c, id_type, f"{name}'s item ids") for c in columns])
-    parts = [Chunk(name, uri, width, kept, first, column=modality.vector_column) for uri, first in chunks]
+    parts = [
+        Chunk(name, uri, width, kept, row, column=modality.vector_column) for uri, row in zip(uris, first, strict=True)
+    ]
     return Source(name, uris, rows, width, kept, ids, parts)
+
+
+def _parquet_head(uri: str, modality: Modality) -> tuple[pa.Array, pa.DataType, int | None]:
+    """A file's ids, the type of its vectors' values, and the vectors' width (None: it has no vector)."""
+    try:
+        with storage.open_input(uri) as stream, pq.ParquetFile(stream) as file:
+            schema = file.schema_arrow
+            for column in (modality.id_column, modality.vector_column):
+                if column not in schema.names:
+                    raise InputError(f"{uri} has no column {column!r}; columns found: {', '.join(schema.names)}")
+            vector = schema.field(modality.vector_column).type
+            width = _width(uri, modality.vector_column, vector, file)
+            ids = _plain(uri, modality.id_column, file.read([modality.id_column])[modality.id_column])
+            return ids, vector.value_type, width
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{uri} is not a readable Parquet file: {error}") from error
 
 
 def _plain(uri: str, column: str, values: pa.ChunkedArray) -> pa.Array:

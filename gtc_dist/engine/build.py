@@ -3,9 +3,10 @@
 import torch
 
 from gtc_dist.config import Config
-from gtc_dist.data.catalog import Catalog
+from gtc_dist.data.catalog import FEATURE_ROWS, Catalog
 from gtc_dist.engine.loader import Loader, LoaderOptions
 from gtc_dist.engine.planner import FullPlanner, PlannerOptions, SampledPlanner
+from gtc_dist.engine.ranking import RankingOptions
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.collectives import World
 from gtc_dist.model.gtc import GTC, Shape, Tables
@@ -35,21 +36,29 @@ def network_shape(config: Config, catalog: Catalog) -> Shape:
     )
 
 
-def build_network(config: Config, catalog: Catalog, world: World) -> tuple[GTC, Tables]:
-    """The dense network and the trainable tables, with the same initial values for any world size."""
+def build_network(config: Config, catalog: Catalog, world: World, trainable: bool = True) -> tuple[GTC, Tables]:
+    """The dense network and the tables, with the same initial values for any world size.
+
+    Args:
+        trainable: False where weights are only read: no optimizer state is held then.
+    """
     shape = network_shape(config, catalog)
     torch.manual_seed(config.train.seed)
     network = GTC(shape, world).to(world.device)
     sizes = (catalog.users, catalog.items, len(shape.streams), shape.width)
-    return network, Tables.build(*sizes, config.model.init_std, world, config.train.seed)
+    options = {"trainable": trainable, "rowwise": config.train.table_optimizer == "rowwise_adam"}
+    return network, Tables.build(*sizes, config.model.init_std, world, config.train.seed, **options)
 
 
 def load_features(shape: Shape, catalog: Catalog, world: World) -> dict[str, RowTable]:
-    """Frozen float16 tables of the modalities' features; each rank reads just its own rows."""
+    """Frozen float16 tables of the modalities' features; each rank reads just its own rows, a block at a time."""
     tables = {}
     for name, width in shape.modalities.items():
         table = RowTable(name, catalog.items, width, world, dtype=torch.float16, trainable=False)
-        table.weight.copy_(torch.from_numpy(catalog.features(name, table.start, table.stop)))
+        for first in range(table.start, table.stop, FEATURE_ROWS):
+            rows = catalog.features(name, first, min(first + FEATURE_ROWS, table.stop))
+            at = first - table.start
+            table.weight[at : at + len(rows)] = torch.from_numpy(rows)
         tables[name] = table
     return tables
 
@@ -63,6 +72,10 @@ def over_world(tables: dict[str, RowTable], world: World) -> dict[str, RowTable]
         moved[name].start, moved[name].stop = table.start, table.stop
         moved[name].weight = table.weight.to(world.device)
     return moved
+
+
+def ranking_options(config: Config) -> RankingOptions:
+    return RankingOptions(config.eval.item_block, config.eval.user_block, config.eval.users, config.train.seed)
 
 
 def load_graphs(config: Config, catalog: Catalog) -> Graphs:
@@ -82,6 +95,7 @@ def build_loader(
         fanout=tuple(model.fanout),
         item_fanout=model.item_fanout,
         user_fanout=model.user_fanout,
+        layer_nodes=None if model.layer_nodes is None else -(-model.layer_nodes // world.size),
         sampler=model.sampler,
         threads=1,
     )
@@ -99,5 +113,6 @@ def build_loader(
         modalities=len(shape.modalities),
         width=shape.width,
         prefetch=train.prefetch,
+        epoch_steps=train.epoch_steps,
     )
     return Loader(users, items, graphs, planner, options, world)

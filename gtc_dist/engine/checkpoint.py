@@ -1,16 +1,15 @@
 """Checkpoints: sharded by row range, independent of the world's size, complete only with their manifest.
 
 <run>/checkpoints/epoch-00012/
-    <table>.<tensor>.<start>-<stop>.npy   rows [start, stop) of weight, exp_avg, exp_avg_sq
+    <table>.<tensor>.<start>-<stop>.npy   rows [start, stop) of weight, exp_avg, exp_avg_sq; FILE_BYTES at most
     dense.pt                              dense modules and their optimizer (no pickle on load)
     manifest.json                         written last: epoch, metrics, table shapes, sizes and checksums
 """
 
 import io
-import json
 import re
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from gtc_dist.data import storage
@@ -19,6 +18,7 @@ from gtc_dist.model.collectives import World
 from gtc_dist.model.table import RowTable
 
 MANIFEST = "manifest.json"
+FILE_BYTES = 128 << 20  # of rows in a file: what saving and loading hold beside the tables
 
 
 def save(
@@ -40,16 +40,17 @@ def save(
     files = {}
     for table in tables:
         for part, tensor in table.state().items():
-            name = f"{table.name}.{part}.{table.start:012d}-{table.stop:012d}.npy"
-            written = storage.write_array(storage.join(uri, name), tensor.cpu().numpy())
-            files[name] = {"bytes": written.bytes, "sha256": written.sha256}
+            for low, high in _parts(tensor):
+                name = f"{table.name}.{part}.{table.start + low:012d}-{table.start + high:012d}.npy"
+                written = storage.write_array(storage.join(uri, name), tensor[low:high].cpu().numpy())
+                files[name] = {"bytes": written.bytes, "sha256": written.sha256}
     if world.rank == 0:
         buffer = io.BytesIO()
         torch.save(dense, buffer)
         written = storage.write_bytes(storage.join(uri, "dense.pt"), buffer.getbuffer())
         files["dense.pt"] = {"bytes": written.bytes, "sha256": written.sha256}
     merged = {}
-    for rank_files in _gather_json(files, world):
+    for rank_files in world.gather_json(files):
         merged |= rank_files
     if world.rank == 0:
         shapes = {t.name: {"rows": t.rows, "width": t.width, "steps": t.steps} for t in tables}
@@ -92,6 +93,13 @@ def load(uri: str, tables: list[RowTable], optimizer: bool = False) -> dict[str,
     return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
 
 
+def _parts(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Row ranges of a table's tensor that make a file each; one empty range where it has no rows."""
+    step = max(FILE_BYTES // (tensor.shape[1] * tensor.element_size()), 1)
+    for low in range(0, max(len(tensor), 1), step):
+        yield low, min(low + step, len(tensor))
+
+
 def _load_rows(uri: str, prefix: str, out: torch.Tensor, start: int, stop: int, files: dict) -> None:
     filled = 0
     for name, entry in files.items():
@@ -106,12 +114,3 @@ def _load_rows(uri: str, prefix: str, out: torch.Tensor, start: int, stop: int, 
             filled += high - low
     if filled != stop - start:
         raise InputError(f"{uri}: rows [{start}, {stop}) of {prefix} are not complete in the checkpoint")
-
-
-def _gather_json(value: dict, world: World) -> list[dict]:
-    """One dictionary of each rank."""
-    data = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), np.uint8).copy()).to(world.device)
-    counts = world.counts(len(data))
-    everything = world.gather(data, counts).cpu().numpy().tobytes()
-    ends = np.cumsum(counts)
-    return [json.loads(everything[end - n : end]) for end, n in zip(ends, counts, strict=True)]

@@ -1,8 +1,10 @@
 """Embeddings of the whole catalog, layer by layer, in bounded memory.
 
 Each rank computes its own rows in chunks and looks neighbours up through row-sharded tables, so no rank holds more than
-its share of anything that grows with the catalog, except the graph's index arrays. It gives what full-graph
-propagation gives, for runs that were trained on the whole graph and for those trained on samples.
+its share of anything that grows with the catalog, except the graph's index arrays. Once the streams have entered the
+graph they do not mix any more, so they go through it one after the other: beside the result, a rank holds two or three
+tables of one stream's width. It gives what full-graph propagation gives, for runs that were trained on the whole graph
+and for those trained on samples.
 """
 
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 
 from gtc_dist.data.catalog import CSC
-from gtc_dist.engine.planner import whole_audience
+from gtc_dist.engine.planner import audience_edges
 from gtc_dist.graph.csc import Graphs, take
 from gtc_dist.model.gtc import GTC, Tables
 from gtc_dist.model.propagation import Block, weighted_sum
@@ -37,70 +39,94 @@ def embed_catalog(
         watched: filled with means over all items of what `GTC.watch` tells.
     """
     model.eval()
-    users, items = tables.user, tables.item
-    weights = _new(users, model.S)
-    x_user, x_item = _new(users, model.S * model.D), _new(items, model.S * model.D)
+    users, items = _new(tables.user, model.S * model.D), _new(tables.item, model.S * model.D)
     for low, high in _chunks(users, chunk):
-        preference, weight = model.users_in(users.weight[low:high])
-        x_user.weight[low:high], weights.weight[low:high] = preference.flatten(1), weight
+        users.weight[low:high] = model.users_in(tables.user.weight[low:high])[0].flatten(1)
+    _items_in(model, tables.item, users, items, features, graphs, chunk, watched)
+    for stream in _streams(model):
+        _convolve(users, items, stream, graphs, layers, chunk)
+    for low, high in _chunks(users, chunk):
+        weights = model.users_in(tables.user.weight[low:high])[1]
+        users.weight[low:high] = model.users_out(users.weight[low:high], weights)
+    for table, graph in ((users, graphs.user_user), (items, graphs.item_item)):
+        if graph is not None:
+            for stream in _streams(model):
+                _add_hop(table, stream, graph, chunk)
+    return users, items
+
+
+def _items_in(
+    model: GTC,
+    ids: RowTable,
+    users: RowTable,
+    out: RowTable,
+    features: dict[str, RowTable],
+    graphs: Graphs,
+    chunk: int,
+    watched: dict[str, float] | None,
+) -> None:
+    """What enters the graph for items, into `out`; `users` holds all preferences."""
     sums: dict[str, torch.Tensor] = {}
-    for low, high in _chunks(items, chunk):
+    for low, high in _chunks(out, chunk):
         audience = None
         if model.needs_audience:
-            audience = _pull(whole_audience(graphs, items.start + low, items.start + high), x_user)
+            audience = _pull(*audience_edges(graphs, out.start + low, out.start + high), users)
         content = model.content({name: table.weight[low:high] for name, table in features.items()})
-        filtered = model.filtered(items.weight[low:high], content, audience)
-        streams = model.streams(items.weight[low:high], filtered)
-        x_item.weight[low:high] = model.items_in(streams)
-        for name, values in model.watch(streams, content, filtered).items():
-            sums[name] = sums.get(name, 0) + values.sum()
+        filtered = model.filtered(ids.weight[low:high], content, audience)
+        streams = model.streams(ids.weight[low:high], filtered)
+        out.weight[low:high] = model.items_in(streams)
+        if watched is not None:
+            for name, values in model.watch(streams, content, filtered).items():
+                sums[name] = sums.get(name, 0) + values.sum()
     if watched is not None:
-        total = items.world.sum(torch.stack(list(sums.values())))
-        watched |= {name: float(value) / items.rows for name, value in zip(sums, total, strict=True)}
-    out_user, out_item = _copy(x_user), _copy(x_item)
+        total = out.world.sum(torch.stack(list(sums.values())))
+        watched |= {name: float(value) / out.rows for name, value in zip(sums, total, strict=True)}
+
+
+def _convolve(users: RowTable, items: RowTable, stream: slice, graphs: Graphs, layers: int, chunk: int) -> None:
+    """Add the user-item layers of one stream to its columns: x becomes x + Ax + A^2 x + ..."""
+    x_user, x_item = _column(users, stream), _column(items, stream)
     for _ in range(layers):
         x_user, x_item = (
-            _convolve(graphs, x_user, 0, x_item, graphs.users, chunk),
-            _convolve(graphs, x_item, graphs.users, x_user, 0, chunk),
+            _layer(graphs, x_user, 0, x_item, graphs.users, chunk),
+            _layer(graphs, x_item, graphs.users, x_user, 0, chunk),
         )
-        out_user.weight += x_user.weight
-        out_item.weight += x_item.weight
-    for low, high in _chunks(users, chunk):
-        out_user.weight[low:high] = model.users_out(out_user.weight[low:high], weights.weight[low:high])
-    if graphs.user_user is not None:
-        out_user = _add_hop(out_user, graphs.user_user, chunk)
-    if graphs.item_item is not None:
-        out_item = _add_hop(out_item, graphs.item_item, chunk)
-    return out_user, out_item
+        users.weight[:, stream] += x_user.weight
+        items.weight[:, stream] += x_item.weight
 
 
-def _convolve(graphs: Graphs, like: RowTable, offset: int, sources: RowTable, base: int, chunk: int) -> RowTable:
+def _layer(graphs: Graphs, like: RowTable, offset: int, sources: RowTable, base: int, chunk: int) -> RowTable:
     """One user-item layer: rows of nodes offset + [0, like.rows) from those of nodes base + [0, sources.rows)."""
     out, nodes = _new(like, like.width), graphs.nodes
     for low, high in _chunks(out, chunk):
         indptr, edges = take(nodes, np.arange(offset + out.start + low, offset + out.start + high))
-        block = Block.build(indptr, nodes.indices[edges] - base, nodes.weight[edges], sources.rows)
-        out.weight[low:high] = _pull(block, sources)
+        out.weight[low:high] = _pull(indptr, nodes.indices[edges] - np.int32(base), nodes.weight[edges], sources)
     return out
 
 
-def _add_hop(table: RowTable, graph: CSC, chunk: int) -> RowTable:
-    """The table's rows plus one hop over a graph of its own nodes."""
-    out = _copy(table)
+def _add_hop(table: RowTable, stream: slice, graph: CSC, chunk: int) -> None:
+    """Add one hop over a graph of the table's own nodes to the columns of one stream."""
+    before = _column(table, stream)
     for low, high in _chunks(table, chunk):
         indptr, edges = take(graph, np.arange(table.start + low, table.start + high))
-        out.weight[low:high] += _pull(Block.build(indptr, graph.indices[edges], graph.weight[edges], table.rows), table)
-    return out
+        table.weight[low:high, stream] += _pull(indptr, graph.indices[edges], graph.weight[edges], before)
 
 
-def _pull(block: Block, table: RowTable) -> torch.Tensor:
-    """Weighted sum over a block whose sources are rows of a sharded table: looks up just the rows in use."""
-    used, at = torch.unique(block.indices, return_inverse=True)
-    route = make_route(used.long().to(table.world.device), table.rows, table.world)
-    rows = table.lookup(route)
-    empty = block.t_indptr[:1]
-    small = Block(len(rows), block.indptr, at.int(), block.weight, empty, empty, block.weight[:0])
-    return weighted_sum(small.to(table.world.device), rows)
+def _pull(indptr: np.ndarray, indices: np.ndarray, weight: np.ndarray, table: RowTable) -> torch.Tensor:
+    """Weighted sums over edges by destination whose sources are rows of a sharded table: looks up just the rows in
+    use. A collective."""
+    world, ids = table.world, torch.from_numpy(indices)
+    if world.size == 1:
+        rows = table.weight  # all rows are here
+    else:
+        used, ids = torch.unique(ids, return_inverse=True)
+        rows = table.lookup(make_route(used.long().to(world.device), table.rows, world))
+    block = Block.forward_only(torch.from_numpy(indptr), ids, torch.from_numpy(weight), len(rows))
+    return weighted_sum(block.to(world.device), rows)
+
+
+def _streams(model: GTC) -> list[slice]:
+    return [slice(s * model.D, (s + 1) * model.D) for s in range(model.S)]
 
 
 def _chunks(table: RowTable, chunk: int) -> Iterator[tuple[int, int]]:
@@ -114,7 +140,8 @@ def _new(like: RowTable, width: int) -> RowTable:
     return RowTable(like.name, like.rows, width, like.world, trainable=False)
 
 
-def _copy(table: RowTable) -> RowTable:
-    copy = _new(table, table.width)
-    copy.weight.copy_(table.weight)
-    return copy
+def _column(table: RowTable, stream: slice) -> RowTable:
+    """One stream's columns as a table of their own."""
+    column = _new(table, stream.stop - stream.start)
+    column.weight.copy_(table.weight[:, stream])
+    return column

@@ -6,7 +6,8 @@
       -> a plan: whole graph (`FullPlanner`) or sampled blocks (`SampledPlanner`), feature rows looked up
       -> a bounded queue, filled by one thread while the previous step computes
 
-All ranks take the same number of steps; every interaction comes once an epoch; a batch may be empty.
+All ranks take the same number of steps; every interaction comes once in a pass over them; a batch may be empty. An
+epoch is one pass, or, for interactions that a pass of which takes hours, a number of steps (`epoch_steps`).
 """
 
 import queue
@@ -48,6 +49,7 @@ class LoaderOptions:
     modalities: int
     width: int
     prefetch: int
+    epoch_steps: int | None = None  # None: as many as a pass takes
 
 
 class Loader:
@@ -64,7 +66,8 @@ class Loader:
         self.graphs, self.planner, self.options, self.world = graphs, planner, options, world
         self.users, self.items = deal(users, items, graphs.items, world)
         self.rank_rows = world.counts(len(self.users))
-        self.steps = max(1, -(-sum(self.rank_rows) // options.batch_size))
+        self.pass_steps = max(1, -(-sum(self.rank_rows) // options.batch_size))
+        self.steps = options.epoch_steps or self.pass_steps  # of an epoch
         degree = graphs.user_degree
         if len(degree) and degree.max() >= graphs.items:
             raise InputError(
@@ -73,8 +76,8 @@ class Loader:
             )
 
     def counts(self, step: int) -> list[int]:
-        """Pairs of each rank in a step: its rows cut into `steps` parts whose sizes differ by one at most."""
-        return [rows // self.steps + (step < rows % self.steps) for rows in self.rank_rows]
+        """Pairs of each rank in a step of a pass: its rows cut into parts whose sizes differ by one at most."""
+        return [rows // self.pass_steps + (step < rows % self.pass_steps) for rows in self.rank_rows]
 
     def correlation_counts(self, counts: list[int]) -> list[int]:
         """Of a step's pairs of each rank, those whose items enter the total correlation."""
@@ -85,10 +88,10 @@ class Loader:
         """The batches of an epoch; one thread prepares them ahead. Its errors are raised here."""
         return _prefetch(self._batches(epoch), self.options.prefetch)
 
-    def draw(self, epoch: int, step: int, rows: np.ndarray) -> Draws:
-        """A step's randomness for the interactions `rows` of this rank."""
+    def draw(self, turn: int, step: int, rows: np.ndarray) -> Draws:
+        """The randomness of a step of a pass (`turn`, from 1) for the interactions `rows` of this rank."""
         o = self.options
-        rng = np.random.default_rng([o.seed, epoch, step, self.world.rank])
+        rng = np.random.default_rng([o.seed, turn, step, self.world.rank])
         users, positives = self.users[rows].astype(np.int64), self.items[rows].astype(np.int64)
         if o.negatives == "uniform":
             negatives = self.graphs.draw_negatives(np.repeat(users, o.negative_count), rng)
@@ -101,17 +104,28 @@ class Loader:
             negatives,
             rng.integers(1, o.diffusion_steps + 1, len(rows)),
             rng.standard_normal((o.modalities, len(rows), o.width), dtype=np.float32),
-            int(np.random.default_rng([o.seed, epoch, step]).integers(1 << 31)),
+            int(np.random.default_rng([o.seed, turn, step]).integers(1 << 31)),
             int(rng.integers(1 << 31)),
             self.counts(step),
         )
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
-        order = np.random.default_rng([self.options.seed, epoch, self.world.rank, 1]).permutation(len(self.users))
-        stop = 0
-        for step in range(self.steps):
-            start, stop = stop, stop + self.counts(step)[self.world.rank]
-            yield self.assemble(self.draw(epoch, step, order[start:stop]))
+        ordered, order = 0, np.empty(0, np.int64)
+        for n in range((epoch - 1) * self.steps, epoch * self.steps):
+            turn, step = 1 + n // self.pass_steps, n % self.pass_steps
+            if turn != ordered:
+                ordered, order = turn, self._order(turn)
+            yield self.assemble(self.draw(turn, step, order[self._rows(step)]))
+
+    def _order(self, turn: int) -> np.ndarray:
+        """The permutation of a pass over this rank's interactions."""
+        return np.random.default_rng([self.options.seed, turn, self.world.rank, 1]).permutation(len(self.users))
+
+    def _rows(self, step: int) -> slice:
+        """Where a step's pairs stand in the permutation."""
+        size, larger = divmod(len(self.users), self.pass_steps)
+        start = step * size + min(step, larger)
+        return slice(start, start + size + (step < larger))
 
     def assemble(self, draws: Draws) -> Batch:
         """The batch of some draws. A collective where the planner looks rows up."""
@@ -121,8 +135,7 @@ class Loader:
         positives, negatives = item_at[: len(draws.positives)], item_at[len(draws.positives) :]
         mask = None
         if draws.negatives.ndim == 1:
-            who, what = np.repeat(draws.users, len(negatives)), np.tile(draws.negatives, len(draws.users))
-            mask = torch.from_numpy((~self.graphs.interacted(who, what)).reshape(len(draws.users), len(negatives)))
+            mask = torch.from_numpy(~self.graphs.crossed(users, draws.negatives)[user_at])
         return Batch(
             **self.planner.plan(users, items, self._global_pairs(draws), draws.sampler_seed),
             users=torch.from_numpy(user_at),
@@ -164,6 +177,9 @@ def deal(users: np.ndarray, items: np.ndarray, items_total: int, world: World) -
     return (key // items_total).astype(np.int32), (key % items_total).astype(np.int32)
 
 
+LEAVE_SECONDS = 10  # for the batch in work when the main thread leaves early
+
+
 class _Failure:
     def __init__(self, error: BaseException):
         self.error = error
@@ -173,7 +189,8 @@ _END = object()
 
 
 def _prefetch(source: Iterator, depth: int) -> Iterator:
-    """Run `source` in a thread, at most `depth` ahead. Leaving early ends the thread."""
+    """Run `source` in a thread, at most `depth` ahead. Leaving early ends the thread: after the batch in work, or,
+    where that waits for a rank that is gone, with the process."""
     results: queue.Queue = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -204,4 +221,4 @@ def _prefetch(source: Iterator, depth: int) -> Iterator:
             yield value
     finally:
         stopped.set()
-        thread.join()
+        thread.join(LEAVE_SECONDS)

@@ -16,7 +16,7 @@ from gtc_dist.config import Config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import checkpoint, ranking
-from gtc_dist.engine.build import build_loader, build_network, load_features, over_world
+from gtc_dist.engine.build import build_loader, build_network, load_features, over_world, ranking_options
 from gtc_dist.engine.inference import embed_catalog
 from gtc_dist.engine.monitor import Monitor, Stopwatch
 from gtc_dist.graph.csc import Graphs
@@ -76,7 +76,8 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.train.lr)
         self.table_lr = config.train.table_lr
         self.truth = {
-            split: ranking.split_truth(catalog.interactions(split), catalog.users) for split in ("valid", "test")
+            split: ranking.split_truth(catalog, split, self.tables.user.start, self.tables.user.stop)
+            for split in ("valid", "test")
         }
         self.monitor = Monitor(run, config.train.epochs, self.loader.steps, active=world.rank == 0)
         self.watch = Stopwatch()
@@ -124,7 +125,7 @@ class Trainer:
         return embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk, watched)
 
     def train_epoch(self, epoch: int) -> None:
-        """One pass over this rank's interactions."""
+        """The steps of an epoch: a pass over this rank's interactions, or as many as configured."""
         self.network.train()
         sums: dict[str, torch.Tensor] = {}
         since, seen, steps = time.perf_counter(), 0, 0
@@ -135,20 +136,19 @@ class Trainer:
                 sums[name] = sums.get(name, 0) + value
             seen, steps = seen + sum(batch.counts), steps + 1
             if step % self.config.train.log_every == 0 or step == self.loader.steps:
-                self._log(epoch, step, sums, steps, seen, time.perf_counter() - since)
+                self._log(epoch, step, batch, sums, steps, seen, time.perf_counter() - since)
                 sums, since, seen, steps = {}, time.perf_counter(), 0, 0
             self.watch.part("data")
         self.watch.part(None)
 
-    def _log(self, epoch: int, step: int, sums: dict, steps: int, seen: int, elapsed: float) -> None:
+    def _log(self, epoch: int, step: int, batch: Batch, sums: dict, steps: int, seen: int, elapsed: float) -> None:
         values = self.world.sum(torch.stack(list(sums.values())) / steps).tolist()
         losses = dict(zip(sums, values, strict=True))
         if not all(math.isfinite(v) for v in values):
             raise FloatingPointError(f"epoch {epoch}, step {step}: the loss is not finite: {losses}")
         scalars = {f"loss/{name}": value for name, value in losses.items()}
         if "tc" in losses:
-            rows = sum(self.loader.correlation_counts(self.loader.counts(step - 1)))
-            scalars["total_correlation/bound_nats"] = math.log(max(rows, 1)) - losses["tc"]
+            scalars["total_correlation/bound_nats"] = math.log(max(sum(batch.correlation_counts), 1)) - losses["tc"]
         seconds = dict.fromkeys(PARTS, 0.0) | self.watch.take() | self.loader.planner.watch.take()
         seconds["communication"] = self.world.seconds + self.loader_world.seconds
         self.world.seconds = self.loader_world.seconds = 0.0
@@ -179,8 +179,7 @@ class Trainer:
 
     def rank(self, embeddings: tuple[RowTable, RowTable], split: str) -> dict:
         """Metrics of a split."""
-        blocks = (self.config.eval.item_block, self.config.eval.user_block)
-        return ranking.evaluate(*embeddings, self.graphs, self.truth[split], *blocks)
+        return ranking.evaluate(*embeddings, self.graphs, self.truth[split], ranking_options(self.config))
 
     def _checkpoint(self, epoch: int) -> str:
         return storage.join(self.run, "checkpoints", f"epoch-{epoch:05d}")
@@ -230,7 +229,7 @@ class Trainer:
             return
         degree = self.graphs.item_degree[items.start : items.stop]
         chosen = np.argsort(-degree, kind="stable")[:PROJECTED]
-        labels = [str(label) for label in self.catalog.ids("items").take(chosen + items.start).to_pylist()]
+        labels = [str(i) for i in self.catalog.ids("items", items.start, items.stop).take(chosen).to_pylist()]
         self.monitor.projector(items.weight[torch.from_numpy(chosen)].cpu().numpy(), labels, self.best[1])
 
     def _say(self, text: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from gtc_dist.data.catalog import CSC
 from gtc_dist.engine.monitor import Stopwatch
 from gtc_dist.graph.csc import Graphs, edge_of, take
-from gtc_dist.graph.sampling import Layer, Sampler
+from gtc_dist.graph.sampling import Layer, Sampler, thin
 from gtc_dist.model.propagation import Block
 from gtc_dist.model.table import RowTable, make_route, whole_route
 
@@ -25,6 +25,7 @@ class PlannerOptions:
     fanout: tuple[int, ...]  # sampled: last layer first
     item_fanout: int
     user_fanout: int
+    layer_nodes: int | None  # sampled: expected new nodes of this rank's layers and hops; None: all that are drawn
     sampler: str
     threads: int
 
@@ -91,6 +92,8 @@ class FullPlanner:
 class SampledPlanner:
     """DGL blocks around the batch; feature rows are looked up here, in the prefetch thread.
 
+    Nothing here is linear in the catalog: a plan costs what its batch, its fanouts and `layer_nodes` ask for.
+
     Args:
         features: tables whose world is the prefetch thread's.
     """
@@ -99,33 +102,27 @@ class SampledPlanner:
         self.graphs, self.options, self.features = graphs, options, features
         self.world = next(iter(features.values())).world
         self.watch = Stopwatch()
-        self.nodes = Sampler(graphs.nodes, options.sampler, options.threads)
-        self.item_item = (
-            None if graphs.item_item is None else Sampler(graphs.item_item, options.sampler, options.threads)
+        self.nodes, self.item_item, self.user_user = (
+            None if graph is None else Sampler(graph, options.sampler, options.threads)
+            for graph in (graphs.nodes, graphs.item_item, graphs.user_user)
         )
-        self.user_user = (
-            None if graphs.user_user is None else Sampler(graphs.user_user, options.sampler, options.threads)
-        )
-        nodes = graphs.users + graphs.items
-        self.norm = 1 / np.sqrt(np.maximum(graphs.nodes.degree, 1)).astype(np.float32)
-        self.place = np.zeros(nodes, np.int32)
 
     def plan(self, users: np.ndarray, items: np.ndarray, pairs: np.ndarray, seed: int) -> dict:
         self.watch.part("sampling")
         U, options = self.graphs.users, self.options
+        self.rng = np.random.default_rng(seed)
         for offset, sampler in enumerate((self.nodes, self.item_item, self.user_user)):
             if sampler is not None:
                 sampler.seed(seed + offset)
         user_hop, seed_users = self._hop(self.user_user, users, options.user_fanout)
         item_hop, seed_items = self._hop(self.item_item, items, options.item_fanout)
-        excluded = np.concatenate(_seed_edges(self.graphs, pairs)) if options.exclude_seed_edges else None
+        excluded = np.sort(np.concatenate(_seed_edges(self.graphs, pairs))) if options.exclude_seed_edges else None
 
         frontier = np.concatenate([seed_users, seed_items + U])
         blocks = []
         for fanout in options.fanout:
-            layer = self.nodes.layer(frontier, fanout)
-            blocks.insert(0, self._block(layer, frontier, excluded))
-            frontier = layer.sources
+            block, frontier = self._layer(frontier, fanout, excluded)
+            blocks.insert(0, block)
         in_users, in_items = frontier[frontier < U], frontier[frontier >= U] - U
         audience, in_users = self._audience(in_users, in_items, excluded)
         order = np.empty(len(frontier), np.int64)
@@ -158,15 +155,18 @@ class SampledPlanner:
             return None, batch
         layer = sampler.layer(batch, fanout)
         weight = sampler.graph.weight[layer.edges] * layer.correction[layer.destination]
+        layer, weight = self._thinned(layer, weight, np.arange(len(layer.sources)) < len(batch))
         return Block.build(layer.indptr, layer.positions, weight, len(layer.sources)), layer.sources
 
-    def _block(self, layer: Layer, destinations: np.ndarray, excluded: np.ndarray | None) -> Block:
-        """A user-item layer with weights 1 / sqrt(degree * degree), corrected for the sampling."""
-        to = layer.destination
-        weight = self.norm[layer.sources[layer.positions]] * (self.norm[destinations] * layer.correction)[to]
-        if excluded is not None:
-            weight[np.isin(layer.edges, excluded)] = 0
-        return Block.build(layer.indptr, layer.positions, weight, len(layer.sources))
+    def _layer(self, frontier: np.ndarray, fanout: int, excluded: np.ndarray | None) -> tuple[Block, np.ndarray]:
+        """A user-item layer with weights 1 / sqrt(degree * degree), corrected for the sampling, and its sources, the
+        frontier first."""
+        layer = self.nodes.layer(frontier, fanout)
+        norm = 1 / np.sqrt(np.maximum(_degree(self.graphs.nodes, layer.sources), 1)).astype(np.float32)
+        weight = norm[layer.positions] * (norm[: len(frontier)] * layer.correction)[layer.destination]
+        _leave_out(layer, weight, excluded)
+        layer, weight = self._thinned(layer, weight, np.arange(len(layer.sources)) < len(frontier))
+        return Block.build(layer.indptr, layer.positions, weight, len(layer.sources)), layer.sources
 
     def _audience(
         self, in_users: np.ndarray, in_items: np.ndarray, excluded: np.ndarray | None
@@ -174,32 +174,55 @@ class SampledPlanner:
         """Mean over (sampled) users of each in-item, and the in-users with those users added behind."""
         if not self.options.audience:
             return None, in_users
-        layer = self.nodes.layer(in_items + self.graphs.users, self.options.user_fanout, keep_destinations=False)
-        place = self.place  # holds garbage for nodes outside in_users, which the comparison below finds out
-        place[in_users] = np.arange(len(in_users))
-        at = place[layer.sources]
-        known = at < len(in_users)
-        known[known] = in_users[at[known]] == layer.sources[known]
-        more = layer.sources[~known]
-        at = at.copy()
-        at[~known] = len(in_users) + np.arange(len(more))
-        degree = np.maximum(np.diff(layer.indptr), 1).astype(np.float32)
-        if self.options.sampler == "labor" and self.options.user_fanout > 0:
-            degree = np.maximum(self.graphs.nodes.degree[in_items + self.graphs.users], 1) / layer.correction
-        weight = (1 / degree)[layer.destination].astype(np.float32)
-        if excluded is not None:
-            weight[np.isin(layer.edges, excluded)] = 0
+        destinations = in_items + self.graphs.users
+        layer = self.nodes.layer(destinations, self.options.user_fanout, keep_destinations=False)
+        degree = np.maximum(_degree(self.graphs.nodes, destinations), 1).astype(np.float32)
+        weight = (layer.correction / degree)[layer.destination]  # corrected sum over the degree: the mean
+        _leave_out(layer, weight, excluded)
+        layer, weight = self._thinned(layer, weight, _place(in_users, layer.sources) >= 0)
+        at = _place(in_users, layer.sources)
+        more = layer.sources[at < 0]
+        at[at < 0] = len(in_users) + np.arange(len(more))
         block = Block.build(layer.indptr, at[layer.positions], weight, len(in_users) + len(more))
         return block, np.concatenate([in_users, more])
 
+    def _thinned(self, layer: Layer, weight: np.ndarray, free: np.ndarray) -> tuple[Layer, np.ndarray]:
+        if self.options.layer_nodes is None:
+            return layer, weight
+        return thin(layer, weight, free, self.options.layer_nodes, self.rng)
 
-def whole_audience(graphs: Graphs, start: int = 0, stop: int | None = None) -> Block:
-    """Mean over all users of items [start, stop): weights 1 / degree."""
-    stop = graphs.items if stop is None else stop
+
+def _degree(graph: CSC, destinations: np.ndarray) -> np.ndarray:
+    return graph.indptr[destinations + 1] - graph.indptr[destinations]
+
+
+def _leave_out(layer: Layer, weight: np.ndarray, excluded: np.ndarray | None) -> None:
+    """Weight 0 for a layer's edges that are among `excluded` (sorted edge ids)."""
+    if excluded is not None and len(excluded):
+        at = np.minimum(np.searchsorted(excluded, layer.edges), len(excluded) - 1)
+        weight[excluded[at] == layer.edges] = 0
+
+
+def _place(among: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Position of each id in `among` (unique, any order), -1 where it is not there."""
+    if not len(among):
+        return np.full(len(ids), -1, np.int64)
+    order = np.argsort(among)
+    at = order[np.minimum(np.searchsorted(among, ids, sorter=order), len(among) - 1)]
+    return np.where(among[at] == ids, at, -1)
+
+
+def whole_audience(graphs: Graphs) -> Block:
+    """Mean over all users of each item."""
+    return Block.build(*audience_edges(graphs, 0, graphs.items), graphs.users)
+
+
+def audience_edges(graphs: Graphs, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Users of items [start, stop) as edges by item: indptr, indices, and weights 1 / degree (of all their users)."""
     indptr, edges = take(graphs.nodes, np.arange(graphs.users + start, graphs.users + stop))
     degree = np.diff(indptr)
     weight = np.repeat(1 / np.maximum(degree, 1).astype(np.float32), degree)
-    return Block.build(indptr, graphs.nodes.indices[edges], weight, graphs.users)
+    return indptr, graphs.nodes.indices[edges], weight
 
 
 def _whole_hop(graph: CSC | None, rows: np.ndarray) -> Block | None:

@@ -5,12 +5,17 @@ dot product; every metric averaged over users. For K in 5, 10, 20, 50:
 Recall = hits / positives; NDCG with the ideal list cut at K; Precision = hits / K; HitRate = any hit;
 MRR = 1 / rank of the first hit, 0 beyond K. "cold" counts only positives without a train interaction, over the users
 that have one, in the same ranking of all items.
+
+Each rank ranks for its own users. Item blocks go round all ranks and are merged into a running top 50, so a rank holds
+one block of items at a time. Scoring every user of a split costs users x items; a seeded sample of the users bounds it.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from gtc_dist.data.catalog import CSC
+from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.graph.csc import Graphs, by_destination, edge_of, take
 from gtc_dist.model.collectives import World
 from gtc_dist.model.table import RowTable, make_route
@@ -19,28 +24,38 @@ CUTS = (5, 10, 20, 50)
 METRICS = ("recall", "ndcg", "precision", "hitrate", "mrr")
 
 
+@dataclass(frozen=True)
+class RankingOptions:
+    item_block: int = 16384  # items scored at once
+    user_block: int = 1024  # users scored at once
+    users: int | None = None  # rank about so many users of the split, a seeded sample; None: all
+    seed: int = 0
+
+
 @torch.no_grad()
 def evaluate(
-    users: RowTable, items: RowTable, graphs: Graphs, truth: CSC, item_block: int = 16384, user_block: int = 1024
+    users: RowTable, items: RowTable, graphs: Graphs, truth: CSC, options: RankingOptions | None = None
 ) -> dict:
     """Metrics of a split: {"users": n, "overall": {"recall@5": ...}, "cold_users": n, "cold": {...}}. A collective.
 
     Args:
         users, items: embeddings, row-sharded over the same ranks.
-        truth: by user, the split's items (`split_truth`).
+        truth: the split's items of this rank's users (`split_truth`).
     """
+    options = options or RankingOptions()
     mine = np.arange(users.start, users.stop)
-    mine = mine[(truth.degree[mine] > 0) & (graphs.user_degree[mine] > 0)]
-    top = top_items(users, items, graphs, mine, max(CUTS), item_block, user_block)
-    cold = graphs.item_degree == 0
-    who = np.repeat(mine, top.shape[1])
+    mine = mine[(truth.degree > 0) & (graphs.user_degree[users.start : users.stop] > 0)]
+    mine = _sample(mine, options, users.world)
+    top = top_items(users, items, graphs, mine, max(CUTS), options)
+    own = mine - users.start
+    who = np.repeat(own, top.shape[1])
     hit = (top.reshape(-1) >= 0) & (edge_of(truth, who, np.maximum(top.reshape(-1), 0)) >= 0)
     hit = hit.reshape(top.shape)
-    is_cold = cold[np.maximum(top, 0)]
-    indptr, edges = take(truth, mine)
-    counts = np.append(cold[truth.indices[edges]].astype(np.int64), 0)
+    is_cold = graphs.items_are_cold(np.maximum(top, 0))
+    indptr, edges = take(truth, own)
+    counts = np.append(graphs.items_are_cold(truth.indices[edges]).astype(np.int64), 0)
     cold_count = np.add.reduceat(counts, indptr[:-1]) if len(mine) else indptr[:0]
-    overall = user_metrics(hit, truth.degree[mine])
+    overall = user_metrics(hit, truth.degree[own])
     with_cold = cold_count > 0
     cold_part = user_metrics((hit & is_cold)[with_cold], cold_count[with_cold])
     n, values = _mean(overall, users.world)
@@ -48,9 +63,25 @@ def evaluate(
     return {"users": n, "overall": values, "cold_users": n_cold, "cold": cold_values}
 
 
-def split_truth(split: tuple[np.ndarray, np.ndarray], users: int) -> CSC:
-    """A split's interactions (user int32 [E], item int32 [E]) by user."""
-    return by_destination(split[0], split[1], users)
+def split_truth(catalog: Catalog, split: str, start: int = 0, stop: int | None = None) -> CSC:
+    """A split's items of users [start, stop), by user less `start`; read file by file."""
+    stop = catalog.users if stop is None else stop
+    parts = [(np.empty(0, np.int32), np.empty(0, np.int32))]
+    for user, item in catalog.interaction_files(split):
+        own = (user >= start) & (user < stop)
+        parts.append((user[own] - np.int32(start), item[own]))
+    users, items = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    return by_destination(users, items, stop - start)
+
+
+def _sample(users: np.ndarray, options: RankingOptions, world: World) -> np.ndarray:
+    """About `options.users` of the users of all ranks. A user is in by a hash of its index, whatever rank owns it."""
+    total = sum(world.counts(len(users)))
+    if options.users is None or total <= options.users:
+        return users
+    mixed = (users.astype(np.uint64) + np.uint64(options.seed << 32)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+    return users[(mixed >> np.uint64(11)).astype(np.float64) < options.users / total * 2.0**53]
 
 
 def popularity(graphs: Graphs, world: World) -> tuple[RowTable, RowTable]:
@@ -66,30 +97,48 @@ def popularity(graphs: Graphs, world: World) -> tuple[RowTable, RowTable]:
 
 
 def top_items(
-    users: RowTable, items: RowTable, graphs: Graphs, mine: np.ndarray, k: int, item_block: int, user_block: int
+    users: RowTable, items: RowTable, graphs: Graphs, mine: np.ndarray, k: int, options: RankingOptions
 ) -> np.ndarray:
-    """Best k items of some of this rank's users by dot product, train positives left out: int64 [n, k], best first;
-    -1 where there are fewer. Item blocks are looked up by all ranks in turn and merged into a running top k. A
-    collective."""
+    """Best k items of some of this rank's users by dot product, train positives left out: int64 [n, k], best first, -1
+    where there are fewer. Of equal scores across blocks the lower index stays. A collective."""
     device, world = users.world.device, users.world
     best = torch.full((len(mine), k), float("-inf"), device=device)
     index = torch.full((len(mine), k), -1, dtype=torch.int64, device=device)
     rows = torch.from_numpy(mine - users.start).to(device)
-    for first in range(0, items.rows, item_block):
-        last = min(first + item_block, items.rows)
+    for first in range(0, items.rows, options.item_block):
+        last = min(first + options.item_block, items.rows)
         ids = torch.arange(first, last, device=device)
         block = items.lookup(make_route(ids, items.rows, world)).float()
-        for start in range(0, len(mine), user_block):
-            part = slice(start, min(start + user_block, len(mine)))
+        for start in range(0, len(mine), options.user_block):
+            part = slice(start, min(start + options.user_block, len(mine)))
             scores = users.weight[rows[part]].float() @ block.T
             row, seen = _seen(graphs, mine[part], first, last)
             scores[row.to(device), seen.to(device)] = float("-inf")
-            value, at = scores.topk(min(k, last - first), dim=1)
-            merged, order = torch.cat([best[part], value], dim=1).topk(k, dim=1)
+            value, at = _above(scores, best[part, -1], k)
+            best[part], order = torch.cat([best[part], value], dim=1).topk(k, dim=1)
             index[part] = torch.cat([index[part], at + first], dim=1).gather(1, order)
-            best[part] = merged
     index[best == float("-inf")] = -1
     return index.cpu().numpy()
+
+
+def _above(scores: torch.Tensor, least: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Candidates for a running top k: scores [n, m] of each row that are above its `least` [n], or its k best where
+    many are; value and column [n, at most k], padded with -inf.
+
+    After a few blocks hardly a score is above the k-th best so far, and finding these takes one pass over the scores,
+    where `topk` would take several.
+    """
+    above = scores > least[:, None]
+    counts = above.sum(dim=1)
+    most = int(counts.max()) if len(counts) else 0
+    if most > k:
+        return scores.topk(min(k, scores.shape[1]), dim=1)
+    row, column = above.nonzero(as_tuple=True)
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    value = scores.new_full((len(scores), most), float("-inf"))
+    at = column.new_zeros((len(scores), most))
+    value[row, place], at[row, place] = scores[row, column], column
+    return value, at
 
 
 def user_metrics(hit: np.ndarray, positives: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,12 +1,12 @@
-"""A finished run, opened for evaluation or export in one process."""
+"""A finished run, opened for evaluation or export: by one process, or by each rank of a world."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gtc_dist.config import Config, read_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.engine import checkpoint
-from gtc_dist.engine.build import build_network, load_features, load_graphs
+from gtc_dist.engine import checkpoint, ranking
+from gtc_dist.engine.build import build_network, load_features, load_graphs, ranking_options
 from gtc_dist.engine.inference import embed_catalog
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
@@ -36,9 +36,26 @@ class Run:
         layers, chunk = self.config.model.layers, self.config.eval.chunk
         return embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk)
 
+    def evaluate(self, split: str, users: int | None) -> dict:
+        """Metrics of a split over about `users` of its users, None for all. A collective."""
+        embeddings = self.embed()
+        own = self.tables.user
+        truth = ranking.split_truth(self.catalog, split, own.start, own.stop)
+        return ranking.evaluate(*embeddings, self.graphs, truth, replace(ranking_options(self.config), users=users))
 
-def restore(uri: str) -> Run:
-    """Open a run.
+
+@dataclass(frozen=True)
+class Found:
+    """A run whose files were checked; nothing that grows with the catalog was read."""
+
+    uri: str
+    checkpoint: str  # relative to the run
+    epoch: int
+    config: Config
+
+
+def find(uri: str) -> Found:
+    """Look a run up and check that it fits its catalog.
 
     Raises:
         InputError: no run at `uri`, no whole checkpoint in it, or a catalog that is gone or was changed.
@@ -52,12 +69,23 @@ def restore(uri: str) -> Run:
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
     if catalog.manifest.fingerprint != manifest["catalog"]:
         raise InputError(f"{config.data.catalog} was rebuilt after the run {uri} was trained on it; train again")
-    world = World()
-    network, tables = build_network(config, catalog, world)
-    network.load_state_dict(checkpoint.load(storage.join(uri, name), list(tables.all()))["network"])
+    return Found(uri, name, manifest["epoch"], config)
+
+
+def restore(found: Found, world: World | None = None, graphs: Graphs | None = None) -> Run:
+    """Load a run: this rank's rows of its tables and of the features.
+
+    Args:
+        world: the ranks; None: this process alone.
+        graphs: the node's copy; None: read them.
+    """
+    world = world or World()
+    catalog = Catalog(found.config.data.catalog)
+    network, tables = build_network(found.config, catalog, world, trainable=False)
+    network.load_state_dict(checkpoint.load(storage.join(found.uri, found.checkpoint), list(tables.all()))["network"])
     features = load_features(network.shape, catalog, world)
-    graphs = load_graphs(config, catalog)
-    return Run(uri, name, manifest["epoch"], config, catalog, graphs, network, tables, features)
+    graphs = graphs or load_graphs(found.config, catalog)
+    return Run(found.uri, found.checkpoint, found.epoch, found.config, catalog, graphs, network, tables, features)
 
 
 def newest_checkpoint(run: str) -> str:

@@ -31,6 +31,11 @@ class Graphs:
         return Graphs(catalog.users, catalog.items, nodes, *hops)
 
     @property
+    def bytes(self) -> int:
+        graphs = [graph for graph in (self.nodes, self.item_item, self.user_user) if graph is not None]
+        return sum(a.nbytes for graph in graphs for a in (graph.indptr, graph.indices, graph.weight))
+
+    @property
     def user_degree(self) -> np.ndarray:
         """Train interactions of each user, int64 [users]."""
         return np.diff(self.nodes.indptr[: self.users + 1])
@@ -40,9 +45,27 @@ class Graphs:
         """Train interactions of each item, int64 [items]."""
         return np.diff(self.nodes.indptr[self.users :])
 
+    def items_are_cold(self, items: np.ndarray) -> np.ndarray:
+        """Whether each item is without a train interaction, bool of the same shape."""
+        indptr = self.nodes.indptr[self.users :]
+        return indptr[items + 1] == indptr[items]
+
     def interacted(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Whether each pair is a train interaction, bool [n]."""
         return edge_of(self.nodes, users, items + self.users) >= 0
+
+    def crossed(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Whether each of the users has a train interaction with each of the items, bool [users, items]. Costs the
+        users' interactions and the result, not a search for each pair."""
+        which, column = np.unique(items, return_inverse=True)
+        out = np.zeros((len(users), len(which)), bool)
+        if len(which):
+            indptr, edges = take(self.nodes, users)
+            theirs = self.nodes.indices[edges] - self.users
+            at = np.minimum(np.searchsorted(which, theirs), len(which) - 1)
+            hit = which[at] == theirs
+            out[np.repeat(np.arange(len(users)), np.diff(indptr))[hit], at[hit]] = True
+        return out[:, column]
 
     def draw_negatives(self, users: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """One item for each user, uniform among those that are no train interaction of it, int64 [n]."""

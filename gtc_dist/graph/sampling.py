@@ -7,6 +7,8 @@ an unbiased estimate of the sum over all neighbours:
 
     neighbor  s of d neighbours without replacement: weight * d / s
     labor     LABOR-0 (Balin and Catalyurek 2023), each neighbour with probability min(1, k / d): weight * max(1, d / k)
+
+`thin` then bounds how many sources a layer brings in, whatever the catalog's size: see there.
 """
 
 import logging
@@ -96,6 +98,66 @@ class Sampler:
             correction = degree / np.maximum(drawn, 1)
         sources = block.srcdata[dgl.NID].long().numpy()
         return Layer(sources, indptr, positions.long().numpy(), edges.long().numpy(), correction.astype(np.float32))
+
+
+def thin(
+    layer: Layer, weight: np.ndarray, free: np.ndarray, limit: int, rng: np.random.Generator
+) -> tuple[Layer, np.ndarray]:
+    """Keep about `limit` of the sources that a layer brings in, so that sums over it stay unbiased.
+
+    Neighbours of a batch seldom coincide in a large catalog and often do in a small one, so with a fanout alone the
+    rows that a step touches grow with the catalog until all are different. Here each new source stays with a
+    probability proportional to the norm of its edges' weights (importance sampling of layers, as in LADIES, Zou et
+    al. 2019), and its weights are divided by it.
+
+    Args:
+        weight: float32 [E] of the layer's edges, corrected for the sampling.
+        free: bool [n_src], sources that cost nothing: they are in the batch anyway and always stay.
+        limit: expected number of other sources.
+
+    Returns:
+        The layer without the sources that went and their edges, and the weights of its edges.
+    """
+    new = np.flatnonzero(~free)
+    if len(new) <= limit:
+        return layer, weight
+    norm = np.sqrt(np.bincount(layer.positions, weight.astype(np.float64) ** 2, len(layer.sources)))
+    chance = np.ones(len(layer.sources))
+    chance[new] = inclusion(norm[new], limit)
+    stays = rng.random(len(chance)) < chance  # a chance of one always stays: draws are below one
+    edge = stays[layer.positions]
+    counts = np.bincount(layer.destination[edge], minlength=len(layer.indptr) - 1)
+    positions = layer.positions[edge]
+    kept = Layer(
+        layer.sources[stays],
+        np.concatenate([[0], np.cumsum(counts)]),
+        (np.cumsum(stays) - 1)[positions],
+        layer.edges[edge],
+        layer.correction,
+    )
+    return kept, (weight[edge] / chance[positions]).astype(np.float32)
+
+
+def inclusion(size: np.ndarray, expected: int) -> np.ndarray:
+    """Probabilities proportional to `size` (non-negative, [n]) but at most one, whose sum is `expected`: float64 [n].
+
+    Where fewer than `expected` sizes are positive, these get one and the others zero.
+    """
+    chance = np.zeros(len(size))
+    rest = np.flatnonzero(size > 0)
+    while len(rest) and expected > 0:
+        if len(rest) <= expected:
+            chance[rest] = 1
+            break
+        scaled = size[rest] * (expected / size[rest].sum())
+        sure = scaled >= 1
+        if not sure.any():
+            chance[rest] = scaled
+            break
+        chance[rest[sure]] = 1
+        expected -= int(sure.sum())
+        rest = rest[~sure]
+    return chance
 
 
 def _shared(array: np.ndarray) -> torch.Tensor:

@@ -3,6 +3,8 @@
 Every function here is a collective: each rank of the world must call it, in the same order, also with empty rows.
 """
 
+import itertools
+import json
 import time
 from dataclasses import dataclass, field
 
@@ -65,6 +67,14 @@ class World:
         with self._counted(padded.numel() * padded.element_size() * (self.size - 1)):
             dist.all_gather(out, padded, group=self.group)
         return torch.cat([part[:n] for part, n in zip(out, counts, strict=True)])
+
+    def gather_json(self, value) -> list:
+        """One JSON value of each rank."""
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        counts = self.counts(len(data))
+        everything = self.gather(data, counts).cpu().numpy().tobytes()
+        ends = itertools.accumulate(counts)
+        return [json.loads(everything[end - n : end]) for end, n in zip(ends, counts, strict=True)]
 
     def exchange(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
         """All-to-all: the first send[0] rows go to rank 0, and so on. Returns [sum(receive), ...], by source rank."""

@@ -84,12 +84,15 @@ class Tables:
     item: RowTable
 
     @staticmethod
-    def build(users: int, items: int, streams: int, width: int, std: float, world: World, seed: int) -> "Tables":
+    def build(
+        users: int, items: int, streams: int, width: int, std: float, world: World, seed: int, **options: bool
+    ) -> "Tables":
+        """`options`: `trainable` and `rowwise` of `RowTable`."""
         # columns: preferences, then the stream weights, which start at zero (all alike)
         per_column = torch.cat([torch.full((streams * width,), std), torch.zeros(streams)])
         return Tables(
-            RowTable("user", users, streams * width + streams, world, init_std=per_column, seed=seed),
-            RowTable("item", items, width, world, init_std=std, seed=seed),
+            RowTable("user", users, streams * width + streams, world, init_std=per_column, seed=seed, **options),
+            RowTable("item", items, width, world, init_std=std, seed=seed, **options),
         )
 
     def all(self) -> tuple[RowTable, RowTable]:

@@ -48,6 +48,12 @@ class Block:
         arrays += [by_source.indptr, by_source.indices, by_source.data]
         return Block(sources, *(torch.from_numpy(a if a.flags.writeable else a.copy()) for a in arrays))
 
+    @staticmethod
+    def forward_only(indptr: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor, sources: int) -> "Block":
+        """A block without its edges by source, for sums that nothing is differentiated through."""
+        none = indices[:0]
+        return Block(sources, indptr.to(indices.dtype), indices, weight, none, none, weight[:0])
+
     def to(self, device: torch.device) -> "Block":
         tensors = (self.indptr, self.indices, self.weight, self.t_indptr, self.t_indices, self.t_weight)
         return Block(self.sources, *(t.to(device, non_blocking=True) for t in tensors))

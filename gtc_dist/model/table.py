@@ -70,6 +70,8 @@ class RowTable:
         init_std: standard deviation of the normal initial values; 0 for zeros. One for all columns, or one a column.
         seed: with it, the same values for any world size.
         trainable: with False there is no gradient and no optimizer state.
+        rowwise: Adam's second moment is one number a row, the mean over its width, as for the embedding tables of
+            FBGEMM (`PARTIAL_ROWWISE_ADAM`): a third less memory, and less traffic to it.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class RowTable:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         trainable: bool = True,
+        rowwise: bool = False,
     ):
         self.name, self.rows, self.width, self.world, self.trainable = name, rows, width, world, trainable
         self.start, self.stop = world.range(rows)
@@ -92,7 +95,8 @@ class RowTable:
         self.pending: list[tuple[torch.Tensor | None, torch.Tensor]] = []
         self.steps = 0
         self.exp_avg = torch.zeros_like(self.weight) if trainable else None
-        self.exp_avg_sq = torch.zeros_like(self.weight) if trainable else None
+        self.rowwise = rowwise
+        self.exp_avg_sq = torch.zeros_like(self.weight[:, :1] if rowwise else self.weight) if trainable else None
         self._anchor = torch.zeros((), device=world.device, requires_grad=trainable)
 
     def lookup(self, route: Route) -> torch.Tensor:
@@ -126,7 +130,10 @@ class RowTable:
         rows, grad = gradient
         avg, avg_sq = (self.exp_avg, self.exp_avg_sq) if rows is None else (self.exp_avg[rows], self.exp_avg_sq[rows])
         avg.lerp_(grad, 1 - betas[0])
-        avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+        if self.rowwise:
+            avg_sq.mul_(betas[1]).add_(grad.square().mean(dim=1, keepdim=True), alpha=1 - betas[1])
+        else:
+            avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
         size = lr * (1 - betas[1] ** self.steps) ** 0.5 / (1 - betas[0] ** self.steps)
         update = avg / avg_sq.sqrt().add_(eps)
         if rows is None:

@@ -1,0 +1,308 @@
+"""One rank of one measurement of tools/benchmark.py:  measure.py CASE(JSON) RANK FOLDER -> FOLDER/RANK.json"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+
+from gtc_dist.config import Config, load_config
+from gtc_dist.data import storage
+from gtc_dist.data.catalog import CSC, Catalog
+from gtc_dist.engine.build import build_network, load_features, load_graphs
+from gtc_dist.engine.inference import embed_catalog
+from gtc_dist.engine.loop import Trainer
+from gtc_dist.engine.ranking import RankingOptions, top_items
+from gtc_dist.graph.csc import both_directions
+from gtc_dist.model.collectives import World
+from gtc_dist.model.table import RowTable, make_route
+
+MIB = 1 << 20
+
+
+def main() -> None:
+    case, rank, folder = json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(case.get("threads", 1))
+    ranks, world = case.get("ranks", 1), World()
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+        world = World(rank, ranks).split()
+    kinds = {"sampling": sampling, "lookup": lookup, "step": step, "scale": step, "inference": inference}
+    kinds |= {"ranking": ranking, "ingest": ingest, "command": command}
+    result = kinds[case["kind"]](case, world)
+    (folder / f"{rank}.json").write_text(json.dumps(result))
+    world.barrier()
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+def sampling(case: dict, world: World) -> dict:
+    """Seeds a second through the layers of a batch, as the planner draws them."""
+    from gtc_dist.graph.sampling import Sampler  # slow to import
+
+    graph = zipf_graph(case["nodes"], case["interactions"])
+    sampler, rng = Sampler(graph, case["sampler"], case["threads"]), np.random.default_rng(world.rank)
+    times, edges = [], 0
+    for repeat in range(case["repeats"] + 2):
+        sampler.seed(repeat)
+        frontier, edges = rng.permutation(len(graph.indptr) - 1)[: case["seeds"]], 0
+        world.barrier()
+        start = time.perf_counter()
+        for fanout in case["fanout"]:
+            layer = sampler.layer(frontier, fanout)
+            frontier, edges = layer.sources, edges + len(layer.edges)
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[2:])
+    return {"seeds_per_second": case["seeds"] / seconds, "seconds": seconds, "edges": edges, "nodes": len(frontier)}
+
+
+def zipf_graph(nodes: int, interactions: int) -> CSC:
+    """A user-item graph over `nodes` users and as many items, item popularity by Zipf's law with exponent 0.8."""
+    rng = np.random.default_rng(0)
+    mass = np.cumsum(np.arange(1, nodes + 1) ** -0.8)
+    item = rng.permutation(nodes)[np.minimum(np.searchsorted(mass / mass[-1], rng.random(interactions)), nodes - 1)]
+    pairs = np.unique(rng.integers(0, nodes, interactions) * nodes + item)
+    user, item = pairs // nodes, pairs % nodes
+    return both_directions(_csc(user, item, nodes), _csc(item, user, nodes))
+
+
+def _csc(destination: np.ndarray, source: np.ndarray, nodes: int) -> CSC:
+    order = np.lexsort((source, destination))
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(destination, minlength=nodes))])
+    return CSC(indptr, source[order].astype(np.int32), np.ones(len(source), np.float32))
+
+
+def lookup(case: dict, world: World) -> dict:
+    """Route, look-up, gradient and Adam for random ids of a row-sharded table."""
+    table, rng = RowTable("t", case["rows"], case["width"], world, init_std=0.1), np.random.default_rng(world.rank)
+    parts: dict[str, list[float]] = {"route": [], "lookup": [], "backward": [], "adam": []}
+    sent = []
+    for _ in range(case["repeats"] + 2):
+        ids = torch.from_numpy(rng.integers(0, case["rows"], case["ids"]))
+        world.barrier()
+        before, clock = world.bytes_sent, [time.perf_counter()]
+        route = make_route(ids, case["rows"], world)
+        clock.append(time.perf_counter())
+        rows = table.lookup(route)
+        clock.append(time.perf_counter())
+        rows.sum().backward()
+        clock.append(time.perf_counter())
+        table.step(1e-3)
+        clock.append(time.perf_counter())
+        sent.append(world.bytes_sent - before)
+        for name, seconds in zip(parts, np.diff(clock), strict=True):
+            parts[name].append(float(seconds))
+    medians = {f"seconds/{name}": statistics.median(values[2:]) for name, values in parts.items()}
+    total = statistics.median([sum(values) for values in zip(*parts.values(), strict=True)][2:])
+    return {"seconds": total, **medians, "sent_bytes": statistics.median(sent[2:]), "peak_mib": peak_mib()}
+
+
+def step(case: dict, world: World) -> dict:
+    """Training steps, with the loader running ahead as in a training."""
+    config = load_config(case["config"], case["overrides"])
+    catalog = Catalog(config.data.catalog)
+    with tempfile.TemporaryDirectory(prefix="gtc-benchmark-") as run:
+        users, items = (column[world.rank :: world.size] for column in catalog.interactions("train"))
+        trainer = Trainer(config, catalog, run, users, items, load_graphs(config, catalog), world)
+        trainer.monitor.active = False
+        return measure_steps(trainer, case["repeats"])
+
+
+def measure_steps(trainer: Trainer, repeats: int) -> dict:
+    world, loader, dense = trainer.world, trainer.loader_world, count_dense(trainer)
+    waits, totals, sent, nodes, parts = [], [], [], [], {}
+    warm_up, cpu, epoch = max(3, repeats // 5), 0.0, 1
+    trainer.network.train()
+    batches = trainer.loader.epoch(epoch)
+    for n in range(warm_up + repeats):
+        if n == warm_up:
+            world.barrier()
+            trainer.watch.take(), trainer.loader.planner.watch.take()
+            world.seconds = loader.seconds = 0.0
+            cpu = time.process_time()
+        before, start = world.bytes_sent + loader.bytes_sent + dense[0], time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            epoch += 1
+            batches = trainer.loader.epoch(epoch)
+            batch = next(batches)
+        fetched = time.perf_counter()
+        trainer.step(batch.to(world.device))
+        waits.append(fetched - start)
+        totals.append(time.perf_counter() - start)
+        sent.append(world.bytes_sent + loader.bytes_sent + dense[0] - before)
+        nodes.append(
+            [
+                len(route.position) if route.position is not None else trainer.graphs.users
+                for route in (batch.user_route, batch.item_route)
+            ]
+        )
+    cpu = time.process_time() - cpu
+    batches.close()
+    parts = trainer.watch.take() | trainer.loader.planner.watch.take()
+    parts["communication"], parts["communication_ahead"] = world.seconds, loader.seconds
+    waits, totals, sent = waits[warm_up:], totals[warm_up:], sent[warm_up:]
+    tables = trainer.tables.all()
+    table_bytes = sum(table.rows * table.width * 4 for table in tables)
+    seconds = statistics.median(totals)
+    result = {
+        "seconds_per_step": seconds,
+        "waiting_for_batch": sum(waits) / sum(totals),
+        "processor_seconds_per_step": cpu / repeats,
+        "interactions_per_second": trainer.config.train.batch_size / seconds,
+        "steps_per_pass": trainer.loader.pass_steps,
+        "rows_users": int(np.median([n[0] for n in nodes])),
+        "rows_items": int(np.median([n[1] for n in nodes])),
+        "sent_bytes_per_step": statistics.median(sent),
+        "dense_all_reduce_bytes": table_bytes if world.size > 1 else 0,
+        "peak_mib": peak_mib(),
+    }
+    return result | {f"seconds/{name}": value / repeats for name, value in parts.items()}
+
+
+def count_dense(trainer: Trainer) -> list[int]:
+    """Bytes of dense gradients that DDP reduces, counted in its hook."""
+    sent = [0]
+    if trainer.world.size > 1:
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        def hook(state, bucket):
+            sent[0] += bucket.buffer().nbytes
+            return allreduce_hook(state, bucket)
+
+        trainer.forward.register_comm_hook(None, hook)
+    return sent
+
+
+def inference(case: dict, world: World) -> dict:
+    """Layer-wise embeddings of everything, and their export; the weights are the initial ones."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from export_embeddings import ROWS, write_rows
+
+    config = load_config(case["config"], case["overrides"])
+    catalog, graphs, model, tables, features = parts_of(config, world)
+    seconds, export = [], []
+    for _ in range(case["repeats"]):
+        with tempfile.TemporaryDirectory(prefix="gtc-benchmark-") as folder:
+            world.barrier()
+            start = time.perf_counter()
+            embedded = embed_catalog(model, tables, features, graphs, config.model.layers, config.eval.chunk)
+            world.barrier()
+            seconds.append(time.perf_counter() - start)
+            out = case["export"] or folder
+            for kind, table in zip(("users", "items"), embedded, strict=True):
+                for first in range(table.start, table.stop, ROWS):
+                    uri = storage.join(out, kind, f"part-{first:012d}.parquet")
+                    write_rows(catalog, kind, table, first, uri, "float32")
+            world.barrier()
+            export.append(time.perf_counter() - start - seconds[-1])
+    total = statistics.median(a + b for a, b in zip(seconds, export, strict=True))
+    parts = {"seconds/inference": statistics.median(seconds), "seconds/export": statistics.median(export)}
+    return {"seconds": total, **parts, "sent_bytes": world.bytes_sent // case["repeats"], "peak_mib": peak_mib()}
+
+
+def parts_of(config: Config, world: World) -> tuple:
+    catalog = Catalog(config.data.catalog)
+    model, tables = build_network(config, catalog, world, trainable=False)
+    return catalog, load_graphs(config, catalog), model, tables, load_features(model.shape, catalog, world)
+
+
+def ranking(case: dict, world: World) -> dict:
+    """Top 50 of a number of users among all items, for random embeddings of the model's width."""
+    config = load_config(case["config"], case["overrides"])
+    catalog = Catalog(config.data.catalog)
+    graphs = load_graphs(config, catalog)
+    width = config.model.width * (1 + len(catalog.modalities(config.model.modalities)))
+    users = RowTable("users", catalog.users, width, world, init_std=0.1, trainable=False)
+    items = RowTable("items", catalog.items, width, world, init_std=0.1, trainable=False)
+    mine = np.arange(users.start, users.stop)[: case["users"] // world.size]
+    options = RankingOptions(config.eval.item_block, config.eval.user_block)
+    seconds = []
+    for _ in range(max(case["repeats"] // 20, 1)):
+        world.barrier()
+        start = time.perf_counter()
+        top_items(users, items, graphs, mine, 50, options)
+        world.barrier()
+        seconds.append(time.perf_counter() - start)
+    return {
+        "seconds": statistics.median(seconds),
+        "users": case["users"],
+        "items": catalog.items,
+        "peak_mib": peak_mib(),
+    }
+
+
+def ingest(case: dict, world: World) -> dict:
+    """prepare, as its command, into the configured catalog (replacing one that is there)."""
+    config = load_config(case["config"], case["overrides"])
+    words = [sys.executable, "-m", "gtc_dist.prepare", "--force", "--config", case["config"], *case["overrides"]]
+    results = [watched(words) for _ in range(case["repeats"])]
+    manifest = Catalog(config.data.catalog).manifest
+    result = sorted(results, key=lambda r: r["seconds"])[len(results) // 2]
+    rows = sum(manifest.interactions.values())
+    result |= {"interactions": rows, "interactions_per_second": rows / result["seconds"]}
+    return result | {"users": manifest.users, "items": manifest.items} | manifest.graph_quality
+
+
+def command(case: dict, world: World) -> dict:
+    results = [watched(case["command"]) for _ in range(case["repeats"])]
+    return sorted(results, key=lambda r: r["seconds"])[len(results) // 2]
+
+
+def watched(words: list[str]) -> dict:
+    """Run a command; its seconds, and the highest sums of its processes' memory.
+
+    Of pages that processes share each counts its part, and what is on disk as well (memory-mapped files) counts apart:
+    the kernel takes such pages back when it needs them.
+    """
+    start = time.perf_counter()
+    process = subprocess.Popen(words, stdout=sys.stderr)
+    root, peaks = psutil.Process(process.pid), {"all": 0.0, "largest": 0.0, "files": 0.0}
+    while process.poll() is None:
+        memory = [memory_of(p) for p in family(root)]
+        held = [m["Pss_Anon"] + m["Pss_Shmem"] for m in memory]
+        files = [m["Pss_File"] for m in memory]
+        for name, value in (("all", sum(held)), ("largest", max(held, default=0)), ("files", sum(files))):
+            peaks[name] = max(peaks[name], value / 1024)
+        time.sleep(1)
+    if process.returncode:
+        sys.exit(f"{' '.join(words)} ended with status {process.returncode}")
+    result = {"seconds": time.perf_counter() - start, "peak_mib_all_processes": peaks["all"]}
+    return result | {"peak_mib_largest_process": peaks["largest"], "peak_mib_mapped_files": peaks["files"]}
+
+
+def family(root: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def memory_of(process: psutil.Process) -> dict[str, int]:
+    """Proportional set of a process in KiB, by kind; zeros for one that is gone."""
+    found = dict.fromkeys(("Pss_Anon", "Pss_Shmem", "Pss_File"), 0)
+    try:
+        with open(f"/proc/{process.pid}/smaps_rollup") as file:
+            for line in file:
+                name = line.split(":")[0]
+                if name in found:
+                    found[name] = int(line.split()[1])
+    except OSError:
+        pass
+    return found
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
