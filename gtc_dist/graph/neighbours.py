@@ -3,7 +3,7 @@
 Up to `EXACT_ITEMS` items all pairs are compared. Beyond, with FAISS:
 
 1. directions: the joint vectors are projected on their principal directions (of a sample), as many as hold `ENERGY` of
-   their squares, 128 at most; what is left decides little about who is near
+   their squares, 64 at most; what is left decides little about who is near
 2. lists: k-means on the sample cuts the items into lists of about `LIST_ITEMS`; an index holds every item's projection
    in 8 bits a value
 3. candidates: for each item the `CANDIDATES` x k nearest in the `probes` lists that are nearest to it
@@ -31,7 +31,7 @@ LIST_ITEMS = 250
 SAMPLE = 50  # items of the sample for each list
 LEAST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 17
 DIRECTIONS_SAMPLE = 1 << 16
-ENERGY, MOST_DIRECTIONS = 0.95, 128
+ENERGY, MOST_DIRECTIONS = 0.95, 64
 CANDIDATES = 3  # x k are ranked exactly
 ROUNDS = 8  # of k-means
 ROW_BYTES = 8  # of a value of a candidate while it is ranked
