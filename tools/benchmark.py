@@ -37,13 +37,13 @@ def main() -> None:
     for case in cases(args):
         print(f"measuring {describe(case)}", file=sys.stderr, flush=True)
         rows.append({"case": case, "result": run_case(case)})
-    report = {"command": " ".join(sys.argv), "machine": machine(), args.command: rows}
+    report = {"called": " ".join(sys.argv), "machine": machine(), "measured": args.command, "rows": rows}
     with open(args.out, "w") as file:
         json.dump(report, file, indent=2)
     print(table(rows))
     if args.compare:
         with open(args.compare) as file:
-            print(comparison(rows, json.load(file)[args.command]))
+            print(comparison(rows, json.load(file)["rows"]))
     print(f"machine: {report['machine']}; written to {args.out}")
 
 
@@ -73,11 +73,14 @@ def parse() -> argparse.Namespace:
             sub.add_argument("--users", type=int, default=10_000)
         if name == "inference":
             sub.add_argument("--export", help="URI to write the embeddings to (default: a temporary folder)")
-    args, rest = parser.parse_known_args()  # a.b=c may stand between the options
-    args.rest = [word for word in rest if word != "--"]
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)  # what follows is the command to measure
+    args, args.rest = parser.parse_known_args(words[:end])  # a.b=c may stand between the options
     unknown = [word for word in args.rest if word.startswith("-")]
-    if unknown and args.command != "command":
+    if unknown:
         parser.error(f"unknown options: {' '.join(unknown)}")
+    if args.command == "command":
+        args.rest = words[end + 1 :]
     return args
 
 
