@@ -88,11 +88,16 @@ def on_ranks(
     run: str,
     resources: dict[str, float],
 ) -> dict:
-    """Run `work` on every rank of a world and return what it returned on rank 0 (numbers, strings, dictionaries)."""
+    """Run `work` on every rank of a world and return what it returned on rank 0, a JSON value.
+
+    It comes back through the run's storage, since Ray Train keeps metrics with checkpoints alone.
+    """
     name = f"ray-{uuid.uuid4().hex[:8]}"
+    result = storage.join(run, name, "result.json")
     try:
-        settings = {"work": work, "cluster": cluster, "graphs": graphs}
-        return _trainer(work_rank, settings, cluster, run, name, resources).fit().metrics
+        settings = {"work": work, "cluster": cluster, "graphs": graphs, "result": result}
+        _trainer(work_rank, settings, cluster, run, name, resources).fit()
+        return storage.read_json(result)
     finally:
         storage.remove_tree(storage.join(run, name))
 
@@ -133,7 +138,9 @@ def train_rank(settings: dict) -> None:
 def work_rank(settings: dict) -> None:
     """What every rank of `on_ranks` runs."""
     world = _world(settings["cluster"])
-    train.report(settings["work"](world, ray.get(settings["graphs"])))
+    result = settings["work"](world, ray.get(settings["graphs"]))
+    if world.rank == 0:
+        storage.write_json(settings["result"], result)
 
 
 def _world(cluster: Cluster) -> World:

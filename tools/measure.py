@@ -18,6 +18,7 @@ from gtc_dist.config import Config, load_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.engine.build import build_network, load_features, load_graphs
+from gtc_dist.engine.export import ROWS, write_rows
 from gtc_dist.engine.inference import embed_catalog
 from gtc_dist.engine.loop import Trainer
 from gtc_dist.engine.ranking import RankingOptions, top_items
@@ -184,9 +185,6 @@ def count_dense(trainer: Trainer) -> list[int]:
 
 def inference(case: dict, world: World) -> dict:
     """Layer-wise embeddings of everything, and their export; the weights are the initial ones."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from export_embeddings import ROWS, write_rows
-
     config = load_config(case["config"], case["overrides"])
     catalog, graphs, model, tables, features = parts_of(config, world)
     seconds, export = [], []
