@@ -182,8 +182,8 @@ class Model(Section):
     propagation: Literal["full", "sampled"] = "full"  # whole graph as one block, or DGL mini-batches
     sampler: Literal["neighbor", "labor"] = "neighbor"
     fanout: list[int] = [10, 10]  # sampled: neighbours per user-item layer, last layer first; -1: all
-    item_fanout: int = 5  # sampled: draws, by weight, of neighbours on the item-item graph; -1: all
-    user_fanout: int = 5  # sampled: the same on the user-user graph, and users of an item's audience; -1: all
+    item_fanout: int = 5  # sampled: neighbours on the item-item graph; -1: all
+    user_fanout: int = 5  # sampled: neighbours on the user-user graph, and users of an item's audience; -1: all
     layer_nodes: Positive | None = None  # sampled: about this many new nodes a layer or hop, over all ranks; null: all
     width: Positive = 64  # D of each stream
     init_std: Annotated[float, Field(gt=0)] = 0.1  # of id and preference embeddings at the start

@@ -112,24 +112,6 @@ def test_the_same_seed_draws_the_same(kind):
     assert not np.array_equal(drawn[0], drawn[2])
 
 
-def test_weighted_draws_follow_the_weights():
-    """Neighbours of a hop: each draw counts alike, so that skewed weights give no draw a large one."""
-    graph, matrix = random_graph()
-    total = np.maximum(np.add.reduceat(np.append(graph.weight, 0), graph.indptr[:-1]), 1e-9)
-    graph = CSC(graph.indptr, graph.indices, (graph.weight / np.repeat(total, graph.degree)).astype(np.float32))
-    sampler, wanted, found = Sampler(graph, "weighted"), np.arange(30), np.zeros((30, 150))
-    for draw in range(1000):
-        sampler.seed(draw)
-        layer = sampler.layer(wanted, 4)
-        assert (np.diff(layer.indptr) == 4).all()
-        assert (graph.indices[layer.edges] == layer.sources[layer.positions]).all()
-        np.add.at(found, (layer.destination, layer.sources[layer.positions]), 1 / 4000)
-    want = matrix.toarray()[:30] / total[:30, None]
-    assert abs(found - want).max() < 0.03
-    assert (found[want == 0] == 0).all()
-    assert (np.diff(sampler.layer(wanted, -1).indptr) == graph.degree[wanted]).all()
-
-
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0, 1e3), max_size=40), st.integers(0, 50))
 def test_inclusion_probabilities_add_up_and_keep_their_proportions(sizes, expected):
@@ -150,10 +132,10 @@ def test_thinned_layers_keep_free_sources_hold_the_limit_and_stay_unbiased():
     sampler.seed(0)
     wanted = np.arange(30)
     layer = sampler.layer(wanted, -1)
-    free, influence = np.arange(len(layer.sources)) < 30, np.linspace(0.2, 1, 30)
+    free = np.arange(len(layer.sources)) < 30
     rng, total, kept = np.random.default_rng(1), np.zeros((30, 150)), []
     for _ in range(400):
-        thinned, weight = thin(layer, graph.weight[layer.edges], influence, free, 20, rng)
+        thinned, weight = thin(layer, graph.weight[layer.edges], free, 20, rng)
         assert (thinned.sources[:30] == wanted).all()
         assert (graph.indices[thinned.edges] == thinned.sources[thinned.positions]).all()
         assert thinned.indptr[-1] == len(thinned.edges) == len(weight)
@@ -162,7 +144,7 @@ def test_thinned_layers_keep_free_sources_hold_the_limit_and_stay_unbiased():
     assert 18 < np.mean(kept) < 22
     want = matrix.toarray()[:30]
     assert np.linalg.norm(total / 400 - want) < 0.15 * np.linalg.norm(want)
-    assert thin(layer, graph.weight[layer.edges], influence, free, 1000, rng)[0] is layer
+    assert thin(layer, graph.weight[layer.edges], free, 1000, rng)[0] is layer
 
 
 def test_the_rows_of_a_step_do_not_grow_with_the_catalog(tmp_path):

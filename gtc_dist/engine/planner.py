@@ -12,7 +12,7 @@ import torch
 from gtc_dist.data.catalog import CSC
 from gtc_dist.engine.monitor import Stopwatch
 from gtc_dist.graph.csc import Graphs, edge_of, take
-from gtc_dist.graph.sampling import Layer, Sampler, spread, thin
+from gtc_dist.graph.sampling import Layer, Sampler, thin
 from gtc_dist.model.propagation import Block
 from gtc_dist.model.table import RowTable, make_route, whole_route
 
@@ -102,11 +102,9 @@ class SampledPlanner:
         self.graphs, self.options, self.features = graphs, options, features
         self.world = next(iter(features.values())).world
         self.watch = Stopwatch()
-        self.nodes = Sampler(graphs.nodes, options.sampler, options.threads)
-        # the hops' weights are far from equal: drawn alike, a neighbour of weight 1 among 40 would count 8 times
-        self.item_item, self.user_user = (
-            None if graph is None else Sampler(graph, "weighted", options.threads)
-            for graph in (graphs.item_item, graphs.user_user)
+        self.nodes, self.item_item, self.user_user = (
+            None if graph is None else Sampler(graph, options.sampler, options.threads)
+            for graph in (graphs.nodes, graphs.item_item, graphs.user_user)
         )
 
     def plan(self, users: np.ndarray, items: np.ndarray, pairs: np.ndarray, seed: int) -> dict:
@@ -116,19 +114,17 @@ class SampledPlanner:
         for offset, sampler in enumerate((self.nodes, self.item_item, self.user_user)):
             if sampler is not None:
                 sampler.seed(seed + offset)
-        user_hop, seed_users, user_influence = self._hop(self.user_user, users, options.user_fanout)
-        item_hop, seed_items, item_influence = self._hop(self.item_item, items, options.item_fanout)
+        user_hop, seed_users = self._hop(self.user_user, users, options.user_fanout)
+        item_hop, seed_items = self._hop(self.item_item, items, options.item_fanout)
         excluded = np.sort(np.concatenate(_seed_edges(self.graphs, pairs))) if options.exclude_seed_edges else None
 
         frontier = np.concatenate([seed_users, seed_items + U])
-        influence = np.concatenate([user_influence, item_influence])  # through this layer
-        total, blocks = influence, []  # through all layers so far
+        blocks = []
         for fanout in options.fanout:
-            block, frontier, influence = self._layer(frontier, influence, fanout, excluded)
-            total = np.hypot(influence, np.pad(total, (0, len(influence) - len(total))))
+            block, frontier = self._layer(frontier, fanout, excluded)
             blocks.insert(0, block)
         in_users, in_items = frontier[frontier < U], frontier[frontier >= U] - U
-        audience, in_users = self._audience(in_users, in_items, total[frontier >= U], excluded)
+        audience, in_users = self._audience(in_users, in_items, excluded)
         order = np.empty(len(frontier), np.int64)
         order[frontier < U] = np.arange((frontier < U).sum())
         order[frontier >= U] = len(in_users) + np.arange(len(in_items))
@@ -153,35 +149,27 @@ class SampledPlanner:
         self.watch.part(None)
         return fields
 
-    def _hop(
-        self, sampler: Sampler | None, batch: np.ndarray, fanout: int
-    ) -> tuple[Block | None, np.ndarray, np.ndarray]:
-        """One hop to the batch's rows, the seeds that it needs (the batch first), and their influence."""
-        own = np.ones(len(batch))
+    def _hop(self, sampler: Sampler | None, batch: np.ndarray, fanout: int) -> tuple[Block | None, np.ndarray]:
+        """One hop to the batch's rows and the seeds that it needs, the batch first."""
         if sampler is None:
-            return None, batch, own
+            return None, batch
         layer = sampler.layer(batch, fanout)
-        drawn = np.diff(layer.indptr).astype(np.float32)
-        weight = sampler.graph.weight[layer.edges] if fanout < 0 else 1 / drawn[layer.destination]
-        layer, weight = self._thinned(layer, weight, own, np.arange(len(layer.sources)) < len(batch))
-        influence = np.hypot(spread(layer, weight, own), np.arange(len(layer.sources)) < len(batch))
-        return Block.build(layer.indptr, layer.positions, weight, len(layer.sources)), layer.sources, influence
+        weight = sampler.graph.weight[layer.edges] * layer.correction[layer.destination]
+        layer, weight = self._thinned(layer, weight, np.arange(len(layer.sources)) < len(batch))
+        return Block.build(layer.indptr, layer.positions, weight, len(layer.sources)), layer.sources
 
-    def _layer(
-        self, frontier: np.ndarray, influence: np.ndarray, fanout: int, excluded: np.ndarray | None
-    ) -> tuple[Block, np.ndarray, np.ndarray]:
-        """A user-item layer with weights 1 / sqrt(degree * degree), corrected for the sampling; its sources, the
-        frontier first, and their influence through it."""
+    def _layer(self, frontier: np.ndarray, fanout: int, excluded: np.ndarray | None) -> tuple[Block, np.ndarray]:
+        """A user-item layer with weights 1 / sqrt(degree * degree), corrected for the sampling, and its sources, the
+        frontier first."""
         layer = self.nodes.layer(frontier, fanout)
         norm = 1 / np.sqrt(np.maximum(_degree(self.graphs.nodes, layer.sources), 1)).astype(np.float32)
         weight = norm[layer.positions] * (norm[: len(frontier)] * layer.correction)[layer.destination]
         _leave_out(layer, weight, excluded)
-        layer, weight = self._thinned(layer, weight, influence, np.arange(len(layer.sources)) < len(frontier))
-        block = Block.build(layer.indptr, layer.positions, weight, len(layer.sources))
-        return block, layer.sources, spread(layer, weight, influence)
+        layer, weight = self._thinned(layer, weight, np.arange(len(layer.sources)) < len(frontier))
+        return Block.build(layer.indptr, layer.positions, weight, len(layer.sources)), layer.sources
 
     def _audience(
-        self, in_users: np.ndarray, in_items: np.ndarray, influence: np.ndarray, excluded: np.ndarray | None
+        self, in_users: np.ndarray, in_items: np.ndarray, excluded: np.ndarray | None
     ) -> tuple[Block | None, np.ndarray]:
         """Mean over (sampled) users of each in-item, and the in-users with those users added behind."""
         if not self.options.audience:
@@ -191,19 +179,17 @@ class SampledPlanner:
         degree = np.maximum(_degree(self.graphs.nodes, destinations), 1).astype(np.float32)
         weight = (layer.correction / degree)[layer.destination]  # corrected sum over the degree: the mean
         _leave_out(layer, weight, excluded)
-        layer, weight = self._thinned(layer, weight, influence, _place(in_users, layer.sources) >= 0)
+        layer, weight = self._thinned(layer, weight, _place(in_users, layer.sources) >= 0)
         at = _place(in_users, layer.sources)
         more = layer.sources[at < 0]
         at[at < 0] = len(in_users) + np.arange(len(more))
         block = Block.build(layer.indptr, at[layer.positions], weight, len(in_users) + len(more))
         return block, np.concatenate([in_users, more])
 
-    def _thinned(
-        self, layer: Layer, weight: np.ndarray, influence: np.ndarray, free: np.ndarray
-    ) -> tuple[Layer, np.ndarray]:
+    def _thinned(self, layer: Layer, weight: np.ndarray, free: np.ndarray) -> tuple[Layer, np.ndarray]:
         if self.options.layer_nodes is None:
             return layer, weight
-        return thin(layer, weight, influence, free, self.options.layer_nodes, self.rng)
+        return thin(layer, weight, free, self.options.layer_nodes, self.rng)
 
 
 def _degree(graph: CSC, destinations: np.ndarray) -> np.ndarray:

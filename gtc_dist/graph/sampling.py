@@ -7,7 +7,6 @@ an unbiased estimate of the sum over all neighbours:
 
     neighbor  s of d neighbours without replacement: weight * d / s
     labor     LABOR-0 (Balin and Catalyurek 2023), each neighbour with probability min(1, k / d): weight * max(1, d / k)
-    weighted  k neighbours with replacement, each with a probability of its weight: total weight / k for each draw
 
 `thin` then bounds how many sources a layer brings in, whatever the catalog's size: see there.
 """
@@ -59,7 +58,7 @@ class Sampler:
 
     Args:
         graph: CSC over one set of nodes.
-        kind: `neighbor`, `labor`, or `weighted` for a graph whose weights add to one for each destination.
+        kind: `neighbor` or `labor`.
         threads: of DGL's sampling in the calling thread.
     """
 
@@ -69,8 +68,6 @@ class Sampler:
         indptr = torch.from_numpy(graph.indptr.astype(np.int32))
         indices = _shared(graph.indices)
         self._dgl = dgl.graph(("csc", (indptr, indices, torch.empty(0, dtype=torch.int32))), num_nodes=nodes)
-        if kind == "weighted":
-            self._dgl.edata["weight"] = _shared(graph.weight)
 
     def seed(self, seed: int) -> None:
         """Fix the random state of the calling thread's next draws."""
@@ -85,8 +82,6 @@ class Sampler:
             seed = dgl.backend.zerocopy_to_dgl_ndarray(torch.tensor([self._labor_seed], dtype=torch.int64))
             frontier, _ = self._dgl.sample_labors(wanted, fanout, random_seed=seed)
             self._labor_seed = (self._labor_seed * 6364136223846793005 + 1442695040888963407) % (1 << 31)
-        elif self.kind == "weighted" and fanout > 0:
-            frontier = self._dgl.sample_neighbors(wanted, fanout, prob="weight", replace=True)
         else:
             frontier = self._dgl.sample_neighbors(wanted, fanout)
         block = dgl.to_block(frontier, wanted, include_dst_in_src=keep_destinations)
@@ -106,19 +101,17 @@ class Sampler:
 
 
 def thin(
-    layer: Layer, weight: np.ndarray, influence: np.ndarray, free: np.ndarray, limit: int, rng: np.random.Generator
+    layer: Layer, weight: np.ndarray, free: np.ndarray, limit: int, rng: np.random.Generator
 ) -> tuple[Layer, np.ndarray]:
     """Keep about `limit` of the sources that a layer brings in, so that sums over it stay unbiased.
 
     Neighbours of a batch seldom coincide in a large catalog and often do in a small one, so with a fanout alone the
     rows that a step touches grow with the catalog until all are different. Here each new source stays with a
     probability proportional to the norm of its edges' weights (importance sampling of layers, as in LADIES, Zou et
-    al. 2019), each times the root of what its destination matters to the batch, and its weights are divided by it. The
-    influence itself, without the root, gave heavier tails and a larger error over two layers.
+    al. 2019), and its weights are divided by it.
 
     Args:
         weight: float32 [E] of the layer's edges, corrected for the sampling.
-        influence: [n_dst], of each destination on the batch's embeddings (`spread`).
         free: bool [n_src], sources that cost nothing: they are in the batch anyway and always stay.
         limit: expected number of other sources.
 
@@ -128,8 +121,9 @@ def thin(
     new = np.flatnonzero(~free)
     if len(new) <= limit:
         return layer, weight
+    norm = np.sqrt(np.bincount(layer.positions, weight.astype(np.float64) ** 2, len(layer.sources)))
     chance = np.ones(len(layer.sources))
-    chance[new] = inclusion(spread(layer, weight, np.sqrt(influence))[new], limit)
+    chance[new] = inclusion(norm[new], limit)
     stays = rng.random(len(chance)) < chance  # a chance of one always stays: draws are below one
     edge = stays[layer.positions]
     counts = np.bincount(layer.destination[edge], minlength=len(layer.indptr) - 1)
@@ -142,12 +136,6 @@ def thin(
         layer.correction,
     )
     return kept, (weight[edge] / chance[positions]).astype(np.float32)
-
-
-def spread(layer: Layer, weight: np.ndarray, influence: np.ndarray) -> np.ndarray:
-    """Influence of each source of a layer through its destinations, float64 [n_src]: the norm of its edges' weights
-    times the destinations' influence."""
-    return np.sqrt(np.bincount(layer.positions, (weight * influence[layer.destination]) ** 2, len(layer.sources)))
 
 
 def inclusion(size: np.ndarray, expected: int) -> np.ndarray:
