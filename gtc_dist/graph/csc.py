@@ -50,10 +50,6 @@ class Graphs:
         indptr = self.nodes.indptr[self.users :]
         return indptr[items + 1] == indptr[items]
 
-    def interacted(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Whether each pair is a train interaction, bool [n]."""
-        return edge_of(self.nodes, users, items + self.users) >= 0
-
     def crossed(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Whether each of the users has a train interaction with each of the items, bool [users, items]. Costs the
         users' interactions and the result, not a search for each pair."""
