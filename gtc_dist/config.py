@@ -139,12 +139,17 @@ class Train(Section):
     table_optimizer: Literal["adam", "rowwise_adam"] = "adam"  # rowwise: one second moment a row, a third less memory
     epoch_steps: Positive | None = None  # steps from one validation to the next; null: one pass over the interactions
     negatives: Negatives = Negatives()
+    loss: Literal["bpr", "softmax"] = "bpr"  # of a positive against its negatives: pairwise, or cross-entropy over all
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # softmax: scores are divided by it
+    user_discount: Share = 0.0  # a user's interaction counts (number of them)^-this in the ranking loss; 1: users alike
     exclude_seed_edges: bool = True  # leave the batch's own edges out of the graph that they are predicted from
     w_tc: Weight = 0.4  # weight of the total-correlation loss
     w_diff: Weight = 0.7  # weight of the diffusion loss
     w_reg: Weight = 1e-3  # weight of the L2 term over the batch's embeddings
     log_every: Positive = 10  # steps between TensorBoard points
     prefetch: Positive = 2  # batches prepared ahead
+    refresh: NonNegative = 20  # sampled: times a pass that whole-catalog sums are computed, from which a step samples
+    # what changed since (engine/history.py); 0: never, steps see sampled neighbours alone
 
 
 class Diffusion(Section):

@@ -1,6 +1,7 @@
 """One rank of one measurement of tools/benchmark.py:  measure.py CASE(JSON) RANK FOLDER -> FOLDER/RANK.json"""
 
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -122,6 +123,7 @@ def measure_steps(trainer: Trainer, repeats: int) -> dict:
     waits, totals, sent, nodes, parts = [], [], [], [], {}
     warm_up, cpu, epoch = max(3, repeats // 5), 0.0, 1
     trainer.network.train()
+    refresh = measure_refresh(trainer)
     batches = trainer.loader.epoch(epoch)
     for n in range(warm_up + repeats):
         if n == warm_up:
@@ -153,20 +155,35 @@ def measure_steps(trainer: Trainer, repeats: int) -> dict:
     waits, totals, sent = waits[warm_up:], totals[warm_up:], sent[warm_up:]
     tables = trainer.tables.all()
     table_bytes = sum(table.rows * table.width * 4 for table in tables)
-    seconds = statistics.median(totals)
+    seconds = statistics.median(totals) + refresh["seconds"] / refresh["every"]
     result = {
         "seconds_per_step": seconds,
+        "seconds_per_refresh": refresh["seconds"],
+        "steps_per_refresh": refresh["every"],
         "waiting_for_batch": sum(waits) / sum(totals),
         "processor_seconds_per_step": cpu / repeats,
         "interactions_per_second": trainer.config.train.batch_size / seconds,
         "steps_per_pass": trainer.loader.pass_steps,
         "rows_users": int(np.median([n[0] for n in nodes])),
         "rows_items": int(np.median([n[1] for n in nodes])),
-        "sent_bytes_per_step": statistics.median(sent),
+        "sent_bytes_per_step": statistics.median(sent) + refresh["sent_bytes"] / refresh["every"],
         "dense_all_reduce_bytes": table_bytes if world.size > 1 else 0,
         "peak_mib": peak_mib(),
     }
     return result | {f"seconds/{name}": value / repeats for name, value in parts.items()}
+
+
+def measure_refresh(trainer: Trainer) -> dict:
+    """The refresh of the history that every so many steps share; none is left for the steps that are measured."""
+    if trainer.history is None:
+        return {"seconds": 0.0, "sent_bytes": 0, "every": 1}
+    every, trainer.history.every = trainer.history.every, math.inf
+    trainer.world.barrier()
+    before, start = trainer.world.bytes_sent, time.perf_counter()
+    trainer.history.refresh()
+    trainer.world.barrier()
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "sent_bytes": trainer.world.bytes_sent - before, "every": every}
 
 
 def count_dense(trainer: Trainer) -> list[int]:

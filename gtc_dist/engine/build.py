@@ -30,6 +30,8 @@ def network_shape(config: Config, catalog: Catalog) -> Shape:
         hidden=diffusion.hidden,
         correlation=model.correlation.enabled,
         temperature=model.correlation.temperature,
+        loss=config.train.loss,
+        loss_temperature=config.train.temperature,
         w_tc=config.train.w_tc,
         w_diff=config.train.w_diff,
         w_reg=config.train.w_reg,
@@ -78,6 +80,10 @@ def ranking_options(config: Config) -> RankingOptions:
     return RankingOptions(config.eval.item_block, config.eval.user_block, config.eval.users, config.train.seed)
 
 
+def has_history(config: Config) -> bool:
+    return config.model.propagation == "sampled" and config.train.refresh > 0
+
+
 def load_graphs(config: Config, catalog: Catalog) -> Graphs:
     return Graphs.load(catalog, item_item=config.model.item_hop, user_user=config.model.user_hop)
 
@@ -98,6 +104,7 @@ def build_loader(
         layer_nodes=None if model.layer_nodes is None else -(-model.layer_nodes // world.size),
         sampler=model.sampler,
         threads=1,
+        history=has_history(config),
     )
     if model.propagation == "full":
         planner = FullPlanner(graphs, features, plan, network.world.device)
@@ -114,5 +121,6 @@ def build_loader(
         width=shape.width,
         prefetch=train.prefetch,
         epoch_steps=train.epoch_steps,
+        user_discount=train.user_discount,
     )
     return Loader(users, items, graphs, planner, options, world)

@@ -20,8 +20,8 @@ import torch
 
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
+from gtc_dist.model.batch import Batch
 from gtc_dist.model.collectives import World
-from gtc_dist.model.gtc import Batch
 
 
 @dataclass
@@ -50,6 +50,7 @@ class LoaderOptions:
     width: int
     prefetch: int
     epoch_steps: int | None = None  # None: as many as a pass takes
+    user_discount: float = 0.0  # a pair of a user with n interactions counts n^-user_discount, times a constant
 
 
 class Loader:
@@ -69,6 +70,7 @@ class Loader:
         self.pass_steps = max(1, -(-sum(self.rank_rows) // options.batch_size))
         self.steps = options.epoch_steps or self.pass_steps  # of an epoch
         degree = graphs.user_degree
+        self.user_weights = discounted(degree, options.user_discount)
         if len(degree) and degree.max() >= graphs.items:
             raise InputError(
                 f"the user with index {int(degree.argmax())} interacted with all {graphs.items} items in train: "
@@ -142,6 +144,7 @@ class Loader:
             positives=torch.from_numpy(positives),
             negatives=torch.from_numpy(negatives.reshape(draws.negatives.shape)),
             negative_mask=mask,
+            pair_weights=torch.from_numpy(self.user_weights[draws.users]),
             item_ids=torch.from_numpy(items),
             timesteps=torch.from_numpy(draws.timesteps),
             noise=torch.from_numpy(draws.noise),
@@ -175,6 +178,13 @@ def deal(users: np.ndarray, items: np.ndarray, items_total: int, world: World) -
         rows = torch.from_numpy(key[order]).to(world.device)
         key = np.sort(world.exchange(rows, receive, incoming).cpu().numpy())
     return (key // items_total).astype(np.int32), (key % items_total).astype(np.int32)
+
+
+def discounted(degree: np.ndarray, power: float) -> np.ndarray:
+    """Weight of each user's interactions, float32 [users]: degree^-power, scaled to a mean of one over interactions."""
+    weight = np.maximum(degree, 1.0) ** -power
+    total = degree.sum()
+    return (weight * (total / (weight @ degree) if total else 1.0)).astype(np.float32)
 
 
 LEAVE_SECONDS = 10  # for the batch in work when the main thread leaves early

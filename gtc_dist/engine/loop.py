@@ -16,16 +16,17 @@ from gtc_dist.config import Config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import checkpoint, ranking
-from gtc_dist.engine.build import build_loader, build_network, load_features, over_world, ranking_options
+from gtc_dist.engine.build import build_loader, build_network, has_history, load_features, over_world, ranking_options
+from gtc_dist.engine.history import History
 from gtc_dist.engine.inference import embed_catalog
 from gtc_dist.engine.monitor import Monitor, Stopwatch
 from gtc_dist.graph.csc import Graphs
+from gtc_dist.model.batch import Batch
 from gtc_dist.model.collectives import World
-from gtc_dist.model.gtc import Batch
 from gtc_dist.model.table import RowTable
 
 # of a step; sampling and features run ahead in the prefetch thread, communication is part of the others
-PARTS = ("data", "sampling", "features", "lookup", "forward", "backward", "optimizer", "communication")
+PARTS = ("data", "sampling", "features", "history", "lookup", "forward", "backward", "optimizer", "communication")
 PROJECTED = 1000  # item embeddings shown in TensorBoard's projector: the most popular
 
 
@@ -69,6 +70,11 @@ class Trainer:
                 f"the ranks hold {sum(self.loader.rank_rows)} train interactions, the catalog "
                 f"{catalog.manifest.interactions['train']}"
             )
+        self.history = None
+        if has_history(config):
+            every = max(1, self.loader.pass_steps // config.train.refresh)
+            options = {"every": every, "layers": config.model.layers, "chunk": config.eval.chunk}
+            self.history = History(self.network, self.tables, self.features, graphs, **options)
         self.forward = self.network
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
@@ -104,11 +110,13 @@ class Trainer:
 
     def step(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Forward, backward and the optimizers on one batch; returns this rank's share of the loss parts."""
+        self.watch.part("history")
+        history = None if self.history is None else self.history.rows(batch)
         self.watch.part("lookup")
         user_rows = self.tables.user.lookup(batch.user_route)
         item_rows = self.tables.item.lookup(batch.item_route)
         self.watch.part("forward")
-        loss, parts = self.forward(batch, user_rows, item_rows)
+        loss, parts = self.forward(batch, user_rows, item_rows, history)
         self.watch.part("backward")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -121,6 +129,8 @@ class Trainer:
 
     def embed(self, watched: dict[str, float] | None = None) -> tuple[RowTable, RowTable]:
         """Embeddings of the whole catalog with the current weights."""
+        if self.history is not None:
+            self.history.clear()  # its memory is needed
         chunk, layers = self.config.eval.chunk, self.config.model.layers
         return embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk, watched)
 

@@ -13,6 +13,7 @@ from gtc_dist.data.catalog import CSC
 from gtc_dist.engine.monitor import Stopwatch
 from gtc_dist.graph.csc import Graphs, edge_of, take
 from gtc_dist.graph.sampling import Layer, Sampler, thin
+from gtc_dist.model.batch import HistoryPlan
 from gtc_dist.model.propagation import Block
 from gtc_dist.model.table import RowTable, make_route, whole_route
 
@@ -28,6 +29,7 @@ class PlannerOptions:
     layer_nodes: int | None  # sampled: expected new nodes of this rank's layers and hops; None: all that are drawn
     sampler: str
     threads: int
+    history: bool  # sampled: the batch's rows of a history are wanted
 
 
 class FullPlanner:
@@ -84,6 +86,7 @@ class FullPlanner:
             "item_rows": torch.from_numpy(items),
             "ego_users": torch.from_numpy(users),
             "ego_items": torch.from_numpy(items),
+            "history": None,
         }
         self.watch.part(None)
         return fields
@@ -145,9 +148,22 @@ class SampledPlanner:
             "item_rows": torch.arange(len(items)),
             "ego_users": torch.arange(len(users)),
             "ego_items": torch.arange(len(items)),
+            "history": self._history(users, items, pairs) if options.history else None,
         }
         self.watch.part(None)
         return fields
+
+    def _history(self, users: np.ndarray, items: np.ndarray, pairs: np.ndarray) -> HistoryPlan:
+        """Routes of the batch's rows of a history, and the edges of `pairs` that end in them. A collective."""
+        graphs, options = self.graphs, self.options
+        if not options.exclude_seed_edges or not options.layers:
+            pairs = pairs[:0]
+        weight = graphs.nodes.weight[_seed_edges(graphs, pairs)[0]]
+        of_users, left_items = _left_out(users, pairs[:, 0], pairs[:, 1], weight)
+        of_items, left_users = _left_out(items, pairs[:, 1], pairs[:, 0], weight)
+        rows = ((users, graphs.users), (items, graphs.items), (left_users, graphs.users), (left_items, graphs.items))
+        routes = [make_route(torch.from_numpy(ids), total, self.world) for ids, total in rows]
+        return HistoryPlan(*routes, of_users, of_items)
 
     def _hop(self, sampler: Sampler | None, batch: np.ndarray, fanout: int) -> tuple[Block | None, np.ndarray]:
         """One hop to the batch's rows and the seeds that it needs, the batch first."""
@@ -201,6 +217,19 @@ def _leave_out(layer: Layer, weight: np.ndarray, excluded: np.ndarray | None) ->
     if excluded is not None and len(excluded):
         at = np.minimum(np.searchsorted(excluded, layer.edges), len(excluded) - 1)
         weight[excluded[at] == layer.edges] = 0
+
+
+def _left_out(
+    rows: np.ndarray, destination: np.ndarray, source: np.ndarray, weight: np.ndarray
+) -> tuple[Block, np.ndarray]:
+    """Of some edges those that end in `rows`, as a block, and its sources."""
+    at = _place(rows, destination)
+    ends = np.flatnonzero(at >= 0)
+    ends = ends[np.argsort(at[ends], kind="stable")]
+    sources, column = np.unique(source[ends], return_inverse=True)
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(at[ends], minlength=len(rows)))])
+    arrays = (torch.from_numpy(array) for array in (indptr, column, weight[ends]))
+    return Block.forward_only(*arrays, len(sources)), sources
 
 
 def _place(among: np.ndarray, ids: np.ndarray) -> np.ndarray:

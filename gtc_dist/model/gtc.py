@@ -11,69 +11,18 @@ Tables (row-sharded, outside this module): `item` [items, D], the id embedding; 
 per stream and the user's stream weights. Everything here is dense and goes through DDP.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gtc_dist.model.batch import Batch, HistoryRows
 from gtc_dist.model.collectives import World
 from gtc_dist.model.correlation import total_correlation
 from gtc_dist.model.diffusion import ContentFilter, Schedule
-from gtc_dist.model.propagation import Block, convolve, weighted_sum
-from gtc_dist.model.table import Route, RowTable
-
-
-@dataclass
-class Batch:
-    """What one step needs. "in" users and items are those whose rows are looked up; "seed" ones those that the
-    convolution gives an output for (seed users first, then seed items)."""
-
-    # rows
-    user_route: Route  # of the in-users
-    item_route: Route  # of the in-items
-    features: dict[str, torch.Tensor]  # modality -> [in-items, d]
-    # graph
-    audience: Block | None  # in-users -> in-items, weights sum to one: mean preference of an item's users
-    input_nodes: (
-        torch.Tensor | None
-    )  # [sources of the first block], rows of cat(in-users, in-items); None: all in order
-    blocks: list[Block]
-    seed_users: int
-    seed_items: int
-    user_hop: Block | None  # seed users -> batch users
-    item_hop: Block | None  # seed items -> batch items
-    user_rows: torch.Tensor  # [u] the batch's users among the seed users
-    item_rows: torch.Tensor  # [i] the batch's items among the seed items
-    # pairs; positions in user_rows and item_rows
-    users: torch.Tensor  # [B]
-    positives: torch.Tensor  # [B]
-    negatives: torch.Tensor  # [B, K], or [P] shared by the batch
-    negative_mask: torch.Tensor | None  # [B, P] False where a shared negative is the user's train positive
-    # ego rows of the pairs; positions among the in-users and in-items
-    ego_users: torch.Tensor  # [u]
-    ego_items: torch.Tensor  # [i]
-    item_ids: torch.Tensor  # [i] catalog index of the batch's items
-    # randomness of the diffusion loss, and the seed of the total correlation's permutations (alike on every rank)
-    timesteps: torch.Tensor  # int64 [B]
-    noise: torch.Tensor  # [modalities, B, D]
-    permutation_seed: int
-    # sizes over ranks
-    counts: list[int]  # pairs of each rank
-    correlation_counts: list[int]  # rows of each rank in the total correlation
-
-    def to(self, device: torch.device) -> "Batch":
-        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
-
-
-def _move(value, device):
-    if isinstance(value, list) and value and isinstance(value[0], Block):
-        # layers that share one block go on sharing it
-        moved = {id(block): block.to(device) for block in value}
-        return [moved[id(block)] for block in value]
-    if isinstance(value, dict):
-        return {key: tensor.to(device, non_blocking=True) for key, tensor in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor | Block | Route) else value
+from gtc_dist.model.propagation import convolve, weighted_sum
+from gtc_dist.model.table import RowTable
 
 
 @dataclass
@@ -115,7 +64,9 @@ class Shape:
     ddim_steps: int
     hidden: int
     correlation: bool
-    temperature: float
+    temperature: float  # of the total correlation at the start
+    loss: str  # bpr or softmax
+    loss_temperature: float
     w_tc: float
     w_diff: float
     w_reg: float
@@ -161,7 +112,11 @@ class GTC(nn.Module):
         """User rows [n, S * D + S] -> L2-normalised preferences [n, S, D] and stream weights [n, S] with mean one."""
         preference, weight = rows.split([self.S * self.D, self.S], dim=1)
         preference = F.normalize(preference.reshape(-1, self.S, self.D), dim=2)
-        return preference, torch.softmax(weight, dim=1) * self.S
+        return preference, self.stream_weights(weight)
+
+    def stream_weights(self, weight: torch.Tensor) -> torch.Tensor:
+        """[n, S] with mean one, of what the table holds."""
+        return torch.softmax(weight, dim=1) * self.S
 
     def content(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Projected content of each modality, [n, D] with unit mean square, so that the noise schedule fits it."""
@@ -215,11 +170,14 @@ class GTC(nn.Module):
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
-    def embed(self, batch: Batch, user_rows: torch.Tensor, item_rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    def embed(
+        self, batch: Batch, user_rows: torch.Tensor, item_rows: torch.Tensor, history: HistoryRows | None = None
+    ) -> dict[str, torch.Tensor]:
         """Embeddings of the batch's users [u, S * D] and items [i, S * D], with what the losses need on the way.
 
         Args:
             user_rows: [in-users, S * D + S], item_rows: [in-items, D], from the tables.
+            history: with it, the blocks carry what changed since, and the sums of then are added.
         """
         preference, weights = self.users_in(user_rows)
         preference = preference.flatten(1)
@@ -229,21 +187,28 @@ class GTC(nn.Module):
             audience = weighted_sum(batch.audience, preference)
         streams = self.streams(item_rows, self.filtered(item_rows, content, audience))
         nodes = torch.cat([preference, self.items_in(streams)])
+        if history is not None:
+            nodes = nodes - history.inputs
         if batch.input_nodes is not None:
             nodes = nodes[batch.input_nodes]
         seeds = convolve(batch.blocks, nodes, batch.seed_users + batch.seed_items)
         # seed users come first among the in-users (sampled) or are all of them (full)
         users, items = seeds.split([batch.seed_users, batch.seed_items])
-        users = self.users_out(users, weights[: batch.seed_users])
+        weights = weights[: batch.seed_users]
         out_users, out_items = users[batch.user_rows], items[batch.item_rows]
+        if history is not None:
+            out_users, out_items = out_users + history.users, out_items + history.items
+        out_users = self.users_out(out_users, weights[batch.user_rows])
         if batch.user_hop is not None:
-            out_users = out_users + weighted_sum(batch.user_hop, users)
+            out_users = out_users + weighted_sum(batch.user_hop, self.users_out(users, weights))
+            if history is not None:
+                out_users = out_users + history.user_hop
         if batch.item_hop is not None:
             out_items = out_items + weighted_sum(batch.item_hop, items)
         return {"users": out_users, "items": out_items, "streams": streams, "content": content, "audience": audience}
 
     def forward(
-        self, batch: Batch, user_rows: torch.Tensor, item_rows: torch.Tensor
+        self, batch: Batch, user_rows: torch.Tensor, item_rows: torch.Tensor, history: HistoryRows | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss and its parts.
 
@@ -254,27 +219,38 @@ class GTC(nn.Module):
             (loss, parts): parts are detached sums over this rank, already divided by the global counts, so that their
             sum over ranks is the global value.
         """
-        e = self.embed(batch, user_rows, item_rows)
+        e = self.embed(batch, user_rows, item_rows, history)
         total = max(sum(batch.counts), 1)
         ego_items = batch.ego_items[batch.positives]
-        parts = {"bpr": self._bpr(e["users"], e["items"], batch).sum() / total}
+        parts = {self.shape.loss: (self._ranking(e["users"], e["items"], batch) * batch.pair_weights).sum() / total}
         if hasattr(self, "log_scale"):
             parts["tc"] = self._correlation(e["streams"], batch)
         if self.filters:
             parts["diffusion"] = self._diffusion(item_rows, e, ego_items, batch).sum() / total
         parts["l2"] = self._l2(user_rows, item_rows, batch) / total
-        weights = {"bpr": 1.0, "tc": self.shape.w_tc, "diffusion": self.shape.w_diff, "l2": self.shape.w_reg}
+        weights = {self.shape.loss: 1.0, "tc": self.shape.w_tc, "diffusion": self.shape.w_diff, "l2": self.shape.w_reg}
         loss = self.world.size * sum(weights[name] * value for name, value in parts.items())
         return loss, {name: value.detach() for name, value in parts.items()}
 
-    def _bpr(self, users: torch.Tensor, items: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Bayesian personalised ranking (Rendle et al. 2009) of each pair, averaged over its negatives, [B]."""
+    def _ranking(self, users: torch.Tensor, items: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Loss of each pair against its negatives, [B].
+
+        bpr: Bayesian personalised ranking (Rendle et al. 2009), averaged over the negatives. softmax: cross-entropy of
+        the positive among itself and the negatives, at a temperature; the hardest negatives weigh most.
+        """
         user, positive = users[batch.users], items[batch.positives]
         score = (user * positive).sum(1, keepdim=True)
         if batch.negatives.dim() == 2:
-            return F.softplus((user[:, None] * items[batch.negatives]).sum(2) - score).mean(1)
-        loss = F.softplus(user @ items[batch.negatives].T - score) * batch.negative_mask
-        return loss.sum(1) / batch.negative_mask.sum(1).clamp(min=1)
+            negative, mask = (user[:, None] * items[batch.negatives]).sum(2), None
+        else:
+            negative, mask = user @ items[batch.negatives].T, batch.negative_mask
+        if self.shape.loss == "softmax":
+            if mask is not None:
+                negative = negative.masked_fill(~mask, float("-inf"))
+            logits = torch.cat([score, negative], dim=1) / self.shape.loss_temperature
+            return torch.logsumexp(logits, dim=1) - logits[:, 0]
+        loss = F.softplus(negative - score)
+        return loss.mean(1) if mask is None else (loss * mask).sum(1) / mask.sum(1).clamp(min=1)
 
     def _correlation(self, streams: torch.Tensor, batch: Batch) -> torch.Tensor:
         chosen = batch.positives[: batch.correlation_counts[self.world.rank]]
