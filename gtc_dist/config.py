@@ -148,7 +148,7 @@ class Train(Section):
     w_reg: Weight = 1e-3  # weight of the L2 term over the batch's embeddings
     log_every: Positive = 10  # steps between TensorBoard points
     prefetch: Positive = 2  # batches prepared ahead
-    refresh: NonNegative = 20  # sampled: times a pass that whole-catalog sums are computed, from which a step samples
+    refresh: NonNegative = 10  # sampled: times a pass that whole-catalog sums are computed, from which a step samples
     # what changed since (engine/history.py); 0: never, steps see sampled neighbours alone
 
 

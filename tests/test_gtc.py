@@ -121,23 +121,31 @@ def test_a_chosen_modality_alone(catalogs):
 
 
 @pytest.mark.parametrize("negatives", [{"mode": "uniform", "count": 3}, {"mode": "shared", "count": 7}])
-def test_ranking_and_l2_losses_by_loops(catalogs, negatives):
-    config, network, tables = setup(catalogs[2], train={"negatives": negatives})
+@pytest.mark.parametrize("loss", ["bpr", "softmax"])
+def test_ranking_and_l2_losses_by_loops(catalogs, negatives, loss):
+    options = {"negatives": negatives, "loss": loss, "temperature": 0.5, "user_discount": 0.5}
+    config, network, tables = setup(catalogs[2], train=options)
     batch = loader_of(config, catalogs[2], World(), network).assemble(global_draws(config, catalogs[2]))
     user_rows, item_rows = tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route)
     e = network.embed(batch, user_rows, item_rows)
     _, parts = network(batch, user_rows, item_rows)
-    bpr, l2 = [], []
+    ranking, l2 = [], []
+    degree = catalogs[2].graph("item_user").degree
+    root = degree.sum() / np.sqrt(degree).sum()
     for n in range(len(batch.users)):
         user, positive = e["users"][batch.users[n]], e["items"][batch.positives[n]]
         pool = batch.negatives[n] if batch.negatives.dim() == 2 else batch.negatives
         allowed = [k for k in range(len(pool)) if batch.negative_mask is None or batch.negative_mask[n, k]]
         scores = [(user * positive).sum() - (user * e["items"][pool[k]]).sum() for k in allowed]
-        bpr.append(sum(-torch.log(torch.sigmoid(s)) for s in scores) / max(len(scores), 1))
+        if loss == "bpr":
+            value = sum(-torch.log(torch.sigmoid(s)) for s in scores) / max(len(scores), 1)
+        else:
+            value = torch.log(1 + sum(torch.exp(-s / 0.5) for s in scores))
+        ranking.append(value * root / np.sqrt(degree[global_draws(config, catalogs[2]).users[n]]))
         ego = [user_rows[batch.ego_users[batch.users[n]]], item_rows[batch.ego_items[batch.positives[n]]]]
         other = sum(item_rows[batch.ego_items[k]].square().sum() for k in pool) / len(pool)
         l2.append(0.5 * (sum(row.square().sum() for row in ego) + other))
-    assert float(parts["bpr"]) == pytest.approx(float(sum(bpr).detach()) / len(bpr), rel=1e-4)
+    assert float(parts[loss]) == pytest.approx(float(sum(ranking).detach()) / len(ranking), rel=1e-4)
     assert float(parts["l2"]) == pytest.approx(float(sum(l2).detach()) / len(l2), rel=1e-4)
 
 

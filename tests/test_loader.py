@@ -14,12 +14,24 @@ from worlds import run_ranks
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import loader as loader_module
 from gtc_dist.engine.build import build_network
-from gtc_dist.engine.loader import Loader, LoaderOptions, _prefetch, deal
+from gtc_dist.engine.loader import Loader, LoaderOptions, _prefetch, deal, discounted
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs, absent_source, both_directions, by_destination, edge_of, take
 from gtc_dist.model.collectives import World
 
 CATALOG_USERS, CATALOG_ITEMS = 60, 40
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.floats(0, 1))
+def test_discounted_users_weigh_one_on_average_over_interactions(degree, power):
+    degree = np.array(degree)
+    weight = discounted(degree, power)
+    assert (weight > 0).all()
+    if degree.sum():
+        assert (weight @ degree) / degree.sum() == pytest.approx(1, rel=1e-5)
+    if power == 1 and (degree > 0).any():
+        np.testing.assert_allclose((weight * degree)[degree > 0], degree.sum() / (degree > 0).sum(), rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -82,18 +82,15 @@ class History:
         self.users, self.items = self._like(self.user_inputs), self._like(self.item_inputs)
         if graphs.user_user is not None:
             self.user_hop = self._like(self.user_inputs)
+        edges = inference.Edges(graphs, self.users, self.items, self.chunk * self.users.width // inference.COLUMNS)
         for columns in inference.column_groups(model):
-            users, items = inference.convolved(
-                self.user_inputs, self.item_inputs, columns, graphs, self.layers, self.chunk
-            )
-            self.users.weight[:, columns] = users.weight
+            users, items = edges.convolved(self.user_inputs, self.item_inputs, columns, self.layers)
+            self.users.weight[:, columns], self.items.weight[:, columns] = users.weight, items.weight
             inference.weigh(users, model, self.tables.user, columns)
-            for low, high, hop in inference.hops(users, graphs.user_user, self.chunk):
+            for low, high, hop in edges.user_user.sums(users) if edges.user_user else ():
                 self.user_hop.weight[low:high, columns] = hop
-            for low, high, hop in inference.hops(items, graphs.item_item, self.chunk):
+            for low, high, hop in edges.item_item.sums(items) if edges.item_item else ():
                 self.items.weight[low:high, columns] = items.weight[low:high] + hop
-            if graphs.item_item is None:
-                self.items.weight[:, columns] = items.weight
         self.age = 0
 
     def _like(self, table: RowTable) -> RowTable:

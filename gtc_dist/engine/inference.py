@@ -8,16 +8,15 @@ those trained on samples.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from gtc_dist.data.catalog import CSC
-from gtc_dist.engine.planner import audience_edges
-from gtc_dist.graph.csc import Graphs, take
+from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.gtc import GTC, Tables
 from gtc_dist.model.propagation import Block, weighted_sum
-from gtc_dist.model.table import RowTable, make_route
+from gtc_dist.model.table import Route, RowTable, make_route
 
 COLUMNS = 32  # of a stream that go through the graph at once
 
@@ -41,13 +40,14 @@ def embed_catalog(
         watched: filled with means over all items of what `GTC.watch` tells.
     """
     users, items = inputs(model, tables, features, graphs, chunk, torch.float32, watched)
+    edges = Edges(graphs, users, items, chunk * users.width // COLUMNS)
     for columns in column_groups(model):
-        of_users, of_items = convolved(users, items, columns, graphs, layers, chunk)
+        of_users, of_items = edges.convolved(users, items, columns, layers)
         weigh(of_users, model, tables.user, columns)
         users.weight[:, columns], items.weight[:, columns] = of_users.weight, of_items.weight
-        for out, sums, graph in ((users, of_users, graphs.user_user), (items, of_items, graphs.item_item)):
-            for low, high, hop in hops(sums, graph, chunk):
-                out.weight[low:high, columns] += hop
+        for out, sums, hop in ((users, of_users, edges.user_user), (items, of_items, edges.item_item)):
+            for low, high, values in hop.sums(sums) if hop else ():
+                out.weight[low:high, columns] += values
     return users, items
 
 
@@ -69,10 +69,10 @@ def inputs(
     for low, high in _chunks(users, chunk):
         users.weight[low:high] = model.users_in(tables.user.weight[low:high])[0].flatten(1)
     sums: dict[str, torch.Tensor] = {}
-    for low, high in _chunks(out, chunk):
-        audience = None
-        if model.needs_audience:
-            audience = _pull(*audience_edges(graphs, out.start + low, out.start + high), users)
+    audiences = None
+    if model.needs_audience:
+        audiences = Incoming(graphs.nodes.indptr, graphs.nodes.indices, None, graphs.users, out, users, chunk)
+    for low, high, audience in audiences.sums(users) if audiences else _nothing(out, chunk):
         ids = tables.item.weight[low:high]
         content = model.content({name: table.weight[low:high] for name, table in features.items()})
         filtered = model.filtered(ids, content, audience)
@@ -88,36 +88,10 @@ def inputs(
     return users, out
 
 
-@torch.no_grad()
-def convolved(
-    users: RowTable, items: RowTable, columns: slice, graphs: Graphs, layers: int, chunk: int
-) -> tuple[RowTable, RowTable]:
-    """x + Ax + A^2 x + ... of some columns x of what enters the graph, float32. A collective."""
-    x_user, x_item = _column(users, columns), _column(items, columns)
-    sums = _column(x_user, slice(None)), _column(x_item, slice(None))
-    for _ in range(layers):
-        x_user, x_item = (
-            _layer(graphs, x_user, 0, x_item, graphs.users, chunk),
-            _layer(graphs, x_item, graphs.users, x_user, 0, chunk),
-        )
-        for total, x in zip(sums, (x_user, x_item), strict=True):
-            total.weight += x.weight
-    return sums
-
-
 def weigh(sums: RowTable, model: GTC, user: RowTable, columns: slice) -> None:
     """Multiply columns of the users' sums with their weights of the columns' stream."""
     weights = user.weight[:, model.S * model.D :]
     sums.weight *= model.stream_weights(weights)[:, columns.start // model.D, None]
-
-
-@torch.no_grad()
-def hops(sums: RowTable, graph: CSC | None, chunk: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """What a hop over a graph of the table's own nodes adds: (first, end, values), by chunks; nothing
-    without the graph. A collective."""
-    for low, high in _chunks(sums, chunk) if graph is not None else ():
-        indptr, edges = take(graph, np.arange(sums.start + low, sums.start + high))
-        yield low, high, _pull(indptr, graph.indices[edges], graph.weight[edges], sums)
 
 
 def column_groups(model: GTC) -> list[slice]:
@@ -129,26 +103,87 @@ def column_groups(model: GTC) -> list[slice]:
     ]
 
 
-def _layer(graphs: Graphs, like: RowTable, offset: int, sources: RowTable, base: int, chunk: int) -> RowTable:
-    """One user-item layer: rows of nodes offset + [0, like.rows) from those of nodes base + [0, sources.rows)."""
-    out, nodes = _new(like, like.width), graphs.nodes
-    for low, high in _chunks(out, chunk):
-        indptr, edges = take(nodes, np.arange(offset + out.start + low, offset + out.start + high))
-        out.weight[low:high] = _pull(indptr, nodes.indices[edges] - np.int32(base), nodes.weight[edges], sources)
+class Incoming:
+    """Edges into this rank's rows, in chunks, for weighted sums over tables of any width. A collective to make.
+
+    Args:
+        indptr, indices, weight: of a graph by destination (CSC). weight None: the mean over a destination's edges.
+        first: number of the graph's destination that is row 0 of `rows`.
+        rows: a table with the destinations' rows.
+        sources: a table with the sources' rows; source `base` of the graph is its row 0.
+        chunk: destinations at once.
+    """
+
+    def __init__(
+        self, indptr, indices, weight, first: int, rows: RowTable, sources: RowTable, chunk: int, base: int = 0
+    ):
+        self.indptr, self.indices, self.weight, self.base = indptr, indices, weight, base
+        self.world, self.bounds = rows.world, list(_chunks(rows, chunk))
+        self.first = first + rows.start
+        # with several ranks: which rows of others a chunk needs, found once for all columns and layers
+        self.routes = [self._route(*bounds, sources.rows) for bounds in self.bounds] if self.world.size > 1 else []
+
+    def sums(self, sources: RowTable) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(first row, end, float32 [end - first, width]), chunk by chunk. A collective."""
+        for number, (low, high) in enumerate(self.bounds):
+            edges, indptr = self._edges(low, high)
+            if self.weight is None:
+                count = np.diff(indptr)
+                weight = np.repeat(1 / np.maximum(count, 1).astype(np.float32), count)
+            else:
+                weight = np.array(self.weight[edges])  # shared memory is read-only
+            if self.routes:
+                position, route = self.routes[number]
+                rows = sources.lookup(route)
+            else:
+                position, rows = torch.from_numpy(self.indices[edges] - np.int32(self.base)), sources.weight
+            block = Block.forward_only(torch.from_numpy(indptr), position, torch.from_numpy(weight), len(rows))
+            yield low, high, weighted_sum(block.to(self.world.device), rows).float()
+
+    def _edges(self, low: int, high: int) -> tuple[slice, np.ndarray]:
+        indptr = self.indptr[self.first + low : self.first + high + 1]
+        return slice(int(indptr[0]), int(indptr[-1])), indptr - indptr[0]
+
+    def _route(self, low: int, high: int, rows: int) -> tuple[torch.Tensor, Route]:
+        ids = torch.from_numpy(self.indices[self._edges(low, high)[0]] - np.int32(self.base))
+        used, position = torch.unique(ids, return_inverse=True)
+        route = make_route(used.long().to(self.world.device), rows, self.world)
+        return position.int(), replace(route, position=None)  # rows come in the order of `used`
+
+
+class Edges:
+    """A catalog's graphs, ready for sums over this rank's rows. A collective to make."""
+
+    def __init__(self, graphs: Graphs, users: RowTable, items: RowTable, chunk: int):
+        nodes = (graphs.nodes.indptr, graphs.nodes.indices, graphs.nodes.weight)
+        self.to_users = Incoming(*nodes, 0, users, items, chunk, base=graphs.users)
+        self.to_items = Incoming(*nodes, graphs.users, items, users, chunk)
+        self.user_user, self.item_item = (
+            None if hop is None else Incoming(hop.indptr, hop.indices, hop.weight, 0, table, table, chunk)
+            for hop, table in ((graphs.user_user, users), (graphs.item_item, items))
+        )
+
+    @torch.no_grad()
+    def convolved(self, users: RowTable, items: RowTable, columns: slice, layers: int) -> tuple[RowTable, RowTable]:
+        """x + Ax + A^2 x + ... of some columns x of what enters the graph, float32. A collective."""
+        x_user, x_item = _column(users, columns), _column(items, columns)
+        sums = _column(x_user, slice(None)), _column(x_item, slice(None))
+        for _ in range(layers):
+            x_user, x_item = _layer(self.to_users, x_user, x_item), _layer(self.to_items, x_item, x_user)
+            for total, x in zip(sums, (x_user, x_item), strict=True):
+                total.weight += x.weight
+        return sums
+
+
+def _layer(edges: Incoming, like: RowTable, sources: RowTable) -> RowTable:
+    out = _new(like, like.width)
+    for low, high, values in edges.sums(sources):
+        out.weight[low:high] = values
     return out
 
 
-def _pull(indptr: np.ndarray, indices: np.ndarray, weight: np.ndarray, table: RowTable) -> torch.Tensor:
-    """Weighted sums over edges by destination whose sources are rows of a sharded table: looks up just the rows in
-    use. A collective."""
-    world, ids = table.world, torch.from_numpy(indices)
-    if world.size == 1 and table.weight.dtype == torch.float32:
-        rows = table.weight  # all rows are here
-    else:
-        used, ids = torch.unique(ids, return_inverse=True)
-        rows = table.lookup(make_route(used.long().to(world.device), table.rows, world)).float()
-    block = Block.forward_only(torch.from_numpy(indptr), ids, torch.from_numpy(weight), len(rows))
-    return weighted_sum(block.to(world.device), rows)
+def _nothing(table: RowTable, chunk: int) -> Iterator[tuple[int, int, None]]:
+    return ((low, high, None) for low, high in _chunks(table, chunk))
 
 
 def _chunks(table: RowTable, chunk: int) -> Iterator[tuple[int, int]]:

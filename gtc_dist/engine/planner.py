@@ -243,15 +243,10 @@ def _place(among: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 def whole_audience(graphs: Graphs) -> Block:
     """Mean over all users of each item."""
-    return Block.build(*audience_edges(graphs, 0, graphs.items), graphs.users)
-
-
-def audience_edges(graphs: Graphs, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Users of items [start, stop) as edges by item: indptr, indices, and weights 1 / degree (of all their users)."""
-    indptr, edges = take(graphs.nodes, np.arange(graphs.users + start, graphs.users + stop))
+    indptr = graphs.nodes.indptr[graphs.users :]
     degree = np.diff(indptr)
     weight = np.repeat(1 / np.maximum(degree, 1).astype(np.float32), degree)
-    return indptr, graphs.nodes.indices[edges], weight
+    return Block.build(indptr - indptr[0], graphs.nodes.indices[indptr[0] :], weight, graphs.users)
 
 
 def _whole_hop(graph: CSC | None, rows: np.ndarray) -> Block | None:

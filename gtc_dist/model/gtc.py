@@ -190,15 +190,15 @@ class GTC(nn.Module):
         if history is not None:
             nodes = nodes - history.inputs
         if batch.input_nodes is not None:
-            nodes = nodes[batch.input_nodes]
+            nodes = nodes.index_select(0, batch.input_nodes)
         seeds = convolve(batch.blocks, nodes, batch.seed_users + batch.seed_items)
         # seed users come first among the in-users (sampled) or are all of them (full)
         users, items = seeds.split([batch.seed_users, batch.seed_items])
         weights = weights[: batch.seed_users]
-        out_users, out_items = users[batch.user_rows], items[batch.item_rows]
+        out_users, out_items = users.index_select(0, batch.user_rows), items.index_select(0, batch.item_rows)
         if history is not None:
             out_users, out_items = out_users + history.users, out_items + history.items
-        out_users = self.users_out(out_users, weights[batch.user_rows])
+        out_users = self.users_out(out_users, weights.index_select(0, batch.user_rows))
         if batch.user_hop is not None:
             out_users = out_users + weighted_sum(batch.user_hop, self.users_out(users, weights))
             if history is not None:
@@ -238,12 +238,12 @@ class GTC(nn.Module):
         bpr: Bayesian personalised ranking (Rendle et al. 2009), averaged over the negatives. softmax: cross-entropy of
         the positive among itself and the negatives, at a temperature; the hardest negatives weigh most.
         """
-        user, positive = users[batch.users], items[batch.positives]
+        user, positive = users.index_select(0, batch.users), items.index_select(0, batch.positives)
         score = (user * positive).sum(1, keepdim=True)
         if batch.negatives.dim() == 2:
             negative, mask = (user[:, None] * items[batch.negatives]).sum(2), None
         else:
-            negative, mask = user @ items[batch.negatives].T, batch.negative_mask
+            negative, mask = user @ items.index_select(0, batch.negatives).T, batch.negative_mask
         if self.shape.loss == "softmax":
             if mask is not None:
                 negative = negative.masked_fill(~mask, float("-inf"))
@@ -260,24 +260,24 @@ class GTC(nn.Module):
         generator = torch.Generator().manual_seed(batch.permutation_seed)
         scale = self.log_scale.clamp(max=4.6).exp()  # at most 100, as CLIP has it
         counts = batch.correlation_counts
-        return total_correlation(streams[rows], ids, scale, generator, self.world, counts) / total
+        return total_correlation(streams.index_select(0, rows), ids, scale, generator, self.world, counts) / total
 
     def _diffusion(self, item_rows: torch.Tensor, e: dict, ego_items: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Denoising loss of the positives, averaged over modalities, [B]. Content and condition are constants here:
         with a gradient into the content, shrinking it to a point would be the cheapest way to a low loss."""
-        audience = None if e["audience"] is None else e["audience"][ego_items].detach()
+        audience = None if e["audience"] is None else e["audience"].detach().index_select(0, ego_items)
         losses = []
         for s, x0 in enumerate(e["content"].values(), start=1):
-            condition = self.condition(item_rows[ego_items].detach(), audience, s)
-            x0 = x0[ego_items].detach()
+            condition = self.condition(item_rows.detach().index_select(0, ego_items), audience, s)
+            x0 = x0.detach().index_select(0, ego_items)
             losses.append(self.filters[s - 1].loss(x0, condition, batch.timesteps, batch.noise[s - 1]))
         return torch.stack(losses).mean(0)
 
     def _l2(self, user_rows: torch.Tensor, item_rows: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Half the squared norms of the looked-up rows of each pair and its first negatives, summed over pairs."""
-        user = user_rows[batch.ego_users[batch.users]].square().sum()
-        positive = item_rows[batch.ego_items[batch.positives]].square().sum()
-        negative = item_rows[batch.ego_items[batch.negatives]].square().sum()
+        user = user_rows.index_select(0, batch.ego_users[batch.users]).square().sum()
+        positive = item_rows.index_select(0, batch.ego_items[batch.positives]).square().sum()
+        negative = item_rows.index_select(0, batch.ego_items[batch.negatives.reshape(-1)]).square().sum()
         share = len(batch.users) / max(batch.negatives.numel(), 1)
         return 0.5 * (user + positive + share * negative)
 

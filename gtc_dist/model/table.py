@@ -128,7 +128,9 @@ class RowTable:
         if gradient is None or len(gradient[1]) == 0:
             return
         rows, grad = gradient
-        avg, avg_sq = (self.exp_avg, self.exp_avg_sq) if rows is None else (self.exp_avg[rows], self.exp_avg_sq[rows])
+        avg, avg_sq = self.exp_avg, self.exp_avg_sq
+        if rows is not None:  # index_select: several times faster than indexing
+            avg, avg_sq = avg.index_select(0, rows), avg_sq.index_select(0, rows)
         avg.lerp_(grad, 1 - betas[0])
         if self.rowwise:
             avg_sq.mul_(betas[1]).add_(grad.square().mean(dim=1, keepdim=True), alpha=1 - betas[1])
@@ -139,8 +141,9 @@ class RowTable:
         if rows is None:
             self.weight.sub_(update, alpha=size)
         else:
-            self.exp_avg[rows], self.exp_avg_sq[rows] = avg, avg_sq
-            self.weight.index_add_(0, rows, update, alpha=-size)
+            self.exp_avg.index_copy_(0, rows, avg)
+            self.exp_avg_sq.index_copy_(0, rows, avg_sq)
+            self.weight.index_copy_(0, rows, self.weight.index_select(0, rows).sub_(update, alpha=size))
 
     def state(self) -> dict[str, torch.Tensor]:
         """This rank's rows, with their optimizer state where there is one."""
@@ -163,10 +166,10 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, table, route):
         ctx.table, ctx.route = table, route
-        served = table.weight if route.serve is None else table.weight[route.serve]
+        served = table.weight if route.serve is None else table.weight.index_select(0, route.serve)
         rows = table.world.exchange(served, route.send, route.receive)
         if route.position is not None:
-            return rows[route.position]
+            return rows.index_select(0, route.position)
         return rows.clone() if rows is table.weight else rows  # the optimizer changes weights in place
 
     @staticmethod
