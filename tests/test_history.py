@@ -137,11 +137,11 @@ def test_refreshes_when_it_is_time_or_forgotten(catalog):
     config = small_config(catalog.uri, model=FEW)
     network, _, history = network_with_history(config, catalog, World())
     batch = loader_of(config, catalog, World(), network).assemble(global_draws(config, catalog))
-    history.every, refreshed, refresh = 3, [], history.refresh
+    history.every, refreshed, refresh = 32, [], history.refresh
     history.clear()
     history.refresh = lambda: refreshed.append(step) or refresh()
-    for step in range(8):
-        if step == 5:
+    for step in range(110):
+        if step == 100:
             history.clear()
         history.rows(batch)
-    assert refreshed == [0, 3, 5]
+    assert refreshed == [0, 2, 4, 8, 16, 32, 64, 96, 100]

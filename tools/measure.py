@@ -1,7 +1,6 @@
 """One rank of one measurement of tools/benchmark.py:  measure.py CASE(JSON) RANK FOLDER -> FOLDER/RANK.json"""
 
 import json
-import math
 import resource
 import statistics
 import subprocess
@@ -177,7 +176,7 @@ def measure_refresh(trainer: Trainer) -> dict:
     """The refresh of the history that every so many steps share; none is left for the steps that are measured."""
     if trainer.history is None:
         return {"seconds": 0.0, "sent_bytes": 0, "every": 1}
-    every, trainer.history.every = trainer.history.every, math.inf
+    every, trainer.history.every, trainer.history.steps = trainer.history.every, 10**9, 10**9
     trainer.world.barrier()
     before, start = trainer.world.bytes_sent, time.perf_counter()
     trainer.history.refresh()

@@ -11,7 +11,8 @@ sample. It stays unbiased, its noise shrinks with x - h, and the gradient is tha
 VR-GCN, Chen et al. 2018, with h refreshed exactly).
 
 The batch's own edges are left out of A h too, as far as walks of one step go; longer walks over them stay in it.
-A refresh costs one inference of the catalog; so many in a pass over the interactions keep it linear in both.
+A refresh costs one inference of the catalog; so many in a pass over the interactions keep it linear in both. Weights
+move most at the start, so the first intervals are short: each as long as all before it together, up to `every`.
 """
 
 import torch
@@ -23,12 +24,14 @@ from gtc_dist.model.gtc import GTC, Tables
 from gtc_dist.model.propagation import weighted_sum
 from gtc_dist.model.table import RowTable
 
+FIRST = 16  # the first interval is this part of the later ones
+
 
 class History:
     """The rows of one rank.
 
     Args:
-        every: steps from one refresh to the next.
+        every: steps from one refresh to the next, once training is under way.
         layers, chunk: of the inference.
         dtype: of what is kept. Sums are made from the inputs as they are kept, so its rounding is no error of theirs.
     """
@@ -47,6 +50,7 @@ class History:
     ):
         self.model, self.tables, self.features, self.graphs = model, tables, features, graphs
         self.every, self.layers, self.chunk, self.dtype = every, layers, chunk, dtype
+        self.steps = 0  # done so far
         self.clear()
 
     def clear(self) -> None:
@@ -57,9 +61,10 @@ class History:
     @torch.no_grad()
     def rows(self, batch: Batch) -> HistoryRows:
         """The batch's rows, for the next step; refreshed first where it is time. A collective."""
-        if self.age is None or self.age >= self.every:
+        if self.age is None or self.age >= min(self.every, max(self.steps - self.age, self.every // FIRST)):
             self.refresh()
         self.age += 1
+        self.steps += 1
         plan = batch.history
         users, items = self.users.lookup(plan.user_route).float(), self.items.lookup(plan.item_route).float()
         users -= weighted_sum(plan.left_out_of_users, self.item_inputs.lookup(plan.left_item_route).float())
