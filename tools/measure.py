@@ -159,6 +159,7 @@ def measure_steps(trainer: Trainer, repeats: int) -> dict:
         "seconds_per_step": seconds,
         "seconds_per_refresh": refresh["seconds"],
         "steps_per_refresh": refresh["every"],
+        "sent_bytes_per_refresh": refresh["sent_bytes"],
         "waiting_for_batch": sum(waits) / sum(totals),
         "processor_seconds_per_step": cpu / repeats,
         "interactions_per_second": trainer.config.train.batch_size / seconds,
