@@ -196,6 +196,8 @@ class Model(Section):
     modalities: list[str] | None = None  # None: all of the catalog
     item_hop: bool = True  # add one hop over the item-item graph
     user_hop: bool = True  # add one hop over the user-user graph
+    unit_rows: bool = True  # rows enter the graph with length one, as in the paper's code; false: with the length they
+    # learn from init_std on, so that a user or an item with few interactions stays near the mean
     gate: bool = True  # similarity gate over the streams; false: all streams alike
     diffusion: Diffusion = Diffusion()
     correlation: Correlation = Correlation()

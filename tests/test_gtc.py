@@ -17,6 +17,8 @@ VARIANTS = {
     "no filter": {"diffusion": {"enabled": False}},
     "no total correlation": {"correlation": {"enabled": False}},
     "no gate": {"gate": False},
+    "rows of any length": {"unit_rows": False},
+    "rows of any length, no gate": {"unit_rows": False, "gate": False},
     "no hops": {"item_hop": False, "user_hop": False},
     "no convolution": {"layers": 0},
     "three layers": {"layers": 3},
@@ -41,6 +43,8 @@ def reference(network, tables, catalog: Catalog, config) -> tuple[torch.Tensor, 
     S, D, U = network.S, network.D, catalog.users
     rows = tables.user.weight
     preference = torch.stack([F.normalize(rows[:, s * D : (s + 1) * D], dim=1) for s in range(S)], dim=1)
+    if not config.model.unit_rows:
+        preference = torch.stack([row[: S * D].view(S, D) + network.common.view(S, D) for row in rows])
     user_weight = S * torch.softmax(rows[:, S * D :], dim=1)
     ids = tables.item.weight
     audience = (dense(catalog.graph("user_item"), U) > 0).float()
@@ -65,7 +69,13 @@ def reference(network, tables, catalog: Catalog, config) -> tuple[torch.Tensor, 
             gate[i] = torch.softmax(network.gate_scale * agreement, dim=0)
     fused = sum(gate[:, s : s + 1] * streams[:, s] for s in range(S))
     first = F.normalize(streams[:, 0] + fused, dim=1)
-    streams = torch.cat([first[:, None], streams[:, 1:]], dim=1) * S * gate[:, :, None]
+    if config.model.unit_rows:
+        streams = torch.cat([first[:, None], streams[:, 1:]], dim=1) * S * gate[:, :, None]
+    else:
+        content = [streams[:, s] * network.content_length[s - 1] for s in range(1, S)]
+        first = ids + sum(gate[:, s : s + 1] * content[s - 1] for s in range(1, S))
+        scaled = [S * gate[:, s : s + 1] * content[s - 1] for s in range(1, S)]
+        streams = torch.stack([first, *scaled], dim=1)
     nodes = torch.cat([preference.flatten(1), streams.flatten(1)])
     items = catalog.items
     A = torch.zeros(U + items, U + items)

@@ -19,6 +19,7 @@ def network_shape(config: Config, catalog: Catalog) -> Shape:
     return Shape(
         modalities=catalog.modalities(model.modalities),
         width=model.width,
+        unit_rows=model.unit_rows,
         gate=model.gate,
         diffusion=diffusion.enabled,
         condition=diffusion.condition,

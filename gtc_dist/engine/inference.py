@@ -77,7 +77,7 @@ def inputs(
         content = model.content({name: table.weight[low:high] for name, table in features.items()})
         filtered = model.filtered(ids, content, audience)
         streams = model.streams(ids, filtered)
-        out.weight[low:high] = model.items_in(streams)
+        out.weight[low:high] = model.items_in(streams, ids)
         if watched is not None:
             for name, values in model.watch(streams, content, filtered).items():
                 sums[name] = sums.get(name, 0) + values.sum()

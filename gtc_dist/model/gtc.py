@@ -54,6 +54,7 @@ class Shape:
 
     modalities: dict[str, int]  # name -> width of its features
     width: int
+    unit_rows: bool  # what enters the graph has length one
     gate: bool
     diffusion: bool
     condition: str  # item or audience
@@ -76,6 +77,9 @@ class Shape:
         return ["id", *self.modalities]
 
 
+CONTENT_LENGTH = 0.3  # of a content stream at the start, without unit rows
+
+
 class GTC(nn.Module):
     """The dense part of the model.
 
@@ -90,6 +94,9 @@ class GTC(nn.Module):
         self.S, self.D = 1 + len(shape.modalities), shape.width
         # by number: a modality may be called what a module has as an attribute ("items")
         self.project = nn.ModuleList(nn.Linear(dim, self.D) for dim in shape.modalities.values())
+        if not shape.unit_rows:
+            self.common = nn.Parameter(torch.zeros(self.S * self.D))  # what all users prefer
+            self.content_length = nn.Parameter(torch.full((self.S - 1,), CONTENT_LENGTH))
         self.filters = nn.ModuleList()
         if shape.diffusion:
             schedule = Schedule(shape.diffusion_steps, shape.beta_start, shape.beta_end)
@@ -109,9 +116,16 @@ class GTC(nn.Module):
     # --- embeddings -------------------------------------------------------------------------------------------------
 
     def users_in(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """User rows [n, S * D + S] -> L2-normalised preferences [n, S, D] and stream weights [n, S] with mean one."""
+        """User rows [n, S * D + S] -> preferences [n, S, D] and stream weights [n, S] with mean one.
+
+        Preferences are L2-normalised, or, without unit rows, what all users prefer and the user's own on top of it,
+        which starts small and grows with what the user did.
+        """
         preference, weight = rows.split([self.S * self.D, self.S], dim=1)
-        preference = F.normalize(preference.reshape(-1, self.S, self.D), dim=2)
+        if self.shape.unit_rows:
+            preference = F.normalize(preference.reshape(-1, self.S, self.D), dim=2)
+        else:
+            preference = (preference + self.common).view(-1, self.S, self.D)
         return preference, self.stream_weights(weight)
 
     def stream_weights(self, weight: torch.Tensor) -> torch.Tensor:
@@ -155,10 +169,17 @@ class GTC(nn.Module):
         agreement = (streams * (total - streams)).sum(dim=2) / (self.S - 1)
         return torch.softmax(self.gate_scale * agreement, dim=1)
 
-    def items_in(self, streams: torch.Tensor) -> torch.Tensor:
+    def items_in(self, streams: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """What enters the graph for items, [n, S * D]: the id stream plus the gated fusion of all, and each content
-        stream times its gate (mean one over streams)."""
+        stream times its gate (mean one over streams).
+
+        Without unit rows the id stream is the row `ids` [n, D] as it is, and content has a learned length.
+        """
         gates = self.gates(streams)
+        if not self.shape.unit_rows:
+            content = streams[:, 1:] * self.content_length[:, None]
+            joined = ids + (gates[:, 1:, None] * content).sum(dim=1)
+            return torch.cat([joined[:, None], content * (self.S * gates)[:, 1:, None]], dim=1).flatten(1)
         fused = (gates[:, :, None] * streams).sum(dim=1)
         ids = F.normalize(streams[:, 0] + fused, dim=1)
         parts = torch.cat([ids[:, None], streams[:, 1:]], dim=1) * (self.S * gates)[:, :, None]
@@ -186,7 +207,7 @@ class GTC(nn.Module):
         if batch.audience is not None:
             audience = weighted_sum(batch.audience, preference)
         streams = self.streams(item_rows, self.filtered(item_rows, content, audience))
-        nodes = torch.cat([preference, self.items_in(streams)])
+        nodes = torch.cat([preference, self.items_in(streams, item_rows)])
         if history is not None:
             nodes = nodes - history.inputs
         if batch.input_nodes is not None:
