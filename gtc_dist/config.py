@@ -140,7 +140,7 @@ class Train(Section):
     epoch_steps: Positive | None = None  # steps from one validation to the next; null: one pass over the interactions
     negatives: Negatives = Negatives()
     loss: Literal["bpr", "softmax"] = "bpr"  # of a positive against its negatives: pairwise, or cross-entropy over all
-    temperature: Annotated[float, Field(gt=0)] = 1.0  # softmax: scores are divided by it
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # of the ranking loss: scores are divided by it
     user_discount: Share = 0.0  # a user's interaction counts (number of them)^-this in the ranking loss; 1: users alike
     exclude_seed_edges: bool = True  # leave the batch's own edges out of the graph that they are predicted from
     w_tc: Weight = 0.4  # weight of the total-correlation loss

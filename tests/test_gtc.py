@@ -148,7 +148,7 @@ def test_ranking_and_l2_losses_by_loops(catalogs, negatives, loss):
         allowed = [k for k in range(len(pool)) if batch.negative_mask is None or batch.negative_mask[n, k]]
         scores = [(user * positive).sum() - (user * e["items"][pool[k]]).sum() for k in allowed]
         if loss == "bpr":
-            value = sum(-torch.log(torch.sigmoid(s)) for s in scores) / max(len(scores), 1)
+            value = sum(-torch.log(torch.sigmoid(s / 0.5)) for s in scores) / max(len(scores), 1)
         else:
             value = torch.log(1 + sum(torch.exp(-s / 0.5) for s in scores))
         ranking.append(value * root / np.sqrt(degree[global_draws(config, catalogs[2]).users[n]]))

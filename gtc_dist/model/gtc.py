@@ -257,9 +257,10 @@ class GTC(nn.Module):
         """Loss of each pair against its negatives, [B].
 
         bpr: Bayesian personalised ranking (Rendle et al. 2009), averaged over the negatives. softmax: cross-entropy of
-        the positive among itself and the negatives, at a temperature; the hardest negatives weigh most.
+        the positive among itself and the negatives; the hardest weigh most. Both of scores over a temperature.
         """
         user, positive = users.index_select(0, batch.users), items.index_select(0, batch.positives)
+        user = user / self.shape.loss_temperature
         score = (user * positive).sum(1, keepdim=True)
         if batch.negatives.dim() == 2:
             negative, mask = (user[:, None] * items[batch.negatives]).sum(2), None
@@ -268,7 +269,7 @@ class GTC(nn.Module):
         if self.shape.loss == "softmax":
             if mask is not None:
                 negative = negative.masked_fill(~mask, float("-inf"))
-            logits = torch.cat([score, negative], dim=1) / self.shape.loss_temperature
+            logits = torch.cat([score, negative], dim=1)
             return torch.logsumexp(logits, dim=1) - logits[:, 0]
         loss = F.softplus(negative - score)
         return loss.mean(1) if mask is None else (loss * mask).sum(1) / mask.sum(1).clamp(min=1)
