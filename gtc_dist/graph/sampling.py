@@ -145,6 +145,8 @@ def inclusion(size: np.ndarray, expected: int) -> np.ndarray:
     """
     chance = np.zeros(len(size))
     rest = np.flatnonzero(size > 0)
+    if len(rest):
+        size = size / size.max()  # the sum below must not be so small that its inverse is infinite
     while len(rest) and expected > 0:
         if len(rest) <= expected:
             chance[rest] = 1
