@@ -11,6 +11,7 @@ sample. It stays unbiased, its noise shrinks with x - h, and the gradient is tha
 VR-GCN, Chen et al. 2018, with h refreshed exactly).
 
 The batch's own edges are left out of A h too, as far as walks of one step go; longer walks over them stay in it.
+A hop neighbour's stream weights multiply, and get their gradient from, what changed since the refresh alone.
 A refresh costs one inference of the catalog; so many in a pass over the interactions keep it linear in both. Weights
 move most at the start, so the first intervals are short: each as long as all before it together, up to `every`.
 """

@@ -145,13 +145,12 @@ def inclusion(size: np.ndarray, expected: int) -> np.ndarray:
     """
     chance = np.zeros(len(size))
     rest = np.flatnonzero(size > 0)
-    if len(rest):
-        size = size / size.max()  # the sum below must not be so small that its inverse is infinite
     while len(rest) and expected > 0:
         if len(rest) <= expected:
             chance[rest] = 1
             break
-        scaled = size[rest] * (expected / size[rest].sum())
+        part = size[rest] / size[rest].max()  # of tiny sizes the inverse of the sum would be infinite
+        scaled = part * (expected / part.sum())
         sure = scaled >= 1
         if not sure.any():
             chance[rest] = scaled
