@@ -224,11 +224,10 @@ def _left_out(
 ) -> tuple[Block, np.ndarray]:
     """Of some edges those that end in `rows`, as a block, and its sources."""
     at = _place(rows, destination)
-    ends = np.flatnonzero(at >= 0)
-    ends = ends[np.argsort(at[ends], kind="stable")]
+    ends = at >= 0
     sources, column = np.unique(source[ends], return_inverse=True)
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(at[ends], minlength=len(rows)))])
-    arrays = (torch.from_numpy(array) for array in (indptr, column, weight[ends]))
+    edges = sp.csr_matrix((weight[ends], (at[ends], column)), shape=(len(rows), len(sources)))
+    arrays = (torch.from_numpy(array) for array in (edges.indptr, edges.indices, edges.data))
     return Block.forward_only(*arrays, len(sources)), sources
 
 
