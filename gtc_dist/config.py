@@ -179,7 +179,11 @@ class Correlation(Section):
     """The total-correlation objective over all streams at once."""
 
     enabled: bool = True
-    temperature: Annotated[float, Field(gt=0)] = 0.2  # start value; learned
+    of: Literal["inputs", "outputs"] = "inputs"  # items' streams as they enter the graph; or streams as they leave it,
+    # of users and of items
+    critic: Literal["multilinear", "additive"] = "multilinear"  # product of all streams, or mean over their pairs
+    temperature: Annotated[float, Field(gt=0)] = 0.2  # of the critic's scores
+    learn_temperature: bool = True  # from there on; false: it stays
     rows: NonNegative = 512  # items of the global batch that enter; 0: one for each interaction
 
 
@@ -191,6 +195,7 @@ class Model(Section):
     user_fanout: int = 5  # sampled: neighbours on the user-user graph, and users of an item's audience; -1: all
     layer_nodes: Positive | None = None  # sampled: about this many new nodes a layer or hop, over all ranks; null: all
     width: Positive = 64  # D of each stream
+    members: Positive = 1  # models that are trained side by side on the same batches; their scores are added
     init_std: Annotated[float, Field(gt=0)] = 0.1  # of id and preference embeddings at the start
     layers: NonNegative = 2  # user-item convolution layers; 0: no convolution
     modalities: list[str] | None = None  # None: all of the catalog
@@ -198,6 +203,9 @@ class Model(Section):
     user_hop: bool = True  # add one hop over the user-user graph
     unit_rows: bool = True  # rows enter the graph with length one, as in the paper's code; false: with the length they
     # learn from init_std on, so that a user or an item with few interactions stays near the mean
+    content: Literal["vector", "gate"] = "vector"  # a content stream is the filtered content, as in the paper; or the
+    # id row under a gate that the filtered content opens, and the hop over the item-item graph gives its neighbours'
+    join: Literal["concat", "sum"] = "concat"  # of the streams that leave the graph, into the embedding
     gate: bool = True  # similarity gate over the streams; false: all streams alike
     diffusion: Diffusion = Diffusion()
     correlation: Correlation = Correlation()
@@ -215,6 +223,8 @@ class Model(Section):
                 raise ValueError(f"{name} {fanouts} has a value that is neither positive nor -1 (all)")
         if self.propagation == "sampled" and len(self.fanout) != self.layers:
             raise ValueError(f"fanout {self.fanout} names {len(self.fanout)} layers, model.layers is {self.layers}")
+        if self.content == "gate" and self.unit_rows:
+            raise ValueError("content: gate needs unit_rows: false, since a gate is about lengths")
         return self
 
 

@@ -21,6 +21,10 @@ def small_config(catalog: str, storage: str = "runs", **sections) -> Config:
     return build_config(_merge(tree, sections), "test")
 
 
+# content as a gate on the ids, in two members: the other way through the network
+GATED = {"content": "gate", "unit_rows": False, "members": 2, "join": "sum"}
+
+
 def _merge(below: dict, above: dict) -> dict:
     out = dict(below)
     for key, value in above.items():

@@ -22,6 +22,11 @@ VARIANTS = {
     "no hops": {"item_hop": False, "user_hop": False},
     "no convolution": {"layers": 0},
     "three layers": {"layers": 3},
+    "three members": {"members": 3},
+    "content as a gate": {"unit_rows": False, "content": "gate"},
+    "content as a gate, two members, summed": {"unit_rows": False, "content": "gate", "members": 2, "join": "sum"},
+    "content as a gate, no hops": {"unit_rows": False, "content": "gate", "item_hop": False, "user_hop": False},
+    "streams summed, no gate": {"join": "sum", "gate": False},
 }
 
 
@@ -38,41 +43,73 @@ def dense(graph: CSC, sources: int) -> torch.Tensor:
     return out
 
 
+def unit_mean_square(x: torch.Tensor) -> torch.Tensor:
+    return x / x.square().mean(1, keepdim=True).add(torch.finfo(torch.float32).eps).sqrt()
+
+
 def reference(network, tables, catalog: Catalog, config) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings of all users and items, with dense matrices and no shared code for graph and gate."""
-    S, D, U = network.S, network.D, catalog.users
-    rows = tables.user.weight
-    preference = torch.stack([F.normalize(rows[:, s * D : (s + 1) * D], dim=1) for s in range(S)], dim=1)
-    if not config.model.unit_rows:
-        preference = torch.stack([row[: S * D].view(S, D) + network.common.view(S, D) for row in rows])
-    user_weight = S * torch.softmax(rows[:, S * D :], dim=1)
-    ids = tables.item.weight
+    D, M = network.D, config.model.members
+    gated = config.model.content == "gate"
+    G = 2 if gated else network.S
+    rows, ids = tables.user.weight, tables.item.weight
+    preferences = M * D if gated else M * G * D
+    users, items = [], []
+    for m in range(M):
+        of_m = slice(m * preferences // M, (m + 1) * preferences // M)
+        weights = rows[:, preferences + m * G : preferences + (m + 1) * G]
+        common = None if gated or config.model.unit_rows else network.common[of_m]
+        rows_m, ids_m = rows[:, of_m], ids[:, m * D : (m + 1) * D]
+        for out, streams in zip((users, items), one(network, m, rows_m, weights, common, ids_m, catalog, config.model), strict=True):
+            streams = streams.view(len(streams), -1, D)
+            out.append(streams.sum(1) if config.model.join == "sum" else streams.flatten(1))
+    return torch.cat(users, dim=1), torch.cat(items, dim=1)
+
+
+def one(network, m: int, rows, weights, common, ids, catalog: Catalog, model) -> tuple[torch.Tensor, torch.Tensor]:
+    """One member's streams of users and items, side by side."""
+    shape, member, S, D, U = network.shape, network.members[m], network.S, network.D, catalog.users
+    gated = shape.content == "gate"
+    if gated:
+        preference = torch.stack([rows, torch.zeros_like(rows)], dim=1)
+    elif shape.unit_rows:
+        preference = torch.stack([F.normalize(rows[:, s * D : (s + 1) * D], dim=1) for s in range(S)], dim=1)
+    else:
+        preference = torch.stack([row.view(S, D) + common.view(S, D) for row in rows])
+    user_weight = weights.shape[1] * torch.softmax(weights, dim=1)
     audience = (dense(catalog.graph("user_item"), U) > 0).float()
     audience = audience / audience.sum(1, keepdim=True).clamp(min=1)
-    streams = [ids]
-    for s, name in enumerate(network.shape.modalities, start=1):
-        features = torch.from_numpy(catalog.features(name).astype(np.float32))
-        x0 = network.project[s - 1](features)
-        x0 = x0 / x0.square().mean(1, keepdim=True).add(torch.finfo(torch.float32).eps).sqrt()
-        if config.model.diffusion.enabled:
-            c = ids / ids.square().mean(1, keepdim=True).add(torch.finfo(torch.float32).eps).sqrt()
-            if config.model.diffusion.condition == "audience":
-                c = torch.cat([c, D**0.5 * (audience @ preference[:, s])], dim=1)
-            x0 = network.filters[s - 1](x0, c)
-        streams.append(x0)
-    streams = torch.stack([F.normalize(x, dim=1) for x in streams], dim=1)
+    contents = []
+    for s, name in enumerate(shape.modalities, start=1):
+        x0 = unit_mean_square(member.project[s - 1](torch.from_numpy(catalog.features(name).astype(np.float32))))
+        if shape.diffusion:
+            c = unit_mean_square(ids)
+            if shape.condition == "audience":
+                liked = unit_mean_square(audience @ rows) if gated else D**0.5 * (audience @ preference[:, s])
+                c = torch.cat([c, liked], dim=1)
+            x0 = member.filters[s - 1](x0, c)
+        contents.append(x0)
+    if gated:
+        contents = [ids / (1 + torch.exp(-x)) for x in contents]
+    streams = torch.stack([F.normalize(x, dim=1) for x in [ids, *contents]], dim=1)
     gate = torch.full((catalog.items, S), 1 / S)
-    if config.model.gate:
+    if shape.gate:
         for i in range(catalog.items):
             cosine = streams[i] @ streams[i].T
             agreement = torch.stack([(cosine[s].sum() - cosine[s, s]) / (S - 1) for s in range(S)])
-            gate[i] = torch.softmax(network.gate_scale * agreement, dim=0)
-    fused = sum(gate[:, s : s + 1] * streams[:, s] for s in range(S))
-    first = F.normalize(streams[:, 0] + fused, dim=1)
-    if config.model.unit_rows:
+            gate[i] = torch.softmax(member.gate_scale * agreement, dim=0)
+    if gated:
+        weighted = sum(gate[:, s : s + 1] * contents[s - 1] for s in range(1, S))
+        content = member.content_length * weighted / gate[:, 1:].sum(1, keepdim=True)
+        if shape.item_hop:
+            content = dense(catalog.graph("item_item"), catalog.items) @ content
+        streams = torch.stack([ids, content], dim=1)
+    elif shape.unit_rows:
+        fused = sum(gate[:, s : s + 1] * streams[:, s] for s in range(S))
+        first = F.normalize(streams[:, 0] + fused, dim=1)
         streams = torch.cat([first[:, None], streams[:, 1:]], dim=1) * S * gate[:, :, None]
     else:
-        content = [streams[:, s] * network.content_length[s - 1] for s in range(1, S)]
+        content = [streams[:, s] * member.content_length[s - 1] for s in range(1, S)]
         first = ids + sum(gate[:, s : s + 1] * content[s - 1] for s in range(1, S))
         scaled = [S * gate[:, s : s + 1] * content[s - 1] for s in range(1, S)]
         streams = torch.stack([first, *scaled], dim=1)
@@ -81,12 +118,12 @@ def reference(network, tables, catalog: Catalog, config) -> tuple[torch.Tensor, 
     A = torch.zeros(U + items, U + items)
     A[:U, U:] = dense(catalog.graph("item_user"), items)
     A[U:, :U] = dense(catalog.graph("user_item"), U)
-    out = sum(torch.linalg.matrix_power(A, k) @ nodes for k in range(config.model.layers + 1))
+    out = sum(torch.linalg.matrix_power(A, k) @ nodes for k in range(model.layers + 1))
     users = out[:U] * user_weight.repeat_interleave(D, dim=1)
     item_out = out[U:]
-    if config.model.user_hop:
+    if model.user_hop:
         users = users + dense(catalog.graph("user_user"), U) @ users
-    if config.model.item_hop:
+    if shape.item_hop and not gated:
         item_out = item_out + dense(catalog.graph("item_item"), items) @ item_out
     return users, item_out
 
@@ -108,8 +145,8 @@ def test_embeddings_match_the_dense_reference(catalogs, name):
     users, items = reference(network, tables, catalog, config)
     batch = loader_of(config, catalog, World(), network).assemble(global_draws(config, catalog))
     out = network.embed(batch, tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route))
-    torch.testing.assert_close(out["users"], users[batch.user_rows], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(out["items"], items[batch.item_ids], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network.joined(out["users"]), users[batch.user_ids], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network.joined(out["items"]), items[batch.item_ids], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("modalities", [1, 5])
@@ -164,11 +201,11 @@ def test_the_denoisers_are_trained_and_the_diffusion_loss_leaves_the_content_alo
     would be content without content."""
     config, network, tables = setup(catalogs[2], train={"w_diff": 1.0})
     names = dict(network.named_parameters())
-    assert any(name.startswith("filters.0.denoiser") for name in names)
+    assert any(name.startswith("members.0.filters.0.denoiser") for name in names)
     batch = loader_of(config, catalogs[2], World(), network).assemble(global_draws(config, catalogs[2]))
     user_rows, item_rows = tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route)
     e = network.embed(batch, user_rows, item_rows)
-    loss = network._diffusion(item_rows, e, batch.ego_items[batch.positives], batch).sum()
+    loss = network._diffusion(e["ways"], batch).sum()
     gradients = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
     for name, gradient in zip(names, gradients, strict=True):
         trained = gradient is not None and bool(gradient.abs().sum() > 0)
@@ -186,11 +223,12 @@ def test_the_weights_of_the_loss_parts(catalogs):
 
 def test_what_is_watched(catalogs):
     _config, network, tables = setup(catalogs[2])
-    content = network.content({n: torch.from_numpy(catalogs[2].features(n)) for n in network.shape.modalities})
-    streams = network.streams(tables.item.weight, content)
-    untouched = network.watch(streams, content, content)
+    member = network.members[0]
+    content = member.content({n: torch.from_numpy(catalogs[2].features(n)) for n in network.shape.modalities})
+    streams = member.streams(tables.item.weight, content)
+    untouched = member.watch(streams, content, content)
     assert untouched["kept_energy/m0"].tolist() == pytest.approx([1.0] * catalogs[2].items)
-    halved = network.watch(streams, content, {name: x / 2 for name, x in content.items()})
+    halved = member.watch(streams, content, {name: x / 2 for name, x in content.items()})
     assert halved["kept_energy/m0"].tolist() == pytest.approx([0.75] * catalogs[2].items, rel=1e-5)
     assert sum(float(untouched[f"gate/{s}"][0]) for s in ("id", "m0", "m1")) == pytest.approx(1.0)
 

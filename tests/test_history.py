@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import small_catalog, small_config
+from small import GATED, small_catalog, small_config
 from steps import assert_same_step, global_draws, loader_of, set_away_from_start, share, whole_gradient
 from worlds import run_ranks
 
@@ -37,7 +37,7 @@ def network_with_history(config, catalog, world, dtype=torch.float32, moved=0.0)
     features, graphs = load_features(network.shape, catalog, world), load_graphs(config, catalog)
     history = History(network, tables, features, graphs, every=10**6, layers=config.model.layers, chunk=7, dtype=dtype)
     history.refresh()
-    move(tables, moved, network.S * network.D)
+    move(tables, moved, network.user_widths[0])
     return network, tables, history
 
 
@@ -62,34 +62,38 @@ def step(world: World, uri: str, config, draws, counts, moved: float) -> dict:
 
 @pytest.mark.parametrize("layers", [0, 1, 2])
 @pytest.mark.parametrize("hops", [True, False])
-def test_with_every_neighbour_it_is_the_whole_graph_however_old_the_history(catalog, layers, hops):
+@pytest.mark.parametrize("content", [{}, GATED])
+def test_with_every_neighbour_it_is_the_whole_graph_however_old_the_history(catalog, layers, hops, content):
     outcomes = []
     for model in ({"propagation": "full"}, {**ALL, "fanout": [-1] * layers}):
-        model = {**model, **ITEM, "layers": layers, "item_hop": hops, "user_hop": hops}
+        model = {**model, **content, **ITEM, "layers": layers, "item_hop": hops, "user_hop": hops}
         config = small_config(catalog.uri, model=model, train={"exclude_seed_edges": False, "loss": "softmax"})
         outcomes.append(step(World(), catalog.uri, config, global_draws(config, catalog), [24], moved=0.2))
     # a hop neighbour's stream weights get their gradient from what changed alone
     for outcome in outcomes:
-        outcome["tables"]["user"] = outcome["tables"]["user"][:, : 3 * config.model.width]
+        outcome["tables"]["user"] = outcome["tables"]["user"][:, : (2 if content else 3) * config.model.width]
     assert_same_step(outcomes[1], outcomes[0])
 
 
-def test_ranks_leave_out_the_edges_of_all(catalog):
-    config = small_config(catalog.uri, model={**ALL, "correlation": {"rows": 0}})
+@pytest.mark.parametrize("content", [{}, GATED])
+def test_ranks_leave_out_the_edges_of_all(catalog, content):
+    model = {**ALL, **content, "correlation": {"rows": 0}}
+    config = small_config(catalog.uri, model=model)
     draws = global_draws(config, catalog)
     alone = run_ranks(step, 1, catalog.uri, config, draws, [24], 0.2)[0]
     for result in run_ranks(step, 3, catalog.uri, config, draws, [15, 0, 9], 0.2):
         assert_same_step(result, alone)
-    other = small_config(catalog.uri, model={**ALL, "correlation": {"rows": 0}}, train={"exclude_seed_edges": False})
+    other = small_config(catalog.uri, model=model, train={"exclude_seed_edges": False})
     kept = step(World(), catalog.uri, other, draws, [24], 0.2)
     assert abs(kept["parts"]["bpr"] - alone["parts"]["bpr"]) > 1e-3
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_left_out_edges_are_gone_from_walks_of_one_step(catalog, layers):
+@pytest.mark.parametrize("content", [{}, {**GATED, "item_hop": True}])
+def test_left_out_edges_are_gone_from_walks_of_one_step(catalog, layers, content):
     outcomes = []
     for model in ({"propagation": "full"}, {**ALL, "fanout": [-1] * layers}):
-        model = {**model, **ITEM, "layers": layers, "user_hop": False, "item_hop": False}
+        model = {**model, **ITEM, "layers": layers, "user_hop": False, "item_hop": False, **content}
         config = small_config(catalog.uri, model=model)
         outcomes.append(step(World(), catalog.uri, config, global_draws(config, catalog), [24], 0.0)["parts"]["bpr"])
     with_edges = small_config(catalog.uri, model=model, train={"exclude_seed_edges": False})
@@ -124,11 +128,12 @@ def test_few_neighbours_are_unbiased_and_err_by_what_changed(catalog):
     assert (drawn[True].mean(0) - want).norm() < 0.05 * want.norm()
 
 
-def test_nothing_changed_nothing_estimated(catalog):
+@pytest.mark.parametrize("content", [{}, GATED])
+def test_nothing_changed_nothing_estimated(catalog, content):
     """Right after a refresh a sample of two neighbours gives what the whole graph does, to the rounding of float16."""
     options = {"train": {"exclude_seed_edges": False}}
-    few = small_config(catalog.uri, model={**FEW, **ITEM}, **options)
-    whole = small_config(catalog.uri, model={"propagation": "full", **ITEM}, **options)
+    few = small_config(catalog.uri, model={**FEW, **content, **ITEM}, **options)
+    whole = small_config(catalog.uri, model={"propagation": "full", **content, **ITEM}, **options)
     want = embeddings(catalog, whole, 0.0, False, 1)[0]
     torch.testing.assert_close(embeddings(catalog, few, 0.0, True, 1, torch.float16)[0], want, rtol=5e-3, atol=5e-3)
 

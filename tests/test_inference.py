@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import small_catalog, small_config
+from small import GATED, small_catalog, small_config
 from test_gtc import reference, setup
 from worlds import run_ranks
 
@@ -19,8 +19,9 @@ def catalog(tmp_path_factory):
 
 @pytest.mark.parametrize("chunk", [1000, 7])
 @pytest.mark.parametrize("hops", [True, False])
-def test_matches_the_dense_reference(catalog, chunk, hops):
-    config, network, tables = setup(catalog, model={"item_hop": hops, "user_hop": hops})
+@pytest.mark.parametrize("model", [{}, GATED])
+def test_matches_the_dense_reference(catalog, chunk, hops, model):
+    config, network, tables = setup(catalog, model={"item_hop": hops, "user_hop": hops, **model})
     features = load_features(network.shape, catalog, World())
     users, items = embed_catalog(network, tables, features, load_graphs(config, catalog), config.model.layers, chunk)
     want_users, want_items = reference(network, tables, catalog, config)
@@ -37,8 +38,9 @@ def own_rows(world: World, uri: str, config) -> dict:
     return {"users": out[0].weight, "items": out[1].weight, "watched": watched}
 
 
-def test_ranks_compute_their_own_rows(catalog):
-    config = small_config(catalog.uri)
+@pytest.mark.parametrize("model", [{}, GATED])
+def test_ranks_compute_their_own_rows(catalog, model):
+    config = small_config(catalog.uri, model=model)
     alone = run_ranks(own_rows, 1, catalog.uri, config)[0]
     together = run_ranks(own_rows, 3, catalog.uri, config)
     for kind in ("users", "items"):

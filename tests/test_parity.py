@@ -1,7 +1,7 @@
 """One rank and several on the same global batch: the same loss and the same gradients, dense modules and tables."""
 
 import pytest
-from small import small_catalog, small_config
+from small import GATED, small_catalog, small_config
 from steps import assert_same_step, global_draws, step
 from worlds import run_ranks
 
@@ -16,9 +16,20 @@ def catalog(tmp_path_factory):
     return small_catalog(tmp_path_factory.mktemp("catalog") / "c")
 
 
-@pytest.mark.parametrize(("propagation", "rows"), [("full", 512), ("sampled", 0)])
-def test_two_ranks_give_the_loss_and_gradients_of_one(catalog, propagation, rows):
-    config = small_config(catalog.uri, model={**MODELS[propagation], "correlation": {"rows": rows}})
+OUTPUTS = {**GATED, "correlation": {"of": "outputs", "critic": "additive", "rows": 0}}
+
+
+@pytest.mark.parametrize(
+    ("propagation", "model"),
+    [
+        ("full", {}),
+        ("full", OUTPUTS),
+        ("sampled", {"correlation": {"rows": 0}}),
+        ("sampled", OUTPUTS),
+    ],
+)
+def test_two_ranks_give_the_loss_and_gradients_of_one(catalog, propagation, model):
+    config = small_config(catalog.uri, model={**MODELS[propagation], **model})
     draws = global_draws(config, catalog)
     alone = run_ranks(step, 1, catalog.uri, config, draws, [24])[0]
     assert set(alone["parts"]) == {"bpr", "tc", "diffusion", "l2"}

@@ -6,7 +6,7 @@ import scipy.sparse as sp
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small import small_catalog, small_config
+from small import GATED, small_catalog, small_config
 from steps import assert_same_step, global_draws, loader_of, set_away_from_start, step
 
 from gtc_dist.data.catalog import CSC
@@ -32,9 +32,10 @@ def random_graph(nodes=150, seed=0) -> tuple[CSC, sp.csr_matrix]:
 @pytest.mark.parametrize("kind", ["neighbor", "labor"])
 @pytest.mark.parametrize("excluded", [False, True])
 @pytest.mark.parametrize("condition", ["item", "audience"])
-def test_fanout_minus_one_equals_the_whole_graph(catalog, kind, excluded, condition):
+@pytest.mark.parametrize("content", [{}, GATED])
+def test_fanout_minus_one_equals_the_whole_graph(catalog, kind, excluded, condition, content):
     outcomes = []
-    for model in ({"propagation": "full"}, {**ALL, "sampler": kind}):
+    for model in ({"propagation": "full", **content}, {**ALL, **content, "sampler": kind}):
         config = small_config(
             catalog.uri,
             model={**model, "diffusion": {"condition": condition, "steps": 20, "start_step": 5}},
@@ -53,14 +54,17 @@ def test_leaving_out_seed_edges_changes_the_result(catalog):
     assert abs(outcomes[0]["parts"]["bpr"] - outcomes[1]["parts"]["bpr"]) > 1e-3
 
 
-@pytest.mark.parametrize(("kind", "layer_nodes"), [("neighbor", None), ("labor", None), ("neighbor", 12)])
-def test_mean_of_many_draws_converges_to_whole_propagation(catalog, kind, layer_nodes):
+@pytest.mark.parametrize(
+    ("kind", "layer_nodes", "content"),
+    [("neighbor", None, {}), ("labor", None, {}), ("neighbor", 12, {}), ("neighbor", 12, GATED)],
+)
+def test_mean_of_many_draws_converges_to_whole_propagation(catalog, kind, layer_nodes, content):
     """Embeddings of the batch: two layers, hops and their corrections. The gate and the filter see no sample here
     (condition: item), so the estimate is unbiased."""
 
     def embeddings(model: dict, draws: int) -> torch.Tensor:
         config = small_config(
-            catalog.uri, model={**model, "diffusion": {"condition": "item", "steps": 20, "start_step": 5}}
+            catalog.uri, model={**model, **content, "diffusion": {"condition": "item", "steps": 20, "start_step": 5}}
         )
         network, tables = build_network(config, catalog, World())
         set_away_from_start(network)

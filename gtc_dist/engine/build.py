@@ -18,8 +18,11 @@ def network_shape(config: Config, catalog: Catalog) -> Shape:
     model, diffusion = config.model, config.model.diffusion
     return Shape(
         modalities=catalog.modalities(model.modalities),
+        members=model.members,
         width=model.width,
         unit_rows=model.unit_rows,
+        content=model.content,
+        join=model.join,
         gate=model.gate,
         diffusion=diffusion.enabled,
         condition=diffusion.condition,
@@ -29,8 +32,12 @@ def network_shape(config: Config, catalog: Catalog) -> Shape:
         start_step=diffusion.start_step,
         ddim_steps=diffusion.ddim_steps,
         hidden=diffusion.hidden,
+        item_hop=model.item_hop,
         correlation=model.correlation.enabled,
+        correlation_of=model.correlation.of,
+        critic=model.correlation.critic,
         temperature=model.correlation.temperature,
+        learn_temperature=model.correlation.learn_temperature,
         loss=config.train.loss,
         loss_temperature=config.train.temperature,
         w_tc=config.train.w_tc,
@@ -48,9 +55,9 @@ def build_network(config: Config, catalog: Catalog, world: World, trainable: boo
     shape = network_shape(config, catalog)
     torch.manual_seed(config.train.seed)
     network = GTC(shape, world).to(world.device)
-    sizes = (catalog.users, catalog.items, len(shape.streams), shape.width)
+    sizes = (catalog.users, catalog.items)
     options = {"trainable": trainable, "rowwise": config.train.table_optimizer == "rowwise_adam"}
-    return network, Tables.build(*sizes, config.model.init_std, world, config.train.seed, **options)
+    return network, Tables.build(network, *sizes, config.model.init_std, world, config.train.seed, **options)
 
 
 def load_features(shape: Shape, catalog: Catalog, world: World) -> dict[str, RowTable]:
@@ -106,6 +113,7 @@ def build_loader(
         sampler=model.sampler,
         threads=1,
         history=has_history(config),
+        hops_first=network.hops_first,
     )
     if model.propagation == "full":
         planner = FullPlanner(graphs, features, plan, network.world.device)
@@ -115,7 +123,7 @@ def build_loader(
         batch_size=train.batch_size,
         seed=train.seed,
         negatives=train.negatives.mode,
-        negative_count=train.negatives.count,
+        negative_count=train.negatives.count * (1 if train.negatives.mode == "shared" else model.members),
         correlation_rows=model.correlation.rows,
         diffusion_steps=model.diffusion.steps,
         modalities=len(shape.modalities),

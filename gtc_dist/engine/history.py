@@ -57,7 +57,7 @@ class History:
     def clear(self) -> None:
         """Forget everything; the next step refreshes."""
         self.age: int | None = None  # steps since the refresh
-        self.user_inputs = self.item_inputs = self.users = self.user_hop = self.items = None
+        self.user_inputs = self.item_inputs = self.item_nodes = self.users = self.user_hop = self.items = None
 
     @torch.no_grad()
     def rows(self, batch: Batch) -> HistoryRows:
@@ -68,7 +68,7 @@ class History:
         self.steps += 1
         plan = batch.history
         users, items = self.users.lookup(plan.user_route).float(), self.items.lookup(plan.item_route).float()
-        users -= weighted_sum(plan.left_out_of_users, self.item_inputs.lookup(plan.left_item_route).float())
+        users -= weighted_sum(plan.left_out_of_users, self.item_nodes.lookup(plan.left_item_route).float())
         items -= weighted_sum(plan.left_out_of_items, self.user_inputs.lookup(plan.left_user_route).float())
         entering = [
             table.lookup(route).float()
@@ -86,16 +86,22 @@ class History:
             model, self.tables, self.features, graphs, self.chunk, self.dtype
         )
         self.users, self.items = self._like(self.user_inputs), self._like(self.item_inputs)
+        # what enters the graph: the inputs, but for content streams that take a hop first
+        self.item_nodes = self._like(self.item_inputs) if model.hops_first else self.item_inputs
         if graphs.user_user is not None:
             self.user_hop = self._like(self.user_inputs)
         edges = inference.Edges(graphs, self.users, self.items, self.chunk * self.users.width // inference.COLUMNS)
         for columns in inference.column_groups(model):
-            users, items = edges.convolved(self.user_inputs, self.item_inputs, columns, self.layers)
+            x_user, x_item = edges.entering(model, self.user_inputs, self.item_inputs, columns)
+            if model.hops_first:
+                self.item_nodes.weight[:, columns] = x_item.weight
+            users, items = edges.convolved(x_user, x_item, self.layers)
             self.users.weight[:, columns], self.items.weight[:, columns] = users.weight, items.weight
             inference.weigh(users, model, self.tables.user, columns)
             for low, high, hop in edges.user_user.sums(users) if edges.user_user else ():
                 self.user_hop.weight[low:high, columns] = hop
-            for low, high, hop in edges.item_item.sums(items) if edges.item_item else ():
+            item_hop = None if model.hops_first else edges.item_item
+            for low, high, hop in item_hop.sums(items) if item_hop else ():
                 self.items.weight[low:high, columns] = items.weight[low:high] + hop
         self.age = 0
 

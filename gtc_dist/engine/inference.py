@@ -31,7 +31,7 @@ def embed_catalog(
     chunk: int,
     watched: dict[str, float] | None = None,
 ) -> tuple[RowTable, RowTable]:
-    """Final embeddings of all users and items as frozen tables of width S * D. A collective.
+    """Final embeddings of all users and items as frozen tables of width `out_width`. A collective.
 
     Args:
         features: tables of the modalities' features over the model's ranks.
@@ -42,13 +42,14 @@ def embed_catalog(
     users, items = inputs(model, tables, features, graphs, chunk, torch.float32, watched)
     edges = Edges(graphs, users, items, chunk * users.width // COLUMNS)
     for columns in column_groups(model):
-        of_users, of_items = edges.convolved(users, items, columns, layers)
+        of_users, of_items = edges.convolved(*edges.entering(model, users, items, columns), layers)
         weigh(of_users, model, tables.user, columns)
         users.weight[:, columns], items.weight[:, columns] = of_users.weight, of_items.weight
-        for out, sums, hop in ((users, of_users, edges.user_user), (items, of_items, edges.item_item)):
+        item_hop = None if model.hops_first else edges.item_item
+        for out, sums, hop in ((users, of_users, edges.user_user), (items, of_items, item_hop)):
             for low, high, values in hop.sums(sums) if hop else ():
                 out.weight[low:high, columns] += values
-    return users, items
+    return _joined(model, users), _joined(model, items)
 
 
 @torch.no_grad()
@@ -61,25 +62,22 @@ def inputs(
     dtype: torch.dtype,
     watched: dict[str, float] | None = None,
 ) -> tuple[RowTable, RowTable]:
-    """What enters the graph for users and for items, tables of width S * D. A collective."""
+    """What enters the graph for users and for items, tables of width T * D. A collective."""
     training = model.training
     model.eval()
-    width = model.S * model.D
+    width = model.T * model.D
     users, out = _new(tables.user, width, dtype), _new(tables.item, width, dtype)
     for low, high in _chunks(users, chunk):
-        users.weight[low:high] = model.users_in(tables.user.weight[low:high])[0].flatten(1)
+        users.weight[low:high] = model.users_in(tables.user.weight[low:high])[0]
     sums: dict[str, torch.Tensor] = {}
     audiences = None
     if model.needs_audience:
         audiences = Incoming(graphs.nodes.indptr, graphs.nodes.indices, None, graphs.users, out, users, chunk)
     for low, high, audience in audiences.sums(users) if audiences else _nothing(out, chunk):
-        ids = tables.item.weight[low:high]
-        content = model.content({name: table.weight[low:high] for name, table in features.items()})
-        filtered = model.filtered(ids, content, audience)
-        streams = model.streams(ids, filtered)
-        out.weight[low:high] = model.items_in(streams, ids)
+        content = {name: table.weight[low:high] for name, table in features.items()}
+        out.weight[low:high], ways = model.items_in(tables.item.weight[low:high], content, audience)
         if watched is not None:
-            for name, values in model.watch(streams, content, filtered).items():
+            for name, values in model.watch(ways).items():
                 sums[name] = sums.get(name, 0) + values.sum()
     if watched is not None:
         total = out.world.sum(torch.stack(list(sums.values())))
@@ -90,7 +88,7 @@ def inputs(
 
 def weigh(sums: RowTable, model: GTC, user: RowTable, columns: slice) -> None:
     """Multiply columns of the users' sums with their weights of the columns' stream."""
-    weights = user.weight[:, model.S * model.D :]
+    weights = user.weight[:, model.user_widths[0] :]
     sums.weight *= model.stream_weights(weights)[:, columns.start // model.D, None]
 
 
@@ -98,7 +96,7 @@ def column_groups(model: GTC) -> list[slice]:
     """The columns of all streams, at most `COLUMNS` at once and never of two streams."""
     return [
         slice(first, min(first + COLUMNS, stream + model.D))
-        for stream in range(0, model.S * model.D, model.D)
+        for stream in range(0, model.T * model.D, model.D)
         for first in range(stream, stream + model.D, COLUMNS)
     ]
 
@@ -164,9 +162,16 @@ class Edges:
         )
 
     @torch.no_grad()
-    def convolved(self, users: RowTable, items: RowTable, columns: slice, layers: int) -> tuple[RowTable, RowTable]:
-        """x + Ax + A^2 x + ... of some columns x of what enters the graph, float32. A collective."""
+    def entering(self, model: GTC, users: RowTable, items: RowTable, columns: slice) -> tuple[RowTable, RowTable]:
+        """Some columns of what enters the graph, of one stream, float32, after the hop where it comes first."""
         x_user, x_item = _column(users, columns), _column(items, columns)
+        if model.hops_first and model.is_content(columns.start // model.D):
+            x_item = _layer(self.item_item, x_item, x_item)
+        return x_user, x_item
+
+    @torch.no_grad()
+    def convolved(self, x_user: RowTable, x_item: RowTable, layers: int) -> tuple[RowTable, RowTable]:
+        """x + Ax + A^2 x + ... of what enters the graph, float32. A collective."""
         sums = _column(x_user, slice(None)), _column(x_item, slice(None))
         for _ in range(layers):
             x_user, x_item = _layer(self.to_users, x_user, x_item), _layer(self.to_items, x_item, x_user)
@@ -195,6 +200,14 @@ def _chunks(table: RowTable, chunk: int) -> Iterator[tuple[int, int]]:
 
 def _new(like: RowTable, width: int, dtype: torch.dtype = torch.float32) -> RowTable:
     return RowTable(like.name, like.rows, width, like.world, dtype=dtype, trainable=False)
+
+
+def _joined(model: GTC, streams: RowTable) -> RowTable:
+    if model.out_width == streams.width:
+        return streams
+    out = _new(streams, model.out_width)
+    out.weight = model.joined(streams.weight)
+    return out
 
 
 def _column(table: RowTable, columns: slice) -> RowTable:

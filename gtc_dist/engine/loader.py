@@ -145,6 +145,7 @@ class Loader:
             negatives=torch.from_numpy(negatives.reshape(draws.negatives.shape)),
             negative_mask=mask,
             pair_weights=torch.from_numpy(self.user_weights[draws.users]),
+            user_ids=torch.from_numpy(users),
             item_ids=torch.from_numpy(items),
             timesteps=torch.from_numpy(draws.timesteps),
             noise=torch.from_numpy(draws.noise),

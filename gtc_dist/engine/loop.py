@@ -173,8 +173,9 @@ class Trainer:
         """Rank the valid split; checkpoint if it is the best so far. Every rank takes the same decision."""
         watched: dict[str, float] = {}
         metrics = self.rank(self.embed(watched), "valid")
-        if hasattr(self.network, "log_scale"):
-            watched["total_correlation/temperature"] = math.exp(-self.network.log_scale.item())
+        temperature = self.network.correlation_temperature
+        if temperature is not None:
+            watched["total_correlation/temperature"] = temperature
         value = metrics["overall"][self.config.eval.metric]
         better = value > self.best[0]
         if better:

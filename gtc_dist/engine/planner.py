@@ -30,6 +30,7 @@ class PlannerOptions:
     sampler: str
     threads: int
     history: bool  # sampled: the batch's rows of a history are wanted
+    hops_first: bool  # the hop over the item-item graph is of what enters the graph, not of what leaves it
 
 
 class FullPlanner:
@@ -50,6 +51,10 @@ class FullPlanner:
         nodes = graphs.nodes
         self.block = Block.build(nodes.indptr, nodes.indices, nodes.weight, users + items).to(device)
         self.audience = whole_audience(graphs).to(device) if options.audience else None
+        item_item = graphs.item_item
+        self.input_hop = None
+        if options.hops_first:
+            self.input_hop = Block.build(item_item.indptr, item_item.indices, item_item.weight, items).to(device)
         # edge ids of an item's users follow those of the users' items; where they stand by source
         self.first_audience_edge = int(nodes.indptr[users])
         self.audience_by_source = _position_by_source(nodes, users, items) if options.audience else None
@@ -81,7 +86,8 @@ class FullPlanner:
             "seed_users": graphs.users,
             "seed_items": graphs.items,
             "user_hop": _whole_hop(graphs.user_user, users),
-            "item_hop": _whole_hop(graphs.item_item, items),
+            "input_hop": self.input_hop,
+            "item_hop": None if options.hops_first else _whole_hop(graphs.item_item, items),
             "user_rows": torch.from_numpy(users),
             "item_rows": torch.from_numpy(items),
             "ego_users": torch.from_numpy(users),
@@ -118,7 +124,8 @@ class SampledPlanner:
             if sampler is not None:
                 sampler.seed(seed + offset)
         user_hop, seed_users = self._hop(self.user_user, users, options.user_fanout)
-        item_hop, seed_items = self._hop(self.item_item, items, options.item_fanout)
+        output_hop = None if options.hops_first else self.item_item
+        item_hop, seed_items = self._hop(output_hop, items, options.item_fanout)
         excluded = np.sort(np.concatenate(_seed_edges(self.graphs, pairs))) if options.exclude_seed_edges else None
 
         frontier = np.concatenate([seed_users, seed_items + U])
@@ -127,10 +134,13 @@ class SampledPlanner:
             block, frontier = self._layer(frontier, fanout, excluded)
             blocks.insert(0, block)
         in_users, in_items = frontier[frontier < U], frontier[frontier >= U] - U
-        audience, in_users = self._audience(in_users, in_items, excluded)
         order = np.empty(len(frontier), np.int64)
+        order[frontier >= U] = np.arange(len(in_items))
+        hop = self.item_item if options.hops_first else None
+        input_hop, in_items = self._hop(hop, in_items, options.item_fanout)
+        audience, in_users = self._audience(in_users, in_items, excluded)
         order[frontier < U] = np.arange((frontier < U).sum())
-        order[frontier >= U] = len(in_users) + np.arange(len(in_items))
+        order[frontier >= U] += len(in_users)  # which may have grown by an audience
         self.watch.part("features")
         item_route = make_route(torch.from_numpy(in_items), self.graphs.items, self.world)
         fields = {
@@ -143,6 +153,7 @@ class SampledPlanner:
             "seed_users": len(seed_users),
             "seed_items": len(seed_items),
             "user_hop": user_hop,
+            "input_hop": input_hop,
             "item_hop": item_hop,
             "user_rows": torch.arange(len(users)),
             "item_rows": torch.arange(len(items)),

@@ -27,10 +27,10 @@ class HistoryPlan:
 class HistoryRows:
     """Whole-catalog propagation of a moment ago, at the rows of a batch: constants, float32."""
 
-    inputs: torch.Tensor  # [in-users + in-items, S * D] what entered the graph
-    users: torch.Tensor  # [u, S * D] convolved, before the user's stream weights
-    user_hop: torch.Tensor | None  # [u, S * D] what the hop over the user-user graph added
-    items: torch.Tensor  # [i, S * D] convolved, with the hop over the item-item graph
+    inputs: torch.Tensor  # [in-users + in-items, T * D] what entered the graph
+    users: torch.Tensor  # [u, T * D] convolved, before the user's stream weights
+    user_hop: torch.Tensor | None  # [u, T * D] what the hop over the user-user graph added
+    items: torch.Tensor  # [i, T * D] convolved, with the hop over the item-item graph
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Batch:
     seed_users: int
     seed_items: int
     user_hop: Block | None  # seed users -> batch users
+    input_hop: Block | None  # in-items -> the in-items whose nodes enter the graph, the first of them
     item_hop: Block | None  # seed items -> batch items
     user_rows: torch.Tensor  # [u] the batch's users among the seed users
     item_rows: torch.Tensor  # [i] the batch's items among the seed items
@@ -63,6 +64,7 @@ class Batch:
     # ego rows of the pairs; positions among the in-users and in-items
     ego_users: torch.Tensor  # [u]
     ego_items: torch.Tensor  # [i]
+    user_ids: torch.Tensor  # [u] catalog index of the batch's users
     item_ids: torch.Tensor  # [i] catalog index of the batch's items
     # randomness of the diffusion loss, and the seed of the total correlation's permutations (alike on every rank)
     timesteps: torch.Tensor  # int64 [B]
