@@ -60,7 +60,8 @@ def reference(network, tables, catalog: Catalog, config) -> tuple[torch.Tensor, 
         weights = rows[:, preferences + m * G : preferences + (m + 1) * G]
         common = None if gated or config.model.unit_rows else network.common[of_m]
         rows_m, ids_m = rows[:, of_m], ids[:, m * D : (m + 1) * D]
-        for out, streams in zip((users, items), one(network, m, rows_m, weights, common, ids_m, catalog, config.model), strict=True):
+        sides = one(network, m, rows_m, weights, common, ids_m, catalog, config.model)
+        for out, streams in zip((users, items), sides, strict=True):
             streams = streams.view(len(streams), -1, D)
             out.append(streams.sum(1) if config.model.join == "sum" else streams.flatten(1))
     return torch.cat(users, dim=1), torch.cat(items, dim=1)

@@ -33,9 +33,7 @@ class Tables:
     item: RowTable
 
     @staticmethod
-    def build(
-        network: "GTC", users: int, items: int, std: float, world: World, seed: int, **options: bool
-    ) -> "Tables":
+    def build(network: "GTC", users: int, items: int, std: float, world: World, seed: int, **options: bool) -> "Tables":
         """`options`: `trainable` and `rowwise` of `RowTable`."""
         # columns: preferences, then the stream weights, which start at zero (all alike)
         preferences, weights = network.user_widths
@@ -241,8 +239,9 @@ class GTC(nn.Module):
         positive = items.index_select(0, batch.positives).view(-1, M, W)
         score = (user * positive).sum(2).T[:, :, None]  # [M, B, 1]
         if batch.negatives.dim() == 2:
-            own = batch.negatives.view(len(user), M, batch.negatives.shape[1] // M) * M + torch.arange(M, device=user.device)[:, None]
-            rows = items.view(-1, W).index_select(0, own.reshape(-1)).view(*own.shape, W)
+            dealt = batch.negatives.view(len(user), M, batch.negatives.shape[1] // M)
+            dealt = dealt * M + torch.arange(M, device=user.device)[:, None]  # rows of one member
+            rows = items.view(-1, W).index_select(0, dealt.reshape(-1)).view(*dealt.shape, W)
             negative, mask = (user[:, :, None] * rows).sum(3).transpose(0, 1), None
         else:
             rows = items.index_select(0, batch.negatives).view(-1, M, W)
