@@ -1,18 +1,23 @@
 """Command: a run and a split to metrics.
 
-    python -m gtc_dist.evaluate --run RUN [--split valid|test] [--users N] [--workers N]
+    python -m gtc_dist.evaluate --run RUN [--split valid|test] [--users N] [--against OTHER] [--workers N]
 
 Prints one JSON object: Recall, NDCG, Precision, HitRate and MRR at 5, 10, 20 and 50, overall and for cold items (no
 train interaction), and the number of users. Runs in this process, without a cluster, or with --workers on so many ranks
 of the cluster, each with its share of everything that grows with the catalog.
+
+--against OTHER, a run on the same catalog: adds for each metric the difference to it over the same users, with the 95 %
+interval of a paired bootstrap (engine/bootstrap.py).
 """
 
 import argparse
 import functools
 import json
 
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.engine import bootstrap
 from gtc_dist.engine.restore import Found, find, restore
-from gtc_dist.errors import run_command
+from gtc_dist.errors import InputError, run_command
 from gtc_dist.finished import parse_run_command, run_on
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.collectives import World
@@ -22,17 +27,41 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Score a run's best checkpoint by full ranking.")
     parser.add_argument("--split", choices=("valid", "test"), default="test")
     parser.add_argument("--users", type=int, help="rank about so many users, 0 for all (default: the run's eval.users)")
+    parser.add_argument("--against", metavar="OTHER", help="URI of another run on the same catalog, to compare with")
     args = parse_run_command(parser, argv)
 
     found = find(args.run)
     users = found.config.eval.users if args.users is None else args.users or None
-    metrics = run_on(args, found, functools.partial(score, split=args.split, users=users))
-    print(json.dumps({"split": args.split, **metrics}))
+    work = functools.partial(score, split=args.split, users=users)
+    if args.against:
+        other = find(args.against)
+        same_catalog(found, other)
+        work = functools.partial(compare, other=other, split=args.split, users=users)
+    print(json.dumps({"split": args.split, **run_on(args, found, work)}))
+
+
+def same_catalog(found: Found, other: Found) -> None:
+    """Raises InputError where two runs cannot be compared user by user."""
+    prints = [Catalog(one.config.data.catalog, verify="size").manifest.fingerprint for one in (found, other)]
+    if prints[0] != prints[1]:
+        raise InputError(
+            f"{found.uri} was trained on {found.config.data.catalog}, {other.uri} on another catalog, "
+            f"{other.config.data.catalog}: their users are not the same; give two runs on one catalog"
+        )
 
 
 def score(world: World, graphs: Graphs | None, found: Found, split: str, users: int | None) -> dict:
     """What each rank does."""
     return restore(found, world, graphs).evaluate(split, users)
+
+
+def compare(world: World, graphs: Graphs | None, found: Found, other: Found, split: str, users: int | None) -> dict:
+    """What each rank does with another run to compare with."""
+    run = restore(found, world, graphs)
+    metrics, ours = run.evaluate(split, users), run.by_user(split, users)
+    # a run without a hop may have been given a catalog's graphs without the one that the other needs
+    theirs = restore(other, world).by_user(split, users)
+    return {**metrics, "against": {"run": other.uri, **bootstrap.paired(ours, theirs)}}
 
 
 if __name__ == "__main__":

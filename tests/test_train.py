@@ -12,11 +12,15 @@ import yaml
 from small import small_catalog
 
 from gtc_dist import evaluate, train
+from gtc_dist.config import Config
 from gtc_dist.data import storage
-from gtc_dist.data.catalog import CatalogWriter
+from gtc_dist.data.catalog import Catalog, CatalogWriter
+from gtc_dist.engine import checkpoint
+from gtc_dist.engine.build import build_network
 from gtc_dist.engine.restore import find, restore
 from gtc_dist.errors import InputError, find_input_error
 from gtc_dist.graph import build
+from gtc_dist.model.collectives import World
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -99,6 +103,40 @@ def test_evaluate_prints_what_the_run_says(run, capsys):
         assert set(printed["overall"]) == {
             f"{m}@{k}" for m in ("recall", "ndcg", "precision", "hitrate", "mrr") for k in (5, 10, 20, 50)
         }
+
+
+def untrained_run(folder: str, config: Config, catalog: Catalog) -> str:
+    """A run folder whose checkpoint holds the initial weights."""
+    config = config.model_copy(update={"data": config.data.model_copy(update={"catalog": catalog.uri})})
+    storage.write_bytes(f"{folder}/config.yaml", yaml.safe_dump(config.model_dump()).encode())
+    network, tables = build_network(config, catalog, World())
+    dense, state = {"network": network.state_dict()}, list(tables.all())
+    checkpoint.save(f"{folder}/checkpoints/epoch-00000", 0, dense, state, World(), {}, catalog.manifest.fingerprint)
+    return folder
+
+
+def test_evaluate_against_another_run(run, tmp_path, capsys):
+    """With itself: no difference. With one that was hardly trained: a difference that is that of the means."""
+    catalog = Catalog(find(run).config.data.catalog)
+    folder = untrained_run(str(tmp_path / "other"), find(run).config, catalog)
+    for than, same in ((run, True), (folder, False)):
+        capsys.readouterr()
+        evaluate.main(["--run", run, "--against", than])
+        printed = json.loads(capsys.readouterr().out)
+        against = printed.pop("against")
+        assert against.pop("run") == than
+        assert set(against) == set(printed["overall"])
+        for told in against.values():
+            assert told["low"] <= told["difference"] <= told["high"]
+            if same:
+                assert (told["low"], told["high"]) == (0, 0)
+        if not same:
+            capsys.readouterr()
+            evaluate.main(["--run", folder])
+            theirs = json.loads(capsys.readouterr().out)["overall"]
+            for name, told in against.items():
+                assert told["difference"] == pytest.approx(printed["overall"][name] - theirs[name], abs=1e-9)
+            assert any(told["low"] < told["high"] for told in against.values())
 
 
 def read_export(folder: str, kind: str) -> tuple[list, np.ndarray]:
@@ -314,6 +352,13 @@ def test_a_changed_catalog_is_refused_by_file(tmp_path):
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"user_user\.weight\.npy was changed"):
         train.main(["--config", write_config(tmp_path, catalog.uri, str(tmp_path / "runs"))])
+
+
+def test_evaluate_refuses_a_run_on_another_catalog(run, tmp_path):
+    catalog = small_catalog(tmp_path / "c", seed=5)
+    folder = untrained_run(str(tmp_path / "other"), find(run).config, catalog)
+    with pytest.raises(InputError, match="another catalog"):
+        evaluate.main(["--run", run, "--against", folder])
 
 
 def test_evaluate_and_export_refuse_what_is_no_run(run, tmp_path):

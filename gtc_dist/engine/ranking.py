@@ -42,7 +42,18 @@ def evaluate(
         users, items: embeddings, row-sharded over the same ranks.
         truth: the split's items of this rank's users (`split_truth`).
     """
-    options = options or RankingOptions()
+    overall, cold = by_user(users, items, graphs, truth, options or RankingOptions())
+    n, values = _mean(overall, users.world)
+    n_cold, cold_values = _mean(cold, users.world)
+    return {"users": n, "overall": values, "cold_users": n_cold, "cold": cold_values}
+
+
+@torch.no_grad()
+def by_user(
+    users: RowTable, items: RowTable, graphs: Graphs, truth: CSC, options: RankingOptions
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Metrics of each of this rank's users that are ranked, and on cold items of those that have one:
+    name@K -> float64 [users], by user index. A collective."""
     mine = np.arange(users.start, users.stop)
     mine = mine[(truth.degree > 0) & (graphs.user_degree[users.start : users.stop] > 0)]
     mine = _sample(mine, options, users.world)
@@ -55,12 +66,9 @@ def evaluate(
     indptr, edges = take(truth, own)
     counts = np.append(graphs.items_are_cold(truth.indices[edges]).astype(np.int64), 0)
     cold_count = np.add.reduceat(counts, indptr[:-1]) if len(mine) else indptr[:0]
-    overall = user_metrics(hit, truth.degree[own])
     with_cold = cold_count > 0
-    cold_part = user_metrics((hit & is_cold)[with_cold], cold_count[with_cold])
-    n, values = _mean(overall, users.world)
-    n_cold, cold_values = _mean(cold_part, users.world)
-    return {"users": n, "overall": values, "cold_users": n_cold, "cold": cold_values}
+    cold = user_metrics((hit & is_cold)[with_cold], cold_count[with_cold])
+    return user_metrics(hit, truth.degree[own]), cold
 
 
 def split_truth(catalog: Catalog, split: str, start: int = 0, stop: int | None = None) -> CSC:

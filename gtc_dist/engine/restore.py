@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
+
 from gtc_dist.config import Config, read_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
@@ -35,6 +38,18 @@ class Run:
         """Final embeddings of users and items, row = catalog index."""
         layers, chunk = self.config.model.layers, self.config.eval.chunk
         return embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk)
+
+    def by_user(self, split: str, users: int | None) -> dict[str, np.ndarray]:
+        """Each metric of every ranked user of all ranks, name@K -> float64 [users], by user index. A collective."""
+        own, world = self.tables.user, self.tables.user.world
+        truth = ranking.split_truth(self.catalog, split, own.start, own.stop)
+        options = replace(ranking_options(self.config), users=users, seed=0)
+        overall, _ = ranking.by_user(*self.embed(), self.graphs, truth, options)
+        counts = world.counts(len(overall["recall@20"]))
+        return {
+            name: world.gather(torch.from_numpy(values).to(world.device), counts).cpu().numpy()
+            for name, values in overall.items()
+        }
 
     def evaluate(self, split: str, users: int | None) -> dict:
         """Metrics of a split over about `users` of its users, None for all. A collective."""
