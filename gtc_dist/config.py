@@ -142,6 +142,8 @@ class Train(Section):
     loss: Literal["bpr", "softmax"] = "bpr"  # of a positive against its negatives: pairwise, or cross-entropy over all
     temperature: Annotated[float, Field(gt=0)] = 1.0  # of the ranking loss: scores are divided by it
     user_discount: Share = 0.0  # a user's interaction counts (number of them)^-this in the ranking loss; 1: users alike
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the past in the weights that are ranked, kept and
+    # exported, an average over epochs (engine/average.py); 0: the weights of the epoch. One more copy of the weights
     exclude_seed_edges: bool = True  # leave the batch's own edges out of the graph that they are predicted from
     w_tc: Weight = 0.4  # weight of the total-correlation loss
     w_diff: Weight = 0.7  # weight of the diffusion loss

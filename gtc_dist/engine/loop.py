@@ -7,6 +7,7 @@ Train it is a barrier, so all ranks call it equally often).
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from gtc_dist.config import Config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import checkpoint, ranking
+from gtc_dist.engine.average import Average
 from gtc_dist.engine.build import build_loader, build_network, has_history, load_features, over_world, ranking_options
 from gtc_dist.engine.history import History
 from gtc_dist.engine.inference import embed_catalog
@@ -75,6 +77,8 @@ class Trainer:
             every = max(1, self.loader.pass_steps // config.train.refresh)
             options = {"every": every, "layers": config.model.layers, "chunk": config.eval.chunk}
             self.history = History(self.network, self.tables, self.features, graphs, **options)
+        share = config.train.average
+        self.average = Average(self.network, self.tables, share) if share else None
         self.forward = self.network
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
@@ -99,6 +103,8 @@ class Trainer:
         for epoch in range(1, config.train.epochs + 1):
             epoch_start = time.monotonic()
             self.train_epoch(epoch)
+            if self.average is not None:
+                self.average.update()
             trained += time.monotonic() - epoch_start
             if epoch % config.eval.every and epoch != config.train.epochs:
                 continue
@@ -170,7 +176,12 @@ class Trainer:
         self.monitor.step(epoch, step, scalars, seen / elapsed)
 
     def _validate(self, epoch: int) -> bool:
-        """Rank the valid split; checkpoint if it is the best so far. Every rank takes the same decision."""
+        """Rank the valid split with the averaged weights, if there are any; checkpoint them if they are the best so
+        far. Every rank takes the same decision."""
+        with nullcontext() if self.average is None else self.average.in_place():
+            return self._validate_weights(epoch)
+
+    def _validate_weights(self, epoch: int) -> bool:
         watched: dict[str, float] = {}
         metrics = self.rank(self.embed(watched), "valid")
         temperature = self.network.correlation_temperature
