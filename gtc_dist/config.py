@@ -128,6 +128,7 @@ class Negatives(Section):
 
     mode: Literal["uniform", "shared"] = "uniform"  # uniform: own ones for each pair; shared: one pool for the batch
     count: Positive = 8  # for each pair, or in a rank's pool
+    popularity: Share = 0.0  # uniform: an item is drawn by (its train interactions)^this; 0: all alike
 
 
 class Train(Section):
@@ -189,6 +190,16 @@ class Correlation(Section):
     rows: NonNegative = 512  # items of the global batch that enter; 0: one for each interaction
 
 
+class Walk(Section):
+    """Parts of the embedding that are walked over co-interactions, not trained; their scores are added to those of the
+    members, with weights that are chosen on the valid split (engine/blend.py)."""
+
+    spectral: NonNegative = 0  # leading modes of the co-interaction graph (engine/spectral.py); 0: none
+    profile: NonNegative = 0  # columns of each modality's content profile (engine/profile.py); 0: none
+    user_exponent: Share = 0.6  # a user's tie to an item counts (number of its interactions)^-this
+    item_exponent: Share = 0.33  # the same for items; less of it ranks popular items higher
+
+
 class Model(Section):
     propagation: Literal["full", "sampled"] = "full"  # whole graph as one block, or DGL mini-batches
     sampler: Literal["neighbor", "labor"] = "neighbor"
@@ -211,6 +222,7 @@ class Model(Section):
     gate: bool = True  # similarity gate over the streams; false: all streams alike
     diffusion: Diffusion = Diffusion()
     correlation: Correlation = Correlation()
+    walk: Walk = Walk()
 
     @model_validator(mode="after")
     def _fanouts(self):

@@ -14,7 +14,7 @@ from worlds import run_ranks
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import loader as loader_module
 from gtc_dist.engine.build import build_network
-from gtc_dist.engine.loader import Loader, LoaderOptions, _prefetch, deal, discounted
+from gtc_dist.engine.loader import Loader, LoaderOptions, _prefetch, cumulative_share, deal, discounted
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs, absent_source, both_directions, by_destination, edge_of, take
 from gtc_dist.model.collectives import World
@@ -209,3 +209,26 @@ def test_leaving_early_does_not_wait_for_a_batch_that_never_comes(monkeypatch):
     results.close()  # returns
     assert any(thread.name == "prefetch" for thread in threading.enumerate())
     released.set()
+
+
+def test_negatives_by_popularity_follow_it_among_the_others(catalog):
+    graphs = Graphs.load(catalog)
+    user = int(graphs.user_degree.argmax())
+    share = cumulative_share(graphs.item_degree, 0.5)
+    drawn = graphs.draw_negatives(np.full(40_000, user), np.random.default_rng(0), share)
+    counts = np.bincount(drawn, minlength=graphs.items)
+    mine = catalog.interactions("train")[1][catalog.interactions("train")[0] == user]
+    want = graphs.item_degree**0.5
+    want[mine] = 0
+    want /= want.sum()
+    assert (counts[want == 0] == 0).all()
+    assert (abs(counts / 40_000 - want) < 5 * np.sqrt(want / 40_000) + 1e-9).all()
+
+
+def test_a_user_whose_draws_are_all_its_own_gets_another_item():
+    pairs = np.array([[0, 0], [1, 1]])
+    item_user = by_destination(pairs[:, 0], pairs[:, 1], 2)
+    graphs = Graphs(2, 3, both_directions(item_user, by_destination(pairs[:, 1], pairs[:, 0], 3)))
+    share = np.array([1.0, 1.0, 1.0])  # always item 0
+    drawn = graphs.draw_negatives(np.zeros(1000, np.int64), np.random.default_rng(0), share)
+    assert set(drawn) == {1, 2}

@@ -4,9 +4,14 @@ import torch
 
 from gtc_dist.config import Config
 from gtc_dist.data.catalog import FEATURE_ROWS, Catalog
+from gtc_dist.engine.blend import Blend
+from gtc_dist.engine.cold import ColdItems
 from gtc_dist.engine.loader import Loader, LoaderOptions
 from gtc_dist.engine.planner import FullPlanner, PlannerOptions, SampledPlanner
+from gtc_dist.engine.profile import profile_part
 from gtc_dist.engine.ranking import RankingOptions
+from gtc_dist.engine.spectral import spectral_part
+from gtc_dist.engine.walk import Walk, WalkOptions
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.collectives import World
 from gtc_dist.model.gtc import GTC, Shape, Tables
@@ -58,6 +63,25 @@ def build_network(config: Config, catalog: Catalog, world: World, trainable: boo
     sizes = (catalog.users, catalog.items)
     options = {"trainable": trainable, "rowwise": config.train.table_optimizer == "rowwise_adam"}
     return network, Tables.build(network, *sizes, config.model.init_std, world, config.train.seed, **options)
+
+
+def build_blend(config: Config, graphs: Graphs, features: dict[str, RowTable], world: World) -> Blend | None:
+    """The untrained parts of the embedding, None where there are none. A collective.
+
+    Args:
+        features: of the modalities, over `world`.
+    """
+    walks = config.model.walk
+    if not (walks.spectral or walks.profile):
+        return None
+    walk = Walk(graphs, world, WalkOptions(walks.user_exponent, walks.item_exponent, config.eval.chunk))
+    parts = {}
+    if walks.spectral:
+        parts["spectral"] = spectral_part(walk, walks.spectral, config.train.seed)
+    for name, table in features.items() if walks.profile else ():
+        parts[name] = profile_part(walk, table, walks.profile)
+    profiles = list(features) if walks.profile else []
+    return Blend(parts, profiles, ColdItems.of(graphs, world, config.eval.chunk))
 
 
 def load_features(shape: Shape, catalog: Catalog, world: World) -> dict[str, RowTable]:
@@ -131,5 +155,6 @@ def build_loader(
         prefetch=train.prefetch,
         epoch_steps=train.epoch_steps,
         user_discount=train.user_discount,
+        negative_popularity=train.negatives.popularity,
     )
     return Loader(users, items, graphs, planner, options, world)

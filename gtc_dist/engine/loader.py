@@ -50,6 +50,7 @@ class LoaderOptions:
     width: int
     prefetch: int
     epoch_steps: int | None = None  # None: as many as a pass takes
+    negative_popularity: float = 0.0  # uniform: drawn by (interactions of an item)^this
     user_discount: float = 0.0  # a pair of a user with n interactions counts n^-user_discount, times a constant
 
 
@@ -69,6 +70,7 @@ class Loader:
         self.rank_rows = world.counts(len(self.users))
         self.pass_steps = max(1, -(-sum(self.rank_rows) // options.batch_size))
         self.steps = options.epoch_steps or self.pass_steps  # of an epoch
+        self.negative_share = cumulative_share(graphs.item_degree, options.negative_popularity)
         degree = graphs.user_degree
         self.user_weights = discounted(degree, options.user_discount)
         if len(degree) and degree.max() >= graphs.items:
@@ -96,7 +98,7 @@ class Loader:
         rng = np.random.default_rng([o.seed, turn, step, self.world.rank])
         users, positives = self.users[rows].astype(np.int64), self.items[rows].astype(np.int64)
         if o.negatives == "uniform":
-            negatives = self.graphs.draw_negatives(np.repeat(users, o.negative_count), rng)
+            negatives = self.graphs.draw_negatives(np.repeat(users, o.negative_count), rng, self.negative_share)
             negatives = negatives.reshape(-1, o.negative_count)
         else:
             negatives = rng.integers(0, self.graphs.items, o.negative_count)
@@ -179,6 +181,14 @@ def deal(users: np.ndarray, items: np.ndarray, items_total: int, world: World) -
         rows = torch.from_numpy(key[order]).to(world.device)
         key = np.sort(world.exchange(rows, receive, incoming).cpu().numpy())
     return (key // items_total).astype(np.int32), (key % items_total).astype(np.int32)
+
+
+def cumulative_share(degree: np.ndarray, power: float) -> np.ndarray | None:
+    """Share of the items up to each, by degree^power, float64 [items], increasing to 1; None for power 0."""
+    if not power:
+        return None
+    share = np.cumsum(degree.astype(np.float64) ** power)
+    return share / share[-1]
 
 
 def discounted(degree: np.ndarray, power: float) -> np.ndarray:

@@ -18,7 +18,15 @@ from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import checkpoint, ranking
 from gtc_dist.engine.average import Average
-from gtc_dist.engine.build import build_loader, build_network, has_history, load_features, over_world, ranking_options
+from gtc_dist.engine.build import (
+    build_blend,
+    build_loader,
+    build_network,
+    has_history,
+    load_features,
+    over_world,
+    ranking_options,
+)
 from gtc_dist.engine.history import History
 from gtc_dist.engine.inference import embed_catalog
 from gtc_dist.engine.monitor import Monitor, Stopwatch
@@ -77,6 +85,7 @@ class Trainer:
             every = max(1, self.loader.pass_steps // config.train.refresh)
             options = {"every": every, "layers": config.model.layers, "chunk": config.eval.chunk}
             self.history = History(self.network, self.tables, self.features, graphs, **options)
+        self.blend = build_blend(config, graphs, self.features, world)
         share = config.train.average
         self.average = Average(self.network, self.tables, share) if share else None
         self.forward = self.network
@@ -98,6 +107,8 @@ class Trainer:
         """Train to the last epoch or to an early stop; returns what metrics.json holds."""
         started = time.monotonic()
         config, waited = self.config, 0
+        if self.blend is not None:
+            self.blend.choose(self._worth)
         self._validate(0)
         trained = 0.0
         for epoch in range(1, config.train.epochs + 1):
@@ -134,7 +145,7 @@ class Trainer:
         return parts
 
     def embed(self, watched: dict[str, float] | None = None) -> tuple[RowTable, RowTable]:
-        """Embeddings of the whole catalog with the current weights."""
+        """The members' embeddings of the whole catalog with the current weights."""
         if self.history is not None:
             self.history.clear()  # its memory is needed
         chunk, layers = self.config.eval.chunk, self.config.model.layers
@@ -183,7 +194,12 @@ class Trainer:
 
     def _validate_weights(self, epoch: int) -> bool:
         watched: dict[str, float] = {}
-        metrics = self.rank(self.embed(watched), "valid")
+        embeddings = self.embed(watched)
+        if self.blend is not None:
+            self.blend.choose_members(embeddings, self._worth)
+            watched |= {f"blend/{name}": weight for name, weight in self.blend.weights.items()}
+            embeddings = self.blend.joined(embeddings)
+        metrics = self.rank(embeddings, "valid")
         temperature = self.network.correlation_temperature
         if temperature is not None:
             watched["total_correlation/temperature"] = temperature
@@ -203,11 +219,18 @@ class Trainer:
         """Metrics of a split."""
         return ranking.evaluate(*embeddings, self.graphs, self.truth[split], ranking_options(self.config))
 
+    def _worth(self, embeddings: tuple[RowTable, RowTable]) -> float:
+        """What weights of a blend are chosen by: the metric that selects epochs, and the order in the list."""
+        overall = self.rank(embeddings, "valid")["overall"]
+        return overall[self.config.eval.metric] + overall["ndcg@20"]
+
     def _checkpoint(self, epoch: int) -> str:
         return storage.join(self.run, "checkpoints", f"epoch-{epoch:05d}")
 
     def _save(self, epoch: int, metrics: dict[str, float]) -> None:
         dense = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.blend is not None:
+            dense["blend"] = self.blend.weights
         checkpoint.save(
             self._checkpoint(epoch),
             epoch,
@@ -225,8 +248,12 @@ class Trainer:
     def _finish(self, last: int, trained: float, seconds: float) -> dict:
         """Score the best checkpoint on valid and test, once, and write metrics.json."""
         best = self._checkpoint(self.best[1])
-        self.network.load_state_dict(checkpoint.load(best, list(self.tables.all()))["network"])
+        dense = checkpoint.load(best, list(self.tables.all()))
+        self.network.load_state_dict(dense["network"])
         embeddings = self.embed()
+        if self.blend is not None:
+            self.blend.weights = dense["blend"]
+            embeddings = self.blend.joined(embeddings)
         result = {
             "best_epoch": self.best[1],
             "last_epoch": last,

@@ -9,7 +9,8 @@ from gtc_dist.config import Config, read_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import checkpoint, ranking
-from gtc_dist.engine.build import build_network, load_features, load_graphs, ranking_options
+from gtc_dist.engine.blend import Blend
+from gtc_dist.engine.build import build_blend, build_network, load_features, load_graphs, ranking_options
 from gtc_dist.engine.inference import embed_catalog
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
@@ -33,11 +34,13 @@ class Run:
     network: GTC
     tables: Tables
     features: dict[str, RowTable]
+    blend: Blend | None
 
     def embed(self) -> tuple[RowTable, RowTable]:
         """Final embeddings of users and items, row = catalog index."""
         layers, chunk = self.config.model.layers, self.config.eval.chunk
-        return embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk)
+        embeddings = embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk)
+        return embeddings if self.blend is None else self.blend.joined(embeddings)
 
     def by_user(self, split: str, users: int | None) -> dict[str, np.ndarray]:
         """Each metric of every ranked user of all ranks, name@K -> float64 [users], by user index. A collective."""
@@ -97,10 +100,16 @@ def restore(found: Found, world: World | None = None, graphs: Graphs | None = No
     world = world or World()
     catalog = Catalog(found.config.data.catalog)
     network, tables = build_network(found.config, catalog, world, trainable=False)
-    network.load_state_dict(checkpoint.load(storage.join(found.uri, found.checkpoint), list(tables.all()))["network"])
+    dense = checkpoint.load(storage.join(found.uri, found.checkpoint), list(tables.all()))
+    network.load_state_dict(dense["network"])
     features = load_features(network.shape, catalog, world)
     graphs = graphs or load_graphs(found.config, catalog)
-    return Run(found.uri, found.checkpoint, found.epoch, found.config, catalog, graphs, network, tables, features)
+    blend = build_blend(found.config, graphs, features, world)
+    if blend is not None:
+        blend.weights = dense["blend"]
+    return Run(
+        found.uri, found.checkpoint, found.epoch, found.config, catalog, graphs, network, tables, features, blend
+    )
 
 
 def newest_checkpoint(run: str) -> str:

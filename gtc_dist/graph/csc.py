@@ -6,6 +6,8 @@ import numpy as np
 
 from gtc_dist.data.catalog import CSC, Catalog
 
+REDRAWS = 16  # of a negative that is a train interaction
+
 
 @dataclass(frozen=True)
 class Graphs:
@@ -63,10 +65,25 @@ class Graphs:
             out[np.repeat(np.arange(len(users)), np.diff(indptr))[hit], at[hit]] = True
         return out[:, column]
 
-    def draw_negatives(self, users: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """One item for each user, uniform among those that are no train interaction of it, int64 [n]."""
-        rank = rng.integers(0, self.items - np.diff(self.nodes.indptr)[users])
-        return absent_source(self.nodes, users, rank + self.users) - self.users
+    def draw_negatives(
+        self, users: np.ndarray, rng: np.random.Generator, share: np.ndarray | None = None
+    ) -> np.ndarray:
+        """One item for each user among those that are no train interaction of it, int64 [n].
+
+        Args:
+            share: float64 [items], increasing to 1: an item's part of it is its chance; None: all alike. A user who
+                drew its own interactions `REDRAWS` times gets one of the others, all alike.
+        """
+        if share is None:
+            rank = rng.integers(0, self.items - np.diff(self.nodes.indptr)[users])
+            return absent_source(self.nodes, users, rank + self.users) - self.users
+        drawn, open_ = np.empty(len(users), np.int64), np.arange(len(users))
+        for _ in range(REDRAWS):
+            items = np.minimum(np.searchsorted(share, rng.random(len(open_)), side="right"), self.items - 1)
+            drawn[open_] = items
+            open_ = open_[edge_of(self.nodes, users[open_], items + self.users) >= 0]
+        drawn[open_] = self.draw_negatives(users[open_], rng)
+        return drawn
 
 
 def both_directions(item_user: CSC, user_item: CSC) -> CSC:

@@ -1,0 +1,97 @@
+"""Parts of an embedding whose scores are added: the trained members, the spectral part, and the content profiles.
+
+Cold items have no interaction to be scored by: in all parts but the profiles they get what their warm neighbours have
+(`cold.py`), and in the profiles, which rank them, `COLD` times what others get, so that they stand a chance.
+
+A user's scores of each part have a standard deviation of one over all items, so that weights compare. The weights of
+the untrained parts are chosen once, before training, on the valid split; a part that does not help gets none. The
+members' weight is chosen at every validation, as early on they are worth little, and kept with the checkpoint.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from gtc_dist.engine.cold import ColdItems
+from gtc_dist.engine.profile import inverse_spread, item_moments
+from gtc_dist.model.table import RowTable
+
+Pair = tuple[RowTable, RowTable]
+MEMBERS = "members"
+COLD = "cold"
+COLD_STEPS = (1.0, 2.0, 3.0)  # tried for cold items' profiles
+MEMBER_STEPS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5)  # tried for the members
+STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried for a content profile, beside a spectral part of one
+
+
+class Blend:
+    """Untrained parts and the weights of all.
+
+    Args:
+        parts: name -> (users, items); the first one is the measure of the others.
+        profiles: names of those that are content profiles.
+        cold: None: cold items are treated like others.
+    """
+
+    def __init__(self, parts: dict[str, Pair], profiles: list[str], cold: ColdItems | None):
+        self.profiles, self.cold = profiles, cold
+        self.parts = {name: unit(part if name in profiles else self._filled(part)) for name, part in parts.items()}
+        self.weights = dict.fromkeys([MEMBERS, *parts, COLD], 1.0)
+
+    def choose(self, worth: Callable[[Pair], float]) -> None:
+        """Weights of the parts after the first, one after the other, by what the untrained scores alone are worth."""
+        first, *others = self.parts
+        self.weights = {MEMBERS: 0.0, first: 1.0} | dict.fromkeys(others, 0.0) | {COLD: 1.0}
+        steps = dict.fromkeys(others, STEPS) | {COLD: COLD_STEPS if self.cold else ()}
+        for name, values in steps.items():
+            tried = {step: worth(self._joined(None, {**self.weights, name: step})) for step in values}
+            if tried:
+                self.weights[name] = max(tried, key=lambda step: (tried[step], -step))
+        self.weights[MEMBERS] = 1.0
+
+    def choose_members(self, members: Pair, worth: Callable[[Pair], float]) -> None:
+        """The members' weight beside the others, and what it changes for the profiles: a step up or down."""
+        members = unit(self._filled(members))
+
+        def choose(name: str, steps: list[float]) -> None:
+            tried = {step: worth(self._joined(members, {**self.weights, name: step})) for step in steps}
+            self.weights[name] = max(tried, key=lambda step: tried[step])
+
+        choose(MEMBERS, list(MEMBER_STEPS))
+        for name in self.profiles:
+            at = STEPS.index(self.weights[name])
+            choose(name, list(STEPS[max(at - 1, 0) : at + 2]))
+
+    def joined(self, members: Pair) -> Pair:
+        """One pair of tables with the weighted sum of all scores. A collective."""
+        return self._joined(unit(self._filled(members)), self.weights)
+
+    def _filled(self, part: Pair) -> Pair:
+        return part if self.cold is None else (part[0], self.cold.filled(part[1]))
+
+    def _joined(self, members: Pair | None, weights: dict[str, float]) -> Pair:
+        pairs = ({} if members is None else {MEMBERS: members}) | self.parts
+        pairs = {name: part for name, part in pairs.items() if weights[name]}
+        users = torch.cat([part[0].weight * weights[name] for name, part in pairs.items()], dim=1)
+        items = torch.cat([self._items(name, part, weights[COLD]) for name, part in pairs.items()], dim=1)
+        first = next(iter(pairs.values()))
+        return _table(first[0], users), _table(first[1], items)
+
+    def _items(self, name: str, part: Pair, cold: float) -> torch.Tensor:
+        rows = part[1].weight
+        if self.cold is None or name not in self.profiles:
+            return rows
+        return torch.where(self.cold.mask, rows * cold, rows)
+
+
+def unit(part: Pair) -> Pair:
+    """The part with each user's scores in units of their standard deviation over all items. A collective."""
+    users, items = part
+    spread = inverse_spread(users.weight, item_moments(items))
+    return _table(users, users.weight.float() * spread), _table(items, items.weight.float())
+
+
+def _table(like: RowTable, rows: torch.Tensor) -> RowTable:
+    out = RowTable(like.name, like.rows, 0, like.world, trainable=False)
+    out.width, out.weight = rows.shape[1], rows
+    return out
