@@ -159,6 +159,7 @@ class Diffusion(Section):
     """The content filter (paper's section on user-aware conditional diffusion; DESIGN: x_t, eps-prediction)."""
 
     enabled: bool = True  # false: content streams are the plain projections
+    trained: bool = True  # false: denoisers stay as they start, as in the paper's published code
     steps: Positive = 600  # T
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02

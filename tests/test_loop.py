@@ -32,6 +32,10 @@ def catalog(tmp_path_factory):
 
 
 ABLATIONS = {
+    "filter that is not trained, walks, popular negatives": {
+        "model": {"diffusion": {"trained": False}, "walk": {"spectral": 4, "profile": 3}},
+        "train": {"negatives": {"popularity": 1.0}},
+    },
     "no filter": {"model": {"diffusion": {"enabled": False}}},
     "no total correlation, no gate": {"model": {"correlation": {"enabled": False}, "gate": False}},
     "no hops, sampled": {

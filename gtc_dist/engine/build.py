@@ -30,6 +30,7 @@ def network_shape(config: Config, catalog: Catalog) -> Shape:
         join=model.join,
         gate=model.gate,
         diffusion=diffusion.enabled,
+        diffusion_trained=diffusion.trained,
         condition=diffusion.condition,
         diffusion_steps=diffusion.steps,
         beta_start=diffusion.beta_start,

@@ -30,6 +30,7 @@ class Shape:
     join: str  # concat or sum
     gate: bool
     diffusion: bool
+    diffusion_trained: bool
     condition: str  # item or audience
     diffusion_steps: int
     beta_start: float
@@ -89,6 +90,7 @@ class ItemStreams(nn.Module):
             for _ in shape.modalities:
                 path = (shape.start_step, shape.ddim_steps)
                 self.filters.append(ContentFilter(schedule, self.D, condition, shape.hidden, *path))
+            self.filters.requires_grad_(shape.diffusion_trained)
         if shape.gate and self.S > 1:
             self.gate_scale = nn.Parameter(torch.ones(()))
         if shape.correlation and self.S > 1:
