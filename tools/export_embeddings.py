@@ -1,10 +1,13 @@
 """Export a run's embeddings under the original ids.
 
-    python tools/export_embeddings.py --run RUN --out DIR [--dtype float16] [--faiss] [--workers N]
+    python tools/export_embeddings.py --run RUN --out DIR [--dtype float16] [--faiss] [--new-items FILE] [--workers N]
 
 Writes DIR/users/part-*.parquet and DIR/items/part-*.parquet with the columns `id` (original type) and `embedding`
 (fixed_size_list), and DIR/manifest.json last. The score of a user and an item is the dot product of their embeddings.
 RUN and DIR are local or in object storage. The same run and number of workers give the same bytes every time.
+
+--new-items FILE adds items that arrived after training, from their content alone: a Parquet file with the column `id`
+and one column of raw vectors for each modality, named as in data.features. They stand in items/part-new-*.parquet.
 
 With --workers each rank of the cluster writes its own rows. --faiss holds all items in the memory of this process.
 """
@@ -27,14 +30,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="URI of a new or empty folder")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--faiss", action="store_true", help="also write items.faiss, an exact inner-product index")
+    parser.add_argument("--new-items", metavar="FILE", help="URI of a Parquet file with items that arrived since")
     args = parse_run_command(parser, argv)
+    if args.new_items and args.workers:
+        parser.error("--new-items works in this process alone, without --workers")
 
     out = storage.absolute(args.out)
     if storage.listing(out):
         raise InputError(f"the output folder {args.out} is not empty; choose another, or remove it")
     found = find(args.run)
     print(f"run {args.run}, {found.checkpoint}: computing embeddings", flush=True)
-    export = run_on(args, found, functools.partial(export_rank, out=out, dtype=args.dtype))
+    export = run_on(args, found, functools.partial(export_rank, out=out, dtype=args.dtype, new_items=args.new_items))
     files = export["files"]
     if args.faiss:
         files["items.faiss"] = write_index([name for name in files if name.startswith("items/")], export["dim"], out)
@@ -48,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
         "metric": "dot product",
     }
     storage.write_json(storage.join(out, "manifest.json"), manifest)
-    print(f"{export['users']:,} users and {export['items']:,} items of width {export['dim']} are in {args.out}")
+    new = f" (and {export['new_items']:,} new ones)" if args.new_items else ""
+    print(f"{export['users']:,} users and {export['items']:,} items{new} of width {export['dim']} are in {args.out}")
 
 
 def write_index(names: list[str], dim: int, out: str) -> dict:

@@ -66,6 +66,16 @@ class Blend:
         """One pair of tables with the weighted sum of all scores. A collective."""
         return self._joined(unit(self._filled(members)), self.weights)
 
+    def profile_columns(self, width: int) -> dict[str, slice]:
+        """Where the profiles stand in joined tables of this width; those without a weight do not."""
+        widths = {name: part[1].width for name, part in self.parts.items() if self.weights[name]}
+        at, columns = width - sum(widths.values()), {}
+        for name, size in widths.items():
+            if name in self.profiles:
+                columns[name] = slice(at, at + size)
+            at += size
+        return columns
+
     def _filled(self, part: Pair) -> Pair:
         return part if self.cold is None else (part[0], self.cold.filled(part[1]))
 

@@ -5,6 +5,8 @@ the sum of its items' (N of `walk.py`) and of those one step of co-interaction a
 Nothing is learned, and an item needs no interaction to be scored, which makes it the part that ranks cold items.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from gtc_dist.engine.walk import Walk, pair
@@ -14,23 +16,35 @@ from gtc_dist.model.table import RowTable
 @torch.no_grad()
 def profile_part(walk: Walk, features: RowTable, width: int) -> tuple[RowTable, RowTable]:
     """Tables of users [users, k] and items [items, k], k = min(width, features' width). A collective."""
-    items = content_rows(features, width)
+    items = ContentMap.of(features, width).apply(features.weight)
     near = walk.to_users(items)
     far = walk.to_users(walk(items))
     moments = item_moments(pair(walk, near, items)[1])
     return pair(walk, near * inverse_spread(near, moments) + far * inverse_spread(far, moments), items)
 
 
-def content_rows(features: RowTable, width: int) -> torch.Tensor:
-    """This rank's features: centred over all items, of length one, on their principal directions. A collective."""
-    world, rows = features.world, features.weight.double()
-    mean = world.sum(rows.sum(0)) / features.rows
-    rows = torch.nn.functional.normalize(rows - mean, dim=1)
-    if width >= rows.shape[1]:
-        return rows.float()
-    second = world.sum(rows.T @ rows)
-    directions = torch.linalg.eigh((second + second.T) / 2)[1][:, -width:]
-    return (rows @ directions).float()
+@dataclass
+class ContentMap:
+    """From a modality's features to rows of length one: centred over all items, on their principal directions."""
+
+    mean: torch.Tensor  # float64 [d]
+    directions: torch.Tensor | None  # float64 [d, k]; None: all
+
+    @staticmethod
+    def of(features: RowTable, width: int) -> "ContentMap":
+        """A collective."""
+        world, rows = features.world, features.weight.double()
+        mean = world.sum(rows.sum(0)) / features.rows
+        if width >= rows.shape[1]:
+            return ContentMap(mean, None)
+        rows = torch.nn.functional.normalize(rows - mean, dim=1)
+        second = world.sum(rows.T @ rows)
+        return ContentMap(mean, torch.linalg.eigh((second + second.T) / 2)[1][:, -width:])
+
+    def apply(self, features: torch.Tensor) -> torch.Tensor:
+        """Features [n, d] -> float32 [n, k]; before the projection they have length one."""
+        rows = torch.nn.functional.normalize(features.double() - self.mean, dim=1)
+        return (rows if self.directions is None else rows @ self.directions).float()
 
 
 def item_moments(items: RowTable) -> torch.Tensor:

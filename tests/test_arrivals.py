@@ -1,0 +1,96 @@
+"""Items that arrive after training: they get what a cold item of the catalog with their content has."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from small import small_catalog
+from test_train import export_embeddings, read_export, write_config
+
+from gtc_dist import train
+from gtc_dist.data import storage
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.engine.restore import find, restore
+from gtc_dist.errors import InputError
+from gtc_dist.graph.csc import Graphs
+
+WALKS = ["model.walk.spectral=3", "model.walk.profile=4"]
+
+
+@pytest.fixture(scope="module", params=[[], WALKS])
+def run(ray_local, tmp_path_factory, request) -> tuple[str, Catalog]:
+    folder = tmp_path_factory.mktemp("run")
+    catalog = small_catalog(folder / "catalog", cold=6)
+    for name, width in catalog.modalities().items():
+        for part, array in (("mean", np.full(width, 0.5)), ("std", np.full(width, 2.0))):
+            storage.write_array(f"{catalog.uri}/features/{name}/{part}.npy", array)
+    train.main(["--config", write_config(folder, catalog.uri, str(folder / "runs"), epochs=1), *request.param])
+    return str(folder / "runs" / "r"), catalog
+
+
+def write_items(uri: str, ids: list, content: dict[str, np.ndarray]) -> str:
+    columns = {name: pa.array(list(rows), pa.list_(pa.float64())) for name, rows in content.items()}
+    storage.write_table(uri, pa.table({"id": pa.array(ids), **columns}))
+    return uri
+
+
+def raw(catalog: Catalog, item: int) -> dict[str, np.ndarray]:
+    """The raw vectors that an item's features come from."""
+    return {name: catalog.features(name, item, item + 1).astype(np.float64) * 2 + 0.5 for name in catalog.modalities()}
+
+
+def test_a_new_item_has_the_mean_of_the_nearest_warm_ones_and_its_own_profile(run, tmp_path, capsys):
+    uri, catalog = run
+    warm = Graphs.load(catalog).item_degree > 0
+    cold = np.flatnonzero(~warm)
+    content = {name: np.concatenate([raw(catalog, i)[name] for i in cold]) for name in catalog.modalities()}
+    new_ids = [9000 + int(i) for i in cold]
+    file = write_items(str(tmp_path / "new.parquet"), new_ids, content)
+    export_embeddings.main(["--run", uri, "--out", str(tmp_path / "e"), "--new-items", file, "--faiss"])
+    assert f"(and {len(cold)} new ones)" in capsys.readouterr().out
+    ids, rows = read_export(str(tmp_path / "e"), "items")
+    assert ids[catalog.items :] == new_ids
+    manifest = storage.read_json(str(tmp_path / "e/manifest.json"))
+    assert manifest["new_items"] == len(cold)
+    assert manifest["files"]["items.faiss"]["rows"] == len(ids)
+
+    units = [catalog.features(name).astype(np.float64) for name in catalog.modalities()]
+    similarity = sum(x @ x.T for x in (u / np.linalg.norm(u, axis=1, keepdims=True) for u in units)) / len(units)
+    blend = restore(find(uri)).blend
+    profiles = [] if blend is None else list(blend.profile_columns(rows.shape[1]).values())
+    own = np.zeros(rows.shape[1], bool)
+    for columns in profiles:
+        own[columns] = True
+    for n, item in enumerate(cold):
+        order = np.argsort(-np.where(warm, similarity[item], -np.inf))[:10]
+        share = np.maximum(similarity[item, order], 0)
+        want = (share / share.sum()) @ rows[order]
+        np.testing.assert_allclose(rows[catalog.items + n, ~own], want[~own], rtol=1e-2, atol=1e-3)
+        # the profile of a cold item of the catalog with this very content
+        np.testing.assert_allclose(rows[catalog.items + n, own], rows[item, own], rtol=1e-2, atol=1e-3)
+    assert blend is None or own.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop_columns(["m1"]), "has no column 'm1'; columns found: id, m0"),
+        (lambda t: t.set_column(0, "id", pa.array(["x", "y"])), "column 'id' is string, the catalog's are int64"),
+        (lambda t: t.set_column(0, "id", pa.array([1, None])), "column 'id' has 1 nulls"),
+        (lambda t: t.set_column(0, "id", pa.array([5, 5])), "column 'id' has an id twice"),
+        (lambda t: t.set_column(0, "id", pa.array([5, 107])), "the catalog has item 107 already"),
+        (lambda t: t.set_column(1, "m0", pa.array([[1.0], [2.0]])), "'m0' has a vector of length 1"),
+        (lambda t: t.set_column(1, "m0", pa.array([[1.0] * 6, None])), "'m0' has a vector of length None"),
+        (lambda t: t.set_column(1, "m0", pa.array([[1.0] * 6, [float("nan")] * 6])), "'m0', row 1: the vector has"),
+        (lambda t: t.set_column(1, "m0", pa.array([1.0, 2.0])), "column 'm0' is double; it must hold vectors"),
+    ],
+)
+def test_bad_files_are_refused_and_nothing_is_written(run, tmp_path, change, message):
+    uri, catalog = run
+    file = write_items(
+        str(tmp_path / "a.parquet"), [1, 2], {n: np.ones((2, w)) for n, w in catalog.modalities().items()}
+    )
+    storage.write_table(file, change(storage.read_table(file)))
+    with pytest.raises(InputError, match=r"a\.parquet") as error:
+        export_embeddings.main(["--run", uri, "--out", str(tmp_path / "e"), "--new-items", file])
+    assert message in str(error.value)
+    assert not storage.listing(str(tmp_path / "e"))
