@@ -126,8 +126,11 @@ class Cluster(Section):
 class Negatives(Section):
     """Negative items; never a train positive of the user that they are scored against."""
 
-    mode: Literal["uniform", "shared"] = "uniform"  # uniform: own ones for each pair; shared: one pool for the batch
-    count: Positive = 8  # for each pair, or in a rank's pool
+    # uniform: own ones for each pair; shared: one pool for the batch; in_batch: the items of the rank's other pairs
+    mode: Literal["uniform", "shared", "in_batch"] = "uniform"
+    count: Positive = 8  # for each pair, or in a rank's shared pool
+    correct: bool = True  # in_batch: a negative stands for as many items as were unlikelier to be in the batch, so that
+    # popular items are no negatives more often than others; false: they are
     popularity: Share = 0.0  # uniform: an item is drawn by (its train interactions)^this; 0: all alike
 
 
@@ -140,7 +143,8 @@ class Train(Section):
     table_optimizer: Literal["adam", "rowwise_adam"] = "adam"  # rowwise: one second moment a row, a third less memory
     epoch_steps: Positive | None = None  # steps from one validation to the next; null: one pass over the interactions
     negatives: Negatives = Negatives()
-    loss: Literal["bpr", "softmax"] = "bpr"  # of a positive against its negatives: pairwise, or cross-entropy over all
+    # of a positive against its negatives: pairwise, cross-entropy over all, or the sum of the two
+    loss: Literal["bpr", "softmax", "bpr+softmax"] = "bpr"
     temperature: Annotated[float, Field(gt=0)] = 1.0  # of the ranking loss: scores are divided by it
     user_discount: Share = 0.0  # a user's interaction counts (number of them)^-this in the ranking loss; 1: users alike
     average: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the past in the weights that are ranked, kept and

@@ -168,8 +168,16 @@ def test_a_chosen_modality_alone(catalogs):
     assert network.S == 2
 
 
-@pytest.mark.parametrize("negatives", [{"mode": "uniform", "count": 3}, {"mode": "shared", "count": 7}])
-@pytest.mark.parametrize("loss", ["bpr", "softmax"])
+@pytest.mark.parametrize(
+    "negatives",
+    [
+        {"mode": "uniform", "count": 3},
+        {"mode": "shared", "count": 7},
+        {"mode": "in_batch"},
+        {"mode": "in_batch", "correct": False},
+    ],
+)
+@pytest.mark.parametrize("loss", ["bpr", "softmax", "bpr+softmax"])
 def test_ranking_and_l2_losses_by_loops(catalogs, negatives, loss):
     options = {"negatives": negatives, "loss": loss, "temperature": 0.5, "user_discount": 0.5}
     config, network, tables = setup(catalogs[2], train=options)
@@ -185,10 +193,13 @@ def test_ranking_and_l2_losses_by_loops(catalogs, negatives, loss):
         pool = batch.negatives[n] if batch.negatives.dim() == 2 else batch.negatives
         allowed = [k for k in range(len(pool)) if batch.negative_mask is None or batch.negative_mask[n, k]]
         scores = [(user * positive).sum() - (user * e["items"][pool[k]]).sum() for k in allowed]
-        if loss == "bpr":
-            value = sum(-torch.log(torch.sigmoid(s / 0.5)) for s in scores) / max(len(scores), 1)
-        else:
-            value = torch.log(1 + sum(torch.exp(-s / 0.5) for s in scores))
+        counts = [1.0 if batch.negative_weight is None else float(batch.negative_weight[k]) for k in allowed]
+        value = 0
+        if "bpr" in loss:
+            terms = [-c * torch.log(torch.sigmoid(s / 0.5)) for c, s in zip(counts, scores, strict=True)]
+            value = sum(terms) / max(sum(counts), 1e-12)
+        if "softmax" in loss:
+            value = value + torch.log(1 + sum(c * torch.exp(-s / 0.5) for c, s in zip(counts, scores, strict=True)))
         ranking.append(value * root / np.sqrt(degree[global_draws(config, catalogs[2]).users[n]]))
         ego = [user_rows[batch.ego_users[batch.users[n]]], item_rows[batch.ego_items[batch.positives[n]]]]
         other = sum(item_rows[batch.ego_items[k]].square().sum() for k in pool) / len(pool)

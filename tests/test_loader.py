@@ -1,6 +1,7 @@
 """Batches: every interaction once an epoch, true negatives, deterministic, errors that arrive."""
 
 import threading
+from math import comb
 
 import numpy as np
 import pytest
@@ -14,7 +15,15 @@ from worlds import run_ranks
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import loader as loader_module
 from gtc_dist.engine.build import build_network
-from gtc_dist.engine.loader import Loader, LoaderOptions, _prefetch, cumulative_share, deal, discounted
+from gtc_dist.engine.loader import (
+    Loader,
+    LoaderOptions,
+    _prefetch,
+    cumulative_share,
+    deal,
+    discounted,
+    inclusion_chance,
+)
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs, absent_source, both_directions, by_destination, edge_of, take
 from gtc_dist.model.collectives import World
@@ -93,7 +102,9 @@ def test_crossed_tells_every_train_interaction_between_users_and_items(catalog):
     assert graphs.crossed(users, items[:0]).shape == (4, 0)
 
 
-@pytest.mark.parametrize("negatives", [{"mode": "uniform", "count": 3}, {"mode": "shared", "count": 20}])
+@pytest.mark.parametrize(
+    "negatives", [{"mode": "uniform", "count": 3}, {"mode": "shared", "count": 20}, {"mode": "in_batch"}]
+)
 def test_negatives_are_never_train_positives_of_their_user(catalog, negatives):
     loader = make_loader(World(), catalog, train={"negatives": negatives})
     known = set(zip(*(a.tolist() for a in catalog.interactions("train")), strict=True))
@@ -110,7 +121,8 @@ def test_negatives_are_never_train_positives_of_their_user(catalog, negatives):
                 assert all((user, item) in known for item in masked)
             assert not any((user, item) in known for item in mine)
             drawn.update(mine)
-    assert len(drawn) == CATALOG_ITEMS  # cold items too
+    taken = len(np.unique(catalog.interactions("train")[1]))
+    assert len(drawn) == (taken if negatives["mode"] == "in_batch" else CATALOG_ITEMS)  # else cold items too
 
 
 def test_uniform_negatives_are_uniform_over_the_others(catalog):
@@ -232,3 +244,25 @@ def test_a_user_whose_draws_are_all_its_own_gets_another_item():
     share = np.array([1.0, 1.0, 1.0])  # always item 0
     drawn = graphs.draw_negatives(np.zeros(1000, np.int64), np.random.default_rng(0), share)
     assert set(drawn) == {1, 2}
+
+
+def test_corrected_in_batch_negatives_stand_for_every_item_alike(catalog):
+    """Each item counts once on average over batches, however often it was taken."""
+    loader = make_loader(World(), catalog, train={"negatives": {"mode": "in_batch"}})
+    sums, batches = np.zeros(CATALOG_ITEMS), 0
+    for epoch in range(1, 201):
+        for batch in loader.epoch(epoch):
+            np.add.at(sums, batch.item_ids[batch.negatives].numpy(), batch.negative_weight.numpy())
+            batches += 1
+    taken = loader.item_counts > 0
+    assert (sums[~taken] == 0).all()
+    assert abs(sums[taken] / batches - 1).max() < 0.2
+    assert abs((sums[taken] / batches).mean() - 1) < 0.02
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 12), st.data())
+def test_inclusion_chance_is_the_hypergeometric_one(total, data):
+    count, drawn = data.draw(st.integers(1, total)), data.draw(st.integers(1, total))
+    want = 1 - (comb(total - count, drawn) / comb(total, drawn))
+    assert inclusion_chance(np.array([count]), total, drawn)[0] == pytest.approx(want, abs=1e-9)

@@ -148,7 +148,7 @@ def build_loader(
         batch_size=train.batch_size,
         seed=train.seed,
         negatives=train.negatives.mode,
-        negative_count=train.negatives.count * (1 if train.negatives.mode == "shared" else model.members),
+        negative_count=train.negatives.count * (model.members if train.negatives.mode == "uniform" else 1),
         correlation_rows=model.correlation.rows,
         diffusion_steps=model.diffusion.steps,
         modalities=len(shape.modalities),
@@ -157,5 +157,6 @@ def build_loader(
         epoch_steps=train.epoch_steps,
         user_discount=train.user_discount,
         negative_popularity=train.negatives.popularity,
+        negatives_correct=train.negatives.correct,
     )
     return Loader(users, items, graphs, planner, options, world)

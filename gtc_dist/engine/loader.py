@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import gammaln
 
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
@@ -42,7 +43,7 @@ class Draws:
 class LoaderOptions:
     batch_size: int  # over all ranks
     seed: int
-    negatives: str  # uniform or shared
+    negatives: str  # uniform, shared or in_batch
     negative_count: int
     correlation_rows: int  # over all ranks; 0: one for each pair
     diffusion_steps: int
@@ -50,6 +51,7 @@ class LoaderOptions:
     width: int
     prefetch: int
     epoch_steps: int | None = None  # None: as many as a pass takes
+    negatives_correct: bool = True  # in_batch: weighed by 1 / the chance to be in the batch
     negative_popularity: float = 0.0  # uniform: drawn by (interactions of an item)^this
     user_discount: float = 0.0  # a pair of a user with n interactions counts n^-user_discount, times a constant
 
@@ -68,6 +70,7 @@ class Loader:
         self.graphs, self.planner, self.options, self.world = graphs, planner, options, world
         self.users, self.items = deal(users, items, graphs.items, world)
         self.rank_rows = world.counts(len(self.users))
+        self.item_counts = np.bincount(self.items, minlength=graphs.items)
         self.pass_steps = max(1, -(-sum(self.rank_rows) // options.batch_size))
         self.steps = options.epoch_steps or self.pass_steps  # of an epoch
         self.negative_share = cumulative_share(graphs.item_degree, options.negative_popularity)
@@ -100,8 +103,10 @@ class Loader:
         if o.negatives == "uniform":
             negatives = self.graphs.draw_negatives(np.repeat(users, o.negative_count), rng, self.negative_share)
             negatives = negatives.reshape(-1, o.negative_count)
-        else:
+        elif o.negatives == "shared":
             negatives = rng.integers(0, self.graphs.items, o.negative_count)
+        else:
+            negatives = np.unique(positives)
         return Draws(
             users,
             positives,
@@ -146,6 +151,7 @@ class Loader:
             positives=torch.from_numpy(positives),
             negatives=torch.from_numpy(negatives.reshape(draws.negatives.shape)),
             negative_mask=mask,
+            negative_weight=self._negative_weight(draws),
             pair_weights=torch.from_numpy(self.user_weights[draws.users]),
             user_ids=torch.from_numpy(users),
             item_ids=torch.from_numpy(items),
@@ -155,6 +161,13 @@ class Loader:
             counts=draws.counts,
             correlation_counts=self.correlation_counts(draws.counts),
         )
+
+    def _negative_weight(self, draws: Draws) -> torch.Tensor | None:
+        """1 / the chance that a negative of the batch is in it."""
+        if self.options.negatives != "in_batch" or not self.options.negatives_correct:
+            return None
+        chance = inclusion_chance(self.item_counts[draws.negatives], len(self.users), len(draws.users))
+        return torch.from_numpy((1 / chance).astype(np.float32))
 
     def _global_pairs(self, draws: Draws) -> np.ndarray:
         """Interactions of all ranks in this step, int64 [n, 2]: a step's result must not depend on how many ranks
@@ -189,6 +202,13 @@ def cumulative_share(degree: np.ndarray, power: float) -> np.ndarray | None:
         return None
     share = np.cumsum(degree.astype(np.float64) ** power)
     return share / share[-1]
+
+
+def inclusion_chance(count: np.ndarray, total: int, drawn: int) -> np.ndarray:
+    """Chance that one of `count` rows is among `drawn` of `total`, drawn without replacement; float64, count >= 1."""
+    none = gammaln(total - count + 1) + gammaln(total - drawn + 1)
+    none = none - gammaln(np.maximum(total - count - drawn, 0) + 1) - gammaln(total + 1)
+    return np.where(count > total - drawn, 1.0, -np.expm1(none))
 
 
 def discounted(degree: np.ndarray, power: float) -> np.ndarray:

@@ -60,6 +60,7 @@ class Batch:
     positives: torch.Tensor  # [B]
     negatives: torch.Tensor  # [B, K], or [P] shared by the batch
     negative_mask: torch.Tensor | None  # [B, P] False where a shared negative is the user's train positive
+    negative_weight: torch.Tensor | None  # float32 [P] how many items a shared negative stands for; None: all alike
     pair_weights: torch.Tensor  # float32 [B], of the ranking loss; their mean over all interactions is one
     # ego rows of the pairs; positions among the in-users and in-items
     ego_users: torch.Tensor  # [u]

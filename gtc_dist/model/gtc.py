@@ -232,7 +232,8 @@ class GTC(nn.Module):
 
         bpr: Bayesian personalised ranking (Rendle et al. 2009), averaged over the negatives. softmax: cross-entropy of
         the positive among itself and the negatives; the hardest weigh most. Both of scores over a temperature.
-        Negatives of a pair are dealt to the members, shared ones are everyone's.
+        Negatives of a pair are dealt to the members, shared ones are everyone's. A negative counts as often as the
+        items that it stands for.
         """
         M, W = self.M, self.out_width // self.M
         user = users.index_select(0, batch.users).view(-1, M, W) / self.shape.loss_temperature
@@ -246,13 +247,22 @@ class GTC(nn.Module):
         else:
             rows = items.index_select(0, batch.negatives).view(-1, M, W)
             negative, mask = user.transpose(0, 1) @ rows.permute(1, 2, 0), batch.negative_mask
-        if self.shape.loss == "softmax":
+        loss = torch.zeros(())
+        weight = batch.negative_weight
+        if "bpr" in self.shape.loss:
+            pairs = F.softplus(negative - score)
+            if mask is None:
+                loss = pairs.mean(2)
+            else:
+                counted = mask if weight is None else mask * weight
+                loss = (pairs * counted).sum(2) / counted.sum(1).clamp(min=1e-12)
+        if "softmax" in self.shape.loss:
+            if weight is not None:
+                negative = negative + weight.log()
             if mask is not None:
                 negative = negative.masked_fill(~mask, float("-inf"))
             logits = torch.cat([score, negative], dim=2)
-            return (torch.logsumexp(logits, dim=2) - logits[:, :, 0]).mean(0)
-        loss = F.softplus(negative - score)
-        loss = loss.mean(2) if mask is None else (loss * mask).sum(2) / mask.sum(1).clamp(min=1)
+            loss = loss + torch.logsumexp(logits, dim=2) - logits[:, :, 0]
         return loss.mean(0)
 
     def _correlation(self, e: dict, batch: Batch) -> torch.Tensor:
