@@ -18,7 +18,7 @@ from gtc_dist.config import Config, load_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.engine.build import build_network, load_features, load_graphs
-from gtc_dist.engine.export import ROWS, write_rows
+from gtc_dist.engine.export import ROWS, write_part
 from gtc_dist.engine.inference import embed_catalog
 from gtc_dist.engine.loop import Trainer
 from gtc_dist.engine.ranking import RankingOptions, top_items
@@ -216,7 +216,7 @@ def inference(case: dict, world: World) -> dict:
             for kind, table in zip(("users", "items"), embedded, strict=True):
                 for first in range(table.start, table.stop, ROWS):
                     uri = storage.join(out, kind, f"part-{first:012d}.parquet")
-                    write_rows(catalog, kind, table, first, uri, "float32")
+                    write_part(catalog, kind, table, first, uri, "float32")
             world.barrier()
             export.append(time.perf_counter() - start - seconds[-1])
     total = statistics.median(a + b for a, b in zip(seconds, export, strict=True))

@@ -6,11 +6,13 @@ import pyarrow as pa
 import torch
 
 from gtc_dist.data import storage
+from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine.arrivals import arrival_rows, read_arrivals
 from gtc_dist.engine.restore import Found, restore
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.collectives import World
+from gtc_dist.model.table import RowTable
 
 ROWS = 1 << 17  # rows of a file
 
@@ -34,10 +36,7 @@ def export_rank(
     for kind, table in tables.items():
         for first in range(table.start, table.stop, ROWS):
             name = f"{kind}/part-{first:012d}.parquet"
-            own = table.weight[first - table.start :][:ROWS]
-            files[name] = write_rows(
-                run.catalog.ids(kind, first, first + len(own)), own, storage.join(out, name), dtype
-            )
+            files[name] = write_part(run.catalog, kind, table, first, storage.join(out, name), dtype)
     for first in range(0, 0 if ids is None else len(ids), ROWS):
         name = f"items/part-new-{first:012d}.parquet"
         own = slice(first, first + ROWS)
@@ -49,6 +48,12 @@ def export_rank(
     if ids is not None:
         sizes["new_items"] = len(ids)
     return {**sizes, "dim": tables["items"].width, "streams": run.network.shape.streams, "files": merged}
+
+
+def write_part(catalog: Catalog, kind: str, table: RowTable, first: int, uri: str, dtype: str) -> dict:
+    """Write up to ROWS of this rank's rows from `first` on, with their ids."""
+    own = table.weight[first - table.start :][:ROWS]
+    return write_rows(catalog.ids(kind, first, first + len(own)), own, uri, dtype)
 
 
 def write_rows(ids: pa.Array, embeddings: torch.Tensor, uri: str, dtype: str) -> dict:
