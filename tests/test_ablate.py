@@ -20,7 +20,7 @@ def test_the_table_is_made_of_the_runs_and_goes_on_where_it_was_stopped(tmp_path
     catalog = small_catalog(tmp_path / "catalog")
     config = write_config(tmp_path, catalog.uri, str(tmp_path / "unused"), epochs=1)
     variants = tmp_path / "variants.yaml"
-    variants.write_text(yaml.safe_dump({"whole": [], "no-tc": ["model.correlation.enabled=false"]}))
+    variants.write_text(yaml.safe_dump({"whole": [], "no-tc": ["model.correlation.enabled=false"]}, sort_keys=False))
     words = ["--config", config, "--out", str(tmp_path / "out"), "--seeds", "0", "--variants", str(variants)]
     torn = tmp_path / "out/runs/no-tc-0/checkpoints"  # of a run that was killed
     torn.mkdir(parents=True)
