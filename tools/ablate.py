@@ -78,11 +78,10 @@ def main(argv: list[str] | None = None) -> None:
 
     def work(key: tuple[str, int]) -> None:
         train(args.config, overrides[key], args.out / "runs" / configs[key].run.name)
-        write(args.out, configs, list(variants))
 
     with ThreadPoolExecutor(args.jobs) as pool:
         for _ in pool.map(work, open_):
-            pass
+            write(args.out, configs, list(variants))  # in this thread alone: two would tear the files
     write(args.out, configs, list(variants))
     print((args.out / "ablation.md").read_text())
 

@@ -16,6 +16,7 @@ from gtc_dist.engine.blend import COLD
 from gtc_dist.engine.profile import ContentMap
 from gtc_dist.engine.restore import Run
 from gtc_dist.errors import InputError
+from gtc_dist.graph.neighbours import shares
 from gtc_dist.model.table import RowTable
 
 BLOCK = 1 << 16  # warm items compared at once
@@ -78,10 +79,8 @@ def arrival_rows(run: Run, items: RowTable, content: dict[str, np.ndarray]) -> t
     """
     warm = np.flatnonzero(run.graphs.item_degree > 0)
     neighbour, similarity = nearest(run, warm, content)
-    share = np.maximum(similarity, 0)
-    total = share.sum(axis=1, keepdims=True)
-    share = np.where(total > 0, share / np.where(total > 0, total, 1), 1 / share.shape[1])
-    rows = torch.einsum("nk,nkd->nd", torch.from_numpy(share).float(), items.weight[torch.from_numpy(warm[neighbour])])
+    share = torch.from_numpy(shares(similarity))
+    rows = torch.einsum("nk,nkd->nd", share, items.weight[torch.from_numpy(warm[neighbour])])
     if run.blend is not None:
         for name, columns in run.blend.profile_columns(items.width).items():
             own = ContentMap.of(run.features[name], run.config.model.walk.profile)

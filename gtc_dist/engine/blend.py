@@ -85,7 +85,7 @@ class Blend:
         users = torch.cat([part[0].weight * weights[name] for name, part in pairs.items()], dim=1)
         items = torch.cat([self._items(name, part, weights[COLD]) for name, part in pairs.items()], dim=1)
         first = next(iter(pairs.values()))
-        return _table(first[0], users), _table(first[1], items)
+        return first[0].holding(users), first[1].holding(items)
 
     def _items(self, name: str, part: Pair, cold: float) -> torch.Tensor:
         rows = part[1].weight
@@ -98,10 +98,4 @@ def unit(part: Pair) -> Pair:
     """The part with each user's scores in units of their standard deviation over all items. A collective."""
     users, items = part
     spread = inverse_spread(users.weight, item_moments(items))
-    return _table(users, users.weight.float() * spread), _table(items, items.weight.float())
-
-
-def _table(like: RowTable, rows: torch.Tensor) -> RowTable:
-    out = RowTable(like.name, like.rows, 0, like.world, trainable=False)
-    out.width, out.weight = rows.shape[1], rows
-    return out
+    return users.holding(users.weight.float() * spread), items.holding(items.weight.float())

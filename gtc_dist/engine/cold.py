@@ -38,9 +38,7 @@ class ColdItems:
         """The table with the rows of cold items taken from their warm neighbours; zero where there are none. A
         collective."""
         means = torch.cat([values for _, _, values in self.edges.sums(items)])
-        out = RowTable(items.name, items.rows, 0, items.world, trainable=False)
-        out.width, out.weight = items.width, torch.where(self.mask, means, items.weight.float())
-        return out
+        return items.holding(torch.where(self.mask, means, items.weight.float()))
 
 
 def warm_neighbours(graph: CSC, warm: np.ndarray) -> CSC:

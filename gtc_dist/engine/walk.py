@@ -30,7 +30,8 @@ class Walk:
 
     def __init__(self, graphs: Graphs, world: World, options: WalkOptions):
         nodes = (graphs.nodes.indptr, graphs.nodes.indices, graphs.nodes.weight)
-        users, items = (RowTable(name, rows, 0, world, trainable=False) for name, rows in sizes(graphs))
+        users = RowTable("users", graphs.users, 0, world, trainable=False)
+        items = RowTable("items", graphs.items, 0, world, trainable=False)
         self.users, self.items = users, items
         self.into_users = Incoming(*nodes, 0, users, items, options.chunk, base=graphs.users)
         self.into_items = Incoming(*nodes, graphs.users, items, users, options.chunk)
@@ -55,8 +56,7 @@ class Walk:
     def _sums(edges: Incoming, like: RowTable, x: torch.Tensor) -> torch.Tensor:
         out = []
         for columns in x.float().split(COLUMNS, dim=1):
-            sources = RowTable(like.name, like.rows, columns.shape[1], like.world, trainable=False)
-            sources.weight = columns.contiguous()
+            sources = like.holding(columns.contiguous())
             out.append(torch.cat([values for _, _, values in edges.sums(sources)]))
         return torch.cat(out, dim=1)
 
@@ -67,15 +67,6 @@ def _power(degree: np.ndarray, like: RowTable, exponent: float) -> torch.Tensor:
     return torch.from_numpy(own.astype(np.float32)).to(like.world.device)[:, None]
 
 
-def sizes(graphs: Graphs) -> tuple[tuple[str, int], tuple[str, int]]:
-    return ("users", graphs.users), ("items", graphs.items)
-
-
 def pair(walk: Walk, users: torch.Tensor, items: torch.Tensor) -> tuple[RowTable, RowTable]:
     """Frozen tables of this rank's rows of users and items, whose dot product is a score."""
-    tables = []
-    for like, rows in ((walk.users, users), (walk.items, items)):
-        table = RowTable(like.name, like.rows, rows.shape[1], like.world, trainable=False)
-        table.weight = rows.float()
-        tables.append(table)
-    return tables[0], tables[1]
+    return walk.users.holding(users.float()), walk.items.holding(items.float())

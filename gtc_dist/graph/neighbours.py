@@ -81,7 +81,7 @@ def item_item(
     for items, neighbour, similarity in found if k else ():
         order = np.argsort(neighbour, axis=1)
         indices[items] = np.take_along_axis(neighbour, order, 1)
-        weight[items] = np.take_along_axis(_shares(similarity), order, 1)
+        weight[items] = np.take_along_axis(shares(similarity), order, 1)
         scratch.release()
         done += len(neighbour)
         progress(done, joint.items)
@@ -171,7 +171,7 @@ def _blocks(total: int, size: int = BLOCK) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-def _shares(similarity: np.ndarray) -> np.ndarray:
+def shares(similarity: np.ndarray) -> np.ndarray:
     """Weights of the neighbours, adding to one."""
     weight = np.maximum(similarity.astype(np.float64), 0)
     total = weight.sum(axis=1, keepdims=True)

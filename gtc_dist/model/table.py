@@ -99,6 +99,12 @@ class RowTable:
         self.exp_avg_sq = torch.zeros_like(self.weight[:, :1] if rowwise else self.weight) if trainable else None
         self._anchor = torch.zeros((), device=world.device, requires_grad=trainable)
 
+    def holding(self, rows: torch.Tensor) -> "RowTable":
+        """A frozen table over the same ranks with other values for this rank's rows, [n, any width]."""
+        table = RowTable(self.name, self.rows, 0, self.world, dtype=rows.dtype, trainable=False)
+        table.width, table.weight = rows.shape[1], rows
+        return table
+
     def lookup(self, route: Route) -> torch.Tensor:
         """Rows of a route, [n, width]; differentiable if trainable. A collective, and so is its backward."""
         return _Lookup.apply(self._anchor, self, route)
