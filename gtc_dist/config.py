@@ -152,6 +152,7 @@ class Train(Section):
     exclude_seed_edges: bool = True  # leave the batch's own edges out of the graph that they are predicted from
     w_tc: Weight = 0.4  # weight of the total-correlation loss
     w_diff: Weight = 0.7  # weight of the diffusion loss
+    w_personal: Weight = 0.1  # condition: user: weight of the ranking loss of the personal content score
     w_reg: Weight = 1e-3  # weight of the L2 term over the batch's embeddings
     log_every: Positive = 10  # steps between TensorBoard points
     prefetch: Positive = 2  # batches prepared ahead
@@ -170,7 +171,10 @@ class Diffusion(Section):
     start_step: Positive = 100  # the deterministic filter starts here ...
     ddim_steps: Positive = 1  # ... and reaches 0 in this many DDIM steps
     hidden: Positive = 128  # width of the denoiser's hidden layers
-    condition: Literal["item", "audience"] = "audience"  # id embedding; plus mean preference of the item's users
+    # what the denoiser knows: the item's id embedding; plus the mean preference of the item's users; plus, of a pair
+    # that is scored on its own (engine/personal.py), the user. Embeddings are made without the user
+    condition: Literal["item", "audience", "user"] = "audience"
+    condition_dropout: Share = 0.1  # share of the denoising loss's pairs whose condition is left out, as for cold items
 
     @model_validator(mode="after")
     def _steps(self):

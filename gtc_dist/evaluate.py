@@ -1,6 +1,6 @@
 """Command: a run and a split to metrics.
 
-    python -m gtc_dist.evaluate --run RUN [--split valid|test] [--users N] [--against OTHER] [--workers N]
+    python -m gtc_dist.evaluate --run RUN [--split valid|test] [--users N] [--against OTHER] [--rerank N] [--workers N]
 
 Prints one JSON object: Recall, NDCG, Precision, HitRate and MRR at 5, 10, 20 and 50, overall and for cold items (no
 train interaction), and the number of users. Runs in this process, without a cluster, or with --workers on so many ranks
@@ -8,6 +8,9 @@ of the cluster, each with its share of everything that grows with the catalog.
 
 --against OTHER, a run on the same catalog: adds for each metric the difference to it over the same users, with the 95 %
 interval of a paired bootstrap (engine/bootstrap.py).
+
+--rerank N, for a run with `condition: user`: adds the metrics after each user's first N items were ordered again with
+their personal content scores (engine/personal.py), whose weight is chosen on the valid split.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import json
 
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import bootstrap
+from gtc_dist.engine.personal import rerank
 from gtc_dist.engine.restore import Found, find, restore
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.finished import parse_run_command, run_on
@@ -28,11 +32,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--split", choices=("valid", "test"), default="test")
     parser.add_argument("--users", type=int, help="rank about so many users, 0 for all (default: the run's eval.users)")
     parser.add_argument("--against", metavar="OTHER", help="URI of another run on the same catalog, to compare with")
+    parser.add_argument("--rerank", type=int, metavar="N", help="order each user's first N again by personal scores")
     args = parse_run_command(parser, argv)
+    if args.rerank is not None and (args.rerank < 1 or args.against):
+        parser.error("--rerank takes a positive number, and no --against")
 
     found = find(args.run)
     users = found.config.eval.users if args.users is None else args.users or None
-    work = functools.partial(score, split=args.split, users=users)
+    work = functools.partial(score, split=args.split, users=users, depth=args.rerank)
     if args.against:
         other = find(args.against)
         same_catalog(found, other)
@@ -50,9 +57,11 @@ def same_catalog(found: Found, other: Found) -> None:
         )
 
 
-def score(world: World, graphs: Graphs | None, found: Found, split: str, users: int | None) -> dict:
+def score(world: World, graphs: Graphs | None, found: Found, split: str, users: int | None, depth: int | None) -> dict:
     """What each rank does."""
-    return restore(found, world, graphs).evaluate(split, users)
+    run = restore(found, world, graphs)
+    reranked = {} if depth is None else {"rerank": rerank(run, split, depth, users)}
+    return run.evaluate(split, users) | reranked
 
 
 def compare(world: World, graphs: Graphs | None, found: Found, other: Found, split: str, users: int | None) -> dict:

@@ -44,6 +44,7 @@ def share(draws: Draws, rank: int, counts: list[int]) -> Draws:
         negatives=negatives,
         timesteps=draws.timesteps[rows],
         noise=draws.noise[:, rows],
+        dropout=draws.dropout[:, rows],
         counts=counts,
     )
 

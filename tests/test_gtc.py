@@ -14,6 +14,7 @@ from gtc_dist.model.collectives import World
 VARIANTS = {
     "as in the paper": {},
     "condition on the item alone": {"diffusion": {"condition": "item"}},
+    "filter for users": {"diffusion": {"condition": "user"}},
     "no filter": {"diffusion": {"enabled": False}},
     "no total correlation": {"correlation": {"enabled": False}},
     "no gate": {"gate": False},
@@ -25,6 +26,12 @@ VARIANTS = {
     "three members": {"members": 3},
     "content as a gate": {"unit_rows": False, "content": "gate"},
     "content as a gate, two members, summed": {"unit_rows": False, "content": "gate", "members": 2, "join": "sum"},
+    "content as a gate, filter for users": {
+        "unit_rows": False,
+        "content": "gate",
+        "members": 2,
+        "diffusion": {"condition": "user"},
+    },
     "content as a gate, no hops": {"unit_rows": False, "content": "gate", "item_hop": False, "user_hop": False},
     "streams summed, no gate": {"join": "sum", "gate": False},
 }
@@ -85,9 +92,10 @@ def one(network, m: int, rows, weights, common, ids, catalog: Catalog, model) ->
         x0 = unit_mean_square(member.project[s - 1](torch.from_numpy(catalog.features(name).astype(np.float32))))
         if shape.diffusion:
             c = unit_mean_square(ids)
-            if shape.condition == "audience":
+            if shape.condition != "item":
                 liked = unit_mean_square(audience @ rows) if gated else D**0.5 * (audience @ preference[:, s])
-                c = torch.cat([c, liked], dim=1)
+                c[audience.sum(1) == 0] = 0  # nobody's: known by its content alone
+                c = torch.cat([c, liked, *([torch.zeros_like(liked)] if shape.condition == "user" else [])], dim=1)
             x0 = member.filters[s - 1](x0, c)
         contents.append(x0)
     if gated:

@@ -119,7 +119,7 @@ def test_train_positives_and_padding_are_never_recommended(catalog):
     users, items = embeddings(World(), catalog)
     graphs = Graphs.load(catalog)
     everyone = np.arange(catalog.users)
-    top = ranking.top_items(users, items, graphs, everyone, catalog.items, RankingOptions(16, 7))
+    top, _ = ranking.top_items(users, items, graphs, everyone, catalog.items, RankingOptions(16, 7))
     for u in everyone:
         listed = top[u][top[u] >= 0]
         assert len(listed) == catalog.items - graphs.user_degree[u]
@@ -129,9 +129,9 @@ def test_train_positives_and_padding_are_never_recommended(catalog):
 def test_popularity_ranks_by_train_interactions(catalog):
     graphs = Graphs.load(catalog)
     tables = ranking.popularity(graphs, World())
-    top = ranking.top_items(*tables, graphs, np.arange(5), 10, RankingOptions(16, 7))
+    top, _ = ranking.top_items(*tables, graphs, np.arange(5), 10, RankingOptions(16, 7))
     for blocks in ((1, 1), (7, 3), (1000, 1000)):  # ties are everywhere, and must not hang on the blocks
-        assert np.array_equal(ranking.top_items(*tables, graphs, np.arange(5), 10, RankingOptions(*blocks)), top)
+        assert np.array_equal(ranking.top_items(*tables, graphs, np.arange(5), 10, RankingOptions(*blocks))[0], top)
     for u in range(5):
         degree = graphs.item_degree[top[u]]
         assert (np.diff(degree) <= 0).all()

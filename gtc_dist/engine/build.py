@@ -32,6 +32,7 @@ def network_shape(config: Config, catalog: Catalog) -> Shape:
         diffusion=diffusion.enabled,
         diffusion_trained=diffusion.trained,
         condition=diffusion.condition,
+        condition_dropout=diffusion.condition_dropout,
         diffusion_steps=diffusion.steps,
         beta_start=diffusion.beta_start,
         beta_end=diffusion.beta_end,
@@ -48,6 +49,7 @@ def network_shape(config: Config, catalog: Catalog) -> Shape:
         loss_temperature=config.train.temperature,
         w_tc=config.train.w_tc,
         w_diff=config.train.w_diff,
+        w_personal=config.train.w_personal,
         w_reg=config.train.w_reg,
     )
 

@@ -39,6 +39,21 @@ def embed_catalog(
         chunk: rows of this rank that are computed at once.
         watched: filled with means over all items of what `GTC.watch` tells.
     """
+    users, items = embed_streams(model, tables, features, graphs, layers, chunk, watched)
+    return _joined(model, users), _joined(model, items)
+
+
+@torch.no_grad()
+def embed_streams(
+    model: GTC,
+    tables: Tables,
+    features: dict[str, RowTable],
+    graphs: Graphs,
+    layers: int,
+    chunk: int,
+    watched: dict[str, float] | None = None,
+) -> tuple[RowTable, RowTable]:
+    """The same before the streams are joined: tables of width T * D."""
     users, items = inputs(model, tables, features, graphs, chunk, torch.float32, watched)
     edges = Edges(graphs, users, items, chunk * users.width // COLUMNS)
     for columns in column_groups(model):
@@ -49,7 +64,7 @@ def embed_catalog(
         for out, sums, hop in ((users, of_users, edges.user_user), (items, of_items, item_hop)):
             for low, high, values in hop.sums(sums) if hop else ():
                 out.weight[low:high, columns] += values
-    return _joined(model, users), _joined(model, items)
+    return users, items
 
 
 @torch.no_grad()
@@ -70,9 +85,7 @@ def inputs(
     for low, high in _chunks(users, chunk):
         users.weight[low:high] = model.users_in(tables.user.weight[low:high])[0]
     sums: dict[str, torch.Tensor] = {}
-    audiences = None
-    if model.needs_audience:
-        audiences = Incoming(graphs.nodes.indptr, graphs.nodes.indices, None, graphs.users, out, users, chunk)
+    audiences = audience_edges(graphs, users, out, chunk) if model.needs_audience else None
     for low, high, audience in audiences.sums(users) if audiences else _nothing(out, chunk):
         content = {name: table.weight[low:high] for name, table in features.items()}
         out.weight[low:high], ways = model.items_in(tables.item.weight[low:high], content, audience)
@@ -84,6 +97,11 @@ def inputs(
         watched |= {name: float(value) / out.rows for name, value in zip(sums, total, strict=True)}
     model.train(training)
     return users, out
+
+
+def audience_edges(graphs: Graphs, users: RowTable, items: RowTable, chunk: int) -> "Incoming":
+    """From users to the mean over each item's users. A collective."""
+    return Incoming(graphs.nodes.indptr, graphs.nodes.indices, None, graphs.users, items, users, chunk)
 
 
 def weigh(sums: RowTable, model: GTC, user: RowTable, columns: slice) -> None:

@@ -34,6 +34,7 @@ class Draws:
     negatives: np.ndarray  # int64 [B, K], or [P] shared
     timesteps: np.ndarray  # int64 [B], 1..T
     noise: np.ndarray  # float32 [modalities, B, D]
+    dropout: np.ndarray  # float32 [2, B], uniform in [0, 1)
     seed: int  # alike on every rank: permutations of the total correlation
     sampler_seed: int  # this rank's: neighbour sampling
     counts: list[int]  # pairs of each rank
@@ -113,6 +114,7 @@ class Loader:
             negatives,
             rng.integers(1, o.diffusion_steps + 1, len(rows)),
             rng.standard_normal((o.modalities, len(rows), o.width), dtype=np.float32),
+            rng.random((2, len(rows)), dtype=np.float32),
             int(np.random.default_rng([o.seed, turn, step]).integers(1 << 31)),
             int(rng.integers(1 << 31)),
             self.counts(step),
@@ -157,6 +159,7 @@ class Loader:
             item_ids=torch.from_numpy(items),
             timesteps=torch.from_numpy(draws.timesteps),
             noise=torch.from_numpy(draws.noise),
+            dropout=torch.from_numpy(draws.dropout),
             permutation_seed=draws.seed,
             counts=draws.counts,
             correlation_counts=self.correlation_counts(draws.counts),

@@ -43,8 +43,8 @@ def evaluate(
         truth: the split's items of this rank's users (`split_truth`).
     """
     overall, cold = by_user(users, items, graphs, truth, options or RankingOptions())
-    n, values = _mean(overall, users.world)
-    n_cold, cold_values = _mean(cold, users.world)
+    n, values = mean_metrics(overall, users.world)
+    n_cold, cold_values = mean_metrics(cold, users.world)
     return {"users": n, "overall": values, "cold_users": n_cold, "cold": cold_values}
 
 
@@ -54,18 +54,29 @@ def by_user(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Metrics of each of this rank's users that are ranked, and on cold items of those that have one:
     name@K -> float64 [users], by user index. A collective."""
+    mine = ranked_users(users, graphs, truth, options)
+    top, _ = top_items(users, items, graphs, mine, max(CUTS), options)
+    return metrics_of(top, mine - users.start, graphs, truth)
+
+
+def ranked_users(users: RowTable, graphs: Graphs, truth: CSC, options: RankingOptions) -> np.ndarray:
+    """Indexes of this rank's users that are ranked. A collective."""
     mine = np.arange(users.start, users.stop)
     mine = mine[(truth.degree > 0) & (graphs.user_degree[users.start : users.stop] > 0)]
-    mine = _sample(mine, options, users.world)
-    top = top_items(users, items, graphs, mine, max(CUTS), options)
-    own = mine - users.start
+    return _sample(mine, options, users.world)
+
+
+def metrics_of(
+    top: np.ndarray, own: np.ndarray, graphs: Graphs, truth: CSC
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What `by_user` returns, of ranked items int64 [n, k], best first (-1: none), of users `own`, rows of `truth`."""
     who = np.repeat(own, top.shape[1])
     hit = (top.reshape(-1) >= 0) & (edge_of(truth, who, np.maximum(top.reshape(-1), 0)) >= 0)
     hit = hit.reshape(top.shape)
     is_cold = graphs.items_are_cold(np.maximum(top, 0))
     indptr, edges = take(truth, own)
     counts = np.append(graphs.items_are_cold(truth.indices[edges]).astype(np.int64), 0)
-    cold_count = np.add.reduceat(counts, indptr[:-1]) if len(mine) else indptr[:0]
+    cold_count = np.add.reduceat(counts, indptr[:-1]) if len(own) else indptr[:0]
     with_cold = cold_count > 0
     cold = user_metrics((hit & is_cold)[with_cold], cold_count[with_cold])
     return user_metrics(hit, truth.degree[own]), cold
@@ -106,9 +117,10 @@ def popularity(graphs: Graphs, world: World) -> tuple[RowTable, RowTable]:
 
 def top_items(
     users: RowTable, items: RowTable, graphs: Graphs, mine: np.ndarray, k: int, options: RankingOptions
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Best k items of some of this rank's users by dot product, train positives left out: int64 [n, k], best first, -1
-    where there are fewer. Of equal scores across blocks the lower index stays. A collective."""
+    where there are fewer; and their scores, float32 [n, k]. Of equal scores across blocks the lower index stays. A
+    collective."""
     device, world = users.world.device, users.world
     best = torch.full((len(mine), k), float("-inf"), device=device)
     index = torch.full((len(mine), k), -1, dtype=torch.int64, device=device)
@@ -126,7 +138,7 @@ def top_items(
             best[part], order = torch.cat([best[part], value], dim=1).topk(k, dim=1)
             index[part] = torch.cat([index[part], at + first], dim=1).gather(1, order)
     index[best == float("-inf")] = -1
-    return index.cpu().numpy()
+    return index.cpu().numpy(), best.cpu().numpy()
 
 
 def _above(scores: torch.Tensor, least: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,7 +194,8 @@ def _seen(graphs: Graphs, users: np.ndarray, first: int, last: int) -> tuple[tor
     return torch.from_numpy(row[inside]), torch.from_numpy(items[inside].astype(np.int64) - first)
 
 
-def _mean(values: dict[str, np.ndarray], world: World) -> tuple[int, dict[str, float]]:
+def mean_metrics(values: dict[str, np.ndarray], world: World) -> tuple[int, dict[str, float]]:
+    """Users of all ranks, and the mean of each metric over them. A collective."""
     names = [f"{metric}@{k}" for metric in METRICS for k in CUTS]
     local = [float(values[name].sum()) for name in names] + [float(len(values[names[0]]))]
     *sums, n = world.sum(torch.tensor(local, dtype=torch.float64, device=world.device)).tolist()

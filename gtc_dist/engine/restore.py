@@ -12,6 +12,7 @@ from gtc_dist.engine import checkpoint, ranking
 from gtc_dist.engine.blend import Blend
 from gtc_dist.engine.build import build_blend, build_network, load_features, load_graphs, ranking_options
 from gtc_dist.engine.inference import embed_catalog
+from gtc_dist.engine.ranking import RankingOptions
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.collectives import World
@@ -46,7 +47,7 @@ class Run:
         """Each metric of every ranked user of all ranks, name@K -> float64 [users], by user index. A collective."""
         own, world = self.tables.user, self.tables.user.world
         truth = ranking.split_truth(self.catalog, split, own.start, own.stop)
-        options = replace(ranking_options(self.config), users=users, seed=0)
+        options = replace(self.ranking_options(users), seed=0)
         overall, _ = ranking.by_user(*self.embed(), self.graphs, truth, options)
         counts = world.counts(len(overall["recall@20"]))
         return {
@@ -59,7 +60,11 @@ class Run:
         embeddings = self.embed()
         own = self.tables.user
         truth = ranking.split_truth(self.catalog, split, own.start, own.stop)
-        return ranking.evaluate(*embeddings, self.graphs, truth, replace(ranking_options(self.config), users=users))
+        return ranking.evaluate(*embeddings, self.graphs, truth, self.ranking_options(users))
+
+    def ranking_options(self, users: int | None) -> RankingOptions:
+        """As the run was validated, but for the number of users."""
+        return replace(ranking_options(self.config), users=users)
 
 
 @dataclass(frozen=True)

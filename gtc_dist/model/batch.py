@@ -70,6 +70,7 @@ class Batch:
     # randomness of the diffusion loss, and the seed of the total correlation's permutations (alike on every rank)
     timesteps: torch.Tensor  # int64 [B]
     noise: torch.Tensor  # [modalities, B, D]
+    dropout: torch.Tensor  # float32 [2, B] in [0, 1): below their shares, the condition and the user are left out
     permutation_seed: int
     # sampled, with a history (engine/history.py)
     history: "HistoryPlan | None"

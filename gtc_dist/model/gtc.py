@@ -24,6 +24,8 @@ from gtc_dist.model.propagation import Block, convolve, weighted_sum
 from gtc_dist.model.streams import ItemsIn, ItemStreams, Shape
 from gtc_dist.model.table import RowTable
 
+USER_DROPOUT = 0.5  # share of the denoising loss's pairs without their user: embeddings are made without one
+
 
 @dataclass
 class Tables:
@@ -68,7 +70,12 @@ class GTC(nn.Module):
 
     @property
     def needs_audience(self) -> bool:
-        return self.shape.diffusion and self.shape.condition == "audience"
+        return self.shape.diffusion and self.shape.condition in ("audience", "user")
+
+    @property
+    def is_personal(self) -> bool:
+        """Whether pairs have a personal content score beside the dot product."""
+        return self.shape.diffusion and self.shape.condition == "user"
 
     @property
     def user_widths(self) -> tuple[int, int]:
@@ -221,9 +228,13 @@ class GTC(nn.Module):
         if self.correlates:
             parts["tc"] = self._correlation(e, batch)
         if self.shape.diffusion:
-            parts["diffusion"] = self._diffusion(e["ways"], batch).sum() / total
+            parts["diffusion"] = self._diffusion(e, batch).sum() / total
+        if self.is_personal:
+            parts["personal"] = (self._personal(e, batch) * batch.pair_weights).sum() / total
         parts["l2"] = self._l2(user_rows, item_rows, batch) / total
-        weights = {self.shape.loss: 1.0, "tc": self.shape.w_tc, "diffusion": self.shape.w_diff, "l2": self.shape.w_reg}
+        shape = self.shape
+        weights = {shape.loss: 1.0, "tc": shape.w_tc, "diffusion": shape.w_diff, "l2": shape.w_reg}
+        weights["personal"] = shape.w_personal
         loss = self.world.size * sum(weights[name] * value for name, value in parts.items())
         return loss, {name: value.detach() for name, value in parts.items()}
 
@@ -292,19 +303,41 @@ class GTC(nn.Module):
                 losses.append(total_correlation(*args))
         return torch.stack(losses).mean() / max(sum(counts), 1)
 
-    def _diffusion(self, ways: list[ItemsIn], batch: Batch) -> torch.Tensor:
+    def _diffusion(self, e: dict, batch: Batch) -> torch.Tensor:
         """Denoising loss of the positives, averaged over members and modalities, [B]. Content and condition are
         constants here: with a gradient into the content, shrinking it to a point would be the cheapest way to a low
-        loss."""
+        loss. Some pairs' conditions are left out, and some pairs' users (classifier-free guidance's training, Ho and
+        Salimans 2022), so that the filter also works without."""
         ego = batch.ego_items[batch.positives]
+        known = (batch.dropout[0] >= self.shape.condition_dropout)[:, None]
+        named = (batch.dropout[1] >= USER_DROPOUT)[:, None]
+        users = self.split(e["users"].detach().index_select(0, batch.users))
         losses = []
-        for member, way in zip(self.members, ways, strict=True):
-            ids = way.ids.detach().index_select(0, ego)
-            audience = None if way.audience is None else way.audience.detach().index_select(0, ego)
-            for s, x0 in enumerate(way.content.values(), start=1):
-                condition = member.condition(ids, audience, s)
-                x0 = x0.detach().index_select(0, ego)
+        for member, way, user in zip(self.members, e["ways"], users, strict=True):
+            ids, content, audience = way.constants(ego)
+            ids = torch.where(known, ids, 0)
+            audience = None if audience is None else torch.where(known, audience, 0)
+            for s, x0 in enumerate(content.values(), start=1):
+                condition = member.condition(ids, audience, s, torch.where(named, user, 0))
                 losses.append(member.filters[s - 1].loss(x0, condition, batch.timesteps, batch.noise[s - 1]))
+        return torch.stack(losses).mean(0)
+
+    def _personal(self, e: dict, batch: Batch) -> torch.Tensor:
+        """BPR of the personal content scores of each pair and one of its negatives, mean over members, [B]. It trains
+        the filters alone: what is looked for by dot products does not change for it."""
+        if batch.negatives.dim() == 2:
+            negatives, counted = batch.negatives[:, 0], 1.0
+        else:
+            at = torch.arange(len(batch.users), device=batch.users.device)
+            turn = at % len(batch.negatives)
+            negatives, counted = batch.negatives[turn], batch.negative_mask[at, turn]
+        users = self.split(e["users"].detach().index_select(0, batch.users))
+        losses = []
+        for member, way, user in zip(self.members, e["ways"], users, strict=True):
+            positive, negative = (
+                member.personal(*way.constants(batch.ego_items[items]), user) for items in (batch.positives, negatives)
+            )
+            losses.append(F.softplus(negative - positive) * counted)
         return torch.stack(losses).mean(0)
 
     def _l2(self, user_rows: torch.Tensor, item_rows: torch.Tensor, batch: Batch) -> torch.Tensor:

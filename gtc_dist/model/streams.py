@@ -15,6 +15,7 @@ from torch import nn
 from gtc_dist.model.diffusion import ContentFilter, Schedule
 
 CONTENT_LENGTH = 0.3  # of a content stream at the start, without unit rows
+PERSONAL_SCALE = 5.0  # of the personal content score, a mean cosine, at the start
 GATED_LENGTH = 1.5  # the same where it is a gated id: with the sigmoid's half, about the length of the id
 
 
@@ -31,7 +32,8 @@ class Shape:
     gate: bool
     diffusion: bool
     diffusion_trained: bool
-    condition: str  # item or audience
+    condition: str  # item, audience or user
+    condition_dropout: float  # in the denoising loss
     diffusion_steps: int
     beta_start: float
     beta_end: float
@@ -48,6 +50,7 @@ class Shape:
     loss_temperature: float
     w_tc: float
     w_diff: float
+    w_personal: float
     w_reg: float
 
     @property
@@ -70,6 +73,12 @@ class ItemsIn:
     filtered: dict[str, torch.Tensor]  # modality -> [n, D]
     streams: torch.Tensor  # [n, S, D]
 
+    def constants(self, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
+        """Ids, content and audience of some rows, without a gradient."""
+        content = {name: x.detach().index_select(0, rows) for name, x in self.content.items()}
+        audience = None if self.audience is None else self.audience.detach().index_select(0, rows)
+        return self.ids.detach().index_select(0, rows), content, audience
+
 
 class ItemStreams(nn.Module):
     """The streams of items: project, filter, gate."""
@@ -86,11 +95,13 @@ class ItemStreams(nn.Module):
         self.filters = nn.ModuleList()
         if shape.diffusion:
             schedule = Schedule(shape.diffusion_steps, shape.beta_start, shape.beta_end)
-            condition = self.D * (2 if shape.condition == "audience" else 1)
+            condition = self.D * (1 + ("item", "audience", "user").index(shape.condition))
             for _ in shape.modalities:
                 path = (shape.start_step, shape.ddim_steps)
                 self.filters.append(ContentFilter(schedule, self.D, condition, shape.hidden, *path))
             self.filters.requires_grad_(shape.diffusion_trained)
+            if shape.condition == "user":
+                self.personal_scale = nn.Parameter(torch.tensor(PERSONAL_SCALE))
         if shape.gate and self.S > 1:
             self.gate_scale = nn.Parameter(torch.ones(()))
         if shape.correlation and self.S > 1:
@@ -104,11 +115,21 @@ class ItemStreams(nn.Module):
             for name, project in zip(self.shape.modalities, self.project, strict=True)
         }
 
-    def condition(self, ids: torch.Tensor, audience: torch.Tensor | None, stream: int) -> torch.Tensor:
-        """What the filter of a stream knows of an item: its id embedding, and the mean preference of its users.
+    def condition(
+        self,
+        ids: torch.Tensor,
+        audience: torch.Tensor | None,
+        stream: int,
+        user: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the filter of a stream knows: the item's id embedding, the mean preference of its users, and the user.
+
+        An item that nobody interacted with is known by its content alone: its condition is zero, which the denoising
+        loss trains with the pairs whose condition is left out.
 
         Args:
             audience: [n, graph streams * D], of which the stream's own is used, or the id's where users have no other.
+            user: [n, graph streams * D], what leaves the graph for one user each; None: nobody in particular.
         """
         ids = F.rms_norm(ids, (self.D,))
         if self.shape.condition == "item":
@@ -117,18 +138,39 @@ class ItemStreams(nn.Module):
             liked = F.rms_norm(audience[:, : self.D], (self.D,))
         else:
             liked = audience.view(-1, self.S, self.D)[:, stream] * self.D**0.5
-        return torch.cat([ids, liked], dim=1)
+        known = (audience != 0).any(dim=1, keepdim=True)
+        parts = [torch.where(known, ids, 0), liked]
+        if self.shape.condition == "user":
+            parts.append(torch.zeros_like(ids) if user is None else F.rms_norm(self.of_stream(user, stream), (self.D,)))
+        return torch.cat(parts, dim=1)
+
+    def of_stream(self, user: torch.Tensor, stream: int) -> torch.Tensor:
+        """A user's columns [n, D] for a content stream, of [n, graph streams * D]; gated contents share theirs."""
+        return user.view(len(user), -1, self.D)[:, 1 if self.shape.content == "gate" else stream]
 
     def filtered(
-        self, ids: torch.Tensor, content: dict[str, torch.Tensor], audience: torch.Tensor | None
+        self,
+        ids: torch.Tensor,
+        content: dict[str, torch.Tensor],
+        audience: torch.Tensor | None,
+        user: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Content of each modality after its filter, [n, D]; ids [n, D], audience as in `condition`, or None."""
+        """Content of each modality after its filter, [n, D]; ids [n, D], audience and user as in `condition`."""
         if not self.filters:
             return content
         return {
-            name: self.filters[s - 1](x0, self.condition(ids, audience, s))
+            name: self.filters[s - 1](x0, self.condition(ids, audience, s, user))
             for s, (name, x0) in enumerate(content.items(), start=1)
         }
+
+    def personal(
+        self, ids: torch.Tensor, content: dict[str, torch.Tensor], audience: torch.Tensor, user: torch.Tensor
+    ) -> torch.Tensor:
+        """Personal content scores of pairs, [n]: the item's content, filtered for the user, against what the user
+        prefers in it: mean cosine over modalities, times a learned scale. Arguments as in `filtered`."""
+        streams = self.streams(ids, self.filtered(ids, content, audience, user))[:, 1:]
+        liked = torch.stack([self.of_stream(user, s) for s in range(1, self.S)], dim=1)
+        return self.personal_scale * F.cosine_similarity(streams, liked, dim=2).mean(dim=1)
 
     def streams(self, ids: torch.Tensor, filtered: dict[str, torch.Tensor]) -> torch.Tensor:
         """Id and content streams, [n, S, D]: L2-normalised, or as they are where content gates the id."""
