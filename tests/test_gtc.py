@@ -225,7 +225,7 @@ def test_the_denoisers_are_trained_and_the_diffusion_loss_leaves_the_content_alo
     batch = loader_of(config, catalogs[2], World(), network).assemble(global_draws(config, catalogs[2]))
     user_rows, item_rows = tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route)
     e = network.embed(batch, user_rows, item_rows)
-    loss = network._diffusion(e["ways"], batch).sum()
+    loss = network._diffusion(e, batch).sum()
     gradients = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
     for name, gradient in zip(names, gradients, strict=True):
         trained = gradient is not None and bool(gradient.abs().sum() > 0)

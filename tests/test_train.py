@@ -250,12 +250,15 @@ def test_two_workers_train_validate_and_agree(ray_local, tmp_path, overrides, ca
     for name, workers in (("one", "0"), ("two", "2")):
         export_embeddings.main(["--run", run, "--out", str(tmp_path / name), "--workers", workers])
     assert len(storage.listing(str(tmp_path / "two/items"))) == 2
-    scores = {}
-    for name in ("one", "two"):
-        (user_ids, users), (item_ids, items) = (read_export(str(tmp_path / name), kind) for kind in ("users", "items"))
-        scores[name] = (user_ids, item_ids, np.asarray(users) @ np.asarray(items).T)
-    assert scores["two"][:2] == scores["one"][:2]
-    np.testing.assert_allclose(scores["two"][2], scores["one"][2], rtol=1e-4, atol=1e-4)
+    one, two = (
+        {kind: read_export(str(tmp_path / name), kind) for kind in ("users", "items")} for name in ("one", "two")
+    )
+    for kind in ("users", "items"):
+        assert two[kind][0] == one[kind][0]
+        if overrides is not WALKS:  # modes are found up to a rotation, so their vectors differ and their scores do not
+            np.testing.assert_allclose(two[kind][1], one[kind][1], rtol=1e-4, atol=1e-5)
+    scores = [np.asarray(out["users"][1]) @ np.asarray(out["items"][1]).T for out in (one, two)]
+    np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-4)
     assert not [n for n in storage.listing(run) if n.startswith("ray-")]
 
 
