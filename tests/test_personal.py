@@ -1,8 +1,11 @@
 """Personal content scores: against a loop over pairs, over ranks, and what reranking does with them."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,11 @@ from gtc_dist.engine.personal import Personal, reordered, rerank
 from gtc_dist.engine.restore import Run, find, restore
 from gtc_dist.errors import InputError
 from gtc_dist.model.collectives import World
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+import planted
+import rescore
 
 USER = {"diffusion": {"condition": "user"}}
 
@@ -144,3 +152,58 @@ def test_a_run_without_a_filter_for_users_says_so(catalog):
     run = run_of(World(), catalog, small_config(catalog.uri))
     with pytest.raises(InputError, match=r"condition=user"):
         Personal(run)
+
+
+def test_candidates_are_rescored_under_their_original_ids(catalog, tmp_path):
+    config = small_config(catalog.uri, str(tmp_path), model={**USER, **GATED})
+    run = storage.join(str(tmp_path), "small")
+    storage.write_bytes(storage.join(run, "config.yaml"), config.model_dump_json().encode())
+    fit(World(), catalog.uri, run, config)
+    users, items = catalog.ids("users"), catalog.ids("items")
+    who, what = np.array([7, 3, 7, 0]), np.array([1, 39, 0, 5])
+    pairs = pa.table({"item": items.take(pa.array(what)), "note": list("abcd"), "user": users.take(pa.array(who))})
+    storage.write_table(f"{tmp_path}/pairs.parquet", pairs)
+    command = ["--run", run, "--candidates", f"{tmp_path}/pairs.parquet", "--out", f"{tmp_path}/scored.parquet"]
+    rescore.main(command)
+    scored = storage.read_table(f"{tmp_path}/scored.parquet")
+    assert scored.select(pairs.column_names).equals(pairs)
+    loaded = restore(find(run))
+    of_users, of_items = (table.weight for table in loaded.embed())
+    want = (of_users[who] * of_items[what]).sum(1)
+    assert scored["dot"].to_pylist() == pytest.approx(want.tolist(), rel=1e-5)
+    one_by_one = [float(Personal(loaded).scores(who[n : n + 1], what[None, n : n + 1])[0, 0]) for n in range(4)]
+    assert scored["personal"].to_pylist() == pytest.approx(one_by_one, rel=1e-4)
+    with pytest.raises(InputError, match=r"scored.parquet exists"):
+        rescore.main(command)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"user": ["u003"]}, "no column 'item'"),
+        ({"user": ["u003", "u001"], "item": [1, 1]}, "row 0 has the item 1, which"),
+        ({"user": ["nobody"], "item": [1]}, "row 0 has the user 'nobody', which"),
+        ({"user": ["u003"], "item": ["x"]}, "column 'item' is string"),
+        ({"user": [None], "item": [1]}, "row 0 has the user None"),
+    ],
+)
+def test_candidates_that_cannot_be_scored(catalog, columns, message):
+    run = run_of(World(), catalog, small_config(catalog.uri, model=USER))
+    columns = {name: pa.array(values, None if name == "item" else pa.string()) for name, values in columns.items()}
+    with pytest.raises(InputError, match=message):
+        rescore.pair_indexes(run, pa.table(columns), "pairs.parquet")
+
+
+def test_what_the_filter_keeps_is_read_out_by_factor():
+    rng = np.random.default_rng(0)
+    factors, other = rng.normal(size=(400, 3)), 3 * rng.normal(size=(400, 1))
+    x0 = np.concatenate([factors, other], axis=1) @ np.linalg.qr(rng.normal(size=(12, 4)))[0].T
+    x0 /= np.linalg.norm(x0, axis=1, keepdims=True)
+    decode = planted.Decoder(x0, factors)
+    assert (decode.r2 > 0.2).all()
+    before = decode(torch.from_numpy(x0))
+    kept, moved = planted.slopes(before, 0.5 * before + np.array([0, 0, 1.0, 0]))
+    assert kept == pytest.approx([0.5] * 4)
+    assert moved - moved[0] == pytest.approx([0, 0, 1, 0], abs=0.1)
+    alike = planted.correlation(np.array([[1.0, 2, 3], [5, 5, 5]]), np.array([[1.0, 2, 3], [1, 2, 3]]))
+    assert alike == {"mean": 1.0, "se": 0.0, "above_zero": 1.0}
