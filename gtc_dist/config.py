@@ -134,6 +134,13 @@ class Negatives(Section):
     popularity: Share = 0.0  # uniform: an item is drawn by (its train interactions)^this; 0: all alike
 
 
+class Checkpoint(Section):
+    """States that training goes on from after it was cut off."""
+
+    minutes: Annotated[float, Field(ge=0)] = 2.0  # from one to the next; 0: whenever losses are logged
+    keep: Positive = 2  # whole ones that are kept, beside the best weights
+
+
 class Train(Section):
     epochs: NonNegative = 50
     batch_size: Positive = 2048  # interactions a step over all ranks
@@ -154,6 +161,7 @@ class Train(Section):
     w_diff: Weight = 0.7  # weight of the diffusion loss
     w_personal: Weight = 0.1  # condition: user: weight of the ranking loss of the personal content score
     w_reg: Weight = 1e-3  # weight of the L2 term over the batch's embeddings
+    checkpoint: Checkpoint = Checkpoint()
     log_every: Positive = 10  # steps between TensorBoard points
     prefetch: Positive = 2  # batches prepared ahead
     refresh: NonNegative = 10  # sampled: times a pass that whole-catalog sums are computed, from which a step samples

@@ -46,7 +46,7 @@ def fit(world: World, uri: str, run: str, config) -> dict:
     trainer = Trainer(config, catalog, run, users[mine], items[mine], graphs, world, seen.append)
     take_in = trainer.train_epoch
     weights = []
-    trainer.train_epoch = lambda epoch: (take_in(epoch), weights.append(trainer.tables.item.weight.clone()))
+    trainer.train_epoch = lambda epoch, done: (take_in(epoch, done), weights.append(trainer.tables.item.weight.clone()))
     trainer.fit()
     return {"weights": weights, "range": (trainer.tables.item.start, trainer.tables.item.stop), "seen": seen}
 
@@ -67,5 +67,5 @@ def test_training_is_as_without_and_the_checkpoint_holds_the_average(catalog, tm
     best = storage.read_json(str(tmp_path / "averaged" / "metrics.json"))
     assert best["best_epoch"] == 3
     _, tables = build_network(config[0.5], catalog, World())
-    checkpoint.load(str(tmp_path / "averaged" / best["checkpoint"]), list(tables.all()))
+    checkpoint.load(str(tmp_path / "averaged" / best["checkpoint"]), checkpoint.weights_of(list(tables.all())))
     torch.testing.assert_close(tables.item.weight, 0.25 * whole[0] + 0.25 * whole[1] + 0.5 * whole[2])

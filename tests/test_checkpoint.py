@@ -21,15 +21,16 @@ def train_and_save(world: World, uri: str) -> dict:
         ids = torch.arange(0, table.rows, 2)
         table.lookup(make_route(ids, table.rows, world)).square().sum().backward()
         table.step(0.1)
-    dense = {"network": {"w": torch.arange(3.0)}, "optimizer": {"lr": 0.1}}
-    checkpoint.save(uri, 4, dense, tables, world, {"recall@20": 0.5}, "fingerprint")
+    dense = {"network": {"w": torch.arange(3.0)}, "steps": [t.steps for t in tables]}
+    checkpoint.save(uri, {"epoch": 4}, dense, checkpoint.state_of(tables), world)
+    assert checkpoint.read_manifest(uri)["epoch"] == 4
     return {t.name: [t.weight, t.exp_avg, t.exp_avg_sq] for t in tables}
 
 
 def read_back(world: World, uri: str) -> dict:
     tables = tables_of(world, 2)
-    dense = checkpoint.load(uri, tables, optimizer=True)
-    assert [t.steps for t in tables] == [1, 1]
+    dense = checkpoint.load(uri, checkpoint.state_of(tables))
+    assert dense["steps"] == [1, 1]
     assert torch.equal(dense["network"]["w"], torch.arange(3.0))
     return {t.name: [t.weight, t.exp_avg, t.exp_avg_sq] for t in tables}
 
@@ -53,7 +54,7 @@ def test_without_its_manifest_it_is_no_checkpoint(tmp_path):
     train_and_save(World(), str(tmp_path))
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(InputError, match="not a whole checkpoint"):
-        checkpoint.load(str(tmp_path), tables_of(World(), 1))
+        checkpoint.load(str(tmp_path), checkpoint.state_of(tables_of(World(), 1)))
 
 
 @pytest.mark.parametrize("name", ["dense.pt", "user.weight.000000000000-000000000023.npy"])
@@ -63,13 +64,13 @@ def test_a_changed_file_is_refused_by_name(tmp_path, name):
     data[-1] ^= 1
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=name):
-        checkpoint.load(str(tmp_path), tables_of(World(), 1))
+        checkpoint.load(str(tmp_path), checkpoint.state_of(tables_of(World(), 1)))
 
 
 def test_tables_of_another_size_are_refused(tmp_path):
     train_and_save(World(), str(tmp_path))
-    with pytest.raises(InputError, match=r"table 'user' is \(23, 5\) in the checkpoint, \(24, 5\)"):
-        checkpoint.load(str(tmp_path), [RowTable("user", 24, 5, World())])
+    with pytest.raises(InputError, match=r"user.weight is \(23, 5\) in the checkpoint, \(24, 5\)"):
+        checkpoint.load(str(tmp_path), checkpoint.weights_of([RowTable("user", 24, 5, World())]))
 
 
 def test_missing_rows_are_found(tmp_path):
@@ -78,7 +79,7 @@ def test_missing_rows_are_found(tmp_path):
     manifest["files"].pop("user.weight.000000000011-000000000023.npy")
     storage.write_json(str(tmp_path / "manifest.json"), manifest)
     with pytest.raises(InputError, match=r"rows \[0, 23\) of user\.weight are not complete"):
-        checkpoint.load(str(tmp_path), tables_of(World(), 1))
+        checkpoint.load(str(tmp_path), checkpoint.state_of(tables_of(World(), 1)))
 
 
 def test_nothing_pickled_is_loaded(tmp_path):
@@ -90,7 +91,7 @@ def test_nothing_pickled_is_loaded(tmp_path):
     ).sha256
     storage.write_json(str(tmp_path / "manifest.json"), manifest)
     with pytest.raises(Exception, match=r"(?i)weights.only|unsupported"):
-        checkpoint.load(str(tmp_path), tables_of(World(), 1))
+        checkpoint.load(str(tmp_path), checkpoint.state_of(tables_of(World(), 1)))
 
 
 class Trap:

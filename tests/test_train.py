@@ -110,8 +110,10 @@ def untrained_run(folder: str, config: Config, catalog: Catalog) -> str:
     config = config.model_copy(update={"data": config.data.model_copy(update={"catalog": catalog.uri})})
     storage.write_bytes(f"{folder}/config.yaml", yaml.safe_dump(config.model_dump()).encode())
     network, tables = build_network(config, catalog, World())
-    dense, state = {"network": network.state_dict()}, list(tables.all())
-    checkpoint.save(f"{folder}/checkpoints/epoch-00000", 0, dense, state, World(), {}, catalog.manifest.fingerprint)
+    head = {"epoch": 0, "catalog": catalog.manifest.fingerprint}
+    weights = checkpoint.weights_of(list(tables.all()))
+    uri = f"{folder}/checkpoints/epoch-00000"
+    checkpoint.save(uri, head, {"network": network.state_dict()}, weights, World())
     return folder
 
 

@@ -113,7 +113,6 @@ def step(case: dict, world: World) -> dict:
     with tempfile.TemporaryDirectory(prefix="gtc-benchmark-") as run:
         users, items = (column[world.rank :: world.size] for column in catalog.interactions("train"))
         trainer = Trainer(config, catalog, run, users, items, load_graphs(config, catalog), world)
-        trainer.monitor.active = False
         return measure_steps(trainer, case["repeats"])
 
 

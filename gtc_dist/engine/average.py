@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from gtc_dist.engine.checkpoint import Shard
 from gtc_dist.model.gtc import GTC, Tables
 
 
@@ -21,9 +22,10 @@ class Average:
     """
 
     def __init__(self, network: GTC, tables: Tables, share: float):
-        self.live = [*network.parameters(), *(table.weight for table in tables.all())]
-        self.share = share
+        self.network, self.tables, self.share = network, tables.all(), share
+        self.live = [*network.parameters(), *(table.weight for table in self.tables)]
         self.values: list[torch.Tensor] = []
+        self.kept: list[torch.Tensor] = []  # where a checkpoint's averages are loaded to
 
     @torch.no_grad()
     def update(self) -> None:
@@ -33,6 +35,27 @@ class Average:
             return
         for value, weight in zip(self.values, self.live, strict=True):
             value.lerp_(weight, 1 - self.share)
+
+    def dense(self) -> list[torch.Tensor]:
+        """Averages of the dense modules' parameters; empty before any update."""
+        return self.values[: len(list(self.network.parameters()))]
+
+    def shards(self) -> list[Shard]:
+        """Averages of this rank's rows, for a checkpoint; the rows themselves before any update."""
+        first = len(self.live) - len(self.tables)
+        if not self.values:
+            self.kept = [table.weight.clone() for table in self.tables]
+        tensors = self.values[first:] if self.values else self.kept
+        return [Shard(f"{t.name}.average", own, t.start, t.rows) for t, own in zip(self.tables, tensors, strict=True)]
+
+    @torch.no_grad()
+    def restore(self, dense: list[torch.Tensor]) -> None:
+        """Take over the averages that `dense` and `shards` gave, the latter loaded into what `shards` returned."""
+        self.values = []
+        if dense:
+            self.values = [value.to(p.device) for value, p in zip(dense, self.network.parameters(), strict=True)]
+            self.values += self.kept
+        self.kept = []
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -59,10 +59,14 @@ class History:
         self.age: int | None = None  # steps since the refresh
         self.user_inputs = self.item_inputs = self.item_nodes = self.users = self.user_hop = self.items = None
 
+    def due(self) -> bool:
+        """Whether the next step refreshes."""
+        return self.age is None or self.age >= min(self.every, max(self.steps - self.age, self.every // FIRST))
+
     @torch.no_grad()
     def rows(self, batch: Batch) -> HistoryRows:
         """The batch's rows, for the next step; refreshed first where it is time. A collective."""
-        if self.age is None or self.age >= min(self.every, max(self.steps - self.age, self.every // FIRST)):
+        if self.due():
             self.refresh()
         self.age += 1
         self.steps += 1

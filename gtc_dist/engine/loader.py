@@ -92,9 +92,9 @@ class Loader:
         rows = self.options.correlation_rows
         return [min(n, -(-rows // self.world.size)) if rows else n for n in counts]
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch; one thread prepares them ahead. Its errors are raised here."""
-        return _prefetch(self._batches(epoch), self.options.prefetch)
+    def epoch(self, epoch: int, done: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch after the first `done`; one thread prepares them ahead, whose errors are raised."""
+        return _prefetch(self._batches(epoch, done), self.options.prefetch)
 
     def draw(self, turn: int, step: int, rows: np.ndarray) -> Draws:
         """The randomness of a step of a pass (`turn`, from 1) for the interactions `rows` of this rank."""
@@ -120,9 +120,9 @@ class Loader:
             self.counts(step),
         )
 
-    def _batches(self, epoch: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int, done: int) -> Iterator[Batch]:
         ordered, order = 0, np.empty(0, np.int64)
-        for n in range((epoch - 1) * self.steps, epoch * self.steps):
+        for n in range((epoch - 1) * self.steps + done, epoch * self.steps):
             turn, step = 1 + n // self.pass_steps, n % self.pass_steps
             if turn != ordered:
                 ordered, order = turn, self._order(turn)

@@ -1,13 +1,18 @@
-"""The training loop of one rank: steps, validation, early stopping, the best checkpoint, the final test.
+"""The training loop of one rank: steps, validation, early stopping, checkpoints, the final test.
 
 Nothing here knows of Ray: a rank is a `World`, and `report` is called by every rank after each validation (with Ray
 Train it is a barrier, so all ranks call it equally often).
+
+A run that was cut off goes on from the state that was saved last. All randomness of a step comes from (seed, pass,
+step, rank), and a state is taken where nothing is under way that is not in it, so on as many ranks as before the
+weights are the same to the bit as without the cut.
 """
 
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -30,6 +35,8 @@ from gtc_dist.engine.build import (
 from gtc_dist.engine.history import History
 from gtc_dist.engine.inference import embed_catalog
 from gtc_dist.engine.monitor import Monitor, Stopwatch
+from gtc_dist.engine.saver import DONE, FAILED, Saver, epoch_name, state_name
+from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.batch import Batch
 from gtc_dist.model.collectives import World
@@ -38,6 +45,51 @@ from gtc_dist.model.table import RowTable
 # of a step; sampling and features run ahead in the prefetch thread, communication is part of the others
 PARTS = ("data", "sampling", "features", "history", "lookup", "forward", "backward", "optimizer", "communication")
 PROJECTED = 1000  # item embeddings shown in TensorBoard's projector: the most popular
+NOTICE_SECONDS = 2.0  # from one look to the next whether the run is asked to leave
+
+
+@dataclass
+class Progress:
+    """How far a run is; alike on every rank."""
+
+    epoch: int = 0  # under way, or validated last
+    step: int = 0  # of the epoch, done
+    best: float = -math.inf  # metric
+    best_epoch: int = 0
+    waited: int = 0  # validations since
+    trained: float = 0.0  # seconds in epochs
+    seconds: float = 0.0  # in all, before this process
+    lines: list[str] = field(default_factory=list)  # of metrics.jsonl
+
+
+@dataclass
+class Meter:
+    """Losses since the last logged step, of this rank."""
+
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    steps: int = 0
+    seen: int = 0  # interactions of all ranks
+    since: float = field(default_factory=time.perf_counter)
+
+    def add(self, parts: dict[str, torch.Tensor], seen: int) -> None:
+        for name, value in parts.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.steps, self.seen = self.steps + 1, self.seen + seen
+
+    def over(self, world: World) -> dict:
+        """What a state keeps of it. A collective."""
+        own = {name: float(value) for name, value in self.sums.items()}
+        return {"sums": world.gather_json(own), "steps": self.steps, "seen": self.seen}
+
+    @staticmethod
+    def of_rank(kept: dict, world: World) -> "Meter":
+        """This rank's part of it; on another number of ranks the first one takes the sums of all."""
+        sums = kept["sums"]
+        if len(sums) != world.size:
+            total = {name: sum(one[name] for one in sums) for name in sums[0]}
+            sums = [total] + [dict.fromkeys(total, 0.0)] * (world.size - 1)
+        own = {name: torch.tensor(value, device=world.device) for name, value in sums[world.rank].items()}
+        return Meter(own, kept["steps"], kept["seen"])
 
 
 class Trainer:
@@ -49,6 +101,7 @@ class Trainer:
         graphs: shared by the ranks of the node.
         world: all ranks. Its process group must not be the default one, which is DDP's.
         report: called on every rank with each validation's metrics.
+        leave: asked on every rank now and then, all at once: whether to save the state and return from `fit`.
     """
 
     def __init__(
@@ -61,15 +114,10 @@ class Trainer:
         graphs: Graphs,
         world: World,
         report: Callable[[dict], None] = lambda metrics: None,
+        leave: Callable[[], bool] = lambda: False,
     ):
-        self.config, self.catalog, self.run, self.graphs, self.world, self.report = (
-            config,
-            catalog,
-            run,
-            graphs,
-            world,
-            report,
-        )
+        self.config, self.catalog, self.run, self.graphs, self.world = config, catalog, run, graphs, world
+        self.report, self.leave = report, leave
         self.network, self.tables = build_network(config, catalog, world)
         self.loader_world = world.split(torch.device("cpu"))
         features = load_features(self.network.shape, catalog, self.loader_world)
@@ -98,32 +146,43 @@ class Trainer:
             split: ranking.split_truth(catalog, split, self.tables.user.start, self.tables.user.stop)
             for split in ("valid", "test")
         }
-        self.monitor = Monitor(run, config.train.epochs, self.loader.steps, active=world.rank == 0)
         self.watch = Stopwatch()
         self.logged: dict[str, float] = {}  # seconds by part of a step, over all logged steps
-        self.best: tuple[float, int] = (-math.inf, 0)  # metric, epoch
+        self.progress, self.meter = Progress(), Meter()
+        saved = config.train.checkpoint
+        self.saver = Saver(run, world, 60 * saved.minutes, saved.keep)
+        self.asked = time.monotonic()  # whether to leave
+        self.wanted = self.leaving = False  # a state to be saved at the next step where that can be; and then leave
 
-    def fit(self) -> dict:
-        """Train to the last epoch or to an early stop; returns what metrics.json holds."""
+    def fit(self) -> dict | None:
+        """Train to the last epoch or to an early stop, from where the run was cut off if it was; returns what
+        metrics.json holds, or None where it was asked to leave before."""
         started = time.monotonic()
-        config, waited = self.config, 0
-        if self.blend is not None:
-            self.blend.choose(self._worth)
-        self._validate(0)
-        trained = 0.0
-        for epoch in range(1, config.train.epochs + 1):
+        config, resumed = self.config, self._resume()
+        at, done = self.progress, self._steps_done if resumed else 0
+        self.started = started - at.seconds
+        self.monitor = Monitor(self.run, config.train.epochs, self.loader.steps, self.world.rank == 0, at.lines, done)
+        if not resumed:
+            if self.blend is not None:
+                self.blend.choose(self._worth)
+            self._validate(0)
+            at.epoch, at.step = 1, 0
+        while at.epoch <= config.train.epochs and at.waited < config.eval.patience:
             epoch_start = time.monotonic()
-            self.train_epoch(epoch)
+            self.train_epoch(at.epoch, at.step)
+            if self.leaving:
+                return self._left()
             if self.average is not None:
                 self.average.update()
-            trained += time.monotonic() - epoch_start
-            if epoch % config.eval.every and epoch != config.train.epochs:
-                continue
-            waited = 0 if self._validate(epoch) else waited + 1
-            if waited >= config.eval.patience:
-                self._say(f"no better {config.eval.metric} in {waited} validations: stopping early at epoch {epoch}")
-                break
-        return self._finish(epoch if config.train.epochs else 0, trained, time.monotonic() - started)
+            at.trained += time.monotonic() - epoch_start
+            if at.epoch % config.eval.every == 0 or at.epoch == config.train.epochs:
+                at.waited = 0 if self._validate(at.epoch) else at.waited + 1
+            at.epoch, at.step = at.epoch + 1, 0
+        last = at.epoch - 1
+        if at.waited >= config.eval.patience:
+            self._say(f"no better {config.eval.metric} in {at.waited} validations: stopping early at epoch {last}")
+        self._save_state(wait=True)
+        return self._finish(last)
 
     def step(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Forward, backward and the optimizers on one batch; returns this rank's share of the loss parts."""
@@ -151,26 +210,36 @@ class Trainer:
         chunk, layers = self.config.eval.chunk, self.config.model.layers
         return embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk, watched)
 
-    def train_epoch(self, epoch: int) -> None:
-        """The steps of an epoch: a pass over this rank's interactions, or as many as configured."""
+    def train_epoch(self, epoch: int, done: int = 0) -> None:
+        """The steps of an epoch after the first `done` of them: a pass over this rank's interactions, or as many as
+        configured. Ends early where the run is to be left."""
         self.network.train()
-        sums: dict[str, torch.Tensor] = {}
-        since, seen, steps = time.perf_counter(), 0, 0
+        self.meter.since = time.perf_counter()
         self.watch.part("data")
-        for step, batch in enumerate(self.loader.epoch(epoch), start=1):
-            parts = self.step(batch.to(self.world.device))
-            for name, value in parts.items():
-                sums[name] = sums.get(name, 0) + value
-            seen, steps = seen + sum(batch.counts), steps + 1
-            if step % self.config.train.log_every == 0 or step == self.loader.steps:
-                self._log(epoch, step, batch, sums, steps, seen, time.perf_counter() - since)
-                sums, since, seen, steps = {}, time.perf_counter(), 0, 0
-            self.watch.part("data")
+        with closing(self.loader.epoch(epoch, done)) as batches:
+            for step, batch in enumerate(batches, start=done + 1):
+                parts = self.step(batch.to(self.world.device))
+                self.meter.add(parts, sum(batch.counts))
+                self.progress.step = step
+                if step % self.config.train.log_every == 0 or step == self.loader.steps:
+                    self._log(epoch, step, batch)
+                    self.meter = Meter()
+                if self.wanted and self._can_save():
+                    self.watch.part(None)
+                    self._save_state(wait=self.leaving)
+                    if self.leaving:
+                        return
+                self.watch.part("data")
         self.watch.part(None)
 
-    def _log(self, epoch: int, step: int, batch: Batch, sums: dict, steps: int, seen: int, elapsed: float) -> None:
-        values = self.world.sum(torch.stack(list(sums.values())) / steps).tolist()
-        losses = dict(zip(sums, values, strict=True))
+    def _log(self, epoch: int, step: int, batch: Batch) -> None:
+        steps, seen = self.meter.steps, self.meter.seen
+        elapsed = time.perf_counter() - self.meter.since
+        means = torch.stack(list(self.meter.sums.values())) / steps
+        together = self.world.sum(torch.cat([means, self._signals()])).tolist()
+        values, signals = together[: len(means)], together[len(means) :]
+        self._heed(*signals)
+        losses = dict(zip(self.meter.sums, values, strict=True))
         if not all(math.isfinite(v) for v in values):
             raise FloatingPointError(f"epoch {epoch}, step {step}: the loss is not finite: {losses}")
         scalars = {f"loss/{name}": value for name, value in losses.items()}
@@ -203,14 +272,13 @@ class Trainer:
         temperature = self.network.correlation_temperature
         if temperature is not None:
             watched["total_correlation/temperature"] = temperature
-        value = metrics["overall"][self.config.eval.metric]
-        better = value > self.best[0]
+        value, at = metrics["overall"][self.config.eval.metric], self.progress
+        better = value > at.best
         if better:
-            previous, self.best = self.best, (value, epoch)
-            self._save(epoch, metrics["overall"])
-            if previous[0] > -math.inf:
-                self._remove(previous[1])
-        note = f"best so far ({self.config.eval.metric})" if better else f"best was epoch {self.best[1]}"
+            self._save_best(epoch, metrics["overall"])
+            at.best, at.best_epoch = value, epoch
+            self.saver.prune(epoch)
+        note = f"best so far ({self.config.eval.metric})" if better else f"best was epoch {at.best_epoch}"
         self.monitor.evaluation(epoch, metrics, note, watched)
         self.report({"epoch": epoch, **metrics["overall"]})
         return better
@@ -225,45 +293,167 @@ class Trainer:
         overall = self.rank(embeddings, "valid")["overall"]
         return (overall[self.config.eval.metric] * overall["ndcg@20"]) ** 0.5
 
-    def _checkpoint(self, epoch: int) -> str:
-        return storage.join(self.run, "checkpoints", f"epoch-{epoch:05d}")
+    # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _save(self, epoch: int, metrics: dict[str, float]) -> None:
-        dense = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+    def _uri(self, name: str) -> str:
+        return storage.join(self.run, checkpoint.FOLDER, name)
+
+    def _save_best(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Keep the weights that were ranked: those that stand in the tables and the network now."""
+        dense = {"network": self.network.state_dict()}
         if self.blend is not None:
             dense["blend"] = self.blend.weights
-        checkpoint.save(
-            self._checkpoint(epoch),
-            epoch,
-            dense,
-            list(self.tables.all()),
-            self.world,
-            metrics,
-            self.catalog.manifest.fingerprint,
-        )
+        head = {"epoch": epoch, "catalog": self.catalog.manifest.fingerprint, "metrics": metrics}
+        weights = checkpoint.weights_of(list(self.tables.all()))
+        checkpoint.save(self._uri(epoch_name(epoch)), head, dense, weights, self.world)
 
-    def _remove(self, epoch: int) -> None:
+    def _shards(self) -> list[checkpoint.Shard]:
+        shards = checkpoint.state_of(list(self.tables.all()))
+        return shards if self.average is None else shards + self.average.shards()
+
+    def _can_save(self) -> bool:
+        """Whether nothing is under way that a state does not hold. A history is not saved: a state is taken where the
+        next step would compute it anew, unless there is no time to wait for that."""
+        return self.leaving or self.history is None or self.history.due()
+
+    def _save_state(self, wait: bool = False) -> None:
+        """Begin to save all that training goes on from, or save it and wait. A collective."""
+        at = self.progress
+        self._settle()
+        at.lines, at.seconds = self.monitor.lines, time.monotonic() - self.started
+        dense = {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "table_steps": {table.name: table.steps for table in self.tables.all()},
+            "average": None if self.average is None else self.average.dense(),
+            "blend": None if self.blend is None else self.blend.weights,
+            "history_steps": 0 if self.history is None else self.history.steps,
+            "progress": asdict(at),
+            "meter": self.meter.over(self.world),
+        }
+        head = {
+            "epoch": at.epoch,
+            "step": at.step,
+            "best_epoch": at.best_epoch,
+            "catalog": self.catalog.manifest.fingerprint,
+        }
+        self.saver.start(self._steps_done, head, dense, self._shards())
+        self.wanted = False
+        if wait:
+            self._settle()
+
+    def _settle(self) -> None:
+        problem = self.saver.settle(self.progress.best_epoch)
+        if problem:
+            self._say(f"warning: {problem}")
+
+    def _resume(self) -> bool:
+        """Go on from the newest whole state, if there is one. A collective."""
+        run, world, at = self.run, self.world, None
+        whole = world.gather_json(checkpoint.names(run, "step-")[0] if world.rank == 0 else [])[0]
+        while whole and at is None:
+            name, problem = whole.pop(), ""
+            try:
+                state = checkpoint.load(self._uri(name), self._shards())
+                best = state["progress"]["best_epoch"]
+                checkpoint.read_manifest(self._uri(epoch_name(best)))
+            except (InputError, OSError) as error:
+                problem = str(error)
+            problems = [text for text in world.gather_json(problem) if text]
+            if problems:
+                self._say(f"warning: checkpoint {name} is not used: {problems[0]}")
+            else:
+                at = self._take(state)
+        if world.rank == 0:
+            self.saver.forget(self._steps_done if at else 0)
+        world.barrier()
+        if at is None:
+            self._start_anew()
+            return False
+        for name in [*whole, state_name(self._steps_done)]:
+            self.saver.states[name] = checkpoint.read_manifest(self._uri(name))["best_epoch"]
+        self.saver.prune(at.best_epoch)
+        self._say(f"going on from epoch {at.epoch}, step {at.step} of {self.loader.steps}")
+        return True
+
+    @property
+    def _steps_done(self) -> int:
+        """Since the start of training."""
+        return max(self.progress.epoch - 1, 0) * self.loader.steps + self.progress.step
+
+    def _take(self, state: dict) -> Progress:
+        """What is not in the tables of a state that was loaded."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for table in self.tables.all():
+            table.steps = state["table_steps"][table.name]
+        if self.average is not None:
+            self.average.restore(state["average"])
+        if self.blend is not None:
+            self.blend.weights = state["blend"]
+        if self.history is not None:
+            self.history.steps = state["history_steps"]
+        self.meter = Meter.of_rank(state["meter"], self.world)
+        self.progress = Progress(**state["progress"])
+        return self.progress
+
+    def _start_anew(self) -> None:
+        """Nothing could be loaded, or only in part: the weights as they start, and no logs of an earlier start."""
         if self.world.rank == 0:
-            storage.remove_tree(self._checkpoint(epoch))
+            for name in ("tensorboard", "metrics.jsonl"):
+                storage.remove_tree(storage.join(self.run, name))
+        network, tables = build_network(self.config, self.catalog, self.world)
+        self.network.load_state_dict(network.state_dict())
+        pairs = [checkpoint.state_of(list(t.all())) for t in (self.tables, tables)]
+        for shard, start in zip(*pairs, strict=True):
+            shard.tensor.copy_(start.tensor)
+        if self.average is not None:
+            self.average.restore([])
 
-    def _finish(self, last: int, trained: float, seconds: float) -> dict:
+    def _signals(self) -> torch.Tensor:
+        """What ranks tell each other with every logged step, float32 [4], for `_heed`."""
+        first, outcome = self.world.rank == 0, self.saver.outcome
+        wanted = first and self.saver.due()
+        ask = first and time.monotonic() - self.asked >= NOTICE_SECONDS
+        told = [wanted, ask, outcome == DONE, outcome == FAILED]
+        return torch.tensor(told, dtype=torch.float32, device=self.world.device)
+
+    def _heed(self, wanted: float, ask: float, done: float, failed: float) -> None:
+        """Act on the number of ranks that say: a state is due, ask whether to leave, this rank's files of the pending
+        state are written, or could not be. A collective."""
+        if failed or done == self.world.size:
+            self._settle()
+        self.wanted |= bool(wanted)
+        if ask:
+            self.asked = time.monotonic()
+            self.leaving = self.leaving or self.leave()
+            self.wanted |= self.leaving
+
+    def _left(self) -> None:
+        """Return without a result, with the state saved."""
+        at = self.progress
+        self._say(f"left at epoch {at.epoch}, step {at.step}, as asked; the same command goes on from there")
+        self.monitor.close()
+        self.world.barrier()
+
+    def _finish(self, last: int) -> dict:
         """Score the best checkpoint on valid and test, once, and write metrics.json."""
-        best = self._checkpoint(self.best[1])
-        dense = checkpoint.load(best, list(self.tables.all()))
+        at = self.progress
+        dense = checkpoint.load(self._uri(epoch_name(at.best_epoch)), checkpoint.weights_of(list(self.tables.all())))
         self.network.load_state_dict(dense["network"])
         embeddings = self.embed()
         if self.blend is not None:
             self.blend.weights = dense["blend"]
             embeddings = self.blend.joined(embeddings)
         result = {
-            "best_epoch": self.best[1],
+            "best_epoch": at.best_epoch,
             "last_epoch": last,
-            "checkpoint": f"checkpoints/epoch-{self.best[1]:05d}",
+            "checkpoint": f"{checkpoint.FOLDER}/{epoch_name(at.best_epoch)}",
             "valid": self.rank(embeddings, "valid"),
             "test": self.rank(embeddings, "test"),
             "popularity": self.rank(ranking.popularity(self.graphs, self.world), "test")["overall"],
-            "seconds": round(seconds, 2),
-            "seconds_per_epoch": round(trained / max(last, 1), 3),
+            "seconds": round(time.monotonic() - self.started, 2),
+            "seconds_per_epoch": round(at.trained / max(last, 1), 3),
             "workers": self.world.size,
         }
         self._project(embeddings[1])
@@ -280,7 +470,7 @@ class Trainer:
         degree = self.graphs.item_degree[items.start : items.stop]
         chosen = np.argsort(-degree, kind="stable")[:PROJECTED]
         labels = [str(i) for i in self.catalog.ids("items", items.start, items.stop).take(chosen).to_pylist()]
-        self.monitor.projector(items.weight[torch.from_numpy(chosen)].cpu().numpy(), labels, self.best[1])
+        self.monitor.projector(items.weight[torch.from_numpy(chosen)].cpu().numpy(), labels, self.progress.best_epoch)
 
     def _say(self, text: str) -> None:
         if self.world.rank == 0:

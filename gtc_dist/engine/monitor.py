@@ -40,11 +40,15 @@ class Monitor:
     Args:
         run: URI of the run folder.
         epochs, steps: for the progress line.
+        lines: of metrics.jsonl so far, where a run goes on.
+        done: steps so far; points beyond them, of what is done again, are taken out of TensorBoard's curves.
     """
 
-    def __init__(self, run: str, epochs: int, steps: int, active: bool = True):
+    def __init__(
+        self, run: str, epochs: int, steps: int, active: bool = True, lines: list[str] | None = None, done: int = 0
+    ):
         self.run, self.epochs, self.steps, self.active = run, epochs, steps, active
-        self.lines: list[str] = []
+        self.lines, self.done = list(lines or []), done
         self.started = self.printed = time.monotonic()
         self._temporary = None
         if not active:
@@ -56,7 +60,7 @@ class Monitor:
             self._temporary = tempfile.TemporaryDirectory(prefix="gtc-tensorboard-")
             folder = self._temporary.name
         self.folder = folder
-        self.writer = SummaryWriter(folder)
+        self.writer = SummaryWriter(folder, purge_step=done + 1 if done else None)
 
     def step(self, epoch: int, step: int, scalars: dict[str, float], rate: float) -> None:
         """A point on every curve, and a progress line now and then.
@@ -73,7 +77,7 @@ class Monitor:
         if step == self.steps or now - self.printed > 10:
             self.printed = now
             elapsed = now - self.started
-            left = elapsed / done * (self.epochs * self.steps - done)
+            left = elapsed / (done - self.done) * (self.epochs * self.steps - done)
             bar = "#" * round(20 * done / (self.epochs * self.steps))
             parts = "  ".join(f"{t.removeprefix('loss/')} {v:.4f}" for t, v in scalars.items() if t.startswith("loss/"))
             print(

@@ -105,7 +105,7 @@ def restore(found: Found, world: World | None = None, graphs: Graphs | None = No
     world = world or World()
     catalog = Catalog(found.config.data.catalog)
     network, tables = build_network(found.config, catalog, world, trainable=False)
-    dense = checkpoint.load(storage.join(found.uri, found.checkpoint), list(tables.all()))
+    dense = checkpoint.load(storage.join(found.uri, found.checkpoint), checkpoint.weights_of(list(tables.all())))
     network.load_state_dict(dense["network"])
     features = load_features(network.shape, catalog, world)
     graphs = graphs or load_graphs(found.config, catalog)
@@ -121,8 +121,7 @@ def newest_checkpoint(run: str) -> str:
     """Name of a run's best checkpoint: the one that metrics.json names, or, while it trains, the newest whole one."""
     if storage.exists(storage.join(run, "metrics.json")):
         return storage.read_json(storage.join(run, "metrics.json"))["checkpoint"]
-    found = [n.removesuffix("/manifest.json") for n in storage.listing(storage.join(run, "checkpoints"))]
-    whole = sorted(name for name in found if name.startswith("epoch-") and "/" not in name)
+    whole, _ = checkpoint.names(run, "epoch-")
     if not whole:
         raise InputError(f"{run} has no whole checkpoint yet")
-    return f"checkpoints/{whole[-1]}"
+    return f"{checkpoint.FOLDER}/{whole[-1]}"

@@ -9,11 +9,15 @@ an unbiased estimate of the sum over all neighbours:
     labor     LABOR-0 (Balin and Catalyurek 2023), each neighbour with probability min(1, k / d): weight * max(1, d / k)
 
 `thin` then bounds how many sources a layer brings in, whatever the catalog's size: see there.
+
+DGL's random state belongs to a thread, and the same seed gives another stream in every thread, by the order in which
+threads came. So one thread of the process does all of the sampling: what is drawn depends on the seed alone.
 """
 
 import logging
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +34,8 @@ with warnings.catch_warnings():
     from dgl.utils import set_num_threads
 
     logging.disable(_level)
+
+_THREAD = ThreadPoolExecutor(1, "dgl")
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Sampler:
     Args:
         graph: CSC over one set of nodes.
         kind: `neighbor` or `labor`.
-        threads: of DGL's sampling in the calling thread.
+        threads: of DGL's sampling.
     """
 
     def __init__(self, graph: CSC, kind: str = "neighbor", threads: int = 1):
@@ -70,13 +76,19 @@ class Sampler:
         self._dgl = dgl.graph(("csc", (indptr, indices, torch.empty(0, dtype=torch.int32))), num_nodes=nodes)
 
     def seed(self, seed: int) -> None:
-        """Fix the random state of the calling thread's next draws."""
-        set_num_threads(self.threads)
+        """Fix the random state of the next draws, of all samplers."""
         self._labor_seed = seed % (1 << 31)
-        dgl.seed(self._labor_seed)
+        _THREAD.submit(self._seed).result()
 
     def layer(self, destinations: np.ndarray, fanout: int, keep_destinations: bool = True) -> Layer:
         """Draw up to `fanout` (-1: all) in-neighbours of each destination (unique node ids)."""
+        return _THREAD.submit(self._layer, destinations, fanout, keep_destinations).result()
+
+    def _seed(self) -> None:
+        set_num_threads(self.threads)
+        dgl.seed(self._labor_seed)
+
+    def _layer(self, destinations: np.ndarray, fanout: int, keep_destinations: bool) -> Layer:
         wanted = torch.from_numpy(np.ascontiguousarray(destinations, dtype=np.int32))
         if self.kind == "labor" and fanout > 0:
             seed = dgl.backend.zerocopy_to_dgl_ndarray(torch.tensor([self._labor_seed], dtype=torch.int64))

@@ -1,0 +1,280 @@
+"""A run that is cut off goes on as if nothing had been: bit for bit on as many ranks, whole on another number."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small import GATED, small_catalog, small_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from worlds import run_ranks
+
+from gtc_dist.data import storage
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.engine import checkpoint, loop
+from gtc_dist.engine.build import load_graphs
+from gtc_dist.engine.loop import Trainer
+from gtc_dist.engine.saver import Saver
+from gtc_dist.errors import InputError
+from gtc_dist.model.collectives import World
+from gtc_dist.model.table import RowTable
+
+SAMPLED = {"propagation": "sampled", "fanout": [3, 3]}
+MODES = {
+    "full": {},
+    "walks, averaged, four steps a validation": {
+        "model": {**GATED, "walk": {"spectral": 3, "profile": 3}},
+        "train": {"average": 0.5, "epoch_steps": 4, "epochs": 6},
+        "eval": {"every": 2},
+    },
+    "sampled with a history": {"model": SAMPLED, "train": {"refresh": 4, "negatives": {"mode": "shared", "count": 9}}},
+    "rowwise, no history": {"model": SAMPLED, "train": {"refresh": 0, "table_optimizer": "rowwise_adam"}},
+}
+
+
+class Cut(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    return small_catalog(tmp_path_factory.mktemp("catalog") / "c")
+
+
+def config_of(catalog, mode: dict, **train):
+    always = {"epochs": 3, "log_every": 3, "checkpoint": {"minutes": 0.0}}
+    mode = {**mode, "train": {**always, **mode.get("train", {}), **train}}
+    return small_config(catalog.uri, **mode)
+
+
+def trainer_of(world: World, config, run: str, leave=lambda: False) -> Trainer:
+    catalog = Catalog(config.data.catalog)
+    users, items = catalog.interactions("train")
+    mine = slice(world.rank, None, world.size)
+    return Trainer(config, catalog, run, users[mine], items[mine], load_graphs(config, catalog), world, leave=leave)
+
+
+def cut_after(world: World, config, run: str, steps: int) -> dict:
+    """Train until the process is cut off in a step, on every rank the same."""
+    trainer = trainer_of(world, config, run)
+    done = 0
+    whole_step = trainer.step
+
+    def step(batch):
+        nonlocal done
+        done += 1
+        if done > steps:
+            raise Cut
+        return whole_step(batch)
+
+    trainer.step = step
+    try:
+        trainer.fit()
+    except Cut:
+        if trainer.saver.thread:
+            trainer.saver.thread.join()
+        time.sleep(1.01 - time.time() % 1)  # names of TensorBoard's files order them by the second
+    return {"states": list(trainer.saver.states)}
+
+
+def train(world: World, config, run: str) -> dict:
+    trainer = trainer_of(world, config, run)
+    trainer.fit()
+    return {
+        "user": trainer.tables.user.weight,
+        "item": trainer.tables.item.weight,
+        "network": dict(trainer.network.state_dict()),
+        "rows": trainer.loader.rank_rows,
+    }
+
+
+def ranks(function, size: int, *args) -> list:
+    return run_ranks(function, size, *args)
+
+
+def metrics(run) -> dict:
+    found = json.loads(Path(run, "metrics.json").read_text())
+    return {name: value for name, value in found.items() if not name.startswith("seconds")}
+
+
+def curves(run) -> dict[str, list]:
+    """TensorBoard's curves of what does not measure time."""
+    events = EventAccumulator(str(Path(run, "tensorboard")), size_guidance={"scalars": 0}).Reload()
+    tags = [t for t in events.Tags()["scalars"] if not t.startswith(("seconds", "interactions"))]
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+
+
+def assert_same(one: list, other: list) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a["user"], b["user"])
+        assert torch.equal(a["item"], b["item"])
+        assert all(torch.equal(a["network"][name], b["network"][name]) for name in a["network"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_cut_off_and_continued_it_ends_where_it_would_have(catalog, tmp_path, mode):
+    config = config_of(catalog, MODES[mode])
+    whole = [train(World(), config, str(tmp_path / "whole"))]
+    for steps in (1, 5, 7, 9):
+        cut_after(World(), config, str(tmp_path / "cut"), steps)  # goes on from where the one before was cut
+    assert not Path(tmp_path, "cut/metrics.json").exists()
+    continued = [train(World(), config, str(tmp_path / "cut"))]
+    assert_same(continued, whole)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    lines = [Path(tmp_path, name, "metrics.jsonl").read_text() for name in ("cut", "whole")]
+    assert lines[0] == lines[1]
+    assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
+
+
+def test_on_two_ranks_too(catalog, tmp_path):
+    config = config_of(catalog, MODES["sampled with a history"])
+    whole = ranks(train, 2, config, str(tmp_path / "whole"))
+    cut = ranks(cut_after, 2, config, str(tmp_path / "cut"), 8)
+    assert cut[0]["states"]
+    assert cut[0] == cut[1]
+    assert_same(ranks(train, 2, config, str(tmp_path / "cut")), whole)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 3)])
+def test_on_another_number_of_ranks(catalog, tmp_path, before, after, capfd):
+    config = config_of(catalog, {"train": {"average": 0.5}})
+    run = str(tmp_path / "run")
+    cut = ranks(cut_after, before, config, run, 7)
+    state = checkpoint.read_manifest(f"{run}/checkpoints/{cut[0]['states'][-1]}")
+    capfd.readouterr()
+    results = ranks(train, after, config, run)
+    assert f"going on from epoch {state['epoch']}, step {state['step']}" in capfd.readouterr().out
+    assert all(sum(result["rows"]) == catalog.manifest.interactions["train"] for result in results)
+    for name in ("network",):  # dense modules stay alike on all ranks
+        for result in results[1:]:
+            assert all(torch.equal(result[name][k], results[0][name][k]) for k in result[name])
+    assert metrics(run)["last_epoch"] == 3
+    steps = [step for step, _ in curves(run)["loss/bpr"]]
+    assert steps == sorted(set(steps))  # none lost, none twice
+    assert len(steps) == len(curves_of_an_undisturbed_run(config, tmp_path))
+
+
+def curves_of_an_undisturbed_run(config, tmp_path) -> list:
+    train(World(), config, str(tmp_path / "undisturbed"))
+    return curves(tmp_path / "undisturbed")["loss/bpr"]
+
+
+def test_asked_to_leave_it_saves_and_returns(catalog, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "NOTICE_SECONDS", 0.0)
+    config = config_of(catalog, {}, checkpoint={"minutes": 60.0})
+    whole = [train(World(), config, str(tmp_path / "whole"))]
+    answers = iter([False, False, True])
+    trainer = trainer_of(World(), config, str(tmp_path / "left"), leave=lambda: next(answers))
+    assert trainer.fit() is None
+    states, torn = checkpoint.names(str(tmp_path / "left"), "step-")
+    assert (len(states), torn) == (1, [])
+    assert_same([train(World(), config, str(tmp_path / "left"))], whole)
+
+
+def test_more_epochs_go_on_from_a_finished_run(catalog, tmp_path):
+    train(World(), config_of(catalog, {}, epochs=2), str(tmp_path / "run"))
+    longer = config_of(catalog, {}, epochs=4)
+    whole = [train(World(), longer, str(tmp_path / "whole"))]
+    assert_same([train(World(), longer, str(tmp_path / "run"))], whole)
+
+
+def test_a_torn_or_changed_state_is_passed_over_with_a_warning(catalog, tmp_path, capsys):
+    config = config_of(catalog, {})
+    whole = [train(World(), config, str(tmp_path / "whole"))]
+    run = tmp_path / "run"
+    cut_after(World(), config, str(run), 11)
+    first, last = checkpoint.names(str(run), "step-")[0]
+    data = bytearray((run / "checkpoints" / last / "item.exp_avg.000000000000-000000000040.npy").read_bytes())
+    data[-1] ^= 1
+    (run / "checkpoints" / last / "item.exp_avg.000000000000-000000000040.npy").write_bytes(data)
+    torn = run / "checkpoints/step-000000000099"
+    torn.mkdir()
+    (torn / "dense.pt").write_bytes(b"half of it")
+    capsys.readouterr()
+    continued = [train(World(), config, str(run))]
+    told = capsys.readouterr().out
+    assert f"warning: checkpoint {last} is not used: " in told
+    assert "item.exp_avg.000000000000-000000000040.npy was changed" in told
+    assert_same(continued, whole)
+    assert not torn.exists()
+    assert first  # was there, and is what it went on from
+
+
+def test_where_no_state_is_usable_it_starts_anew(catalog, tmp_path, capsys):
+    config = config_of(catalog, {"train": {"average": 0.5}})
+    whole = [train(World(), config, str(tmp_path / "whole"))]
+    run = tmp_path / "run"
+    cut_after(World(), config, str(run), 11)
+    for name in checkpoint.names(str(run), "step-")[0]:
+        (run / "checkpoints" / name / "dense.pt").write_bytes(b"other")
+    assert_same([train(World(), config, str(run))], whole)
+    assert capsys.readouterr().out.count("is not used") == 2
+
+
+def test_only_the_last_states_and_the_best_weights_they_know_are_kept(catalog, tmp_path):
+    config = config_of(catalog, {}, epochs=6)
+    run = str(tmp_path / "run")
+    train(World(), config, run)
+    states, torn = checkpoint.names(run, "step-")
+    assert (len(states), torn) == (2, [])
+    known = {checkpoint.read_manifest(f"{run}/checkpoints/{name}")["best_epoch"] for name in states}
+    best = metrics(run)["best_epoch"]
+    assert set(checkpoint.names(run, "epoch-")[0]) == {f"epoch-{epoch:05d}" for epoch in known | {best}}
+
+
+def test_a_state_that_cannot_be_written_is_left_out_and_training_goes_on(catalog, tmp_path, monkeypatch, capsys):
+    config = config_of(catalog, {})
+    whole = [train(World(), config, str(tmp_path / "whole"))]
+    write, calls = storage.write_array, []
+
+    def full(uri, array):
+        if "/step-" in uri:
+            calls.append(uri)
+            if len(calls) == 8:  # a file of the second state
+                raise OSError(28, "No space left on device")
+        return write(uri, array)
+
+    monkeypatch.setattr(storage, "write_array", full)
+    run = str(tmp_path / "run")
+    assert_same([train(World(), config, run)], whole)
+    told = capsys.readouterr().out
+    assert told.count("could not be written and is left out: [Errno 28] No space left on device") == 1
+    assert checkpoint.names(run, "step-")[1] == []
+    assert len(checkpoint.names(run, "step-")[0]) == 2
+
+
+def test_what_is_saved_is_what_was_when_it_began(tmp_path):
+    """Training goes on while a thread writes."""
+    table = RowTable("t", 6, 2, World(), init_std=1.0)
+    saver = Saver(str(tmp_path), World(), 0.0, 2)
+    dense = {"network": {"w": torch.ones(3)}, "betas": (0.9, 0.99)}
+    begun, write = threading.Event(), checkpoint.write_files
+
+    def late(*args):
+        begun.wait()
+        return write(*args)
+
+    before = table.weight.clone()
+    checkpoint_write, checkpoint.write_files = checkpoint.write_files, late
+    try:
+        saver.start(5, {"best_epoch": 0}, dense, checkpoint.state_of([table]))
+        table.weight += 1
+        dense["network"]["w"] += 1
+        begun.set()
+        assert saver.settle(0) == ""
+    finally:
+        checkpoint.write_files = checkpoint_write
+    other = RowTable("t", 6, 2, World())
+    loaded = checkpoint.load(str(tmp_path / "checkpoints/step-000000000005"), checkpoint.state_of([other]))
+    assert torch.equal(other.weight, before)
+    assert loaded == {"network": {"w": loaded["network"]["w"]}, "betas": [0.9, 0.99]}
+    assert loaded["network"]["w"].tolist() == [1, 1, 1]
+
+
+def test_a_state_of_another_model_is_refused(tmp_path):
+    checkpoint.save(str(tmp_path / "c"), {}, {}, checkpoint.state_of([RowTable("t", 6, 2, World())]), World())
+    with pytest.raises(InputError, match=r"t\.weight is \(6, 2\) in the checkpoint, \(6, 3\) in this model"):
+        checkpoint.load(str(tmp_path / "c"), checkpoint.state_of([RowTable("t", 6, 3, World())]))
