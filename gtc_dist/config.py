@@ -118,9 +118,17 @@ class Run(Section):
 
 class Cluster(Section):
     workers: Positive = 1  # ranks
+    min_workers: Positive | None = None  # go on with as few where the cluster has no more, and with more when it has
+    retries: NonNegative = 3  # times that all ranks start again from the last checkpoint after one of them was lost
     gpu: bool = False  # one GPU a rank and NCCL; else CPU and gloo
     cpus_per_worker: Annotated[float, Field(gt=0)] | None = None  # None: 1, less where Ray Data would have none left
     threads: Positive | None = None  # torch threads a rank; None: the rank's share of the node's cores, less one
+
+    @model_validator(mode="after")
+    def _elastic(self):
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}")
+        return self
 
 
 class Negatives(Section):

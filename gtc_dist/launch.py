@@ -3,8 +3,10 @@
 import logging
 import math
 import os
+import signal
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else every line of a rank is printed twice
 
@@ -22,11 +24,17 @@ from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine.loop import Trainer
 from gtc_dist.engine.restore import CONFIG
+from gtc_dist.engine.standing import METRICS
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.collectives import World
 
+RAY = "ray"  # Ray Train's own folder in a run
+STOP = "stop"  # stands in a run folder where its training is asked to leave
+FAILED = "failed.json"  # what a rank met that another try would meet again
 READER_CPUS = 0.25  # of a Ray Data task: it also fits where the ranks take nearly all of every node
+
+FATAL = {error.__name__: error for error in (InputError, FloatingPointError)}
 
 
 class EveryRow(DataConfig):
@@ -45,7 +53,7 @@ def worker_resources(cluster: Cluster) -> dict[str, float]:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = [node.get("CPU", 0.0) for node in nodes]
     gpus = [node.get("GPU", 0.0) for node in nodes]
-    workers, asked = cluster.workers, cluster.cpus_per_worker
+    workers, asked = cluster.min_workers or cluster.workers, cluster.cpus_per_worker
     if cluster.gpu and sum(gpus) < workers:
         raise InputError(
             f"cluster.workers={workers} with cluster.gpu=true needs {workers} GPUs; the cluster has {sum(gpus):g}"
@@ -70,15 +78,45 @@ def share(graphs: Graphs) -> ray.ObjectRef:
     return ray.put(graphs)
 
 
-def fit(config: Config, catalog: Catalog, graphs: ray.ObjectRef, run: str, resources: dict[str, float]) -> dict:
-    """Train on the ranks to the end and return what metrics.json holds."""
+def fit(config: Config, catalog: Catalog, graphs: ray.ObjectRef, run: str, resources: dict[str, float]) -> dict | None:
+    """Train on the ranks to the end and return what metrics.json holds, or None where SIGTERM asked to leave before.
+
+    After a rank was lost, or its node, all of them start again from the last checkpoint, `cluster.retries` times for
+    other reasons than that the cluster took the node back.
+    """
     filesystem, _ = storage.arrow_filesystem(catalog.uri)
     paths = [storage.filesystem(uri)[1] for uri in catalog.interaction_uris("train")]
     rows = ray.data.read_parquet(paths, filesystem=filesystem, num_cpus=READER_CPUS)
     settings = {"config": config, "run": run, "graphs": graphs}
     datasets = {"datasets": {"train": rows}, "dataset_config": EveryRow()}
-    _trainer(train_rank, settings, config.cluster, run, "ray", resources, **datasets).fit()
-    return storage.read_json(storage.join(run, "metrics.json"))
+    for name in (RAY, STOP, FAILED):  # of a process that is gone
+        storage.remove_tree(storage.join(run, name))
+    with leaving_on_sigterm(run):
+        _trainer(train_rank, settings, config.cluster, run, RAY, resources, config.cluster.retries, **datasets).fit()
+    failed, metrics = storage.join(run, FAILED), storage.join(run, METRICS)
+    if storage.exists(failed):
+        problem = storage.read_json(failed)
+        storage.remove_tree(failed)
+        raise FATAL[problem["kind"]](problem["message"])
+    return storage.read_json(metrics) if storage.exists(metrics) else None
+
+
+@contextmanager
+def leaving_on_sigterm(run: str) -> Iterator[None]:
+    """Turn SIGTERM into a note in the run folder, which the ranks look for; a second one ends the process."""
+    stop = storage.join(run, STOP)
+
+    def ask(number, frame) -> None:
+        signal.signal(signal.SIGTERM, before)
+        print("asked to leave: saving the state of training", flush=True)
+        storage.write_bytes(stop, b"")
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        storage.remove_tree(stop)
 
 
 def on_ranks(
@@ -102,20 +140,22 @@ def on_ranks(
         storage.remove_tree(storage.join(run, name))
 
 
-def _trainer(function, settings: dict, cluster: Cluster, run: str, name: str, resources: dict, **datasets):
+def _trainer(
+    function, settings: dict, cluster: Cluster, run: str, name: str, resources: dict, retries: int = 0, **datasets
+):
     filesystem, path = storage.arrow_filesystem(run)
+    workers = cluster.workers if cluster.min_workers is None else (cluster.min_workers, cluster.workers)
     return TorchTrainer(
         function,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=cluster.gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
             storage_path=path,
             storage_filesystem=filesystem,
             logging_config=LoggingConfig(log_level="WARNING"),
-            # a lost worker ends the run: nothing continues from a checkpoint yet
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+            failure_config=FailureConfig(max_failures=retries, max_preemption_failures=-1 if retries else 0),
         ),
         **datasets,
     )
@@ -129,10 +169,35 @@ def train_rank(settings: dict) -> None:
             f"{settings['run']} cannot be seen from node {ray.util.get_node_ip_address()}; "
             "on several nodes run.storage must be shared or object storage"
         )
-    world = _world(config.cluster)
+    run, world = settings["run"], _world(config.cluster)
     users, items = read_shard(train.get_dataset_shard("train"))
     graphs = ray.get(settings["graphs"])
-    Trainer(config, Catalog(config.data.catalog), settings["run"], users, items, graphs, world, train.report).fit()
+    if storage.exists(storage.join(run, FAILED)):
+        return  # trying again would not help
+    try:
+        notice = Notice(run, world)
+        Trainer(config, Catalog(config.data.catalog), run, users, items, graphs, world, train.report, notice).fit()
+    except tuple(FATAL.values()) as error:
+        kind = next(name for name, one in FATAL.items() if isinstance(error, one))
+        storage.write_json(storage.join(run, FAILED), {"kind": kind, "message": str(error)})
+        raise
+
+
+class Notice:
+    """Whether a training is to leave (someone ended the command) or to save now (the cluster takes a node back, and
+    will start the ranks again elsewhere). Called by all ranks at once."""
+
+    def __init__(self, run: str, world: World):
+        self.stop, self.world, self.preempted = storage.join(run, STOP), world, False
+
+    def __call__(self) -> str:
+        told = 0
+        with suppress(OSError, InputError):  # no object store for the moment is no reason to stop
+            told = int(self.world.rank == 0 and storage.exists(self.stop))
+        if self.world.max(told):
+            return "leave"
+        before, self.preempted = self.preempted, train.get_preemption_info() is not None
+        return "save" if self.preempted and not before else ""
 
 
 def work_rank(settings: dict) -> None:

@@ -5,6 +5,9 @@
 
 Joins the cluster of RAY_ADDRESS or of the job that it runs in, else starts a local one. The run folder
 run.storage/run.name gets the resolved config.yaml, metrics.jsonl, metrics.json, checkpoints/ and tensorboard/.
+
+The same command goes on with a run that was cut off, on any number of ranks. On SIGTERM it saves the state of training
+and leaves with status 143.
 """
 
 import argparse
@@ -17,21 +20,33 @@ from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine.build import load_graphs, network_shape
 from gtc_dist.engine.restore import CONFIG, newest_checkpoint
+from gtc_dist.engine.standing import METRICS, standing
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.graph.csc import Graphs
 
+LEFT = 143  # exit status: 128 + SIGTERM
 
-def main(argv: list[str] | None = None) -> None:
+
+def main(argv: list[str] | None = None) -> int:
     config, _ = parse_command_line(argparse.ArgumentParser(description="Train GTC on a catalog."), argv)
     config = with_absolute_uris(config)
     run = storage.join(config.run.storage, config.run.name)
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
-    check(config, catalog, run)
+    check(config, catalog)
+    before = standing(config, run, catalog.manifest.fingerprint)
+    if before == "finished":
+        print(f"{run} is finished; choose another run.name to train again, or more epochs to go on", file=sys.stderr)
+        print(summary(run, storage.read_json(storage.join(run, METRICS))))
+        return 0
     graphs = load_graphs(config, catalog)
     check_rows(catalog, graphs)
 
     rows = catalog.manifest.interactions["train"]
-    print(f"{catalog.users:,} users, {catalog.items:,} items, {rows:,} interactions; starting Ray", file=sys.stderr)
+    going_on = f"; going on with {run}" if before == "begun" else ""
+    print(
+        f"{catalog.users:,} users, {catalog.items:,} items, {rows:,} interactions{going_on}; starting Ray",
+        file=sys.stderr,
+    )
 
     from gtc_dist import cluster, launch  # here, so that the errors above show at once
 
@@ -39,13 +54,18 @@ def main(argv: list[str] | None = None) -> None:
     resources = launch.worker_resources(config.cluster)
     shared = launch.share(graphs)
     del graphs  # the ranks of a node share the one copy in Ray's object store
+    storage.remove_tree(storage.join(run, METRICS))
     storage.write_bytes(storage.join(run, CONFIG), yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
     try:
         result = launch.fit(config, catalog, shared, run, resources)
     except BaseException:
         remove_if_nothing_was_saved(run)
         raise
+    if result is None:
+        print(f"{run} was left as asked; the same command goes on with it", file=sys.stderr)
+        return LEFT
     print(summary(run, result))
+    return 0
 
 
 def with_absolute_uris(config: Config) -> Config:
@@ -57,12 +77,10 @@ def with_absolute_uris(config: Config) -> Config:
     return config.model_copy(update={"data": data, "run": run})
 
 
-def check(config: Config, catalog: Catalog, run: str) -> None:
-    """What the manifest and the run folder tell before anything is read."""
+def check(config: Config, catalog: Catalog) -> None:
+    """What the manifest tells before anything is read."""
     if not network_shape(config, catalog).modalities:
         raise InputError(f"the catalog {catalog.uri} has no modality; GTC needs at least one (data.features)")
-    if storage.listing(run):
-        raise InputError(f"the run folder {run} is not empty; choose another run.name, or remove it")
 
 
 def check_rows(catalog: Catalog, graphs: Graphs) -> None:

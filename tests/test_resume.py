@@ -49,11 +49,11 @@ def config_of(catalog, mode: dict, **train):
     return small_config(catalog.uri, **mode)
 
 
-def trainer_of(world: World, config, run: str, leave=lambda: False) -> Trainer:
+def trainer_of(world: World, config, run: str, notice=lambda: "") -> Trainer:
     catalog = Catalog(config.data.catalog)
     users, items = catalog.interactions("train")
     mine = slice(world.rank, None, world.size)
-    return Trainer(config, catalog, run, users[mine], items[mine], load_graphs(config, catalog), world, leave=leave)
+    return Trainer(config, catalog, run, users[mine], items[mine], load_graphs(config, catalog), world, notice=notice)
 
 
 def cut_after(world: World, config, run: str, steps: int) -> dict:
@@ -166,12 +166,24 @@ def test_asked_to_leave_it_saves_and_returns(catalog, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "NOTICE_SECONDS", 0.0)
     config = config_of(catalog, {}, checkpoint={"minutes": 60.0})
     whole = [train(World(), config, str(tmp_path / "whole"))]
-    answers = iter([False, False, True])
-    trainer = trainer_of(World(), config, str(tmp_path / "left"), leave=lambda: next(answers))
+    answers = iter(["", "", "leave"])
+    trainer = trainer_of(World(), config, str(tmp_path / "left"), notice=lambda: next(answers))
     assert trainer.fit() is None
     states, torn = checkpoint.names(str(tmp_path / "left"), "step-")
     assert (len(states), torn) == (1, [])
     assert_same([train(World(), config, str(tmp_path / "left"))], whole)
+
+
+def test_warned_it_saves_at_once_and_goes_on(catalog, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "NOTICE_SECONDS", 0.0)
+    config = config_of(catalog, MODES["sampled with a history"], checkpoint={"minutes": 60.0})
+    answers, saved = iter(["", "save"]), []
+    trainer = trainer_of(World(), config, str(tmp_path / "r"), notice=lambda: next(answers, ""))
+    settle = trainer.saver.settle
+    trainer.saver.settle = lambda best: (trainer.saver.pending and saved.append(trainer.progress.step), settle(best))[1]
+    assert trainer.fit() is not None
+    assert saved[0] == 6  # the second time that losses were logged, whenever the history is computed anew
+    assert len(saved) == 2  # and at the end
 
 
 def test_more_epochs_go_on_from_a_finished_run(catalog, tmp_path):

@@ -55,6 +55,10 @@ def metrics_of(run: str) -> dict:
     return storage.read_json(storage.join(run, "metrics.json"))
 
 
+def resolved_catalog(run: str) -> str:
+    return yaml.safe_load(storage.read_bytes(f"{run}/config.yaml"))["data"]["catalog"]
+
+
 def test_a_run_folder_holds_what_is_promised(run):
     names = storage.listing(run)
     for name in ("config.yaml", "metrics.json", "metrics.jsonl"):
@@ -63,7 +67,8 @@ def test_a_run_folder_holds_what_is_promised(run):
     assert any("items" in name and name.endswith("tensors.tsv") for name in names)
     metrics = metrics_of(run)
     checkpoints = {name.split("/")[1] for name in names if name.startswith("checkpoints/")}
-    assert checkpoints == {f"epoch-{metrics['best_epoch']:05d}"}  # the best, and no other
+    last = 3 * -(-storage.read_json(f"{resolved_catalog(run)}/manifest.json")["interactions"]["train"] // 64)
+    assert checkpoints == {f"epoch-{metrics['best_epoch']:05d}", f"step-{last:012d}"}  # the best, and how it ended
     lines = [json.loads(line) for line in storage.read_bytes(f"{run}/metrics.jsonl").splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
     best = max(lines, key=lambda line: line["valid"]["recall@20"])
@@ -345,12 +350,12 @@ def test_a_user_with_every_item_is_refused_by_id(tmp_path):
         train.main(["--config", write_config(tmp_path, catalog.uri, str(tmp_path / "runs"))])
 
 
-def test_a_run_folder_in_use_is_refused(run, tmp_path):
-    config = yaml.safe_load(storage.read_bytes(f"{run}/config.yaml"))
-    path = tmp_path / "again.yaml"
-    path.write_text(yaml.safe_dump(config))
+def test_a_folder_with_something_else_is_refused(tmp_path):
+    catalog = small_catalog(tmp_path / "catalog")
+    (tmp_path / "runs/r").mkdir(parents=True)
+    (tmp_path / "runs/r/notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"is not empty; choose another run\.name"):
-        train.main(["--config", str(path)])
+        train.main(["--config", write_config(tmp_path, catalog.uri, str(tmp_path / "runs"))])
 
 
 def test_a_changed_catalog_is_refused_by_file(tmp_path):

@@ -91,7 +91,10 @@ def read_manifest(uri: str) -> dict:
     path = storage.join(uri, MANIFEST)
     if not storage.exists(path):
         raise InputError(f"{uri} is not a whole checkpoint: it has no {MANIFEST}")
-    return storage.read_json(path)
+    manifest = storage.read_json(path)
+    if not isinstance(manifest, dict) or not {"tensors", "files"} <= manifest.keys():
+        raise InputError(f"{path} is no manifest of this version of gtc-dist; train again")
+    return manifest
 
 
 def load(uri: str, shards: list[Shard]) -> dict:

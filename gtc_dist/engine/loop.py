@@ -101,7 +101,8 @@ class Trainer:
         graphs: shared by the ranks of the node.
         world: all ranks. Its process group must not be the default one, which is DDP's.
         report: called on every rank with each validation's metrics.
-        leave: asked on every rank now and then, all at once: whether to save the state and return from `fit`.
+        notice: asked on every rank now and then, all at once: "leave" to save the state and return from `fit`, "save"
+            to save it now, "" to go on.
     """
 
     def __init__(
@@ -114,10 +115,10 @@ class Trainer:
         graphs: Graphs,
         world: World,
         report: Callable[[dict], None] = lambda metrics: None,
-        leave: Callable[[], bool] = lambda: False,
+        notice: Callable[[], str] = lambda: "",
     ):
         self.config, self.catalog, self.run, self.graphs, self.world = config, catalog, run, graphs, world
-        self.report, self.leave = report, leave
+        self.report, self.notice = report, notice
         self.network, self.tables = build_network(config, catalog, world)
         self.loader_world = world.split(torch.device("cpu"))
         features = load_features(self.network.shape, catalog, self.loader_world)
@@ -152,7 +153,8 @@ class Trainer:
         saved = config.train.checkpoint
         self.saver = Saver(run, world, 60 * saved.minutes, saved.keep)
         self.asked = time.monotonic()  # whether to leave
-        self.wanted = self.leaving = False  # a state to be saved at the next step where that can be; and then leave
+        self.wanted = False  # a state is to be saved at the next step where that can be
+        self.told = ""  # by the last notice
 
     def fit(self) -> dict | None:
         """Train to the last epoch or to an early stop, from where the run was cut off if it was; returns what
@@ -170,7 +172,7 @@ class Trainer:
         while at.epoch <= config.train.epochs and at.waited < config.eval.patience:
             epoch_start = time.monotonic()
             self.train_epoch(at.epoch, at.step)
-            if self.leaving:
+            if self.told == "leave":
                 return self._left()
             if self.average is not None:
                 self.average.update()
@@ -226,8 +228,8 @@ class Trainer:
                     self.meter = Meter()
                 if self.wanted and self._can_save():
                     self.watch.part(None)
-                    self._save_state(wait=self.leaving)
-                    if self.leaving:
+                    self._save_state(wait=self.told != "")
+                    if self.told == "leave":
                         return
                 self.watch.part("data")
         self.watch.part(None)
@@ -314,7 +316,7 @@ class Trainer:
     def _can_save(self) -> bool:
         """Whether nothing is under way that a state does not hold. A history is not saved: a state is taken where the
         next step would compute it anew, unless there is no time to wait for that."""
-        return self.leaving or self.history is None or self.history.due()
+        return self.told != "" or self.history is None or self.history.due()
 
     def _save_state(self, wait: bool = False) -> None:
         """Begin to save all that training goes on from, or save it and wait. A collective."""
@@ -341,6 +343,7 @@ class Trainer:
         self.wanted = False
         if wait:
             self._settle()
+            self.told = "leave" if self.told == "leave" else ""
 
     def _settle(self) -> None:
         problem = self.saver.settle(self.progress.best_epoch)
@@ -426,8 +429,9 @@ class Trainer:
         self.wanted |= bool(wanted)
         if ask:
             self.asked = time.monotonic()
-            self.leaving = self.leaving or self.leave()
-            self.wanted |= self.leaving
+            if self.told != "leave":
+                self.told = self.notice()
+            self.wanted |= self.told != ""
 
     def _left(self) -> None:
         """Return without a result, with the state saved."""

@@ -323,22 +323,28 @@ class GTC(nn.Module):
         return torch.stack(losses).mean(0)
 
     def _personal(self, e: dict, batch: Batch) -> torch.Tensor:
-        """BPR of the personal content scores of each pair and one of its negatives, mean over members, [B]. It trains
-        the filters alone: what is looked for by dot products does not change for it."""
+        """BPR of dot product plus personal content score, of each pair against the negative with the largest dot
+        product, [B]: it learns what dot products miss among the items that they find. It trains the filters alone;
+        what is looked for by dot products does not change for it."""
+        streams, items = e["users"].detach().index_select(0, batch.users), e["items"].detach()
+        user, of_items = self.joined(streams) / self.shape.loss_temperature, self.joined(items)
         if batch.negatives.dim() == 2:
-            negatives, counted = batch.negatives[:, 0], 1.0
+            dots = (user[:, None] * of_items[batch.negatives]).sum(2)
+            hardest = dots.argmax(1, keepdim=True)
+            negatives, counted = batch.negatives.gather(1, hardest)[:, 0], 1.0
         else:
-            at = torch.arange(len(batch.users), device=batch.users.device)
-            turn = at % len(batch.negatives)
-            negatives, counted = batch.negatives[turn], batch.negative_mask[at, turn]
-        users = self.split(e["users"].detach().index_select(0, batch.users))
-        losses = []
+            dots = (user @ of_items[batch.negatives].T).masked_fill(~batch.negative_mask, float("-inf"))
+            hardest = dots.argmax(1, keepdim=True)
+            negatives, counted = batch.negatives[hardest[:, 0]], batch.negative_mask.gather(1, hardest)[:, 0]
+        apart = (user * of_items[batch.positives]).sum(1) - dots.gather(1, hardest)[:, 0]
+        apart = torch.where(apart.isfinite(), apart, 0) / self.M
+        users = self.split(streams)
         for member, way, user in zip(self.members, e["ways"], users, strict=True):
             positive, negative = (
                 member.personal(*way.constants(batch.ego_items[items]), user) for items in (batch.positives, negatives)
             )
-            losses.append(F.softplus(negative - positive) * counted)
-        return torch.stack(losses).mean(0)
+            apart = apart + (positive - negative) / self.M
+        return F.softplus(-apart) * counted
 
     def _l2(self, user_rows: torch.Tensor, item_rows: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Half the squared norms of the looked-up rows of each pair and its first negatives, summed over pairs, mean
