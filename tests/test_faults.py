@@ -40,14 +40,12 @@ def result(run: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_local, catalog, tmp_path_factory) -> dict[int, dict]:
-    """Results by number of ranks."""
-    results = {}
-    for workers in (1, 2):
-        folder = tmp_path_factory.mktemp("undisturbed")
+def undisturbed(ray_local, catalog, tmp_path_factory) -> dict[int, Path]:
+    """Finished runs by number of ranks."""
+    folders = {workers: tmp_path_factory.mktemp("undisturbed") for workers in (1, 2)}
+    for workers, folder in folders.items():
         train.main(command(folder, catalog, workers))
-        results[workers] = result(folder / "runs/r")
-    return results
+    return folders
 
 
 def wait_for_states(run: Path, count: int, limit: float = 120) -> None:
@@ -83,50 +81,50 @@ def test_a_rank_that_is_killed_is_replaced_and_the_result_is_the_same(ray_local,
     finally:
         thread.join()
     assert len(killed) == 2
-    assert result(run) == undisturbed[2]
+    assert result(run) == result(undisturbed[2] / "runs/r")
     assert (checkpoint.names(str(run), "step-")[1], checkpoint.names(str(run), "epoch-")[1]) == ([], [])
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_command_that_is_ended_goes_on_when_it_is_given_again(undisturbed, catalog, tmp_path, number):
-    """In a cluster of its own, which goes with it."""
+def test_a_command_that_is_ended_goes_on_when_it_is_given_again(undisturbed, catalog, tmp_path):
+    """In a cluster of its own, which goes with it: killed, stopped, left alone."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     arguments = [sys.executable, "-m", "gtc_dist.train", *command(tmp_path, catalog, 1)]
-    with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment)
-    run = tmp_path / "runs/r"
-    wait_for_states(run, 2)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(number)
-    code = process.wait(60)
-    assert code == (train.LEFT if number == signal.SIGTERM else -signal.SIGKILL), (tmp_path / "log").read_text()
-    assert not (run / "metrics.json").exists()
-    _, alive = psutil.wait_procs(children, timeout=120)
-    assert alive == []  # no orphans; Ray's agents look for their parent once in a while
+    run, log = tmp_path / "runs/r", tmp_path / "log"
+    for states, number, status in ((2, signal.SIGKILL, -signal.SIGKILL), (3, signal.SIGTERM, train.LEFT)):
+        with open(log, "ab") as out:
+            process = subprocess.Popen(arguments, stdout=out, stderr=out, env=environment)
+        wait_for_states(run, states)
+        children = [p for p in psutil.Process(process.pid).children(recursive=True) if "Agent" not in p.name()]
+        process.send_signal(number)
+        assert process.wait(60) == status, log.read_text()
+        assert not (run / "metrics.json").exists()
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert alive == []  # no orphans; Ray's agents leave a minute later
+    assert checkpoint.names(str(run), "step-")[1] == []
     again = subprocess.run(arguments, capture_output=True, env=environment, check=True, text=True)
     assert "going on with" in again.stderr
-    assert result(run) == undisturbed[1]
+    assert result(run) == result(undisturbed[1] / "runs/r")
     assert not (run / "stop").exists()
 
 
-def test_given_again_a_finished_run_says_so_and_another_configuration_is_refused(ray_local, catalog, tmp_path, capsys):
-    short = command(tmp_path, catalog, 1, "train.epochs=2")
-    assert train.main(short) == 0
-    before = capsys.readouterr().out
-    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/r").rglob("*") if p.is_file()}
-    assert train.main(short) == 0
+def test_given_again_a_finished_run_says_so_and_another_configuration_is_refused(undisturbed, catalog, capsys):
+    folder = undisturbed[1]
+    run, same = folder / "runs/r", command(folder, catalog, 1)
+    written = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    assert train.main(same) == 0
     told = capsys.readouterr()
     assert "is finished" in told.err
-    assert told.out.splitlines()[-3:] == before.splitlines()[-3:]
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/r").rglob("*") if p.is_file()} == written
+    assert f"best epoch {result(run)['best_epoch']} of" in told.out
     with pytest.raises(InputError, match=r"another configuration \(train\.lr: 0\.001 there, 0\.5 here\)"):
-        train.main([*short, "train.lr=0.5"])
-    assert train.main([*short, "train.epochs=3", "cluster.workers=2"]) == 0
-    assert result(tmp_path / "runs/r")["last_epoch"] == 3
-    assert yaml.safe_load((tmp_path / "runs/r/config.yaml").read_text())["train"]["epochs"] == 3
+        train.main([*same, "train.lr=0.5"])
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == written
+    longer = EPOCHS + 1
+    assert train.main([*same, f"train.epochs={longer}", "cluster.workers=2"]) == 0
+    assert (result(run)["last_epoch"], result(run)["workers"]) == (longer, 2)
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["epochs"] == longer
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_once(ray_local, catalog, tmp_path, capfd):
     with pytest.raises(FloatingPointError, match=r"epoch \d+, step \d+: the loss is not finite"):
-        train.main(command(tmp_path, catalog, 2, "train.table_lr=1e30", "train.lr=1e30"))
+        train.main(command(tmp_path, catalog, 1, "train.table_lr=1e30", "train.lr=1e30"))
     assert not (tmp_path / "runs/r/failed.json").exists()
