@@ -108,6 +108,17 @@ class SeaweedServer:
         """End the server and remove its data. Safe to call twice."""
         self._end()
 
+    def halt(self) -> None:
+        """End the server as an outage does; its data stay."""
+        self.process.kill()
+        self.process.wait()
+
+    def resume(self) -> None:
+        """Start it again after `halt`, at the same address, with what it held."""
+        self._run()
+        if not self._wait_until_up():
+            raise RuntimeError(f"SeaweedFS did not start again:\n{self._log_tail()}")
+
     def __enter__(self) -> "SeaweedServer":
         return self.start()
 
@@ -124,11 +135,15 @@ class SeaweedServer:
         config.write_text(json.dumps({"identities": [identity]}))
         ports = free_ports(2 * len(SERVICES))
         self.ports = dict(zip((*SERVICES, *(f"{s}.grpc" for s in SERVICES)), ports, strict=True))
+        self._run()
+
+    def _run(self) -> None:
+        data, config = self.folder / "data", self.folder / "s3.json"
         port_flags = [
             f"-{name.removesuffix('.grpc')}.port{'.grpc' if name.endswith('.grpc') else ''}={port}"
             for name, port in self.ports.items()
         ]
-        with open(self.folder / "log.txt", "wb") as log:
+        with open(self.folder / "log.txt", "ab") as log:
             self.process = subprocess.Popen(
                 [
                     find_program("weed"),

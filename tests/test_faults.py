@@ -1,6 +1,5 @@
 """What ends processes: lost ranks, killed and stopped commands. Afterwards the run ends as it would have."""
 
-import json
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from small import small_catalog
 from test_train import write_config
 
 from gtc_dist import train
+from gtc_dist.data import storage
 from gtc_dist.engine import checkpoint
 from gtc_dist.errors import InputError
 
@@ -34,8 +34,8 @@ def command(tmp_path: Path, catalog: str, workers: int, *overrides: str) -> list
     return ["--config", config, f"cluster.workers={workers}", *LONG, *overrides]
 
 
-def result(run: Path) -> dict:
-    found = json.loads((run / "metrics.json").read_text())
+def result(run: Path | str) -> dict:
+    found = storage.read_json(f"{run}/metrics.json")
     return {name: value for name, value in found.items() if not name.startswith("seconds")}
 
 
@@ -48,7 +48,7 @@ def undisturbed(ray_local, catalog, tmp_path_factory) -> dict[int, Path]:
     return folders
 
 
-def wait_for_states(run: Path, count: int, limit: float = 120) -> None:
+def wait_for_states(run: Path | str, count: int, limit: float = 120) -> None:
     """Until so many states were whole, one after the other."""
     seen: set[str] = set()
     deadline = time.monotonic() + limit

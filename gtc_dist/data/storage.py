@@ -6,12 +6,17 @@ protocol that fsspec knows works once its package is installed.
 
 Writes are atomic as readers see them: local files are renamed into place, objects appear when their upload ends. A
 write that fails leaves nothing. Tables and arrays are streamed in parts, so that a file may be larger than memory.
+
+An object store that does not answer is tried again for about a minute, by botocore, with back-off and jitter
+(`AWS_RETRY_MODE`, `AWS_MAX_ATTEMPTS`); after a while a line on the standard error says what is waited for.
 """
 
 import hashlib
 import json
 import os
 import posixpath
+import sys
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +32,10 @@ import pyarrow.parquet as pq
 
 from gtc_dist.errors import InputError
 
+os.environ.setdefault("AWS_RETRY_MODE", "standard")  # botocore's: connections, time limits, throttling, 5xx
+os.environ.setdefault("AWS_MAX_ATTEMPTS", "12")  # 75 s on average
+
+PATIENCE = 10.0  # seconds before a person is told that an object store is waited for
 ROW_GROUP = 1 << 18
 VECTOR_ROW_GROUP = 1 << 13  # of tables with vectors: what a reader of a few rows has to fetch
 VECTOR_PAGE_BYTES = 8 << 20  # a page a row group: small pages take two to three times as long to write and read
@@ -358,9 +367,19 @@ class _named:
         self.uri, self.action = uri, action
 
     def __enter__(self):
+        self.timer = None
+        if not is_local(self.uri):
+            self.timer = threading.Timer(PATIENCE, self._tell)
+            self.timer.daemon = True
+            self.timer.start()
         return self
 
+    def _tell(self) -> None:
+        print(f"still trying to {self.action} {self.uri}", file=sys.stderr, flush=True)
+
     def __exit__(self, kind, error, trace):
+        if self.timer is not None:
+            self.timer.cancel()
         if isinstance(error, FileNotFoundError):
             raise InputError(f"{self.uri} does not exist (tried to {self.action} it)") from error
         if isinstance(error, PermissionError):
