@@ -169,6 +169,9 @@ class Train(Section):
     w_diff: Weight = 0.7  # weight of the diffusion loss
     w_personal: Weight = 0.1  # condition: user: weight of the ranking loss of the personal content score
     w_reg: Weight = 1e-3  # weight of the L2 term over the batch's embeddings
+    clip_norm: Annotated[float, Field(gt=0)] | None = None  # largest norm of all gradients together; null: any
+    not_finite: Literal["stop", "skip"] = "stop"  # a step whose loss or gradient is not finite: its batch is written
+    # down and the run ends; or it is left out and counted, which costs a collective a step
     checkpoint: Checkpoint = Checkpoint()
     log_every: Positive = 10  # steps between TensorBoard points
     prefetch: Positive = 2  # batches prepared ahead

@@ -22,6 +22,7 @@ from gtc_dist.cluster import cores
 from gtc_dist.config import Cluster, Config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
+from gtc_dist.engine.health import NotFinite
 from gtc_dist.engine.loop import Trainer
 from gtc_dist.engine.restore import CONFIG
 from gtc_dist.engine.standing import METRICS
@@ -34,7 +35,7 @@ STOP = "stop"  # stands in a run folder where its training is asked to leave
 FAILED = "failed.json"  # what a rank met that another try would meet again
 READER_CPUS = 0.25  # of a Ray Data task: it also fits where the ranks take nearly all of every node
 
-FATAL = {error.__name__: error for error in (InputError, FloatingPointError)}
+FATAL = {error.__name__: error for error in (InputError, NotFinite)}
 
 
 class EveryRow(DataConfig):

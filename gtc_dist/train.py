@@ -6,11 +6,14 @@
 Joins the cluster of RAY_ADDRESS or of the job that it runs in, else starts a local one. The run folder
 run.storage/run.name gets the resolved config.yaml, metrics.jsonl, metrics.json, checkpoints/ and tensorboard/.
 
+    python -m gtc_dist.train --replay RUN/not-finite-....npz
+
 The same command goes on with a run that was cut off, on any number of ranks. On SIGTERM it saves the state of training
 and leaves with status 143.
 """
 
 import argparse
+import json
 import sys
 
 import yaml
@@ -28,7 +31,17 @@ LEFT = 143  # exit status: 128 + SIGTERM
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, _ = parse_command_line(argparse.ArgumentParser(description="Train GTC on a catalog."), argv)
+    parser = argparse.ArgumentParser(description="Train GTC on a catalog.")
+    parser.add_argument(
+        "--replay", metavar="FILE", help="compute a batch again that a run left behind; needs no --config"
+    )
+    replayed, _ = parser.parse_known_args(argv)
+    if replayed.replay:
+        from gtc_dist.engine.replay import replay
+
+        print(json.dumps(replay(replayed.replay), indent=1))
+        return 0
+    config, _ = parse_command_line(parser, argv)
     config = with_absolute_uris(config)
     run = storage.join(config.run.storage, config.run.name)
     catalog = Catalog(config.data.catalog, verify=config.data.verify)

@@ -180,7 +180,10 @@ def test_warned_it_saves_at_once_and_goes_on(catalog, tmp_path, monkeypatch):
     answers, saved = iter(["", "save"]), []
     trainer = trainer_of(World(), config, str(tmp_path / "r"), notice=lambda: next(answers, ""))
     settle = trainer.saver.settle
-    trainer.saver.settle = lambda best: (trainer.saver.pending and saved.append(trainer.progress.step), settle(best))[1]
+    trainer.saver.settle = lambda best: (
+        trainer.saver.pending and saved.append(trainer.state.progress.step),
+        settle(best),
+    )[1]
     assert trainer.fit() is not None
     assert saved[0] == 6  # the second time that losses were logged, whenever the history is computed anew
     assert len(saved) == 2  # and at the end

@@ -161,6 +161,7 @@ class Loader:
             noise=torch.from_numpy(draws.noise),
             dropout=torch.from_numpy(draws.dropout),
             permutation_seed=draws.seed,
+            sampler_seed=draws.sampler_seed,
             counts=draws.counts,
             correlation_counts=self.correlation_counts(draws.counts),
         )

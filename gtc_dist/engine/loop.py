@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gtc_dist.config import Config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.engine import checkpoint, ranking
+from gtc_dist.engine import ranking
 from gtc_dist.engine.average import Average
 from gtc_dist.engine.build import (
     build_blend,
@@ -32,11 +31,13 @@ from gtc_dist.engine.build import (
     over_world,
     ranking_options,
 )
+from gtc_dist.engine.checkpoint import FOLDER
+from gtc_dist.engine.health import Health
 from gtc_dist.engine.history import History
 from gtc_dist.engine.inference import embed_catalog
 from gtc_dist.engine.monitor import Monitor, Stopwatch
-from gtc_dist.engine.saver import DONE, FAILED, Saver, epoch_name, state_name
-from gtc_dist.errors import InputError
+from gtc_dist.engine.saver import DONE, FAILED, Saver, epoch_name
+from gtc_dist.engine.state import Meter, Progress, State
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.batch import Batch
 from gtc_dist.model.collectives import World
@@ -46,50 +47,6 @@ from gtc_dist.model.table import RowTable
 PARTS = ("data", "sampling", "features", "history", "lookup", "forward", "backward", "optimizer", "communication")
 PROJECTED = 1000  # item embeddings shown in TensorBoard's projector: the most popular
 NOTICE_SECONDS = 2.0  # from one look to the next whether the run is asked to leave
-
-
-@dataclass
-class Progress:
-    """How far a run is; alike on every rank."""
-
-    epoch: int = 0  # under way, or validated last
-    step: int = 0  # of the epoch, done
-    best: float = -math.inf  # metric
-    best_epoch: int = 0
-    waited: int = 0  # validations since
-    trained: float = 0.0  # seconds in epochs
-    seconds: float = 0.0  # in all, before this process
-    lines: list[str] = field(default_factory=list)  # of metrics.jsonl
-
-
-@dataclass
-class Meter:
-    """Losses since the last logged step, of this rank."""
-
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    steps: int = 0
-    seen: int = 0  # interactions of all ranks
-    since: float = field(default_factory=time.perf_counter)
-
-    def add(self, parts: dict[str, torch.Tensor], seen: int) -> None:
-        for name, value in parts.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        self.steps, self.seen = self.steps + 1, self.seen + seen
-
-    def over(self, world: World) -> dict:
-        """What a state keeps of it. A collective."""
-        own = {name: float(value) for name, value in self.sums.items()}
-        return {"sums": world.gather_json(own), "steps": self.steps, "seen": self.seen}
-
-    @staticmethod
-    def of_rank(kept: dict, world: World) -> "Meter":
-        """This rank's part of it; on another number of ranks the first one takes the sums of all."""
-        sums = kept["sums"]
-        if len(sums) != world.size:
-            total = {name: sum(one[name] for one in sums) for name in sums[0]}
-            sums = [total] + [dict.fromkeys(total, 0.0)] * (world.size - 1)
-        own = {name: torch.tensor(value, device=world.device) for name, value in sums[world.rank].items()}
-        return Meter(own, kept["steps"], kept["seen"])
 
 
 class Trainer:
@@ -149,9 +106,13 @@ class Trainer:
         }
         self.watch = Stopwatch()
         self.logged: dict[str, float] = {}  # seconds by part of a step, over all logged steps
-        self.progress, self.meter = Progress(), Meter()
-        saved = config.train.checkpoint
+        saved, train = config.train.checkpoint, config.train
         self.saver = Saver(run, world, 60 * saved.minutes, saved.keep)
+        trained = (self.network, self.tables, self.optimizer, self.average, self.blend, self.history)
+        fingerprint = catalog.manifest.fingerprint
+        self.state = State(run, fingerprint, world, *trained, self.saver, Progress(self.loader.steps))
+        skip = train.not_finite == "skip"
+        self.health = Health(self.network, self.tables.all(), world, run, skip, train.clip_norm)
         self.asked = time.monotonic()  # whether to leave
         self.wanted = False  # a state is to be saved at the next step where that can be
         self.told = ""  # by the last notice
@@ -160,10 +121,14 @@ class Trainer:
         """Train to the last epoch or to an early stop, from where the run was cut off if it was; returns what
         metrics.json holds, or None where it was asked to leave before."""
         started = time.monotonic()
-        config, resumed = self.config, self._resume()
-        at, done = self.progress, self._steps_done if resumed else 0
-        self.started = started - at.seconds
-        self.monitor = Monitor(self.run, config.train.epochs, self.loader.steps, self.world.rank == 0, at.lines, done)
+        config, resumed = self.config, self.state.resume()
+        self.state.clean(resumed)
+        at = self.state.progress
+        if resumed:
+            self._say(f"going on from epoch {at.epoch}, step {at.step} of {self.loader.steps}")
+        self.started, self.health.skipped = started - at.seconds, at.skipped
+        active = self.world.rank == 0
+        self.monitor = Monitor(self.run, config.train.epochs, self.loader.steps, active, at.lines, at.steps)
         if not resumed:
             if self.blend is not None:
                 self.blend.choose(self._worth)
@@ -188,6 +153,20 @@ class Trainer:
 
     def step(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Forward, backward and the optimizers on one batch; returns this rank's share of the loss parts."""
+        parts = self.gradients(batch)
+        self.watch.part("optimizer")
+        at = self.state.progress
+        if self.health.passes(parts, batch, f"epoch {at.epoch}, step {at.step + 1}"):
+            self.optimizer.step()
+            for table in self.tables.all():
+                table.step(self.table_lr)
+        else:
+            parts = {name: torch.nan_to_num(value, 0, 0, 0) for name, value in parts.items()}
+        self.watch.part(None)
+        return parts
+
+    def gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Forward and backward on one batch; returns this rank's share of the loss parts."""
         self.watch.part("history")
         history = None if self.history is None else self.history.rows(batch)
         self.watch.part("lookup")
@@ -198,10 +177,6 @@ class Trainer:
         self.watch.part("backward")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self.watch.part("optimizer")
-        self.optimizer.step()
-        for table in self.tables.all():
-            table.step(self.table_lr)
         self.watch.part(None)
         return parts
 
@@ -216,16 +191,16 @@ class Trainer:
         """The steps of an epoch after the first `done` of them: a pass over this rank's interactions, or as many as
         configured. Ends early where the run is to be left."""
         self.network.train()
-        self.meter.since = time.perf_counter()
+        self.state.meter.since = time.perf_counter()
         self.watch.part("data")
         with closing(self.loader.epoch(epoch, done)) as batches:
             for step, batch in enumerate(batches, start=done + 1):
                 parts = self.step(batch.to(self.world.device))
-                self.meter.add(parts, sum(batch.counts))
-                self.progress.step = step
+                self.state.meter.add(parts, sum(batch.counts))
+                self.state.progress.step = step
                 if step % self.config.train.log_every == 0 or step == self.loader.steps:
                     self._log(epoch, step, batch)
-                    self.meter = Meter()
+                    self.state.meter = Meter()
                 if self.wanted and self._can_save():
                     self.watch.part(None)
                     self._save_state(wait=self.told != "")
@@ -235,15 +210,13 @@ class Trainer:
         self.watch.part(None)
 
     def _log(self, epoch: int, step: int, batch: Batch) -> None:
-        steps, seen = self.meter.steps, self.meter.seen
-        elapsed = time.perf_counter() - self.meter.since
-        means = torch.stack(list(self.meter.sums.values())) / steps
+        steps, seen = self.state.meter.steps, self.state.meter.seen
+        elapsed = time.perf_counter() - self.state.meter.since
+        means = torch.stack(list(self.state.meter.sums.values())) / steps
         together = self.world.sum(torch.cat([means, self._signals()])).tolist()
         values, signals = together[: len(means)], together[len(means) :]
         self._heed(*signals)
-        losses = dict(zip(self.meter.sums, values, strict=True))
-        if not all(math.isfinite(v) for v in values):
-            raise FloatingPointError(f"epoch {epoch}, step {step}: the loss is not finite: {losses}")
+        losses = dict(zip(self.state.meter.sums, values, strict=True))
         scalars = {f"loss/{name}": value for name, value in losses.items()}
         if "tc" in losses:
             scalars["total_correlation/bound_nats"] = math.log(max(sum(batch.correlation_counts), 1)) - losses["tc"]
@@ -253,6 +226,8 @@ class Trainer:
         for part, value in seconds.items():
             self.logged[part] = self.logged.get(part, 0.0) + value
         scalars |= {f"seconds_per_step/{part}": value / steps for part, value in seconds.items()}
+        if self.health.skip:
+            scalars["skipped_steps"] = float(self.health.skipped)
         scalars |= {"lr/dense": self.config.train.lr, "lr/tables": self.table_lr}
         scalars["interactions_per_second"] = seen / elapsed
         self.monitor.step(epoch, step, scalars, seen / elapsed)
@@ -274,10 +249,10 @@ class Trainer:
         temperature = self.network.correlation_temperature
         if temperature is not None:
             watched["total_correlation/temperature"] = temperature
-        value, at = metrics["overall"][self.config.eval.metric], self.progress
+        value, at = metrics["overall"][self.config.eval.metric], self.state.progress
         better = value > at.best
         if better:
-            self._save_best(epoch, metrics["overall"])
+            self.state.save_best(epoch, metrics["overall"])
             at.best, at.best_epoch = value, epoch
             self.saver.prune(epoch)
         note = f"best so far ({self.config.eval.metric})" if better else f"best was epoch {at.best_epoch}"
@@ -297,22 +272,6 @@ class Trainer:
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _uri(self, name: str) -> str:
-        return storage.join(self.run, checkpoint.FOLDER, name)
-
-    def _save_best(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Keep the weights that were ranked: those that stand in the tables and the network now."""
-        dense = {"network": self.network.state_dict()}
-        if self.blend is not None:
-            dense["blend"] = self.blend.weights
-        head = {"epoch": epoch, "catalog": self.catalog.manifest.fingerprint, "metrics": metrics}
-        weights = checkpoint.weights_of(list(self.tables.all()))
-        checkpoint.save(self._uri(epoch_name(epoch)), head, dense, weights, self.world)
-
-    def _shards(self) -> list[checkpoint.Shard]:
-        shards = checkpoint.state_of(list(self.tables.all()))
-        return shards if self.average is None else shards + self.average.shards()
-
     def _can_save(self) -> bool:
         """Whether nothing is under way that a state does not hold. A history is not saved: a state is taken where the
         next step would compute it anew, unless there is no time to wait for that."""
@@ -320,98 +279,19 @@ class Trainer:
 
     def _save_state(self, wait: bool = False) -> None:
         """Begin to save all that training goes on from, or save it and wait. A collective."""
-        at = self.progress
+        at = self.state.progress
         self._settle()
-        at.lines, at.seconds = self.monitor.lines, time.monotonic() - self.started
-        dense = {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "table_steps": {table.name: table.steps for table in self.tables.all()},
-            "average": None if self.average is None else self.average.dense(),
-            "blend": None if self.blend is None else self.blend.weights,
-            "history_steps": 0 if self.history is None else self.history.steps,
-            "progress": asdict(at),
-            "meter": self.meter.over(self.world),
-        }
-        head = {
-            "epoch": at.epoch,
-            "step": at.step,
-            "best_epoch": at.best_epoch,
-            "catalog": self.catalog.manifest.fingerprint,
-        }
-        self.saver.start(self._steps_done, head, dense, self._shards())
+        at.lines, at.seconds, at.skipped = self.monitor.lines, time.monotonic() - self.started, self.health.skipped
+        self.state.save()
         self.wanted = False
         if wait:
             self._settle()
             self.told = "leave" if self.told == "leave" else ""
 
     def _settle(self) -> None:
-        problem = self.saver.settle(self.progress.best_epoch)
+        problem = self.saver.settle(self.state.progress.best_epoch)
         if problem:
             self._say(f"warning: {problem}")
-
-    def _resume(self) -> bool:
-        """Go on from the newest whole state, if there is one. A collective."""
-        run, world, at = self.run, self.world, None
-        whole = world.gather_json(checkpoint.names(run, "step-")[0] if world.rank == 0 else [])[0]
-        while whole and at is None:
-            name, problem = whole.pop(), ""
-            try:
-                state = checkpoint.load(self._uri(name), self._shards())
-                best = state["progress"]["best_epoch"]
-                checkpoint.read_manifest(self._uri(epoch_name(best)))
-            except (InputError, OSError) as error:
-                problem = str(error)
-            problems = [text for text in world.gather_json(problem) if text]
-            if problems:
-                self._say(f"warning: checkpoint {name} is not used: {problems[0]}")
-            else:
-                at = self._take(state)
-        if world.rank == 0:
-            self.saver.forget(self._steps_done if at else 0)
-        world.barrier()
-        if at is None:
-            self._start_anew()
-            return False
-        for name in [*whole, state_name(self._steps_done)]:
-            self.saver.states[name] = checkpoint.read_manifest(self._uri(name))["best_epoch"]
-        self.saver.prune(at.best_epoch)
-        self._say(f"going on from epoch {at.epoch}, step {at.step} of {self.loader.steps}")
-        return True
-
-    @property
-    def _steps_done(self) -> int:
-        """Since the start of training."""
-        return max(self.progress.epoch - 1, 0) * self.loader.steps + self.progress.step
-
-    def _take(self, state: dict) -> Progress:
-        """What is not in the tables of a state that was loaded."""
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for table in self.tables.all():
-            table.steps = state["table_steps"][table.name]
-        if self.average is not None:
-            self.average.restore(state["average"])
-        if self.blend is not None:
-            self.blend.weights = state["blend"]
-        if self.history is not None:
-            self.history.steps = state["history_steps"]
-        self.meter = Meter.of_rank(state["meter"], self.world)
-        self.progress = Progress(**state["progress"])
-        return self.progress
-
-    def _start_anew(self) -> None:
-        """Nothing could be loaded, or only in part: the weights as they start, and no logs of an earlier start."""
-        if self.world.rank == 0:
-            for name in ("tensorboard", "metrics.jsonl"):
-                storage.remove_tree(storage.join(self.run, name))
-        network, tables = build_network(self.config, self.catalog, self.world)
-        self.network.load_state_dict(network.state_dict())
-        pairs = [checkpoint.state_of(list(t.all())) for t in (self.tables, tables)]
-        for shard, start in zip(*pairs, strict=True):
-            shard.tensor.copy_(start.tensor)
-        if self.average is not None:
-            self.average.restore([])
 
     def _signals(self) -> torch.Tensor:
         """What ranks tell each other with every logged step, float32 [4], for `_heed`."""
@@ -435,24 +315,22 @@ class Trainer:
 
     def _left(self) -> None:
         """Return without a result, with the state saved."""
-        at = self.progress
+        at = self.state.progress
         self._say(f"left at epoch {at.epoch}, step {at.step}, as asked; the same command goes on from there")
         self.monitor.close()
         self.world.barrier()
 
     def _finish(self, last: int) -> dict:
         """Score the best checkpoint on valid and test, once, and write metrics.json."""
-        at = self.progress
-        dense = checkpoint.load(self._uri(epoch_name(at.best_epoch)), checkpoint.weights_of(list(self.tables.all())))
-        self.network.load_state_dict(dense["network"])
+        at = self.state.progress
+        self.state.load_best()
         embeddings = self.embed()
         if self.blend is not None:
-            self.blend.weights = dense["blend"]
             embeddings = self.blend.joined(embeddings)
         result = {
             "best_epoch": at.best_epoch,
             "last_epoch": last,
-            "checkpoint": f"{checkpoint.FOLDER}/{epoch_name(at.best_epoch)}",
+            "checkpoint": f"{FOLDER}/{epoch_name(at.best_epoch)}",
             "valid": self.rank(embeddings, "valid"),
             "test": self.rank(embeddings, "test"),
             "popularity": self.rank(ranking.popularity(self.graphs, self.world), "test")["overall"],
@@ -474,7 +352,9 @@ class Trainer:
         degree = self.graphs.item_degree[items.start : items.stop]
         chosen = np.argsort(-degree, kind="stable")[:PROJECTED]
         labels = [str(i) for i in self.catalog.ids("items", items.start, items.stop).take(chosen).to_pylist()]
-        self.monitor.projector(items.weight[torch.from_numpy(chosen)].cpu().numpy(), labels, self.progress.best_epoch)
+        self.monitor.projector(
+            items.weight[torch.from_numpy(chosen)].cpu().numpy(), labels, self.state.progress.best_epoch
+        )
 
     def _say(self, text: str) -> None:
         if self.world.rank == 0:

@@ -72,6 +72,7 @@ class Batch:
     noise: torch.Tensor  # [modalities, B, D]
     dropout: torch.Tensor  # float32 [2, B] in [0, 1): below their shares, the condition and the user are left out
     permutation_seed: int
+    sampler_seed: int  # what the neighbours were sampled with
     # sampled, with a history (engine/history.py)
     history: "HistoryPlan | None"
     # sizes over ranks
