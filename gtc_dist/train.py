@@ -32,9 +32,7 @@ LEFT = 143  # exit status: 128 + SIGTERM
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train GTC on a catalog.")
-    parser.add_argument(
-        "--replay", metavar="FILE", help="compute a batch again that a run left behind; needs no --config"
-    )
+    parser.add_argument("--replay", metavar="FILE", help="compute a batch again that a run left behind")
     replayed, _ = parser.parse_known_args(argv)
     if replayed.replay:
         from gtc_dist.engine.replay import replay

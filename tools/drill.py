@@ -67,8 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         finish(process, log)
         undisturbed = time.monotonic() - start
         start = time.monotonic()
-        done = disturb(commands["disturbed"], storage.join(out, "disturbed"), args.kills, random.Random(args.seed), log)
-    problems = compare(out, before)
+        run, rng, started = storage.join(out, "disturbed"), random.Random(args.seed), set()
+        done = disturb(commands["disturbed"], run, args.kills, rng, log, started)
+    problems = compare(out, before, started)
     print(table(done))
     print(f"undisturbed {undisturbed:.0f} s, disturbed {time.monotonic() - start:.0f} s, {len(done)} times")
     for problem in problems:
@@ -93,8 +94,14 @@ def finish(process: psutil.Process, log) -> None:
         raise InputError(f"training ended with status {code}: {log.read()[-3000:]}")
 
 
-def disturb(arguments: list[str], run: str, kills: int, rng: random.Random, log) -> list[Disturbance]:
-    """Train to the end with so many disturbances, as far as it does not end before."""
+def disturb(
+    arguments: list[str], run: str, kills: int, rng: random.Random, log, started: set[psutil.Process]
+) -> list[Disturbance]:
+    """Train to the end with so many disturbances, as far as it does not end before.
+
+    Args:
+        started: filled with processes of the trainings.
+    """
     start, done, process = time.monotonic(), [], begin(arguments, log)
     for _ in range(kills):
         kind = rng.choice(KINDS)
@@ -106,6 +113,7 @@ def disturb(arguments: list[str], run: str, kills: int, rng: random.Random, log)
             if code:
                 finish(process, log)
             break
+        started |= {process, *process.children(recursive=True)}
         states = checkpoint.names(run, "step-")[0]
         done.append(Disturbance(kind, time.monotonic() - start, states[-1] if states else "none"))
         print(f"{len(done)}: {kind} after {done[-1].second:.0f} s, {done[-1].after}", file=sys.stderr, flush=True)
@@ -134,8 +142,12 @@ def kill_rank(process: psutil.Process, rng: random.Random, patience: float = 60)
         time.sleep(0.2)
 
 
-def compare(out: str, before: set[str]) -> list[str]:
-    """What is not as it should be after both."""
+def compare(out: str, before: set[str], started: set[psutil.Process]) -> list[str]:
+    """What is not as it should be after both.
+
+    Args:
+        before: what lay in the temporary folder before; started: processes that should be gone.
+    """
     results = {}
     for name in ("undisturbed", "disturbed"):
         found = storage.read_json(storage.join(out, name, "metrics.json"))
@@ -148,9 +160,8 @@ def compare(out: str, before: set[str]) -> list[str]:
     torn = [name for prefix in ("step-", "epoch-") for name in checkpoint.names(run, prefix)[1]]
     problems += [f"checkpoint {name} has no manifest" for name in torn]
     problems += [f"{name} is an unfinished file" for name in storage.listing(run) if name.endswith(".partial")]
-    time.sleep(5)
-    children = [p for p in psutil.Process().children(recursive=True) if "Agent" not in p.name()]
-    problems += [f"process {p.pid} ({p.name()}) is left" for p in children if p.status() != psutil.STATUS_ZOMBIE]
+    _, alive = psutil.wait_procs(started, timeout=120)  # Ray's agents look for their parent once in a while
+    problems += [f"process {p.pid} ({p.name()}) is left" for p in alive]
     problems += [f"{path} is left" for path in leftovers() - before]
     return problems
 
