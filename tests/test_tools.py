@@ -78,6 +78,8 @@ def test_benchmark_of_the_whole_catalog_and_of_commands(small, tmp_path):
     )
     assert [row["case"]["sampler"] for row in sampled] == ["neighbor", "labor"]
     assert all(row["result"]["edges"] > 50 for row in sampled)
+    saved, _ = benchmark(tmp_path, "checkpoint", "--config", config, "--repeats", "2", "--ranks", "2")
+    assert saved[0]["result"]["state_mib"] > 0
     hold = "x = bytearray(200 << 20); import time; time.sleep(2.5)"
     ran, _ = benchmark(tmp_path, "command", "--", sys.executable, "-c", hold)
     assert 200 < ran[0]["result"]["peak_mib_all_processes"] < 300

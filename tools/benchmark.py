@@ -4,6 +4,7 @@
     python tools/benchmark.py lookup    --ranks 1,2                   a row-sharded table: look up, gradient, Adam
     python tools/benchmark.py step      --config C.yaml [a.b=c ...]   training steps on a prepared catalog
     python tools/benchmark.py scale     --config C.yaml --config D.yaml --ranks 1,2 [a.b=c ...]   the same step on each
+    python tools/benchmark.py checkpoint --config C.yaml [a.b=c ...]  what saving the state of training costs the steps
     python tools/benchmark.py inference --config C.yaml               embeddings of the whole catalog, and their export
     python tools/benchmark.py ranking   --config C.yaml --users 10000  users against all items
     python tools/benchmark.py ingest    --config C.yaml --config D.yaml   prepare from raw tables to a catalog
@@ -50,7 +51,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("sampling", "lookup", "step", "scale", "inference", "ranking", "ingest", "command"):
+    for name in ("sampling", "lookup", "step", "scale", "checkpoint", "inference", "ranking", "ingest", "command"):
         sub = commands.add_parser(name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.add_argument("--repeats", type=int, default=1 if name in ("ingest", "command", "inference") else 20)
         sub.add_argument("--out", default=f"benchmark-{name}.json", help="JSON file")
@@ -58,7 +59,7 @@ def parse() -> argparse.Namespace:
         if name not in ("ingest", "command"):
             sub.add_argument("--threads", default="1", help="comma-separated")
             sub.add_argument("--ranks", default="1", help="comma-separated")
-        if name in ("step", "scale", "inference", "ranking", "ingest"):
+        if name in ("step", "scale", "checkpoint", "inference", "ranking", "ingest"):
             sub.add_argument("--config", action="append", required=True, help="YAML; may be given several times")
         if name == "sampling":
             sub.add_argument("--nodes", type=int, default=200_000, help="users, and as many items")

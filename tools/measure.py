@@ -1,5 +1,6 @@
 """One rank of one measurement of tools/benchmark.py:  measure.py CASE(JSON) RANK FOLDER -> FOLDER/RANK.json"""
 
+import itertools
 import json
 import resource
 import statistics
@@ -17,11 +18,14 @@ import torch.distributed as dist
 from gtc_dist.config import Config, load_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import CSC, Catalog
+from gtc_dist.engine import checkpoint
 from gtc_dist.engine.build import build_network, load_features, load_graphs
 from gtc_dist.engine.export import ROWS, write_part
 from gtc_dist.engine.inference import embed_catalog
 from gtc_dist.engine.loop import Trainer
+from gtc_dist.engine.monitor import Monitor
 from gtc_dist.engine.ranking import RankingOptions, top_items
+from gtc_dist.engine.saver import BUSY
 from gtc_dist.graph.csc import both_directions
 from gtc_dist.model.collectives import World
 from gtc_dist.model.table import RowTable, make_route
@@ -37,7 +41,7 @@ def main() -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
         world = World(rank, ranks).split()
     kinds = {"sampling": sampling, "lookup": lookup, "step": step, "scale": step, "inference": inference}
-    kinds |= {"ranking": ranking, "ingest": ingest, "command": command}
+    kinds |= {"checkpoint": saving, "ranking": ranking, "ingest": ingest, "command": command}
     result = kinds[case["kind"]](case, world)
     (folder / f"{rank}.json").write_text(json.dumps(result))
     world.barrier()
@@ -170,6 +174,55 @@ def measure_steps(trainer: Trainer, repeats: int) -> dict:
         "peak_mib": peak_mib(),
     }
     return result | {f"seconds/{name}": value / repeats for name, value in parts.items()}
+
+
+def saving(case: dict, world: World) -> dict:
+    """What it costs to save the state of training: as many steps with a state being written beside them as that takes,
+    against as many without. `share_every_2_minutes` is the extra time over two minutes."""
+    config = load_config(case["config"], case["overrides"])
+    catalog = Catalog(config.data.catalog)
+    with tempfile.TemporaryDirectory(prefix="gtc-benchmark-") as run:
+        users, items = (column[world.rank :: world.size] for column in catalog.interactions("train"))
+        trainer = Trainer(config, catalog, run, users, items, load_graphs(config, catalog), world)
+        trainer.network.train()
+        trainer.monitor = Monitor(run, 1, 1, active=False)
+        trainer.started = time.monotonic()
+        batches = itertools.chain.from_iterable(trainer.loader.epoch(epoch) for epoch in itertools.count(1))
+
+        def steps(count: int) -> float:
+            world.barrier()
+            start = time.perf_counter()
+            for _ in range(count):
+                trainer.step(next(batches).to(world.device))
+            world.barrier()
+            return time.perf_counter() - start
+
+        steps(5)
+        results: dict[str, list[float]] = {"blocked": [], "written": [], "extra": []}
+        for repeat in range(case["repeats"]):
+            start = time.perf_counter()
+            trainer.state.progress.step = repeat + 1
+            trainer.state.save()
+            blocked, count = time.perf_counter() - start, 0
+            while world.max(int(trainer.saver.outcome == BUSY)):
+                steps(1)
+                count += 1
+            written = time.perf_counter() - start
+            trainer.saver.settle(0)
+            with_state = time.perf_counter() - start
+            for name, value in (("blocked", blocked), ("written", written), ("extra", with_state - steps(count))):
+                results[name].append(value)
+        saved = sum(storage.listing(run).values()) // len(checkpoint.names(run, "step-")[0])
+        alone = steps(10) / 10
+    medians = {f"seconds/{name}": statistics.median(values) for name, values in results.items()}
+    share = medians["seconds/extra"] / 120
+    return {
+        "seconds_per_step": alone,
+        **medians,
+        "share_every_2_minutes": share,
+        "state_mib": saved / MIB,
+        "peak_mib": peak_mib(),
+    }
 
 
 def measure_refresh(trainer: Trainer) -> dict:
