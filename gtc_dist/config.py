@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gtc_dist.errors import InputError
+
+RESERVED = ("members", "spectral", "cold")  # engine/blend.py has weights of these names beside the modalities
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -88,6 +90,16 @@ class Data(Section):
     features: dict[str, Modality] = {}  # modality name -> its raw files
     items: Literal["interactions", "all"] = "interactions"  # all: also items that only have features
     verify: Literal["checksum", "size"] = "checksum"  # how train checks the catalog's files against its manifest
+
+    @field_validator("features")
+    @classmethod
+    def _names(cls, features: dict[str, Modality]) -> dict[str, Modality]:
+        for name in features:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                raise ValueError(f"the modality name {name!r} may have letters, digits, '_' and '-' only")
+            if name in RESERVED:
+                raise ValueError(f"a modality cannot be called {name!r}: that is a part of an embedding")
+        return features
 
 
 class Prepare(Section):

@@ -1,6 +1,7 @@
 """The main job as a user of a cluster runs it: `ray job submit`, two nodes, two ranks, everything under s3://."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -21,11 +22,13 @@ def test_prepare_and_train_as_jobs_on_object_storage(s3, s3_server, capsys):
     make_dataset.main(["--out", f"{s3}/raw", "--users", "400", "--items", "200", "--interactions", "5000"])
     places = [f"data.raw={s3}/raw", f"data.catalog={s3}/catalog", f"run.storage={s3}/runs", "run.name=job"]
     keys = ["cluster.workers=2", "cluster.threads=1", "train.epochs=6", "train.batch_size=256", "model.width=16"]
+    told: list[str] = []
     with LocalCluster(nodes=2, cpus=1, storage=s3_server) as cluster:
         for command in ("prepare", "train"):
             words = ["python", "-m", f"gtc_dist.{command}", "--config", "configs/demo.yaml", *places, *keys]
             done = cluster.submit(words, working_dir=ROOT, timeout=280)
             assert done.returncode == 0, done.stdout[-3000:]
+            told += [done.stdout, done.stderr or ""]
     assert "epoch 6/6" in done.stdout
     metrics = storage.read_json(f"{s3}/runs/job/metrics.json")
     assert metrics["workers"] == 2
@@ -38,3 +41,9 @@ def test_prepare_and_train_as_jobs_on_object_storage(s3, s3_server, capsys):
     export_embeddings.main(["--run", f"{s3}/runs/job", "--out", f"{s3}/embeddings"])
     manifest = storage.read_json(f"{s3}/embeddings/manifest.json")
     assert (manifest["users"], manifest["dim"]) == (400, 64)
+
+    written = {name: storage.read_bytes(f"{s3}/{name}") for name in storage.listing(s3)}
+    assert len(written) > 40
+    written["what the jobs said"] = "".join(told).encode()
+    for secret in (s3_server.access_key, s3_server.secret_key, os.environ["RAY_AUTH_TOKEN"]):
+        assert [name for name, data in written.items() if secret.encode() in data] == []

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from gtc_dist.data import storage
 from gtc_dist.errors import InputError
@@ -64,6 +64,15 @@ class Manifest(BaseModel):
     graph_quality: dict[str, float] = {}  # measures of the graphs that were built approximately, such as a recall
     dropped: dict[str, int]  # raw rows that did not make it, by reason
     files: dict[str, FileEntry]
+
+    @field_validator("files", "modalities")
+    @classmethod
+    def _inside(cls, named: dict) -> dict:
+        """Names are paths below the catalog, or parts of such."""
+        for name in named:
+            if "://" in name or "\\" in name or name.startswith("/") or ".." in name.split("/"):
+                raise ValueError(f"the name {name!r} leads out of the catalog")
+        return named
 
 
 @dataclass(frozen=True)
