@@ -20,6 +20,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]  # of a file or folder, or a URI
 
 
 class Section(BaseModel):
@@ -41,7 +42,9 @@ class Interactions(Section):
     k_core: NonNegative = 0  # every user and item keeps at least this many interactions, at the fixed point; 0: off
 
     @model_validator(mode="after")
-    def _rating_column(self):
+    def _columns(self):
+        if self.user == self.item:
+            raise ValueError(f"user and item are both column {self.user!r}; name two columns")
         if self.min_rating is not None and self.rating is None:
             raise ValueError("min_rating needs the name of the rating column in data.interactions.rating")
         return self
@@ -74,8 +77,8 @@ class Split(Section):
 class Modality(Section):
     """One modality's raw features: a `.npy` matrix (row = item id, or ids in a file beside it) or Parquet files."""
 
-    path: str  # relative to data.raw, or a URI; Parquet may be a glob
-    ids: str | None = None  # .npy only: file with one id per row (.npy, .txt or .parquet); None: row number = item id
+    path: Name  # relative to data.raw, or a URI; Parquet may be a glob
+    ids: Name | None = None  # .npy only: file with one id per row (.npy, .txt or .parquet); None: row number = item id
     id_column: str = "item_id"  # Parquet only (and ids in Parquet)
     vector_column: str = "vector"  # Parquet only
     pca: Positive | None = None  # reduce to this width
@@ -83,8 +86,8 @@ class Modality(Section):
 
 
 class Data(Section):
-    raw: str  # URI of the folder with raw tables and features
-    catalog: str  # URI of the folder that prepare writes and train reads
+    raw: Name  # URI of the folder with raw tables and features
+    catalog: Name  # URI of the folder that prepare writes and train reads
     interactions: Interactions = Interactions()
     split: Split = Split()
     features: dict[str, Modality] = {}  # modality name -> its raw files
@@ -105,7 +108,7 @@ class Data(Section):
 class Prepare(Section):
     """What prepare may use; its result does not depend on it."""
 
-    memory_gib: Annotated[float, Field(gt=0)] = 2.0  # working memory of one blocked step in the driver
+    memory_gib: Annotated[float, Field(gt=0, le=1e6)] = 2.0  # working memory of one blocked step in the driver
     scratch: str | None = None  # local folder for intermediate data; None: the system's temporary folder
 
 
@@ -118,7 +121,7 @@ class Graph(Section):
 
 
 class Run(Section):
-    storage: str  # URI of the folder that holds runs
+    storage: Name  # URI of the folder that holds runs
     name: str  # the run lives at storage/name
 
     @model_validator(mode="after")
@@ -130,17 +133,10 @@ class Run(Section):
 
 class Cluster(Section):
     workers: Positive = 1  # ranks
-    min_workers: Positive | None = None  # go on with as few where the cluster has no more, and with more when it has
     retries: NonNegative = 3  # times that all ranks start again from the last checkpoint after one of them was lost
     gpu: bool = False  # one GPU a rank and NCCL; else CPU and gloo
     cpus_per_worker: Annotated[float, Field(gt=0)] | None = None  # None: 1, less where Ray Data would have none left
     threads: Positive | None = None  # torch threads a rank; None: the rank's share of the node's cores, less one
-
-    @model_validator(mode="after")
-    def _elastic(self):
-        if self.min_workers is not None and self.min_workers > self.workers:
-            raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}")
-        return self
 
 
 class Negatives(Section):
@@ -321,19 +317,42 @@ class Config(Section):
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, and reads 1e-3 as a number."""
+    """Safe YAML that refuses a key given twice and a value that holds itself, and reads 1e-3 as a number. Anchors,
+    aliases and merge keys (<<) work as in YAML 1.1."""
 
-    def construct_mapping(self, node, deep=False):
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            where = f"{key_node.start_mark.name}:{key_node.start_mark.line + 1}"
-            if not isinstance(key, str | int | float | bool | None):
-                raise InputError(f"{where}: a key must be a plain word, found a {type(key).__name__}")
-            if key in seen:
-                raise InputError(f"{where}: key {key!r} is given twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor):
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:timestamp":
+                found = {"sequence": "list", "mapping": "dict", "scalar": "date"}[key.id]
+                raise InputError(f"{_line(key)}: a key must be a plain word, found a {found}")
+            if key.value in seen:
+                raise InputError(f"{_line(key)}: key {key.value!r} is given twice")
+            seen.add(key.value)
+        return node
+
+    def compose_node(self, parent, index):
+        node = super().compose_node(parent, index)
+        if isinstance(node, yaml.CollectionNode) and node.end_mark is None:  # an alias to what is being read
+            raise InputError(f"{_line(node)}: this value holds itself by an alias")
+        return node
+
+    def construct_object(self, node, deep=False):
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, str):
+                value.encode()  # fails for half of a surrogate pair
+            return value
+        except InputError:
+            raise
+        except (ValueError, LookupError, AttributeError) as error:  # such as for 2024-13-45 or !!int abc
+            raise InputError(
+                f"{_line(node)}: {str(node.value)[:40]!a} is no {node.tag.rpartition(':')[2]} ({error}); quote text"
+            ) from None
+
+
+def _line(node: yaml.Node) -> str:
+    return f"{node.start_mark.name}:{node.start_mark.line + 1}"
 
 
 # YAML 1.1 wants a dot and a sign in floats; people write 1e-3 (the usual widening of PyYAML's resolver).
@@ -353,6 +372,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         InputError: missing file, bad YAML, unknown key (with the nearest known one), wrong type or value.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"config file {path} is a folder; name a YAML file")
     if not path.is_file():
         raise InputError(f"config file {path} does not exist")
     return read_config(path.read_bytes(), str(path), overrides)
@@ -392,14 +413,14 @@ def parse_command_line(parser, argv: list[str] | None = None):
 
 
 def _parse(text: str, name: str):
-    loader = _UniqueKeyLoader(text)
-    loader.name = name
     try:
+        loader = _UniqueKeyLoader(text)
+        loader.name = name
         return loader.get_single_data()
     except yaml.YAMLError as error:
         raise InputError(f"{name} is not valid YAML: {error}") from None
-    finally:
-        loader.dispose()
+    except RecursionError:
+        raise InputError(f"{name} is not valid YAML: its lists or sections lie too deep in each other") from None
 
 
 def _apply(tree: dict, override: str) -> None:

@@ -54,7 +54,7 @@ def worker_resources(cluster: Cluster) -> dict[str, float]:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = [node.get("CPU", 0.0) for node in nodes]
     gpus = [node.get("GPU", 0.0) for node in nodes]
-    workers, asked = cluster.min_workers or cluster.workers, cluster.cpus_per_worker
+    workers, asked = cluster.workers, cluster.cpus_per_worker
     if cluster.gpu and sum(gpus) < workers:
         raise InputError(
             f"cluster.workers={workers} with cluster.gpu=true needs {workers} GPUs; the cluster has {sum(gpus):g}"
@@ -145,12 +145,11 @@ def _trainer(
     function, settings: dict, cluster: Cluster, run: str, name: str, resources: dict, retries: int = 0, **datasets
 ):
     filesystem, path = storage.arrow_filesystem(run)
-    workers = cluster.workers if cluster.min_workers is None else (cluster.min_workers, cluster.workers)
     return TorchTrainer(
         function,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=cluster.gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
             storage_path=path,

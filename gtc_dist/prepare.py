@@ -12,8 +12,10 @@ import argparse
 import hashlib
 import json
 import posixpath
+from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 
 from gtc_dist.config import Config, parse_command_line
 from gtc_dist.data import features, ingest, storage, vectors
@@ -52,6 +54,7 @@ def prepare(config: Config, force: bool = False) -> tuple[Manifest, bool]:
     current = existing(uri, mark, force)
     if current is not None:
         return current, False
+    check_folder(uri)
     say(f"checked {len(files)} interaction files and {len(sources)} modalities; starting Ray")
 
     from gtc_dist import cluster  # here, so that errors above and a catalog that is up to date show at once
@@ -105,9 +108,6 @@ def inspect(config: Config) -> tuple[list, dict[str, vectors.Source]]:
     modalities = config.data.features
     if not modalities:
         raise InputError("data.features is empty; name at least one modality")
-    for name in modalities:
-        if not name.replace("_", "").replace("-", "").isalnum():
-            raise InputError(f"data.features: {name!r} names a folder; use letters, digits, '_' and '-' only")
     if "id" in modalities:
         raise InputError("data.features: 'id' is the name of the id stream; choose another name")
     if not any(modality.weight for modality in modalities.values()):
@@ -138,7 +138,8 @@ def existing(uri: str, mark: str, force: bool) -> Manifest | None:
     """The manifest of an up-to-date catalog at `uri`, or None if one is to be written there.
 
     Raises:
-        InputError: the folder holds another catalog and `force` is off, or files that are no catalog's.
+        InputError: the folder holds another catalog or a damaged manifest and `force` is off, or files that are no
+            catalog's.
     """
     names = storage.listing(uri)
     foreign = [name for name in names if not name.startswith(OWN_FILES)]
@@ -159,7 +160,19 @@ def existing(uri: str, mark: str, force: bool) -> Manifest | None:
             f"data.catalog {uri} holds a catalog of another configuration or other raw files; "
             "--force rebuilds it, or name another folder"
         )
-    return Manifest.model_validate(stored)
+    try:
+        return Manifest.model_validate(stored)
+    except ValidationError as error:
+        raise InputError(f"data.catalog {uri} has a damaged manifest.json; --force rebuilds it: {error}") from None
+
+
+def check_folder(uri: str) -> None:
+    """Raises InputError where a local folder cannot be made, since a file stands in the way."""
+    if storage.is_local(uri):
+        path = Path(storage.absolute(uri))
+        nearest = next(above for above in (path, *path.parents) if above.exists())
+        if not nearest.is_dir():
+            raise InputError(f"data.catalog {uri} cannot be a folder, since {nearest} is a file; name another folder")
 
 
 def clear(uri: str) -> None:

@@ -308,7 +308,6 @@ def test_raw_files_inside_the_catalog_are_refused(tmp_path, raw):
 def test_bad_input_writes_nothing(ray_local, tmp_path, raw):
     catalog = tmp_path / "catalog"
     assert "data.features is empty" in bad(raw, catalog, features={})
-    assert "'a/b' names a folder" in bad(raw, catalog, features={"a/b": {"path": "visual.npy"}})
     assert "every modality has weight 0" in bad(raw, catalog, features={"v": {"path": "visual.npy", "weight": 0}})
     assert "no column 'user'; columns found: user_id, item_id" in bad(raw, catalog, interactions={"user": "user"})
     assert "visual.bin does not exist" in bad(raw, catalog, features={"v": {"path": "visual.bin"}})

@@ -59,17 +59,17 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"{args.out} is not empty; name a new folder")
     common = [*args.overrides, *OFTEN, f"run.storage={out}"]
     load_config(args.config, common)  # a wrong key shows at once
-    before = leftovers()
     commands = {name: command(args.config, [*common, f"run.name={name}"]) for name in ("undisturbed", "disturbed")}
     start = time.monotonic()
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryDirectory(prefix="gtc-drill-") as scratch:
+        os.environ["TMPDIR"] = scratch  # of the trainings: nothing may be left there
         process = begin(commands["undisturbed"], log)
         finish(process, log)
         undisturbed = time.monotonic() - start
         start = time.monotonic()
         run, rng, started = storage.join(out, "disturbed"), random.Random(args.seed), set()
         done = disturb(commands["disturbed"], run, args.kills, rng, log, started)
-    problems = compare(out, before, started)
+        problems = compare(out, scratch, started)
     print(table(done))
     print(f"undisturbed {undisturbed:.0f} s, disturbed {time.monotonic() - start:.0f} s, {len(done)} times")
     for problem in problems:
@@ -142,11 +142,11 @@ def kill_rank(process: psutil.Process, rng: random.Random, patience: float = 60)
         time.sleep(0.2)
 
 
-def compare(out: str, before: set[str], started: set[psutil.Process]) -> list[str]:
+def compare(out: str, scratch: str, started: set[psutil.Process]) -> list[str]:
     """What is not as it should be after both.
 
     Args:
-        before: what lay in the temporary folder before; started: processes that should be gone.
+        scratch: temporary folder of the trainings; started: processes that should be gone.
     """
     results = {}
     for name in ("undisturbed", "disturbed"):
@@ -162,13 +162,7 @@ def compare(out: str, before: set[str], started: set[psutil.Process]) -> list[st
     problems += [f"{name} is an unfinished file" for name in storage.listing(run) if name.endswith(".partial")]
     _, alive = psutil.wait_procs(started, timeout=120)  # Ray's agents look for their parent once in a while
     problems += [f"process {p.pid} ({p.name()}) is left" for p in alive]
-    problems += [f"{path} is left" for path in leftovers() - before]
-    return problems
-
-
-def leftovers() -> set[str]:
-    """Our own files in the temporary folder."""
-    return {str(path) for path in Path(tempfile.gettempdir()).glob("gtc-*") if os.access(path, os.W_OK)}
+    return problems + [f"{path} is left" for path in Path(scratch).glob("gtc-*")]
 
 
 def table(done: list[Disturbance]) -> str:

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from gtc_dist.config import Config, load_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import CSC, Catalog
-from gtc_dist.engine import checkpoint
 from gtc_dist.engine.build import build_network, load_features, load_graphs
 from gtc_dist.engine.export import ROWS, write_part
 from gtc_dist.engine.inference import embed_catalog
@@ -212,7 +211,9 @@ def saving(case: dict, world: World) -> dict:
             with_state = time.perf_counter() - start
             for name, value in (("blocked", blocked), ("written", written), ("extra", with_state - steps(count))):
                 results[name].append(value)
-        saved = sum(storage.listing(run).values()) // len(checkpoint.names(run, "step-")[0])
+        # every rank has a folder of its own here, and only the first one removes older states
+        states = len({name.split("/")[1] for name in storage.listing(run)})
+        saved = world.sum(torch.tensor(sum(storage.listing(run).values()) / states)).item()
         alone = steps(10) / 10
     medians = {f"seconds/{name}": statistics.median(values) for name, values in results.items()}
     share = medians["seconds/extra"] / 120

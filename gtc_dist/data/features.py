@@ -266,6 +266,6 @@ def _ids_like(source: Source, like: pa.DataType) -> pa.Array:
             f"row's id (data.features.{source.name}.ids)"
         )
     raise InputError(
-        f"the item ids of {source.uris[0]} are {found.type}, but those of the interactions {like}; write them with one "
-        "type"
+        f"the item ids of {source.ids_uri or source.uris[0]} are {found.type}, but those of the interactions {like}; "
+        "write them with one type"
     )

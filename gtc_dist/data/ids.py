@@ -1,6 +1,6 @@
 """Ids of users and items: integers or strings of any width, kept in the Arrow type that they came in."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -67,6 +67,35 @@ def cast(column: pa.ChunkedArray | pa.Array, type: pa.DataType, what: str):
         raise InputError(f"{what} do not fit {type}: {error}") from error
 
 
+def first_bad(column: pa.Array) -> tuple[int | None, str]:
+    """Position of the first id that cannot be kept, and why; (None, "") if all can."""
+    missing = column.is_null()
+    if is_text(column.type):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid:
+            return first_refused(column, lambda part: part.validate(full=True)), "is not UTF-8 text"
+        missing = pc.or_(missing, pc.fill_null(pc.equal(column, pa.scalar("", column.type)), False))
+    bad = pc.index(missing, pa.scalar(True)).as_py()
+    if bad >= 0:
+        return bad, "is null or empty"
+    bad = pc.index(pc.match_substring(column, "\0"), pa.scalar(True)).as_py() if is_text(column.type) else -1
+    return (bad, "holds a NUL byte") if bad >= 0 else (None, "")
+
+
+def first_refused(column: pa.Array, convert: Callable[[pa.Array], object]) -> int:
+    """Position of the first value for which `convert` raises ArrowInvalid, given that it does for the column."""
+    low, high = 0, len(column)  # column[:low] passes, column[:high] does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            convert(column.slice(low, middle - low))
+            low = middle
+        except pa.ArrowInvalid:
+            high = middle
+    return low
+
+
 def from_text(texts: pa.Array) -> pa.Array:
     """Ids of a text file: int64 if every one is an integer in its plain form, else the strings as they are.
 
@@ -111,8 +140,8 @@ class Vocabulary:
             if not is_text(self.types.setdefault(file, column.type)):  # a text file's ids are strings if some are
                 self.types[file] = column.type
         held = self._held_type()
-        chunks = [chunk for _, column in columns for chunk in cast(column, held, self.what).chunks]
-        known = pa.array([], held) if self.ids is None else cast(self.ids, held, self.what)
+        chunks = [chunk for _, column in columns for chunk in cast(column, held, self._typed()).chunks]
+        known = pa.array([], held) if self.ids is None else cast(self.ids, held, self._typed())
         encoded = pa.chunked_array(chunks, held).combine_chunks().dictionary_encode()
         found = positions(encoded.dictionary, known).copy()
         new = np.flatnonzero(found < 0)
@@ -126,11 +155,16 @@ class Vocabulary:
         Raises:
             InputError: some files have integers and others strings (one of each is named).
         """
-        ids = cast(self.ids, common_type(dict(sorted(self.types.items())), self.what), self.what)
+        ids = cast(self.ids, common_type(dict(sorted(self.types.items())), self.what), self._typed())
         order = pc.sort_indices(ids)
         place = np.empty(len(ids), np.int32)
         place[order.to_numpy()] = np.arange(len(ids), dtype=np.int32)
         return ids.take(order), place
+
+    def _typed(self) -> str:
+        """The ids' name with a file for each of their types."""
+        files = {type: file for file, type in sorted(self.types.items(), reverse=True)}
+        return f"{self.what} ({', '.join(f'{type} in {file}' for type, file in files.items())})"
 
     def _held_type(self) -> pa.DataType:
         """One type for all ids so far, also for those that `finish` will refuse to mix."""

@@ -249,7 +249,8 @@ def _check_splits(raw: Raw, data: Data, rows: Rows, codes: np.ndarray, scratch: 
         if not counts[which]:
             raise InputError(
                 f"the {name} split is empty (data.split.method={data.split.method}); "
-                f"interactions: {', '.join(f'{n} {c}' for n, c in zip(SPLITS, counts, strict=True))}"
+                f"interactions: {', '.join(f'{n} {c}' for n, c in zip(SPLITS, counts, strict=True))}; "
+                f"{_mend_empty(data, name)}"
             )
         number, first = repeated.get(which, (0, None))
         if first is not None:
@@ -260,6 +261,16 @@ def _check_splits(raw: Raw, data: Data, rows: Rows, codes: np.ndarray, scratch: 
                 f"{data.interactions.item}={raw.item_ids[first[1]].as_py()!r}; remove them from one of the two"
             )
     return counts
+
+
+def _mend_empty(data: Data, name: str) -> str:
+    """What to do about an empty split."""
+    method, asked = data.split.method, data.split
+    if method == "given":
+        return f"add rows to {', '.join(getattr(asked, name)[:3])} in {data.raw}"
+    if method == "label":
+        return f"column {asked.label!r} needs rows with data.split.{name}_label={getattr(asked, f'{name}_label')}"
+    return "use more interactions, a lower k_core" + ("" if method == "leave_last_out" else " or other shares")
 
 
 def _index(

@@ -13,10 +13,12 @@ An object store that does not answer is tried again for about a minute, by botoc
 
 import hashlib
 import json
+import math
 import os
 import posixpath
 import sys
 import threading
+import tokenize
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -128,6 +130,21 @@ def open_input(uri: str, buffered: bool = True):
         return fs.open(path, "rb", **({} if buffered or is_local(uri) else {"cache_type": "none"}))
 
 
+@contextmanager
+def parsing(uri: str, what: str) -> Iterator[None]:
+    """What Arrow says of a broken file becomes an InputError, `<uri> is not <what> ...`; a failing disk or network
+    stays as it is."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        said = str(error).replace("\0", "\\0")
+        raise InputError(f"{uri} is not {what} (mend it or write it again): {said}") from error
+
+
 def read_bytes(uri: str) -> bytes:
     fs, path = filesystem(uri)
     with _named(uri, "read"):
@@ -203,7 +220,7 @@ def copy_file(local_path: str, uri: str) -> None:
 def read_json(uri: str) -> Any:
     try:
         return json.loads(read_bytes(uri))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{uri} is not valid JSON: {error}") from error
 
 
@@ -233,22 +250,17 @@ def read_table(uri: str, columns: list[str] | None = None, sha256: str | None = 
     """Read a Parquet file; with `sha256`, refuse one whose bytes differ."""
     data = read_bytes(uri)
     check(uri, data, sha256)
-    try:
+    with parsing(uri, "a readable Parquet file"):
         return pq.read_table(pa.BufferReader(data), columns=columns)
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise InputError(f"{uri} is not a readable Parquet file: {error}") from error
 
 
 def read_vectors(uri: str, column: str, start: int, stop: int) -> np.ndarray:
     """Rows [start, stop) of a column of vectors, [n, width]; fetches only the row groups that hold some of them."""
-    with open_input(uri, buffered=False) as stream:
-        try:
-            file = pq.ParquetFile(stream, pre_buffer=True)
-            bounds = np.cumsum([0] + [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
-            groups = np.flatnonzero((bounds[:-1] < stop) & (bounds[1:] > start))
-            values = file.read_row_groups(groups.tolist(), columns=[column], use_threads=False)[column]
-        except (pa.ArrowInvalid, KeyError) as error:
-            raise InputError(f"{uri} is not a readable Parquet file: {error}") from error
+    with open_input(uri, buffered=False) as stream, parsing(uri, "a readable Parquet file"):
+        file = pq.ParquetFile(stream, pre_buffer=True)
+        bounds = np.cumsum([0] + [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
+        groups = np.flatnonzero((bounds[:-1] < stop) & (bounds[1:] > start))
+        values = file.read_row_groups(groups.tolist(), columns=[column], use_threads=False)[column]
     parts = [c.flatten().to_numpy(zero_copy_only=False).reshape(len(c), -1) for c in values.chunks]
     return np.concatenate(parts)[start - bounds[groups[0]] : stop - bounds[groups[0]]]
 
@@ -275,10 +287,12 @@ def read_array(uri: str, sha256: str | None = None) -> np.ndarray:
             shape, fortran, dtype = read_array_header(file)
         except ValueError as error:
             raise InputError(f"{uri} is not a plain .npy array: {error}") from error
+        start = file.tell()
+        if file.seek(0, os.SEEK_END) - start < math.prod(shape) * dtype.itemsize:
+            raise InputError(f"{uri} is not a plain .npy array: it ends before its last row")
         array = np.empty(shape, dtype, order="F" if fortran else "C")
+        file.seek(start if sha256 is None else 0)
         if sha256 is not None:
-            start = file.tell()
-            file.seek(0)
             digest.update(file.read(start))
         if array.size:
             flat = memoryview(array.reshape(-1, order="A").view(np.uint8))
@@ -300,7 +314,12 @@ def read_array_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     """
     version = np.lib.format.read_magic(file)
     reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = reader(file)
+    try:
+        shape, fortran, dtype = reader(file)
+    except (SyntaxError, TypeError, tokenize.TokenError) as error:  # numpy reads the head as Python
+        raise ValueError(f"its head is broken: {error}") from error
+    if any(size < 0 for size in shape):
+        raise ValueError(f"its head gives the shape {shape}")
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are not read; save a matrix of numbers")
     return shape, fortran, dtype

@@ -10,6 +10,7 @@ id r.
 import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,8 +85,15 @@ def inspect(name: str, modality: Modality, raw: str) -> Source:
         source = _inspect_npy(name, modality, raw, uris)
     elif kinds <= {".parquet", ".pq"}:
         source = _inspect_parquet(name, modality, uris)
+    elif kinds <= {".npy", ".parquet", ".pq"}:
+        raise InputError(
+            f"data.features.{name}.path names .npy and Parquet files ({', '.join(uris[:3])}); keep one kind"
+        )
     else:
-        raise InputError(f"data.features.{name}.path: {uris[0]} is neither .npy nor .parquet")
+        uri = next(uri for uri in uris if not uri.lower().endswith((".npy", ".parquet", ".pq")))
+        raise InputError(f"data.features.{name}.path: {uri} is neither .npy nor .parquet")
+    if not source.rows:
+        raise InputError(f"data.features.{name}: {', '.join(uris[:3])} hold no vector")
     if modality.pca is not None and modality.pca > source.width:
         raise InputError(f"data.features.{name}.pca is {modality.pca}, but the vectors have just {source.width} values")
     if source.ids is not None:
@@ -174,19 +182,24 @@ def _read_ids(uri: str, column: str, key: str) -> pa.Array:
     """One id a row from .npy, .parquet or text."""
     extension = posixpath.splitext(uri)[1].lower()
     try:
+        if len(storage.glob(uri)) > 1:
+            raise InputError(f"{uri} names several files; one is expected")
         if extension == ".npy":
             array = storage.read_array(uri)
             if array.ndim != 1 or array.dtype.kind not in "iuU":
                 raise InputError(
                     f"{uri} holds {array.dtype} of shape {array.shape}; one integer or string a row needed"
                 )
-            return pa.array(array)
+            return pa.array(array.astype(array.dtype.newbyteorder("="), copy=False))
         if extension in (".parquet", ".pq"):
-            return _plain(uri, column, storage.read_table(uri, [column])[column])
+            with storage.open_input(uri) as stream, _parquet_file(uri, stream, column) as file:
+                return _plain(uri, column, file.read([column])[column])
         if extension != ".txt":
             raise InputError(f"{uri} is none of .npy, .txt, .parquet")
-        return pa.array(storage.read_bytes(uri).decode().splitlines(), pa.string())
-    except (InputError, KeyError, UnicodeDecodeError) as error:
+        return pa.array(storage.read_bytes(uri).decode("utf-8-sig").splitlines(), pa.string())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{key}: {uri} is not UTF-8 text: {error}") from error
+    except InputError as error:
         raise InputError(f"{key}: {error}") from error
 
 
@@ -200,11 +213,13 @@ def _inspect_parquet(name: str, modality: Modality, uris: list[str]) -> Source:
     width = next((width for _, _, width in heads if width is not None), None)
     first = np.cumsum([0] + [len(ids) for ids in columns]).tolist()
     rows = first.pop()
-    if not rows or width is None:
+    if width is None:
         raise InputError(f"data.features.{name}: {', '.join(uris[:3])} hold no vector")
     kept = "float16" if set(types.values()) == {pa.float16()} else "float32"
     id_type = id_columns.common_type({uri: c.type for uri, c in zip(uris, columns, strict=True)}, f"{name}'s item ids")
-    ids = pa.concat_arrays([id_columns.cast(c, id_type, f"{name}'s item ids") for c in columns])
+    ids = pa.concat_arrays(
+        [id_columns.cast(c, id_type, f"item ids of {uri}") for uri, c in zip(uris, columns, strict=True)]
+    )
     parts = [
         Chunk(name, uri, width, kept, row, column=modality.vector_column) for uri, row in zip(uris, first, strict=True)
     ]
@@ -213,18 +228,23 @@ def _inspect_parquet(name: str, modality: Modality, uris: list[str]) -> Source:
 
 def _parquet_head(uri: str, modality: Modality) -> tuple[pa.Array, pa.DataType, int | None]:
     """A file's ids, the type of its vectors' values, and the vectors' width (None: it has no vector)."""
-    try:
-        with storage.open_input(uri) as stream, pq.ParquetFile(stream) as file:
-            schema = file.schema_arrow
-            for column in (modality.id_column, modality.vector_column):
-                if column not in schema.names:
-                    raise InputError(f"{uri} has no column {column!r}; columns found: {', '.join(schema.names)}")
-            vector = schema.field(modality.vector_column).type
-            width = _width(uri, modality.vector_column, vector, file)
-            ids = _plain(uri, modality.id_column, file.read([modality.id_column])[modality.id_column])
-            return ids, vector.value_type, width
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{uri} is not a readable Parquet file: {error}") from error
+    id_column, vector_column = modality.id_column, modality.vector_column
+    with storage.open_input(uri) as stream, _parquet_file(uri, stream, id_column, vector_column) as file:
+        vector = file.schema_arrow.field(vector_column).type
+        width = _width(uri, vector_column, vector, file)
+        return _plain(uri, id_column, file.read([id_column])[id_column]), vector.value_type, width
+
+
+@contextmanager
+def _parquet_file(uri: str, stream, *columns: str) -> Iterator[pq.ParquetFile]:
+    """An open file that has each of the columns once; what Arrow says of it becomes an InputError."""
+    with storage.parsing(uri, "a readable Parquet file"), pq.ParquetFile(stream) as file:
+        names = file.schema_arrow.names
+        for column in columns:
+            if names.count(column) != 1:
+                found = f"{names.count(column)} columns named" if column in names else "no column"
+                raise InputError(f"{uri} has {found} {column!r}; columns found: {', '.join(names)}")
+        yield file
 
 
 def _plain(uri: str, column: str, values: pa.ChunkedArray) -> pa.Array:
@@ -240,7 +260,7 @@ def _width(uri: str, column: str, type: pa.DataType, file: pq.ParquetFile) -> in
     if not lists or not (pa.types.is_floating(type.value_type) or pa.types.is_integer(type.value_type)):
         raise InputError(f"{uri}: column {column!r} has type {type}; lists of numbers are needed")
     if pa.types.is_fixed_size_list(type):
-        return type.list_size
+        return type.list_size or None
     for batch in file.iter_batches(batch_size=64, columns=[column]):
         for vector in batch[column]:
             if vector.is_valid and len(vector):
@@ -250,31 +270,26 @@ def _width(uri: str, column: str, type: pa.DataType, file: pq.ParquetFile) -> in
 
 def _read_parquet(chunk: Chunk) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     row = chunk.first
-    with storage.open_input(chunk.uri) as stream:
-        batches = pq.ParquetFile(stream).iter_batches(
-            batch_size=max(CHUNK_BYTES // (4 * chunk.width), 1), columns=[chunk.column], use_threads=False
-        )
-        try:
-            for batch in batches:
-                vectors = batch[chunk.column]
-                rows = row + np.flatnonzero(vectors.is_valid().to_numpy(zero_copy_only=False))
-                vectors = vectors.drop_null()
-                lengths = pc.list_value_length(vectors).to_numpy(zero_copy_only=False)
-                if (lengths != chunk.width).any():
-                    bad = np.flatnonzero(lengths != chunk.width)[0]
-                    raise _BadRow(rows[bad], f"has {lengths[bad]} values where others have {chunk.width}")
-                flat = vectors.flatten().cast(pa.float32() if chunk.dtype == "float32" else pa.float16(), safe=False)
-                yield rows, flat.to_numpy(zero_copy_only=False).reshape(len(rows), chunk.width)  # null values: NaN
-                row += len(batch)
-        except pa.ArrowException as error:
-            raise InputError(f"{chunk.uri} is not a readable Parquet file: {error}") from error
+    with storage.open_input(chunk.uri) as stream, _parquet_file(chunk.uri, stream, chunk.column) as file:
+        batch_rows = max(CHUNK_BYTES // (4 * chunk.width), 1)
+        for batch in file.iter_batches(batch_size=batch_rows, columns=[chunk.column], use_threads=False):
+            vectors = batch[chunk.column]
+            rows = row + np.flatnonzero(vectors.is_valid().to_numpy(zero_copy_only=False))
+            vectors = vectors.drop_null()
+            lengths = pc.list_value_length(vectors).to_numpy(zero_copy_only=False)
+            if (lengths != chunk.width).any():
+                bad = np.flatnonzero(lengths != chunk.width)[0]
+                raise _BadRow(rows[bad], f"has {lengths[bad]} values where others have {chunk.width}")
+            flat = vectors.flatten().cast(pa.float32() if chunk.dtype == "float32" else pa.float16(), safe=False)
+            yield rows, flat.to_numpy(zero_copy_only=False).reshape(len(rows), chunk.width)  # null values: NaN
+            row += len(batch)
 
 
 def _check_ids(source: Source) -> None:
-    if source.ids.null_count:
-        row = pc.index(source.ids.is_null(), pa.scalar(True)).as_py()
-        uri, place = source.locate(row)
-        raise InputError(f"{source.ids_uri or uri}: the item id of row {place} is null")
+    bad, problem = id_columns.first_bad(source.ids)
+    if bad is not None:
+        uri, place = source.locate(bad)
+        raise InputError(f"{source.ids_uri or uri}: the item id of row {place} {problem}")
     counts = pc.value_counts(source.ids)
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(repeated):
