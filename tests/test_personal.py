@@ -109,10 +109,16 @@ def test_the_personal_loss_trains_the_filters_alone(catalog, negatives):
     gradients = torch.autograd.grad(loss.sum(), list(names.values()), allow_unused=True)
     trained = {name for name, g in zip(names, gradients, strict=True) if g is not None and bool(g.abs().sum() > 0)}
     assert trained == {name for name in names if "denoiser" in name or "personal_scale" in name}
-    if negatives["mode"] == "shared":  # a pair whose turn falls on a positive of its user counts nothing
-        turn = torch.arange(len(batch.users)) % len(batch.negatives)
-        allowed = batch.negative_mask[torch.arange(len(batch.users)), turn]
-        assert ((loss == 0) == ~allowed).all()
+    users, items, member, way = network.joined(e["users"]), network.joined(e["items"]), network.members[0], e["ways"][0]
+    for n, (u, positive) in enumerate(zip(batch.users, batch.positives, strict=True)):
+        pool = batch.negatives[n] if batch.negatives.dim() == 2 else batch.negatives[batch.negative_mask[n]]
+        hardest = pool[(items[pool] @ users[u]).argmax()]  # by dot product
+        score = {}
+        for item in (positive, hardest):
+            ids, content, audience = way.constants(batch.ego_items[item[None]])
+            score[int(item)] = users[u] @ items[item] + member.personal(ids, content, audience, e["users"][u[None]])[0]
+        apart = score[int(positive)] - score[int(hardest)]
+        assert float(loss[n].detach()) == pytest.approx(float(F.softplus(-apart).detach()), rel=1e-4)
 
 
 def test_reordering():
