@@ -1,11 +1,12 @@
 # make demo   set up and run the whole pipeline on a small generated catalog
 # make test   set up and run the tests
+# make test-long   the tests that take minutes each
 # make lint   set up and check the style
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-long lint clean
 
 setup: .venv/.installed
 
@@ -20,6 +21,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-long: setup
+	$(BIN)/python -m pytest -m long
 
 lint: setup
 	$(BIN)/ruff check .

@@ -40,12 +40,11 @@ def result(run: Path | str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_local, catalog, tmp_path_factory) -> dict[int, Path]:
-    """Finished runs by number of ranks."""
-    folders = {workers: tmp_path_factory.mktemp("undisturbed") for workers in (1, 2)}
-    for workers, folder in folders.items():
-        train.main(command(folder, catalog, workers))
-    return folders
+def undisturbed(ray_local, catalog, tmp_path_factory) -> Path:
+    """The folder of a finished run of two ranks."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train.main(command(folder, catalog, 2))
+    return folder
 
 
 def wait_for_states(run: Path | str, count: int, limit: float = 120) -> None:
@@ -81,14 +80,14 @@ def test_a_rank_that_is_killed_is_replaced_and_the_result_is_the_same(ray_local,
     finally:
         thread.join()
     assert len(killed) == 2
-    assert result(run) == result(undisturbed[2] / "runs/r")
+    assert result(run) == result(undisturbed / "runs/r")
     assert (checkpoint.names(str(run), "step-")[1], checkpoint.names(str(run), "epoch-")[1]) == ([], [])
 
 
 def test_a_command_that_is_ended_goes_on_when_it_is_given_again(undisturbed, catalog, tmp_path):
     """In a cluster of its own, which goes with it: killed, stopped, left alone."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    arguments = [sys.executable, "-m", "gtc_dist.train", *command(tmp_path, catalog, 1)]
+    arguments = [sys.executable, "-m", "gtc_dist.train", *command(tmp_path, catalog, 2)]
     run, log = tmp_path / "runs/r", tmp_path / "log"
     for states, number, status in ((2, signal.SIGKILL, -signal.SIGKILL), (3, signal.SIGTERM, train.LEFT)):
         with open(log, "ab") as out:
@@ -103,13 +102,12 @@ def test_a_command_that_is_ended_goes_on_when_it_is_given_again(undisturbed, cat
     assert checkpoint.names(str(run), "step-")[1] == []
     again = subprocess.run(arguments, capture_output=True, env=environment, check=True, text=True)
     assert "going on with" in again.stderr
-    assert result(run) == result(undisturbed[1] / "runs/r")
+    assert result(run) == result(undisturbed / "runs/r")
     assert not (run / "stop").exists()
 
 
 def test_given_again_a_finished_run_says_so_and_another_configuration_is_refused(undisturbed, catalog, capsys):
-    folder = undisturbed[1]
-    run, same = folder / "runs/r", command(folder, catalog, 1)
+    run, same = undisturbed / "runs/r", command(undisturbed, catalog, 2)
     written = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
     assert train.main(same) == 0
     told = capsys.readouterr()
@@ -119,8 +117,8 @@ def test_given_again_a_finished_run_says_so_and_another_configuration_is_refused
         train.main([*same, "train.lr=0.5"])
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == written
     longer = EPOCHS + 1
-    assert train.main([*same, f"train.epochs={longer}", "cluster.workers=2"]) == 0
-    assert (result(run)["last_epoch"], result(run)["workers"]) == (longer, 2)
+    assert train.main([*same, f"train.epochs={longer}", "cluster.workers=1"]) == 0
+    assert (result(run)["last_epoch"], result(run)["workers"]) == (longer, 1)
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["epochs"] == longer
 
 

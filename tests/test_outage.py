@@ -96,6 +96,7 @@ def test_every_action_waits_for_the_store(server, folder, tmp_path, capfd):
     assert f"still trying to read {folder}/before" in capfd.readouterr().err
 
 
+@pytest.mark.long
 def test_a_training_goes_through_an_outage(server, folder, tmp_path):
     """At a checkpoint or whatever else it comes upon; and the export."""
     catalog = small_catalog(f"{folder}/catalog", users=120, items=80)

@@ -228,7 +228,7 @@ LARGE += ["train.table_optimizer=rowwise_adam", "train.epoch_steps=5", "eval.use
 WALKS = ["model.walk.spectral=4", "model.walk.profile=4"]
 
 
-@pytest.mark.parametrize("overrides", [[], LARGE, WALKS])
+@pytest.mark.parametrize("overrides", [LARGE, WALKS])
 def test_two_workers_train_validate_and_agree(ray_local, tmp_path, overrides, capsys):
     """Full mode on two ranks ends where one rank ends, up to how pairs are dealt to batches; what must hold exactly
     is that the run is whole and that its checkpoint, read by one process, scores what the two ranks scored."""
@@ -262,8 +262,9 @@ def test_two_workers_train_validate_and_agree(ray_local, tmp_path, overrides, ca
     )
     for kind in ("users", "items"):
         assert two[kind][0] == one[kind][0]
-        if overrides is not WALKS:  # modes are found up to a rotation, so their vectors differ and their scores do not
-            np.testing.assert_allclose(two[kind][1], one[kind][1], rtol=1e-4, atol=1e-5)
+        # of the members; modes are found up to a rotation, so behind them vectors differ and scores do not
+        own = slice(None if overrides is not WALKS else 24)
+        np.testing.assert_allclose(two[kind][1][:, own], one[kind][1][:, own], rtol=1e-4, atol=1e-5)
     scores = [np.asarray(out["users"][1]) @ np.asarray(out["items"][1]).T for out in (one, two)]
     np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-4)
     assert not [n for n in storage.listing(run) if n.startswith("ray-")]
