@@ -3,8 +3,7 @@
     python tools/ablate.py --config configs/tiktok.yaml --out FOLDER [--seeds 0,1,2] [--variants full,no-tc] [--jobs 2]
 
 Every run is a `python -m gtc_dist.train` of its own under FOLDER/runs. A run that is finished is not trained again, one
-that was interrupted is started anew, so the same command goes on where it was stopped. FOLDER/ablation.md and
-ablation.json are written after every run: mean and standard deviation over seeds on the test split at the best valid
+that was interrupted goes on, so the same command goes on where it was stopped. FOLDER/ablation.md and ablation.json are written after every run: mean and standard deviation over seeds on the test split at the best valid
 epoch, and the difference to the first variant over the same seeds with its standard error.
 
 --variants takes names of `VARIANTS`, or FILE.yaml, a mapping from names to lists of `a.b=c`.
@@ -12,7 +11,6 @@ epoch, and the difference to the first variant over the same seeds with its stan
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -110,7 +108,6 @@ def finished(run: Path, config: Config) -> bool:
 
 def train(config: str, overrides: list[str], run: Path) -> None:
     """Train one variant; what it says goes to a file beside its run."""
-    shutil.rmtree(run, ignore_errors=True)  # of an interrupted run
     run.parent.mkdir(parents=True, exist_ok=True)
     log = run.with_name(f"{run.name}.log")
     command = [sys.executable, "-m", "gtc_dist.train", "--config", config, *overrides]
