@@ -3,8 +3,9 @@
     python tools/ablate.py --config configs/tiktok.yaml --out FOLDER [--seeds 0,1,2] [--variants full,no-tc] [--jobs 2]
 
 Every run is a `python -m gtc_dist.train` of its own under FOLDER/runs. A run that is finished is not trained again, one
-that was interrupted goes on, so the same command goes on where it was stopped. FOLDER/ablation.md and ablation.json are written after every run: mean and standard deviation over seeds on the test split at the best valid
-epoch, and the difference to the first variant over the same seeds with its standard error.
+that was interrupted goes on, so the same command goes on where it was stopped. FOLDER/ablation.md and ablation.json
+are written after every run: mean and standard deviation over seeds on the test split at the best valid epoch, and the
+difference to the first variant over the same seeds with its standard error.
 
 --variants takes names of `VARIANTS`, or FILE.yaml, a mapping from names to lists of `a.b=c`.
 """
