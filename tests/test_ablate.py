@@ -16,6 +16,7 @@ from tools.ablate import VARIANTS, main, named, summary
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.long
 def test_the_table_is_made_of_the_runs_and_goes_on_where_it_was_stopped(tmp_path):
     catalog = small_catalog(tmp_path / "catalog")
     config = write_config(tmp_path, catalog.uri, str(tmp_path / "unused"), epochs=1)
