@@ -15,14 +15,16 @@ and leaves with status 143.
 import argparse
 import json
 import sys
+from contextlib import suppress
 
 import yaml
 
 from gtc_dist.config import Config, parse_command_line
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
+from gtc_dist.engine import checkpoint
 from gtc_dist.engine.build import load_graphs, network_shape
-from gtc_dist.engine.restore import CONFIG, newest_checkpoint
+from gtc_dist.engine.restore import CONFIG
 from gtc_dist.engine.standing import METRICS, standing
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.graph.csc import Graphs
@@ -111,11 +113,11 @@ def check_rows(catalog: Catalog, graphs: Graphs) -> None:
 
 
 def remove_if_nothing_was_saved(run: str) -> None:
-    """A run that failed before its first checkpoint leaves no folder, which would only block the next try."""
-    try:
-        newest_checkpoint(run)
-    except InputError:
-        storage.remove_tree(run)
+    """A run that failed before its first checkpoint leaves no folder, which would only block the next try. Where the
+    storage cannot be asked, everything stays."""
+    with suppress(InputError, OSError):
+        if not any(checkpoint.names(run, prefix)[0] for prefix in ("epoch-", "step-")):
+            storage.remove_tree(run)
 
 
 def summary(run: str, result: dict) -> str:
