@@ -37,8 +37,21 @@ def test_a_shrinking_chain_of_blocks_keeps_the_targets_first():
     outer, dense_outer = random_block(rng, 9, 20)
     inner, dense_inner = random_block(rng, 4, 9)
     x = torch.randn(20, 3)
+    x.requires_grad_()
     want = x[:4] + (dense_outer @ x)[:4] + dense_inner @ (dense_outer @ x)
-    torch.testing.assert_close(convolve([outer, inner], x, 4), want)
+    got = convolve([outer, inner], x, 4)
+    torch.testing.assert_close(got, want)
+    upstream = torch.randn_like(got)
+    (grad,) = torch.autograd.grad(got, x, upstream)
+    (expected,) = torch.autograd.grad(want, x, upstream)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_blocks_that_do_not_follow_each_other_are_refused():
+    rng = np.random.default_rng(4)
+    (outer, _), (inner, _) = random_block(rng, 9, 20), random_block(rng, 4, 8)
+    with pytest.raises(ValueError, match="do not follow"):
+        convolve([outer, inner], torch.zeros(20, 3), 4)
 
 
 def test_blocks_without_edges_rows_or_sources():

@@ -78,26 +78,45 @@ def weighted_sum(block: Block, x: torch.Tensor) -> torch.Tensor:
     return _WeightedSum.apply(x, block)
 
 
+class _Convolve(torch.autograd.Function):
+    """In one piece, so that the terms are added in place: tensors of this size are what a step on a CPU waits for."""
+
+    @staticmethod
+    def forward(ctx, x, blocks, targets):
+        ctx.blocks = blocks
+        total = x[:targets].clone()
+        for block in blocks:
+            x = _bag(block.indices, x, block.indptr, block.weight)
+            total += x[:targets]
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        back = grad = grad.contiguous()
+        for block in reversed(ctx.blocks):
+            back = _bag(block.t_indices, back, block.t_indptr, block.t_weight)
+            back[: len(grad)] += grad
+        return back, None, None
+
+
 def convolve(blocks: list[Block], x: torch.Tensor, targets: int) -> torch.Tensor:
     """Light graph convolution x + Ax + A^2 x + ... for the first `targets` rows (LightGCN, without the mean).
 
     Args:
         blocks: one a layer, outermost first; the destinations of each are the sources of the next, in order, and the
-            targets are the first rows of every one of them (DGL's blocks are; for the whole graph all rows are).
+            targets are the first rows of every one of them, all of the last (DGL's blocks are; for the whole graph all
+            rows are).
         x: [sources of the first block, W].
 
     Returns:
         [targets, W]
     """
-    total = _first(x, targets)
-    for block in blocks:
-        x = weighted_sum(block, x)
-        total = total + _first(x, targets)
-    return total
-
-
-def _first(x: torch.Tensor, rows: int) -> torch.Tensor:
-    return x if len(x) == rows else x[:rows]  # a slice of everything would still cost a copy in its backward
+    if not blocks:
+        return x[:targets]
+    shapes = [block.sources for block in blocks] + [targets]
+    if [len(x), *(block.destinations for block in blocks)] != shapes:
+        raise ValueError(f"blocks of {shapes} rows do not follow each other from {len(x)} rows to {targets} targets")
+    return _Convolve.apply(x, blocks, targets)
 
 
 def _bag(indices, x, indptr, weight):
