@@ -134,6 +134,7 @@ class Run(Section):
 class Cluster(Section):
     workers: Positive = 1  # ranks
     retries: NonNegative = 3  # times that all ranks start again from the last checkpoint after one of them was lost
+    wait_minutes: Annotated[float, Field(gt=0)] = 30.0  # a rank that keeps the others waiting longer is given up
     gpu: bool = False  # one GPU a rank and NCCL; else CPU and gloo
     cpus_per_worker: Annotated[float, Field(gt=0)] | None = None  # None: 1, less where Ray Data would have none left
     threads: Positive | None = None  # torch threads a rank; None: the rank's share of the node's cores, less one

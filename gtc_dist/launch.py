@@ -30,6 +30,7 @@ from gtc_dist.engine.standing import METRICS
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.collectives import World
+from gtc_dist.stall import Stalls, watched
 
 RAY = "ray"  # Ray Train's own folder in a run
 STOP = "stop"  # stands in a run folder where its training is asked to leave
@@ -148,10 +149,13 @@ def _trainer(
     function, settings: dict, cluster: Cluster, run: str, name: str, resources: dict, retries: int = 0, **datasets
 ):
     filesystem, path = storage.arrow_filesystem(run)
+    seconds = 60 * cluster.wait_minutes
+    stalls = ray.remote(num_cpus=0)(Stalls).remote(seconds)
+    backend = "nccl" if cluster.gpu else "gloo"
     return TorchTrainer(
         function,
-        train_loop_config=settings,
-        torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
+        train_loop_config={**settings, "stalls": stalls},
+        torch_config=TorchConfig(backend=backend, timeout_s=math.ceil(2 * seconds) + 60),  # `stalls` is first to speak
         scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
@@ -178,8 +182,9 @@ def train_rank(settings: dict) -> None:
     if storage.exists(storage.join(run, FAILED)):
         return  # trying again would not help
     try:
-        notice = Notice(run, world)
-        Trainer(config, Catalog(config.data.catalog), run, users, items, graphs, world, train.report, notice).fit()
+        with watched(world, settings["stalls"], 60 * config.cluster.wait_minutes):
+            catalog, notice = Catalog(config.data.catalog), Notice(run, world)
+            Trainer(config, catalog, run, users, items, graphs, world, train.report, notice).fit()
     except tuple(FATAL.values()) as error:
         kind = next(name for name, one in FATAL.items() if isinstance(error, one))
         storage.write_json(storage.join(run, FAILED), {"kind": kind, "message": str(error)})
@@ -205,8 +210,10 @@ class Notice:
 
 def work_rank(settings: dict) -> None:
     """What every rank of `on_ranks` runs."""
-    world = _world(settings["cluster"])
-    result = settings["work"](world, ray.get(settings["graphs"]))
+    cluster: Cluster = settings["cluster"]
+    world = _world(cluster)
+    with watched(world, settings["stalls"], 60 * cluster.wait_minutes):
+        result = settings["work"](world, ray.get(settings["graphs"]))
     if world.rank == 0:
         storage.write_json(settings["result"], result)
 

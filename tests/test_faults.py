@@ -61,25 +61,27 @@ def ranks_of(process: psutil.Process) -> list[psutil.Process]:
     return [p for p in process.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
 
 
-def test_a_rank_that_is_killed_is_replaced_and_the_result_is_the_same(ray_local, undisturbed, catalog, tmp_path):
-    run, killed = tmp_path / "runs/r", []
+def test_ranks_that_are_killed_or_hang_are_replaced_and_the_result_is_the_same(
+    ray_local, undisturbed, catalog, tmp_path
+):
+    """The one that is stopped keeps the other waiting until that is too long."""
+    run, lost = tmp_path / "runs/r", []
 
-    def kill() -> None:
-        for states in (2, 3):  # twice, at two places
+    def disturb() -> None:
+        for states, number in ((2, signal.SIGKILL), (3, signal.SIGSTOP)):  # at two places
             wait_for_states(run, states)
-            victims = ranks_of(psutil.Process())
-            victims[-1].kill()
-            killed.append(victims[-1].pid)
-            while victims[-1].is_running() and victims[-1].status() != psutil.STATUS_ZOMBIE:
-                time.sleep(0.05)
+            victim = ranks_of(psutil.Process())[-1]
+            victim.send_signal(number)
+            lost.append(victim)
+            psutil.wait_procs([victim], timeout=90)
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=disturb)
     thread.start()
     try:
-        train.main(command(tmp_path, catalog, 2))
+        train.main(command(tmp_path, catalog, 2, "cluster.wait_minutes=0.25"))
     finally:
         thread.join()
-    assert len(killed) == 2
+    assert [victim.is_running() for victim in lost] == [False, False]
     assert result(run) == result(undisturbed / "runs/r")
     assert (checkpoint.names(str(run), "step-")[1], checkpoint.names(str(run), "epoch-")[1]) == ([], [])
 

@@ -240,22 +240,35 @@ def test_only_the_last_states_and_the_best_weights_they_know_are_kept(catalog, t
     assert set(checkpoint.names(run, "epoch-")[0]) == {f"epoch-{epoch:05d}" for epoch in known | {best}}
 
 
-def test_a_state_that_cannot_be_written_is_left_out_and_training_goes_on(catalog, tmp_path, monkeypatch, capsys):
-    config = config_of(catalog, {})
-    whole = [train(World(), config, str(tmp_path / "whole"))]
-    write, calls = storage.write_array, []
+def train_on_a_full_disk(world: World, config, run: str, full: str) -> list:
+    """Train; the second time that rank 0 writes a file of a state whose name holds `full`, its disk is full. Returns
+    what training returned and how often the disk was full."""
+    calls = []
 
-    def full(uri, array):
-        if "/step-" in uri:
-            calls.append(uri)
-            if len(calls) == 8:  # a file of the second state
-                raise OSError(28, "No space left on device")
-        return write(uri, array)
+    def of(write):
+        def writes(uri, *args):
+            if world.rank == 0 and "/step-" in uri and full in uri:
+                calls.append(uri)
+                if len(calls) == 2:
+                    raise OSError(28, "No space left on device")
+            return write(uri, *args)
 
-    monkeypatch.setattr(storage, "write_array", full)
-    run = str(tmp_path / "run")
-    assert_same([train(World(), config, run)], whole)
-    told = capsys.readouterr().out
+        return writes
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("write_array", "write_json", "write_bytes"):
+            patch.setattr(storage, name, of(getattr(storage, name)))
+        return [train(world, config, run), len(calls) >= 2]
+
+
+@pytest.mark.parametrize("full", ["user.exp_avg.", "manifest.json"])
+def test_a_state_that_cannot_be_written_is_left_out_and_training_goes_on(catalog, tmp_path, capfd, full):
+    config, run = config_of(catalog, {}), str(tmp_path / "run")
+    whole = run_ranks(train, 2, config, str(tmp_path / "whole"))
+    ranks = run_ranks(train_on_a_full_disk, 2, config, run, full)
+    assert [met for _, met in ranks] == [True, False]
+    assert_same([result for result, _ in ranks], whole)
+    told = capfd.readouterr().out
     assert told.count("could not be written and is left out: [Errno 28] No space left on device") == 1
     assert checkpoint.names(run, "step-")[1] == []
     assert len(checkpoint.names(run, "step-")[0]) == 2

@@ -3,8 +3,9 @@
     python tools/export_embeddings.py --run RUN --out DIR [--dtype float16] [--faiss] [--new-items FILE] [--workers N]
 
 Writes DIR/users/part-*.parquet and DIR/items/part-*.parquet with the columns `id` (original type) and `embedding`
-(fixed_size_list), and DIR/manifest.json last. The score of a user and an item is the dot product of their embeddings.
-RUN and DIR are local or in object storage. The same run and number of workers give the same bytes every time.
+(fixed_size_list), and DIR/manifest.json last: an export without it was cut off, and the same command makes it anew. The
+score of a user and an item is the dot product of their embeddings. RUN and DIR are local or in object storage. The same
+run and number of workers give the same bytes every time.
 
 --new-items FILE adds items that arrived after training, from their content alone: a Parquet file with the column `id`
 and one column of raw vectors for each modality, named as in data.features. They stand in items/part-new-*.parquet.
@@ -14,6 +15,7 @@ With --workers each rank of the cluster writes its own rows. --faiss holds all i
 
 import argparse
 import functools
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -24,10 +26,13 @@ from gtc_dist.engine.restore import find
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.finished import parse_run_command, run_on
 
+MANIFEST = "manifest.json"
+PART = re.compile(r"((users|items)/part-(new-)?\d{12}\.parquet|items\.faiss)(\..*partial)?")  # of an export
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="URI of a new or empty folder")
+    parser.add_argument("--out", required=True, help="URI of a new or empty folder, or of an export that was cut off")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--faiss", action="store_true", help="also write items.faiss, an exact inner-product index")
     parser.add_argument("--new-items", metavar="FILE", help="URI of a Parquet file with items that arrived since")
@@ -36,8 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--new-items works in this process alone, without --workers")
 
     out = storage.absolute(args.out)
-    if storage.listing(out):
-        raise InputError(f"the output folder {args.out} is not empty; choose another, or remove it")
+    make_room(out, args.out)
     found = find(args.run)
     print(f"run {args.run}, {found.checkpoint}: computing embeddings", flush=True)
     export = run_on(args, found, functools.partial(export_rank, out=out, dtype=args.dtype, new_items=args.new_items))
@@ -53,9 +57,19 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": args.dtype,
         "metric": "dot product",
     }
-    storage.write_json(storage.join(out, "manifest.json"), manifest)
+    storage.write_json(storage.join(out, MANIFEST), manifest)
     new = f" (and {export['new_items']:,} new ones)" if args.new_items else ""
     print(f"{export['users']:,} users and {export['items']:,} items{new} of width {export['dim']} are in {args.out}")
+
+
+def make_room(out: str, named: str) -> None:
+    """Remove what an export that was cut off left there. Raises InputError where something else is."""
+    before = storage.listing(out)
+    if MANIFEST in before or not all(PART.fullmatch(name) for name in before):
+        raise InputError(f"the output folder {named} is not empty; choose another, or remove it")
+    if before:
+        print(f"{named} holds an export that was cut off: starting again", flush=True)
+        storage.remove_tree(out)
 
 
 def write_index(names: list[str], dim: int, out: str) -> dict:

@@ -76,14 +76,23 @@ def write_files(uri: str, dense: dict | None, shards: list[Shard]) -> dict[str, 
 
 
 def commit(uri: str, head: dict, shards: list[Shard], files: dict[str, dict], world: World) -> None:
-    """Make a checkpoint whole: its manifest, of the files of all ranks. A collective."""
-    merged = {}
+    """Make a checkpoint whole: its manifest, of the files of all ranks. A collective.
+
+    Raises:
+        OSError: on every rank alike, where it could not be written.
+    """
+    merged, error = {}, ""
     for rank_files in world.gather_json(files):
         merged |= rank_files
     if world.rank == 0:
         manifest = {**head, "tensors": {shard.name: shard.shape for shard in shards}, "files": merged}
-        storage.write_json(storage.join(uri, MANIFEST), manifest)
-    world.barrier()
+        try:
+            storage.write_json(storage.join(uri, MANIFEST), manifest)
+        except Exception as problem:
+            error = str(problem) or type(problem).__name__
+    errors = [text for text in world.gather_json(error) if text]
+    if errors:
+        raise OSError(errors[0])
 
 
 def read_manifest(uri: str) -> dict:

@@ -176,7 +176,8 @@ class Trainer:
         loss, parts = self.forward(batch, user_rows, item_rows, history)
         self.watch.part("backward")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with self.world.meeting():  # DDP sums gradients over the ranks
+            loss.backward()
         self.watch.part(None)
         return parts
 
@@ -257,7 +258,8 @@ class Trainer:
             self.saver.prune(epoch)
         note = f"best so far ({self.config.eval.metric})" if better else f"best was epoch {at.best_epoch}"
         self.monitor.evaluation(epoch, metrics, note, watched)
-        self.report({"epoch": epoch, **metrics["overall"]})
+        with self.world.meeting():
+            self.report({"epoch": epoch, **metrics["overall"]})
         return better
 
     def rank(self, embeddings: tuple[RowTable, RowTable], split: str) -> dict:

@@ -95,8 +95,11 @@ class Saver:
         name, head, shards = self.pending
         errors = [text for text in self.world.gather_json(str(self.error or "")) if text]
         if not errors:
-            checkpoint.commit(storage.join(self.run, FOLDER, name), head, shards, self.files, self.world)
-            self.states[name] = head["best_epoch"]
+            try:
+                checkpoint.commit(storage.join(self.run, FOLDER, name), head, shards, self.files, self.world)
+                self.states[name] = head["best_epoch"]
+            except OSError as error:
+                errors = [str(error)]
         self.pending, self.thread, self.since = None, None, time.monotonic()
         if errors:
             self._remove(name)

@@ -6,6 +6,8 @@ Every function here is a collective: each rank of the world must call it, in the
 import itertools
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,8 +15,17 @@ import torch.distributed as dist
 
 
 @dataclass
+class Pulse:
+    """How far a process group is on one rank: the collectives that were begun, and whether one is under way."""
+
+    begun: int = 0
+    inside: int = 0  # how deep: a backward holds others
+
+
+@dataclass
 class World:
-    """This process among its peers. `seconds` and `bytes_sent` count what its collectives took."""
+    """This process among its peers. `seconds` and `bytes_sent` count what its collectives took; `pulses` are of this
+    process group and of all that were split from the same one."""
 
     rank: int = 0
     size: int = 1
@@ -22,12 +33,17 @@ class World:
     group: dist.ProcessGroup | None = None
     seconds: float = field(default=0.0, compare=False)
     bytes_sent: int = field(default=0, compare=False)
+    pulses: list[Pulse] = field(default_factory=list, compare=False)
+
+    def __post_init__(self):
+        self.pulse = Pulse()
+        self.pulses.append(self.pulse)
 
     def split(self, device: torch.device | None = None) -> "World":
         """The same ranks over a process group of their own, for a thread that runs beside the main one."""
         device = device or self.device
         group = dist.new_group(backend="gloo" if device.type == "cpu" else None) if self.size > 1 else None
-        return World(self.rank, self.size, device, group)
+        return World(self.rank, self.size, device, group, pulses=self.pulses)
 
     def range(self, rows: int, rank: int | None = None) -> tuple[int, int]:
         """The contiguous rows [start, stop) of `rows` that a rank (default: this one) owns."""
@@ -90,6 +106,16 @@ class World:
         """Wait for all ranks; on a GPU the host waits too."""
         self.sum(torch.zeros(1, device=self.device)).item()
 
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Around what waits for the other ranks without being one of the collectives here."""
+        self.pulse.begun += 1
+        self.pulse.inside += 1
+        try:
+            yield
+        finally:
+            self.pulse.inside -= 1
+
     def _counted(self, sent: int) -> "_Counted":
         self.bytes_sent += sent
         return _Counted(self)
@@ -100,9 +126,12 @@ class _Counted:
         self.world = world
 
     def __enter__(self):
+        self.world.pulse.begun += 1
+        self.world.pulse.inside += 1
         self.start = time.perf_counter()
 
     def __exit__(self, *_):
+        self.world.pulse.inside -= 1
         self.world.seconds += time.perf_counter() - self.start
 
 
