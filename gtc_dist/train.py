@@ -28,6 +28,7 @@ from gtc_dist.engine.restore import CONFIG
 from gtc_dist.engine.standing import METRICS, standing
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.graph.csc import Graphs
+from gtc_dist.lease import held
 
 LEFT = 143  # exit status: 128 + SIGTERM
 
@@ -46,14 +47,24 @@ def main(argv: list[str] | None = None) -> int:
     run = storage.join(config.run.storage, config.run.name)
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
     check(config, catalog)
-    before = standing(config, run, catalog.manifest.fingerprint)
-    if before == "finished":
+    if standing(config, run, catalog.manifest.fingerprint) == "finished":
         print(f"{run} is finished; choose another run.name to train again, or more epochs to go on", file=sys.stderr)
         print(summary(run, storage.read_json(storage.join(run, METRICS))))
         return 0
+    with held(run):
+        result = train(config, catalog, run)
+    if result is None:
+        print(f"{run} was left as asked; the same command goes on with it", file=sys.stderr)
+        return LEFT
+    print(summary(run, result))
+    return 0
+
+
+def train(config: Config, catalog: Catalog, run: str) -> dict | None:
+    """Begin or go on with a run; returns what metrics.json holds, or None where it was asked to leave before."""
+    before = standing(config, run, catalog.manifest.fingerprint)
     graphs = load_graphs(config, catalog)
     check_rows(catalog, graphs)
-
     rows = catalog.manifest.interactions["train"]
     going_on = f"; going on with {run}" if before == "begun" else ""
     print(
@@ -70,15 +81,10 @@ def main(argv: list[str] | None = None) -> int:
     storage.remove_tree(storage.join(run, METRICS))
     storage.write_bytes(storage.join(run, CONFIG), yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
     try:
-        result = launch.fit(config, catalog, shared, run, resources)
+        return launch.fit(config, catalog, shared, run, resources)
     except BaseException:
         remove_if_nothing_was_saved(run)
         raise
-    if result is None:
-        print(f"{run} was left as asked; the same command goes on with it", file=sys.stderr)
-        return LEFT
-    print(summary(run, result))
-    return 0
 
 
 def with_absolute_uris(config: Config) -> Config:

@@ -95,6 +95,8 @@ def test_a_command_that_is_ended_goes_on_when_it_is_given_again(undisturbed, cat
         with open(log, "ab") as out:
             process = subprocess.Popen(arguments, stdout=out, stderr=out, env=environment)
         wait_for_states(run, states)
+        with pytest.raises(InputError, match=rf"is being trained by process {process.pid} on"):
+            train.main(command(tmp_path, catalog, 2))
         children = [p for p in psutil.Process(process.pid).children(recursive=True) if "Agent" not in p.name()]
         process.send_signal(number)
         assert process.wait(60) == status, log.read_text()

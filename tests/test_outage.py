@@ -8,12 +8,15 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 from seaweed import SeaweedServer
 from small import small_catalog
 from test_faults import LONG, result, wait_for_states
+from test_prepare import config, contents, write_raw
 from test_train import write_config
 
 from gtc_dist.data import storage
+from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import checkpoint
 
 BUCKET = "outage"
@@ -94,6 +97,34 @@ def test_every_action_waits_for_the_store(server, folder, tmp_path, capfd):
     assert (storage.read_bytes(f"{folder}/new"), storage.read_bytes(f"{folder}/copy")) == (b"abc", b"local")
     assert "old.npy" not in storage.listing(folder)
     assert f"still trying to read {folder}/before" in capfd.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("line", ["", "interactions read", "features read and checked"])
+def test_prepare_and_what_loads_a_catalog_wait_for_the_store(server, folder, tmp_path, line):
+    """Gone for 30 s: from the start, or when prepare has said how far it is."""
+    write_raw(f"{folder}/raw")
+    catalogs = {name: config(f"{folder}/raw", f"{folder}/{name}") for name in ("whole", "disturbed")}
+    for name, one in catalogs.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(one.model_dump()))
+    command = [sys.executable, "-m", "gtc_dist.prepare", "--config"]
+    subprocess.run([*command, str(tmp_path / "whole.yaml")], check=True, capture_output=True)
+    log = tmp_path / "log"
+    with open(log, "wb") as out:
+        process = subprocess.Popen([*command, str(tmp_path / "disturbed.yaml")], stdout=out, stderr=out)
+    while line not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
+    outage = Outage(server, 30)
+    assert process.wait(240) == 0, log.read_text()
+    outage.over()
+    one, other = (Catalog(one.data.catalog) for one in catalogs.values())
+    assert contents(one) == contents(other)
+    assert "building.json" not in storage.listing(other.uri)
+
+    outage = Outage(server, 30)
+    assert contents(Catalog(other.uri, verify="checksum")) == contents(other)
+    outage.over()
 
 
 @pytest.mark.long

@@ -376,6 +376,21 @@ def test_evaluate_refuses_a_run_on_another_catalog(run, tmp_path):
         evaluate.main(["--run", run, "--against", folder])
 
 
+def test_an_export_that_was_cut_off_is_made_anew(run, tmp_path, capsys):
+    export = ["--run", run, "--out", str(tmp_path / "e")]
+    export_embeddings.main(export)
+    whole = {p: p.read_bytes() for p in sorted((tmp_path / "e").rglob("*.parquet"))}
+    with pytest.raises(InputError, match="is not empty"):
+        export_embeddings.main(export)
+    (tmp_path / "e/manifest.json").unlink()
+    first, *_ = whole
+    first.rename(f"{first}.12345678.partial")
+    capsys.readouterr()
+    export_embeddings.main(export)
+    assert "was cut off: starting again" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in sorted((tmp_path / "e").rglob("*.p*"))} == whole
+
+
 def test_evaluate_and_export_refuse_what_is_no_run(run, tmp_path):
     refused(["-m", "gtc_dist.evaluate", "--run", str(tmp_path)], "holds no run")
     (tmp_path / "full").mkdir()

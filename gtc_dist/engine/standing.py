@@ -31,6 +31,7 @@ FREE = (
     "eval.chunk",
 )
 METRICS = "metrics.json"
+LEASE = "lease.json"  # of the command that trains (gtc_dist/lease.py)
 
 
 def standing(config: Config, run: str, fingerprint: str) -> Literal["new", "begun", "finished"]:
@@ -42,7 +43,7 @@ def standing(config: Config, run: str, fingerprint: str) -> Literal["new", "begu
     Raises:
         InputError: the folder holds something else, or a run with another configuration or catalog.
     """
-    found = storage.listing(run)
+    found = storage.listing(run).keys() - {LEASE}
     if not found:
         return "new"
     if CONFIG not in found:

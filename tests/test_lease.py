@@ -1,0 +1,94 @@
+"""One command at a time in a run folder: who is refused, who takes over, who ends."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from gtc_dist import lease
+from gtc_dist.data import storage
+from gtc_dist.errors import InputError
+from gtc_dist.lease import held
+
+
+@pytest.fixture(params=["local", "s3"])
+def run(request, tmp_path) -> str:
+    return str(tmp_path / "run") if request.param == "local" else request.getfixturevalue("s3")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "EXPIRES_SECONDS", 2.0)
+
+
+def elsewhere(run: str, renewed: int = 0) -> None:
+    """The lease of a command on another machine."""
+    other = {"id": "other", "host": "elsewhere", "pid": 1, "began": 0.0, "renewed": renewed}
+    storage.write_json(f"{run}/lease.json", other)
+
+
+def test_a_second_command_is_refused_and_nothing_is_left(run, quick):
+    with held(run):
+        with pytest.raises(InputError, match=rf"is being trained by process {os.getpid()} on .*choose another"):
+            with held(run):
+                pass
+        time.sleep(0.5)
+        assert storage.read_json(f"{run}/lease.json")["renewed"] >= 1
+    assert storage.listing(run) == {}
+    with held(run):
+        storage.write_bytes(f"{run}/config.yaml", b"x")
+    assert set(storage.listing(run)) == {"config.yaml"}
+
+
+def test_the_lease_of_a_dead_process_is_taken_over_at_once(tmp_path):
+    """Also where its number now belongs to another."""
+    script = f"import os, gtc_dist.lease as l\nwith l.held({str(tmp_path)!r}): os.kill(os.getpid(), 9)"
+    killed = subprocess.Popen([sys.executable, "-c", script])
+    while not storage.exists(f"{tmp_path}/lease.json"):
+        assert killed.poll() in (None, -9)
+        time.sleep(0.02)
+    while psutil.Process(killed.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.02)
+    with held(str(tmp_path)):  # not waited for yet: a zombie
+        pass
+    killed.wait()
+    found = {"id": "x", "host": lease.socket.gethostname(), "pid": os.getpid(), "began": 1.0}
+    storage.write_json(f"{tmp_path}/lease.json", found)
+    with held(str(tmp_path)):
+        assert storage.read_json(f"{tmp_path}/lease.json")["id"] != "x"
+
+
+def test_a_lease_of_another_machine_is_watched(run, quick, capsys):
+    elsewhere(run)
+    with held(run):  # nobody renews it
+        pass
+    assert "was being trained by process 1 on elsewhere; waiting 2 s" in capsys.readouterr().err
+    elsewhere(run)
+    renewal = threading.Timer(0.5, elsewhere, (run, 1))
+    renewal.start()
+    with pytest.raises(InputError, match="is being trained by process 1 on elsewhere"):
+        with held(run):
+            pass
+    renewal.join()
+    assert storage.read_json(f"{run}/lease.json")["renewed"] == 1
+
+
+def test_who_lost_its_lease_ends_and_leaves_the_other_s(run, quick, capsys):
+    lost = threading.Event()
+    with held(run, lost.set):
+        elsewhere(run)
+        assert lost.wait(10)
+    assert "is being trained by process 1 on elsewhere; this one ends" in capsys.readouterr().err
+    assert storage.read_json(f"{run}/lease.json")["id"] == "other"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"id": 1}', b"\xff"])
+def test_a_lease_that_cannot_be_read_is_none(tmp_path, content):
+    storage.write_bytes(f"{tmp_path}/lease.json", content)
+    with held(str(tmp_path)):
+        assert storage.read_json(f"{tmp_path}/lease.json")["pid"] == os.getpid()
