@@ -80,6 +80,7 @@ class LocalCluster:
         self.mark = secrets.token_hex(16)
         self.folder: Path | None = None
         self.processes: list[subprocess.Popen] = []
+        self.head, self.started = "", 0  # the address that nodes join; how many did
         self.address = ""
         self.env: dict[str, str] = {}
 
@@ -91,9 +92,9 @@ class LocalCluster:
             if self.storage is None:
                 self.storage = SeaweedServer(buckets=[BUCKET], env=self.env).start()
             self.env |= self.storage.env
-            head = self._start_head()
-            for index in range(1, self.nodes):
-                self._ray_start(f"worker-{index}", f"--address={head}")
+            self.head = self._start_head()
+            for _ in range(1, self.nodes):
+                self.add_node()
             self._wait(self._all_alive, f"{self.nodes} nodes")
         except BaseException:
             self.stop()
@@ -122,6 +123,18 @@ class LocalCluster:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder = None
+
+    def add_node(self) -> None:
+        """Start one more node."""
+        self.started += 1
+        self._ray_start(f"worker-{self.started}", f"--address={self.head}")
+
+    def lose_node(self) -> None:
+        """Kill all processes of the node that was started last, as a machine that goes away does."""
+        process = self.processes.pop()
+        for pid in (pid for pid in _process_ids() if _session_of(pid) == process.pid):
+            _signal(pid, signal.SIGKILL)
+        process.wait()
 
     def running(self) -> list[int]:
         """Process ids that belong to this cluster, however far they are from the process that started them."""
@@ -286,6 +299,13 @@ def _environment_of(pid: int) -> bytes:
         return Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:  # ended, or another user's
         return b""
+
+
+def _session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def _signal(pid: int, number: int) -> None:

@@ -133,11 +133,21 @@ class Run(Section):
 
 class Cluster(Section):
     workers: Positive = 1  # ranks
+    min_workers: Positive | None = (
+        None  # elastic: as many as there is room for, from so many to `workers`; whenever that
+    )
+    # changes, all start again from the last checkpoint, as they do after a rank was lost; null: always `workers`
     retries: NonNegative = 3  # times that all ranks start again from the last checkpoint after one of them was lost
     wait_minutes: Annotated[float, Field(gt=0)] = 30.0  # a rank that keeps the others waiting longer is given up
     gpu: bool = False  # one GPU a rank and NCCL; else CPU and gloo
     cpus_per_worker: Annotated[float, Field(gt=0)] | None = None  # None: 1, less where Ray Data would have none left
     threads: Positive | None = None  # torch threads a rank; None: the rank's share of the node's cores, less one
+
+    @model_validator(mode="after")
+    def _elastic(self):
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is above workers {self.workers}")
+        return self
 
 
 class Negatives(Section):
@@ -231,8 +241,9 @@ class Walk(Section):
     """Parts of the embedding that are walked over co-interactions, not trained; their scores are added to those of the
     members, with weights that are chosen on the valid split (engine/blend.py)."""
 
-    spectral: NonNegative = 0  # leading modes of the co-interaction graph (engine/spectral.py); 0: none
-    profile: NonNegative = 0  # columns of each modality's content profile (engine/profile.py); 0: none
+    enabled: bool | None = None  # null: with propagation: full, whose catalogs are of a size where they cost little
+    spectral: NonNegative = 16  # leading modes of the co-interaction graph (engine/spectral.py); 0: none
+    profile: NonNegative = 64  # columns of each modality's content profile (engine/profile.py); 0: none
     user_exponent: Share = 0.6  # a user's tie to an item counts (number of its interactions)^-this
     item_exponent: Share = 0.33  # the same for items; less of it ranks popular items higher
 
@@ -260,6 +271,12 @@ class Model(Section):
     diffusion: Diffusion = Diffusion()
     correlation: Correlation = Correlation()
     walk: Walk = Walk()
+
+    @property
+    def walks(self) -> bool:
+        """Whether embeddings have untrained parts."""
+        wanted = self.propagation == "full" if self.walk.enabled is None else self.walk.enabled
+        return wanted and bool(self.walk.spectral or self.walk.profile)
 
     @model_validator(mode="after")
     def _fanouts(self):

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else every line of a rank is printed twice
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 import torch
@@ -53,18 +54,22 @@ def worker_resources(cluster: Cluster) -> dict[str, float]:
     """Resources of a rank. Raises InputError, instead of hanging, where the cluster cannot give them.
 
     Ray Data needs a share of a CPU beside the ranks. On a cluster with just as many CPUs as ranks each rank asks for a
-    little less than one, which changes how Ray counts and not how the rank runs.
+    little less than one, which changes how Ray counts and not how the rank runs. Elastic ranks, which fill whatever
+    there is, leave that share on every node.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = [node.get("CPU", 0.0) for node in nodes]
     gpus = [node.get("GPU", 0.0) for node in nodes]
-    workers, asked = cluster.workers, cluster.cpus_per_worker
+    workers, asked = cluster.min_workers or cluster.workers, cluster.cpus_per_worker
+    key = "workers" if cluster.min_workers is None else "min_workers"
     if cluster.gpu and sum(gpus) < workers:
         raise InputError(
-            f"cluster.workers={workers} with cluster.gpu=true needs {workers} GPUs; the cluster has {sum(gpus):g}"
+            f"cluster.{key}={workers} with cluster.gpu=true needs {workers} GPUs; the cluster has {sum(gpus):g}"
         )
     each = asked or 1
-    if asked is None and workers <= sum(cpus) < workers + 1:
+    if asked is None and cluster.min_workers is not None:
+        each = 1 - READER_CPUS / max(min((cpu for cpu in cpus if cpu >= 1), default=1), 1)
+    elif asked is None and workers <= sum(cpus) < workers + 1:
         each = max((sum(cpus) - 1) / workers, 0.1)
     slots = sum(
         min(math.floor(cpu / each), math.floor(gpu) if cluster.gpu else math.inf)
@@ -72,7 +77,7 @@ def worker_resources(cluster: Cluster) -> dict[str, float]:
     )
     if slots < workers or workers * each + READER_CPUS > sum(cpus):
         raise InputError(
-            f"cluster.workers={workers} needs {workers * (asked or 1):g} CPUs, and {READER_CPUS:g} to read data; the "
+            f"cluster.{key}={workers} needs {workers * (asked or 1):g} CPUs, and {READER_CPUS:g} to read data; the "
             f"cluster has {sum(cpus):g} on {len(nodes)} nodes. Use fewer workers or a smaller cluster.cpus_per_worker"
         )
     return {"CPU": each, "GPU": 1} if cluster.gpu else {"CPU": each}
@@ -89,9 +94,9 @@ def fit(config: Config, catalog: Catalog, graphs: ray.ObjectRef, run: str, resou
     After a rank was lost, or its node, all of them start again from the last checkpoint, `cluster.retries` times for
     other reasons than that the cluster took the node back.
     """
-    filesystem, _ = storage.arrow_filesystem(catalog.uri)
-    paths = [storage.filesystem(uri)[1] for uri in catalog.interaction_uris("train")]
-    rows = ray.data.read_parquet(paths, filesystem=filesystem, num_cpus=READER_CPUS)
+    files = [{"uri": uri} for uri in catalog.interaction_uris("train")]
+    rows = ray.data.from_items(files, override_num_blocks=len(files))
+    rows = rows.map_batches(read_rows, batch_size=1, batch_format="pyarrow", num_cpus=READER_CPUS)
     settings = {"config": config, "run": run, "graphs": graphs}
     datasets = {"datasets": {"train": rows}, "dataset_config": EveryRow()}
     for name in (RAY, STOP, FAILED):  # of a process that is gone
@@ -152,11 +157,12 @@ def _trainer(
     seconds = 60 * cluster.wait_minutes
     stalls = ray.remote(num_cpus=0)(Stalls).remote(seconds)
     backend = "nccl" if cluster.gpu else "gloo"
+    workers = (cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers
     return TorchTrainer(
         function,
         train_loop_config={**settings, "stalls": stalls},
         torch_config=TorchConfig(backend=backend, timeout_s=math.ceil(2 * seconds) + 60),  # `stalls` is first to speak
-        scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=cluster.gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
             storage_path=path,
@@ -236,6 +242,12 @@ def _keep_memory() -> None:
     if mallopt is not None:
         for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             mallopt(option, KEPT_BYTES)
+
+
+def read_rows(files: pa.Table) -> pa.Table:
+    """Interactions of files, in a Ray Data task. Not `ray.data.read_parquet`, whose listing of the files asks for a
+    whole CPU beside the ranks."""
+    return pa.concat_tables(storage.read_table(uri, ["user", "item"]) for uri in files["uri"].to_pylist())
 
 
 def read_shard(shard) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,11 @@ def small_config(catalog: str, storage: str = "runs", **sections) -> Config:
         "data": {"raw": "raw", "catalog": catalog},
         "run": {"storage": storage, "name": "small"},
         "train": {"batch_size": 32, "epochs": 2},
-        "model": {"width": 8, "diffusion": {"steps": 20, "start_step": 5, "ddim_steps": 2, "hidden": 16}},
+        "model": {
+            "width": 8,
+            "diffusion": {"steps": 20, "start_step": 5, "ddim_steps": 2, "hidden": 16},
+            "walk": {"spectral": 0, "profile": 0},
+        },
     }
     return build_config(_merge(tree, sections), "test")
 

@@ -82,6 +82,7 @@ def test_shipped_configs_are_valid_and_name_the_keys_that_tools_rely_on(path):
         (MINIMAL, ["data.split.valid_share=0.6", "data.split.test_share=0.5"], "leaves nothing to train on"),
         (MINIMAL, ["data.interactions.min_rating=3"], "name of the rating column"),
         (MINIMAL, ["cluster.workers=4", "train.batch_size=3"], "below cluster.workers 4"),
+        (MINIMAL, ["cluster.workers=2", "cluster.min_workers=3"], "min_workers 3 is above workers 2"),
         (MINIMAL, ["train.epochs"], "not of the form a.b=c"),
         (MINIMAL + "data: {raw: a, catalog: b}\n", [], "c.yaml:3: key 'data' is given twice"),
         ("data: [1, 2\n", [], "not valid YAML"),

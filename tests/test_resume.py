@@ -1,8 +1,11 @@
 """A run that is cut off goes on as if nothing had been: bit for bit on as many ranks, whole on another number."""
 
 import json
+import re
+import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -272,6 +275,45 @@ def test_a_state_that_cannot_be_written_is_left_out_and_training_goes_on(catalog
     assert told.count("could not be written and is left out: [Errno 28] No space left on device") == 1
     assert checkpoint.names(run, "step-")[1] == []
     assert len(checkpoint.names(run, "step-")[0]) == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of its own that holds 2 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system takes rights that are missing here: {mounted.stderr.decode()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer
+def test_a_disk_that_is_really_full(catalog, small_disk, capfd):
+    """Full from the middle of the second epoch: states are left out, until the run ends at a file that it needs. When
+    there is room again, it goes on."""
+    config, run = config_of(catalog, {}), str(small_disk / "run")
+    whole = [train(World(), config, str(small_disk.parent / "whole"))]
+    trainer, ballast, steps = trainer_of(World(), config, run), small_disk / "ballast", []
+    step = trainer.step
+
+    def step_on_a_full_disk(batch):
+        steps.append(batch)
+        if len(steps) == trainer.loader.steps + 3:
+            with open(ballast, "wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+        return step(batch)
+
+    trainer.step = step_on_a_full_disk
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit()
+    assert re.search(r"step-0+14 could not be written and is left out: .*No space left", capfd.readouterr().out)
+    assert checkpoint.names(run, "step-")[1] == []
+    ballast.unlink()
+    assert_same([train(World(), config, run)], whole)
+    assert metrics(run) == metrics(small_disk.parent / "whole")
 
 
 def test_what_is_saved_is_what_was_when_it_began(tmp_path):

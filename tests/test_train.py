@@ -35,7 +35,11 @@ def write_config(tmp_path: Path, catalog: str, runs: str, **train_keys) -> str:
         "run": {"storage": runs, "name": "r"},
         "train": {"epochs": 3, "batch_size": 64, **train_keys},
         "cluster": {"threads": 1},
-        "model": {"width": 8, "diffusion": {"steps": 20, "start_step": 5, "hidden": 16}},
+        "model": {
+            "width": 8,
+            "diffusion": {"steps": 20, "start_step": 5, "hidden": 16},
+            "walk": {"spectral": 0, "profile": 0},
+        },
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tree))

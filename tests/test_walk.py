@@ -139,6 +139,19 @@ def test_weights_are_those_that_are_worth_most():
     assert worth(blend.joined(bad)) > before
 
 
+def test_members_that_are_far_better_than_the_rest_are_hardly_blended():
+    good, bad = pair([[1.0]], [[1.0], [0.0], [-1.0]]), pair([[1.0]], [[-1.0], [0.0], [1.0]])
+
+    def worth(part):
+        score = (part[0].weight @ part[1].weight.T)[0]
+        return float((score[0] - score[2]) / (score.abs().sum() + 0.1))
+
+    blend = Blend({"spectral": bad}, [], None)
+    blend.choose(worth)
+    blend.choose_members(good, worth)
+    assert blend.weights[MEMBERS] == 32
+
+
 def test_cold_items_have_what_their_warm_neighbours_have(catalog):
     graphs = Graphs.load(catalog)
     cold = ColdItems.of(graphs, World(), 7)

@@ -20,7 +20,8 @@ Pair = tuple[RowTable, RowTable]
 MEMBERS = "members"
 COLD = "cold"
 COLD_STEPS = (1.0, 2.0, 3.0)  # tried for cold items' profiles
-MEMBER_STEPS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5)  # tried for the members
+MEMBER_STEPS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5)  # tried for the members, and then what follows, while it helps
+MORE_STEPS = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)  # the last ones leave hardly anything of the others
 STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried for a content profile, beside a spectral part of one
 
 
@@ -53,14 +54,18 @@ class Blend:
         """The members' weight beside the others, and what it changes for the profiles: a step up or down."""
         members = unit(self._filled(members))
 
-        def choose(name: str, steps: list[float]) -> None:
+        def choose(name: str, steps: tuple[float, ...], more: tuple[float, ...] = ()) -> None:
             tried = {step: worth(self._joined(members, {**self.weights, name: step})) for step in steps}
+            for step in more:
+                if tried[max(tried)] < max(tried.values()):
+                    break
+                tried[step] = worth(self._joined(members, {**self.weights, name: step}))
             self.weights[name] = max(tried, key=lambda step: tried[step])
 
-        choose(MEMBERS, list(MEMBER_STEPS))
+        choose(MEMBERS, MEMBER_STEPS, MORE_STEPS)
         for name in self.profiles:
             at = STEPS.index(self.weights[name])
-            choose(name, list(STEPS[max(at - 1, 0) : at + 2]))
+            choose(name, STEPS[max(at - 1, 0) : at + 2])
 
     def joined(self, members: Pair) -> Pair:
         """One pair of tables with the weighted sum of all scores. A collective."""

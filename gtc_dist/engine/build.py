@@ -75,7 +75,7 @@ def build_blend(config: Config, graphs: Graphs, features: dict[str, RowTable], w
         features: of the modalities, over `world`.
     """
     walks = config.model.walk
-    if not (walks.spectral or walks.profile):
+    if not config.model.walks:
         return None
     walk = Walk(graphs, world, WalkOptions(walks.user_exponent, walks.item_exponent, config.eval.chunk))
     parts = {}

@@ -1,0 +1,59 @@
+"""Elastic ranks: a node is lost, another one comes, and training goes on with as many as there are."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from local_cluster import LocalCluster
+from small import small_catalog
+from test_train import write_config
+
+from gtc_dist.data import storage
+from gtc_dist.engine import checkpoint
+
+EPOCHS = 400
+
+
+@pytest.mark.long
+def test_training_goes_on_with_the_nodes_that_there_are(s3_server, tmp_path):
+    catalog = small_catalog(tmp_path / "catalog", users=400, items=200)
+    config, run = write_config(tmp_path, catalog.uri, str(tmp_path / "runs")), str(tmp_path / "runs/r")
+    keys = ["cluster.workers=2", "cluster.min_workers=1", f"train.epochs={EPOCHS}", f"eval.every={EPOCHS}"]
+    keys += ["train.batch_size=16", "train.checkpoint.minutes=0", "train.checkpoint.keep=4"]
+    log = tmp_path / "log"
+    with LocalCluster(nodes=2, cpus=1, storage=s3_server) as cluster:
+        submit = [Path(sys.executable).with_name("ray"), "job", "submit", "--address", cluster.address, "--"]
+        command = [*submit, sys.executable, "-m", "gtc_dist.train", "--config", config, *keys]
+        with open(log, "wb") as out:
+            job = subprocess.Popen(command, env=cluster.env, stdout=out, stderr=out)
+        try:
+            wait_for(run, 2, job, log)
+            cluster.lose_node()
+            wait_for(run, 1, job, log)
+            cluster.add_node()
+            wait_for(run, 2, job, log)
+            cluster.lose_node()
+            assert job.wait(500) == 0, log.read_text()
+        finally:
+            job.kill()
+    metrics = storage.read_json(f"{run}/metrics.json")
+    assert (metrics["last_epoch"], metrics["workers"]) == (EPOCHS, 1)
+    assert metrics["test"]["overall"]["recall@20"] > metrics["popularity"]["recall@20"]
+
+
+def wait_for(run: str, ranks: int, job: subprocess.Popen, log: Path, limit: float = 240) -> None:
+    """Until a state is whole that so many ranks wrote."""
+    deadline = time.monotonic() + limit
+    while True:
+        assert job.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        for name in checkpoint.names(run, "step-")[0][-1:]:
+            try:
+                files = checkpoint.read_manifest(f"{run}/checkpoints/{name}")["files"]
+            except (ValueError, OSError):
+                continue  # removed meanwhile
+            if sum(file.startswith("user.weight.") for file in files) == ranks:
+                return
+        time.sleep(0.2)
