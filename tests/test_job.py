@@ -40,7 +40,8 @@ def test_prepare_and_train_as_jobs_on_object_storage(s3, s3_server, capsys):
     assert alone["overall"] == pytest.approx(metrics["test"]["overall"], abs=1e-6)
     export_embeddings.main(["--run", f"{s3}/runs/job", "--out", f"{s3}/embeddings"])
     manifest = storage.read_json(f"{s3}/embeddings/manifest.json")
-    assert (manifest["users"], manifest["dim"]) == (400, 64)
+    assert manifest["users"] == 400
+    assert manifest["dim"] >= 64 + 16  # four streams of width 16, and the spectral part
 
     written = {name: storage.read_bytes(f"{s3}/{name}") for name in storage.listing(s3)}
     assert len(written) > 40
