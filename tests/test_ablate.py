@@ -48,6 +48,12 @@ def test_the_table_is_made_of_the_runs_and_goes_on_where_it_was_stopped(tmp_path
     with pytest.raises(InputError, match="whole-0 was trained with another configuration"):
         main([*words, "train.epochs=2"])
 
+    broken = {"breaks": ["train.lr=1e30", "train.table_lr=1e30"], "no-tc": ["model.correlation.enabled=false"]}
+    variants.write_text(yaml.safe_dump(broken, sort_keys=False))
+    with pytest.raises(InputError, match="1 runs failed: breaks-0; the same command"):
+        main(words)
+    assert "| no-tc |" in (tmp_path / "out/ablation.md").read_text()
+
 
 def test_differences_are_over_the_seeds_of_both():
     def run(recall: float) -> dict:

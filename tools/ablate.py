@@ -3,9 +3,9 @@
     python tools/ablate.py --config configs/tiktok.yaml --out FOLDER [--seeds 0,1,2] [--variants full,no-tc] [--jobs 2]
 
 Every run is a `python -m gtc_dist.train` of its own under FOLDER/runs. A run that is finished is not trained again, one
-that was interrupted goes on, so the same command goes on where it was stopped. FOLDER/ablation.md and ablation.json
-are written after every run: mean and standard deviation over seeds on the test split at the best valid epoch, and the
-difference to the first variant over the same seeds with its standard error.
+that was interrupted goes on, one that fails does not stop the others, so the same command goes on where it was stopped.
+FOLDER/ablation.md and ablation.json are written after every run: mean and standard deviation over seeds on the test
+split at the best valid epoch, and the difference to the first variant over the same seeds with its standard error.
 
 --variants takes names of `VARIANTS`, or FILE.yaml, a mapping from names to lists of `a.b=c`.
 """
@@ -75,14 +75,22 @@ def main(argv: list[str] | None = None) -> None:
     open_ = [key for key, config in configs.items() if not finished(args.out / "runs" / config.run.name, config)]
     print(f"{len(configs)} runs, {len(configs) - len(open_)} of them finished", file=sys.stderr)
 
+    failed: list[str] = []
+
     def work(key: tuple[str, int]) -> None:
-        train(args.config, overrides[key], args.out / "runs" / configs[key].run.name)
+        try:
+            train(args.config, overrides[key], args.out / "runs" / configs[key].run.name)
+        except InputError as error:  # the others go on
+            print(error, file=sys.stderr)
+            failed.append(configs[key].run.name)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         for _ in pool.map(work, open_):
             write(args.out, configs, list(variants))  # in this thread alone: two would tear the files
     write(args.out, configs, list(variants))
     print((args.out / "ablation.md").read_text())
+    if failed:
+        raise InputError(f"{len(failed)} runs failed: {', '.join(failed)}; the same command tries them again")
 
 
 def named(text: str) -> dict[str, list[str]]:
