@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else every line of a rank is printed twice
 
 import numpy as np
-import pyarrow as pa
 import ray
 import ray.data
 import torch
@@ -24,6 +23,7 @@ from gtc_dist.cluster import cores
 from gtc_dist.config import Cluster, Config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
+from gtc_dist.data.parallel import read_rows
 from gtc_dist.engine.health import NotFinite
 from gtc_dist.engine.loop import Trainer
 from gtc_dist.engine.restore import CONFIG
@@ -155,7 +155,7 @@ def _trainer(
 ):
     filesystem, path = storage.arrow_filesystem(run)
     seconds = 60 * cluster.wait_minutes
-    stalls = ray.remote(num_cpus=0)(Stalls).remote(seconds)
+    stalls = ray.remote(num_cpus=0)(Stalls).remote(seconds) if cluster.workers > 1 else None
     backend = "nccl" if cluster.gpu else "gloo"
     workers = (cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers
     return TorchTrainer(
@@ -242,12 +242,6 @@ def _keep_memory() -> None:
     if mallopt is not None:
         for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             mallopt(option, KEPT_BYTES)
-
-
-def read_rows(files: pa.Table) -> pa.Table:
-    """Interactions of files, in a Ray Data task. Not `ray.data.read_parquet`, whose listing of the files asks for a
-    whole CPU beside the ranks."""
-    return pa.concat_tables(storage.read_table(uri, ["user", "item"]) for uri in files["uri"].to_pylist())
 
 
 def read_shard(shard) -> tuple[np.ndarray, np.ndarray]:

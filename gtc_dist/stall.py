@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import ray
 from ray.exceptions import RayError
 
-from gtc_dist.model.collectives import World
+if TYPE_CHECKING:  # the actor's process does without torch
+    from gtc_dist.model.collectives import World
 
 BEAT_SECONDS = 5.0  # at most, between two looks
 
@@ -81,11 +83,11 @@ class Stalls:
 
 
 @contextmanager
-def watched(world: World, stalls: ray.actor.ActorHandle, seconds: float) -> Iterator[None]:
+def watched(world: "World", stalls: ray.actor.ActorHandle | None, seconds: float) -> Iterator[None]:
     """End this process, a rank, when it has waited too long for others. A collective.
 
     Args:
-        stalls: a `Stalls` actor; seconds: its limit.
+        stalls: a `Stalls` actor, None for a world of one; seconds: its limit.
     """
     if world.size == 1:
         yield

@@ -61,14 +61,16 @@ def ranks_of(process: psutil.Process) -> list[psutil.Process]:
     return [p for p in process.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
 
 
-def test_ranks_that_are_killed_or_hang_are_replaced_and_the_result_is_the_same(
-    ray_local, undisturbed, catalog, tmp_path
-):
-    """The one that is stopped keeps the other waiting until that is too long."""
+TWICE = [signal.SIGKILL, signal.SIGSTOP]
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGKILL], pytest.param(TWICE, marks=pytest.mark.long)])
+def test_a_rank_that_is_lost_is_replaced_and_the_result_is_the_same(ray_local, undisturbed, catalog, tmp_path, numbers):
+    """Killed; and, at another place, stopped: then it keeps the other waiting until that is too long."""
     run, lost = tmp_path / "runs/r", []
 
     def disturb() -> None:
-        for states, number in ((2, signal.SIGKILL), (3, signal.SIGSTOP)):  # at two places
+        for states, number in enumerate(numbers, start=2):
             wait_for_states(run, states)
             victim = ranks_of(psutil.Process())[-1]
             victim.send_signal(number)
@@ -81,7 +83,7 @@ def test_ranks_that_are_killed_or_hang_are_replaced_and_the_result_is_the_same(
         train.main(command(tmp_path, catalog, 2, "cluster.wait_minutes=0.25"))
     finally:
         thread.join()
-    assert [victim.is_running() for victim in lost] == [False, False]
+    assert [victim.is_running() for victim in lost] == [False] * len(numbers)
     assert result(run) == result(undisturbed / "runs/r")
     assert (checkpoint.names(str(run), "step-")[1], checkpoint.names(str(run), "epoch-")[1]) == ([], [])
 

@@ -264,7 +264,7 @@ def train_on_a_full_disk(world: World, config, run: str, full: str) -> list:
         return [train(world, config, run), len(calls) >= 2]
 
 
-@pytest.mark.parametrize("full", ["user.exp_avg.", "manifest.json"])
+@pytest.mark.parametrize("full", [pytest.param("user.exp_avg.", marks=pytest.mark.long), "manifest.json"])
 def test_a_state_that_cannot_be_written_is_left_out_and_training_goes_on(catalog, tmp_path, capfd, full):
     config, run = config_of(catalog, {}), str(tmp_path / "run")
     whole = run_ranks(train, 2, config, str(tmp_path / "whole"))
