@@ -133,10 +133,9 @@ class Run(Section):
 
 class Cluster(Section):
     workers: Positive = 1  # ranks
-    min_workers: Positive | None = (
-        None  # elastic: as many as there is room for, from so many to `workers`; whenever that
-    )
-    # changes, all start again from the last checkpoint, as they do after a rank was lost; null: always `workers`
+    # elastic: as many ranks as there is room for, from so many to `workers`; whenever that changes, all start again
+    # from the last checkpoint, as they do after a rank was lost; null: always `workers`
+    min_workers: Positive | None = None
     retries: NonNegative = 3  # times that all ranks start again from the last checkpoint after one of them was lost
     wait_minutes: Annotated[float, Field(gt=0)] = 30.0  # a rank that keeps the others waiting longer is given up
     gpu: bool = False  # one GPU a rank and NCCL; else CPU and gloo

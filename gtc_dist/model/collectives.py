@@ -6,8 +6,6 @@ Every function here is a collective: each rank of the world must call it, in the
 import itertools
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -16,10 +14,18 @@ import torch.distributed as dist
 
 @dataclass
 class Pulse:
-    """How far a process group is on one rank: the collectives that were begun, and whether one is under way."""
+    """How far a process group is on one rank: the collectives that were begun, and whether one is under way. Stands
+    around each of them as a context."""
 
     begun: int = 0
     inside: int = 0  # how deep: a backward holds others
+
+    def __enter__(self) -> None:
+        self.begun += 1
+        self.inside += 1
+
+    def __exit__(self, *_) -> None:
+        self.inside -= 1
 
 
 @dataclass
@@ -106,15 +112,9 @@ class World:
         """Wait for all ranks; on a GPU the host waits too."""
         self.sum(torch.zeros(1, device=self.device)).item()
 
-    @contextmanager
-    def meeting(self) -> Iterator[None]:
-        """Around what waits for the other ranks without being one of the collectives here."""
-        self.pulse.begun += 1
-        self.pulse.inside += 1
-        try:
-            yield
-        finally:
-            self.pulse.inside -= 1
+    def meeting(self) -> Pulse:
+        """A context around what waits for the other ranks without being one of the collectives here."""
+        return self.pulse
 
     def _counted(self, sent: int) -> "_Counted":
         self.bytes_sent += sent
@@ -126,12 +126,11 @@ class _Counted:
         self.world = world
 
     def __enter__(self):
-        self.world.pulse.begun += 1
-        self.world.pulse.inside += 1
+        self.world.pulse.__enter__()
         self.start = time.perf_counter()
 
     def __exit__(self, *_):
-        self.world.pulse.inside -= 1
+        self.world.pulse.__exit__()
         self.world.seconds += time.perf_counter() - self.start
 
 
