@@ -157,10 +157,16 @@ def await_moment(moment: str, process: psutil.Process, run: str, log) -> str:
     while moment != "any" and time.monotonic() < deadline and process.is_running():
         if moment == "checkpoint" and any(checkpoint.names(run, prefix)[1] for prefix in ("step-", "epoch-")):
             return moment
-        if moment == "evaluation" and re.search(r"step (\d+)/\1 .*\s*\Z", os.pread(log.fileno(), 2**30, 0).decode()):
+        if moment == "evaluation" and re.search(r"step (\d+)/\1 .*\s*\Z", tail(log)):
             return moment
         time.sleep(0.01)
     return "any"
+
+
+def tail(log, size: int = 4096) -> str:
+    """The end of what was written to a file that others write to."""
+    end = os.fstat(log.fileno()).st_size
+    return os.pread(log.fileno(), size, max(end - size, 0)).decode(errors="replace")
 
 
 def a_rank(process: psutil.Process, rng: random.Random) -> psutil.Process | None:

@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--new-items works in this process alone, without --workers")
 
     out = storage.absolute(args.out)
-    make_room(out, args.out)
     found = find(args.run)
+    make_room(out, args.out)
     print(f"run {args.run}, {found.checkpoint}: computing embeddings", flush=True)
     export = run_on(args, found, functools.partial(export_rank, out=out, dtype=args.dtype, new_items=args.new_items))
     files = export["files"]
