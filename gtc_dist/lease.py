@@ -37,6 +37,7 @@ def held(run: str, lost: Callable[[], None] | None = None) -> Iterator[None]:
     """
     uri = storage.join(run, LEASE)
     _await(run, uri)
+    top = storage.topmost_missing(run)
     mine = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}
     over = threading.Event()
     storage.write_json(uri, {**mine, "renewed": 0})
@@ -66,8 +67,8 @@ def held(run: str, lost: Callable[[], None] | None = None) -> Iterator[None]:
         with suppress(OSError, InputError):
             if (_read(uri) or mine)["id"] == mine["id"]:
                 storage.remove_tree(uri)
-            if not storage.listing(run):
-                storage.remove_tree(run)  # a folder that nothing came into
+            if not storage.listing(top):
+                storage.remove_tree(top)  # folders that nothing came into
 
 
 def _await(run: str, uri: str) -> None:

@@ -45,6 +45,17 @@ def test_a_second_command_is_refused_and_nothing_is_left(run, quick):
     assert set(storage.listing(run)) == {"config.yaml"}
 
 
+def test_folders_that_nothing_came_into_are_not_left(tmp_path):
+    (tmp_path / "there").mkdir()
+    with held(str(tmp_path / "there/runs/deep/run")):
+        assert (tmp_path / "there/runs/deep/run/lease.json").exists()
+    assert list((tmp_path / "there").iterdir()) == []
+    with held(str(tmp_path / "there/runs/deep/run")):
+        (tmp_path / "there/runs/other").mkdir()
+        (tmp_path / "there/runs/other/config.yaml").write_bytes(b"x")
+    assert (tmp_path / "there/runs/other/config.yaml").exists()
+
+
 def test_the_lease_of_a_dead_process_is_taken_over_at_once(tmp_path):
     """Also where its number now belongs to another."""
     script = f"import os, gtc_dist.lease as l\nwith l.held({str(tmp_path)!r}): os.kill(os.getpid(), 9)"

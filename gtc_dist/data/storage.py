@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -353,6 +354,15 @@ def remove_tree(uri: str) -> None:
         fs.invalidate_cache()
         if fs.exists(path):
             fs.rm(path, recursive=True)
+
+
+def topmost_missing(uri: str) -> str:
+    """The folder to remove when `uri`, once created, shall leave nothing behind: the highest one on the way to it that
+    is not there yet, or itself. An object store has no folders of their own."""
+    if not is_local(uri):
+        return uri
+    path = Path(absolute(uri))
+    return str(next((folder for folder in (*reversed(path.parents), path) if not folder.exists()), path))
 
 
 def signature(uris: Iterable[str]) -> list[list]:
