@@ -95,7 +95,7 @@ class LocalCluster:
             self.head = self._start_head()
             for _ in range(1, self.nodes):
                 self.add_node()
-            self._wait(self._all_alive, f"{self.nodes} nodes")
+            self._wait_for_nodes()
         except BaseException:
             self.stop()
             raise
@@ -271,6 +271,18 @@ class LocalCluster:
                 why = "a node ended" if ended is not None else f"{self.timeout:g} s have passed"
                 raise RuntimeError(f"waited for {what} to start, but {why}:\n{self.log_tails()}")
             time.sleep(0.2)
+
+    def _wait_for_nodes(self) -> None:
+        """Ray gives a node 30 s to come up, which a busy machine may need more than: it is started again then."""
+        for attempt in range(3):
+            try:
+                return self._wait(self._all_alive, f"{self.nodes} nodes")
+            except RuntimeError:
+                ended = self.dead()
+                if attempt == 2 or ended is None or ended is self.processes[0]:
+                    raise
+                self.processes.remove(ended)
+                self.add_node()
 
     def _all_alive(self) -> bool:
         """Whether the job server answers and knows every node."""

@@ -16,14 +16,14 @@ import ray
 import ray.data
 import torch
 from ray import train
-from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from gtc_dist.cluster import cores
 from gtc_dist.config import Cluster, Config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.data.parallel import read_rows
+from gtc_dist.data.parallel import EveryRow, read_rows
 from gtc_dist.engine.health import NotFinite
 from gtc_dist.engine.loop import Trainer
 from gtc_dist.engine.restore import CONFIG
@@ -41,13 +41,6 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 KEPT_BYTES = 2**30  # blocks of up to this size, and free memory of up to this size, stay with a rank
 
 FATAL = {error.__name__: error for error in (InputError, NotFinite)}
-
-
-class EveryRow(DataConfig):
-    """Deals the train rows to the ranks without the default's equal shares, which drop what does not divide."""
-
-    def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):
-        return [{"train": part} for part in datasets["train"].streaming_split(world_size, equal=False)]
 
 
 def worker_resources(cluster: Cluster) -> dict[str, float]:

@@ -22,6 +22,7 @@ os.environ.update(
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else ray.init would write one into the home folder
         "RAY_DEDUP_LOGS": "0",
+        "RAY_worker_niceness": "0",  # 15 by default: the tests of the other pytest process would starve the ranks
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about CUDA_VISIBLE_DEVICES
     }
 )
@@ -30,6 +31,12 @@ for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "AWS_PROFILE", "AWS_SESSION_T
 
 BUCKET = "gtc-test"
 OBJECT_STORE_BYTES = 400 << 20
+
+
+def pytest_collection_modifyitems(items):
+    """Files with trainings first: two processes share the tests file by file, and the last one should be short."""
+    slow = ["test_train.py", "test_faults.py", "test_job.py", "test_prepare.py", "test_tools.py", "test_cluster.py"]
+    items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))
 
 
 @pytest.fixture(scope="session")

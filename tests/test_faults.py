@@ -89,12 +89,16 @@ def test_a_rank_that_is_lost_is_replaced_and_the_result_is_the_same(ray_local, u
     assert (checkpoint.names(str(run), "step-")[1], checkpoint.names(str(run), "epoch-")[1]) == ([], [])
 
 
-def test_a_command_that_is_ended_goes_on_when_it_is_given_again(undisturbed, catalog, tmp_path):
+ENDED = [(2, signal.SIGKILL, -signal.SIGKILL), (3, signal.SIGTERM, train.LEFT)]
+
+
+@pytest.mark.parametrize("endings", [ENDED[:1], pytest.param(ENDED, marks=pytest.mark.long)])
+def test_a_command_that_is_ended_goes_on_when_it_is_given_again(undisturbed, catalog, tmp_path, endings):
     """In a cluster of its own, which goes with it: killed, stopped, left alone."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     arguments = [sys.executable, "-m", "gtc_dist.train", *command(tmp_path, catalog, 2)]
     run, log = tmp_path / "runs/r", tmp_path / "log"
-    for states, number, status in ((2, signal.SIGKILL, -signal.SIGKILL), (3, signal.SIGTERM, train.LEFT)):
+    for states, number, status in endings:
         with open(log, "ab") as out:
             process = subprocess.Popen(arguments, stdout=out, stderr=out, env=environment)
         wait_for_states(run, states)
@@ -129,6 +133,7 @@ def test_given_again_a_finished_run_says_so_and_another_configuration_is_refused
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["epochs"] == longer
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_ends_the_run_at_once(ray_local, catalog, tmp_path, capfd):
     with pytest.raises(FloatingPointError, match=r"epoch \d+, step \d+: the loss is not finite"):
         train.main(command(tmp_path, catalog, 1, "train.table_lr=1e30", "train.lr=1e30"))

@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -24,11 +26,18 @@ def test_prepare_and_train_as_jobs_on_object_storage(s3, s3_server, capsys):
     keys = ["cluster.workers=2", "cluster.threads=1", "train.epochs=6", "train.batch_size=256", "model.width=16"]
     told: list[str] = []
     with LocalCluster(nodes=2, cpus=1, storage=s3_server) as cluster:
+        with pytest.raises(urllib.error.HTTPError, match="401"):  # no token, no answer
+            urllib.request.urlopen(f"{cluster.address}/nodes?view=summary", timeout=30)
         for command in ("prepare", "train"):
             words = ["python", "-m", f"gtc_dist.{command}", "--config", "configs/demo.yaml", *places, *keys]
             done = cluster.submit(words, working_dir=ROOT, timeout=280)
             assert done.returncode == 0, done.stdout[-3000:]
             told += [done.stdout, done.stderr or ""]
+        folder = cluster.folder
+        assert len(cluster.running()) > 2
+    assert cluster.running() == []
+    assert not folder.exists()
+    assert s3_server.process.poll() is None  # not the cluster's own, so it stays
     assert "epoch 6/6" in done.stdout
     metrics = storage.read_json(f"{s3}/runs/job/metrics.json")
     assert metrics["workers"] == 2

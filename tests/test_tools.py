@@ -85,6 +85,15 @@ def test_benchmark_of_the_whole_catalog_and_of_commands(small, tmp_path):
     assert 200 < ran[0]["result"]["peak_mib_all_processes"] < 300
 
 
+@pytest.mark.long
+def test_benchmark_of_going_on(small, tmp_path):
+    words = ["train.checkpoint.minutes=0.01", "train.epochs=100000"]
+    rows, _ = benchmark(tmp_path, "resume", "--config", small[0], *words)
+    result = rows[0]["result"]
+    assert 0 < result["seconds_to_ready"] < result["seconds_to_progress"]
+    assert result["state_mib"] > 0
+
+
 def test_the_demo_leaves_a_folder_that_it_did_not_make_alone(tmp_path):
     for name in ("tools", "configs", "gtc_dist"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -232,7 +232,7 @@ LARGE += ["train.table_optimizer=rowwise_adam", "train.epoch_steps=5", "eval.use
 WALKS = ["model.walk.spectral=4", "model.walk.profile=4"]
 
 
-@pytest.mark.parametrize("overrides", [LARGE, WALKS])
+@pytest.mark.parametrize("overrides", [LARGE, pytest.param(WALKS, marks=pytest.mark.long)])
 def test_two_workers_train_validate_and_agree(ray_local, tmp_path, overrides, capsys):
     """Full mode on two ranks ends where one rank ends, up to how pairs are dealt to batches; what must hold exactly
     is that the run is whole and that its checkpoint, read by one process, scores what the two ranks scored."""

@@ -9,13 +9,16 @@ import torch.multiprocessing as mp
 
 from gtc_dist.model.collectives import World
 
+# Ranks are forked from a process that has imported these once.
+mp.get_context("forkserver").set_forkserver_preload(["gtc_dist.engine.loop", "gtc_dist.graph.sampling", "pytest"])
+
 
 def run_ranks(function, size: int, *args) -> list:
     """What `function(world, *args)` returns on each rank: tensors, numbers, and lists or dictionaries of them."""
     if size == 1:
         return [function(World(), *args)]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (size, folder, function, args), nprocs=size)
+        mp.start_processes(_rank, (size, folder, function, args), nprocs=size, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 

@@ -5,6 +5,7 @@
     python tools/benchmark.py step      --config C.yaml [a.b=c ...]   training steps on a prepared catalog
     python tools/benchmark.py scale     --config C.yaml --config D.yaml --ranks 1,2 [a.b=c ...]   the same step on each
     python tools/benchmark.py checkpoint --config C.yaml [a.b=c ...]  what saving the state of training costs the steps
+    python tools/benchmark.py resume    --config C.yaml [a.b=c ...]   a training that is killed, until it goes on
     python tools/benchmark.py inference --config C.yaml               embeddings of the whole catalog, and their export
     python tools/benchmark.py ranking   --config C.yaml --users 10000  users against all items
     python tools/benchmark.py ingest    --config C.yaml --config D.yaml   prepare from raw tables to a catalog
@@ -29,6 +30,8 @@ import time
 from pathlib import Path
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+CONFIGURED = ("step", "scale", "checkpoint", "resume", "inference", "ranking", "ingest")
+WHOLE = ("ingest", "resume", "command")  # commands of their own
 MEASURE = Path(__file__).with_name("measure.py")
 
 
@@ -51,15 +54,15 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("sampling", "lookup", "step", "scale", "checkpoint", "inference", "ranking", "ingest", "command"):
+    for name in ("sampling", "lookup", *CONFIGURED, "command"):
         sub = commands.add_parser(name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        sub.add_argument("--repeats", type=int, default=1 if name in ("ingest", "command", "inference") else 20)
+        sub.add_argument("--repeats", type=int, default=1 if name in WHOLE or name == "inference" else 20)
         sub.add_argument("--out", default=f"benchmark-{name}.json", help="JSON file")
         sub.add_argument("--compare", help="JSON file of an earlier measurement")
-        if name not in ("ingest", "command"):
+        if name not in WHOLE:
             sub.add_argument("--threads", default="1", help="comma-separated")
             sub.add_argument("--ranks", default="1", help="comma-separated")
-        if name in ("step", "scale", "checkpoint", "inference", "ranking", "ingest"):
+        if name in CONFIGURED:
             sub.add_argument("--config", action="append", required=True, help="YAML; may be given several times")
         if name == "sampling":
             sub.add_argument("--nodes", type=int, default=200_000, help="users, and as many items")
@@ -90,7 +93,7 @@ def cases(args: argparse.Namespace) -> list[dict]:
     if args.command == "command":
         return [{"kind": "command", "command": args.rest, "repeats": args.repeats}]
     shared = {"kind": args.command, "repeats": args.repeats}
-    if args.command == "ingest":
+    if args.command in WHOLE:
         return [shared | {"config": config, "overrides": args.rest} for config in args.config]
     grid = {"ranks": numbers(args.ranks), "threads": numbers(args.threads)}
     if args.command == "sampling":

@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ import torch.distributed as dist
 from gtc_dist.config import Config, load_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import CSC, Catalog
+from gtc_dist.engine import checkpoint
 from gtc_dist.engine.build import build_network, load_features, load_graphs
 from gtc_dist.engine.export import ROWS, write_part
 from gtc_dist.engine.inference import embed_catalog
@@ -40,7 +44,7 @@ def main() -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
         world = World(rank, ranks).split()
     kinds = {"sampling": sampling, "lookup": lookup, "step": step, "scale": step, "inference": inference}
-    kinds |= {"checkpoint": saving, "ranking": ranking, "ingest": ingest, "command": command}
+    kinds |= {"checkpoint": saving, "resume": resume, "ranking": ranking, "ingest": ingest, "command": command}
     result = kinds[case["kind"]](case, world)
     (folder / f"{rank}.json").write_text(json.dumps(result))
     world.barrier()
@@ -117,6 +121,47 @@ def step(case: dict, world: World) -> dict:
         users, items = (column[world.rank :: world.size] for column in catalog.interactions("train"))
         trainer = Trainer(config, catalog, run, users, items, load_graphs(config, catalog), world)
         return measure_steps(trainer, case["repeats"])
+
+
+def resume(case: dict, world: World) -> dict:
+    """A training that is killed once a state of it is whole, and the same command again: seconds until it is ready to
+    go on, and until the first line of progress, which comes with the first step that ends ten seconds after that."""
+    times = []
+    for _ in range(case["repeats"]):
+        with tempfile.TemporaryDirectory(prefix="gtc-benchmark-") as runs:
+            overrides = [*case["overrides"], f"run.storage={runs}", "run.name=resume", "train.log_every=1"]
+            words = [sys.executable, "-m", "gtc_dist.train", "--config", case["config"], *overrides]
+            states = partial(checkpoint.names, f"{runs}/resume", "step-")
+            seconds_until(words, {"saved": lambda _, states=states: bool(states()[0])})
+            newest = storage.listing(storage.join(runs, "resume", checkpoint.FOLDER, states()[0][-1]))
+            times.append(
+                seconds_until(words, {"ready": says("going on from epoch"), "progress": says("interactions/s")})
+            )
+    medians = {f"seconds_to_{name}": statistics.median(one[name] for one in times) for name in ("ready", "progress")}
+    return medians | {"state_mib": sum(newest.values()) / MIB}
+
+
+def says(text: str) -> Callable[[str], bool]:
+    return lambda said: text in said
+
+
+def seconds_until(words: list[str], awaited: dict[str, Callable[[str], bool]]) -> dict[str, float]:
+    """Seconds until each condition on what a command has said holds; then it is killed, and what it started ends."""
+    with tempfile.TemporaryFile("w+") as log:
+        start, times = time.perf_counter(), {}
+        process = psutil.Popen(words, stdout=log, stderr=log)
+        while len(times) < len(awaited):
+            time.sleep(0.2)
+            said = os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(errors="replace")
+            holding = [name for name, holds in awaited.items() if name not in times and holds(said)]
+            times |= dict.fromkeys(holding, time.perf_counter() - start)
+            if process.poll() is not None:
+                sys.exit(f"{' '.join(words)} ended with status {process.returncode}: {said[-2000:]}")
+        children = process.children(recursive=True)
+        process.kill()
+        process.wait()
+        psutil.wait_procs(children, timeout=120)
+    return times
 
 
 def measure_steps(trainer: Trainer, repeats: int) -> dict:
