@@ -9,7 +9,6 @@ import os
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine; read when ray is imported
 
 import ray
-import ray.data
 
 MIN_OBJECT_STORE = 512 << 20
 MAX_OBJECT_STORE = 2 << 30
@@ -60,6 +59,8 @@ def name_own_cluster() -> None:
 
 def quiet() -> None:
     """Ray Data's own bars and plans off: commands print what a person wants to know."""
+    import ray.data  # here: every worker imports this module for `name_own_cluster`, and this takes seconds
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False

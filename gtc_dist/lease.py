@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import psutil
@@ -23,14 +23,12 @@ from gtc_dist.errors import InputError
 
 RENEW_SECONDS = 15.0
 EXPIRES_SECONDS = 60.0  # without a renewal
+SETTLE_SECONDS = 2.0  # from the first write to the first look at who has it: two commands may have started at once
 
 
 @contextmanager
-def held(run: str, lost: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the lease of the run folder `run`.
-
-    Args:
-        lost: called, in another thread, where another command has taken it; the process ends otherwise.
+def held(run: str) -> Iterator[None]:
+    """Hold the lease of the run folder `run`; the process ends where another command has taken it.
 
     Raises:
         InputError: another command holds it.
@@ -46,13 +44,13 @@ def held(run: str, lost: Callable[[], None] | None = None) -> Iterator[None]:
 
     def renew() -> None:
         times = 0
-        while not over.wait(RENEW_SECONDS):
+        while not over.wait(RENEW_SECONDS if times else SETTLE_SECONDS):
             times += 1
             with suppress(OSError):  # no object store for the moment; tried again
                 found = _read(uri)
                 if found and found["id"] != mine["id"]:
                     print(f"{_taken(run, found)}; this one ends", file=sys.stderr, flush=True)
-                    (lost or _end)()
+                    _end()
                     return
                 if not over.is_set():
                     storage.write_json(uri, {**mine, "renewed": times})

@@ -3,18 +3,14 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-import yaml
 from small import small_catalog
-from test_resume import trainer_of
-from test_train import export_embeddings, read_export, write_config
+from test_train import export_embeddings, read_export, train_without_ray, write_config
 
-from gtc_dist.config import load_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine.restore import find, restore
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.model.collectives import World
 
 WALKS = ["model.walk.spectral=3", "model.walk.profile=4"]
 
@@ -27,11 +23,8 @@ def run(tmp_path_factory, request) -> tuple[str, Catalog]:
     for name, width in catalog.modalities().items():
         for part, array in (("mean", np.full(width, 0.5)), ("std", np.full(width, 2.0))):
             storage.write_array(f"{catalog.uri}/features/{name}/{part}.npy", array)
-    config = load_config(write_config(folder, catalog.uri, str(folder / "runs"), epochs=1), request.param)
-    uri = str(folder / "runs" / "r")
-    storage.write_bytes(f"{uri}/config.yaml", yaml.safe_dump(config.model_dump()).encode())
-    trainer_of(World(), config, uri).fit()
-    return uri, catalog
+    config = write_config(folder, catalog.uri, str(folder / "runs"), epochs=1)
+    return train_without_ray(config, *request.param), catalog
 
 
 def write_items(uri: str, ids: list, content: dict[str, np.ndarray]) -> str:

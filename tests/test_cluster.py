@@ -21,6 +21,7 @@ COUNT_NODES = (
 )
 
 
+@pytest.mark.long
 def test_script_prints_lines_that_work_and_ends_on_sigterm(tmp_path):
     mine = set(_clusters())
     with open(tmp_path / "out.txt", "wb") as log:

@@ -12,12 +12,14 @@ import psutil
 import pytest
 import yaml
 from small import small_catalog
-from test_train import write_config
+from test_train import train_without_ray, write_config
+from worlds import run_ranks
 
 from gtc_dist import train
 from gtc_dist.data import storage
 from gtc_dist.engine import checkpoint
 from gtc_dist.errors import InputError
+from gtc_dist.model.collectives import World
 
 EPOCHS = 5
 LONG = [f"train.epochs={EPOCHS}", "train.batch_size=32", "train.checkpoint.minutes=0.0", "train.log_every=5"]
@@ -40,11 +42,16 @@ def result(run: Path | str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_local, catalog, tmp_path_factory) -> Path:
-    """The folder of a finished run of two ranks."""
+def undisturbed(catalog, tmp_path_factory) -> Path:
+    """The folder of a finished run of two ranks, without Ray."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    train.main(command(folder, catalog, 2))
+    _, file, *overrides = command(folder, catalog, 2)
+    run_ranks(train_on, 2, file, overrides)
     return folder
+
+
+def train_on(world: World, file: str, overrides: list[str]) -> None:
+    train_without_ray(file, *overrides, world=world)
 
 
 def wait_for_states(run: Path | str, count: int, limit: float = 120) -> None:
@@ -110,11 +117,11 @@ def test_a_command_that_is_ended_goes_on_when_it_is_given_again(undisturbed, cat
         assert not (run / "metrics.json").exists()
         _, alive = psutil.wait_procs(children, timeout=60)
         assert alive == []  # no orphans; Ray's agents leave a minute later
-    assert checkpoint.names(str(run), "step-")[1] == []
     again = subprocess.run(arguments, capture_output=True, env=environment, check=True, text=True)
     assert "going on with" in again.stderr
     assert result(run) == result(undisturbed / "runs/r")
     assert not (run / "stop").exists()
+    assert checkpoint.names(str(run), "step-")[1] == []  # nor what was being written when it was killed
 
 
 def test_given_again_a_finished_run_says_so_and_another_configuration_is_refused(undisturbed, catalog, capsys):

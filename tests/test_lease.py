@@ -24,6 +24,7 @@ def run(request, tmp_path) -> str:
 def quick(monkeypatch):
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
     monkeypatch.setattr(lease, "EXPIRES_SECONDS", 2.0)
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.1)
 
 
 def elsewhere(run: str, renewed: int = 0) -> None:
@@ -89,9 +90,17 @@ def test_a_lease_of_another_machine_is_watched(run, quick, capsys):
     assert storage.read_json(f"{run}/lease.json")["renewed"] == 1
 
 
-def test_who_lost_its_lease_ends_and_leaves_the_other_s(run, quick, capsys):
+@pytest.mark.parametrize("settled", [True, False])
+def test_who_lost_its_lease_ends_and_leaves_the_other_s(run, quick, monkeypatch, capsys, settled):
+    """Later on; and where both commands started at once, before the first renewal."""
     lost = threading.Event()
-    with held(run, lost.set):
+    monkeypatch.setattr(lease, "_end", lost.set)
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1 if settled else 60)
+    with held(run):
+        if settled:
+            while not storage.read_json(f"{run}/lease.json")["renewed"]:
+                time.sleep(0.02)
         elsewhere(run)
         assert lost.wait(10)
     assert "is being trained by process 1 on elsewhere; this one ends" in capsys.readouterr().err

@@ -66,6 +66,7 @@ def test_benchmark_compares_with_an_earlier_file(tmp_path):
     assert "sent_bytes  1.000" in printed
 
 
+@pytest.mark.long
 def test_benchmark_of_the_whole_catalog_and_of_commands(small, tmp_path):
     config, catalog = small
     embedded, _ = benchmark(tmp_path, "inference", "--config", config, "--export", str(tmp_path / "e"), "--ranks", "2")

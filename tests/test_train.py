@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from small import small_catalog
+from test_resume import trainer_of
 
 from gtc_dist import evaluate, train
-from gtc_dist.config import Config
+from gtc_dist.config import Config, load_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog, CatalogWriter
 from gtc_dist.engine import checkpoint
@@ -47,12 +48,20 @@ def write_config(tmp_path: Path, catalog: str, runs: str, **train_keys) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(ray_local, tmp_path_factory) -> str:
-    """A finished run of one rank."""
+def run(tmp_path_factory) -> str:
+    """The folder of a finished run of one rank, by the trainer without Ray."""
     folder = tmp_path_factory.mktemp("run")
     catalog = small_catalog(folder / "catalog")
-    train.main(["--config", write_config(folder, catalog.uri, str(folder / "runs"))])
-    return str(folder / "runs" / "r")
+    return train_without_ray(write_config(folder, catalog.uri, str(folder / "runs")))
+
+
+def train_without_ray(file: str, *overrides: str, world: World | None = None) -> str:
+    """Train a configuration in this process, or on the ranks of a world, and return the run folder."""
+    config = train.with_absolute_uris(load_config(file, list(overrides)))
+    run = storage.join(config.run.storage, config.run.name)
+    storage.write_bytes(f"{run}/config.yaml", yaml.safe_dump(config.model_dump()).encode())
+    trainer_of(world or World(), config, run).fit()
+    return run
 
 
 def metrics_of(run: str) -> dict:
@@ -211,7 +220,7 @@ def test_recommend_shows_original_ids(run, tmp_path, capsys):
         recommend.main(["--embeddings", str(tmp_path / "e"), "--user", "nobody"])
 
 
-def test_the_same_seed_gives_the_same_run_and_object_storage_the_same_metrics(run, s3, tmp_path, capsys):
+def test_ray_and_object_storage_give_the_same_run(run, ray_local, s3, tmp_path):
     catalog = small_catalog(f"{s3}/catalog")
     train.main(["--config", write_config(tmp_path, catalog.uri, f"{s3}/runs")])
     there = metrics_of(f"{s3}/runs/r")
@@ -232,32 +241,45 @@ LARGE += ["train.table_optimizer=rowwise_adam", "train.epoch_steps=5", "eval.use
 WALKS = ["model.walk.spectral=4", "model.walk.profile=4"]
 
 
-@pytest.mark.parametrize("overrides", [LARGE, pytest.param(WALKS, marks=pytest.mark.long)])
-def test_two_workers_train_validate_and_agree(ray_local, tmp_path, overrides, capsys):
-    """Full mode on two ranks ends where one rank ends, up to how pairs are dealt to batches; what must hold exactly
-    is that the run is whole and that its checkpoint, read by one process, scores what the two ranks scored."""
-    catalog = small_catalog(tmp_path / "catalog", users=120, items=80, seed=1)
+@pytest.fixture(scope="module", params=[LARGE, pytest.param(WALKS, marks=pytest.mark.long)])
+def run_of_two(ray_local, tmp_path_factory, request) -> tuple[str, list[str]]:
+    """The folder of a finished run of two ranks, and what was configured."""
+    folder = tmp_path_factory.mktemp("two")
+    catalog = small_catalog(folder / "catalog", users=120, items=80, seed=1)
     assert catalog.manifest.interactions["train"] % 2 == 1  # equal shares would drop one
-    config = write_config(tmp_path, catalog.uri, str(tmp_path / "runs"))
-    train.main(["--config", config, "cluster.workers=2", *overrides])
-    metrics = metrics_of(str(tmp_path / "runs/r"))
+    config = write_config(folder, catalog.uri, str(folder / "runs"))
+    train.main(["--config", config, "cluster.workers=2", *request.param])
+    return str(folder / "runs/r"), request.param
+
+
+def test_what_two_ranks_scored_one_process_scores(run_of_two):
+    run, _ = run_of_two
+    metrics = metrics_of(run)
     assert metrics["workers"] == 2
-    names = storage.listing(f"{tmp_path}/runs/r/{metrics['checkpoint']}")
+    names = storage.listing(f"{run}/{metrics['checkpoint']}")
     assert {n for n in names if n.startswith("user.weight")} == {
         "user.weight.000000000000-000000000060.npy",
         "user.weight.000000000060-000000000120.npy",
     }
-    run = str(tmp_path / "runs/r")
     found = find(run)
     alone = restore(found).evaluate("test", found.config.eval.users)
     assert alone["users"] == metrics["test"]["users"]
     assert alone["overall"] == pytest.approx(metrics["test"]["overall"], abs=1e-6)
+    assert not [n for n in storage.listing(run) if n.startswith("ray-")]
 
+
+@pytest.mark.long
+def test_two_workers_evaluate_as_one_process(run_of_two, capsys):
+    run, _ = run_of_two
     capsys.readouterr()
     evaluate.main(["--run", run, "--workers", "2"])
-    together = json.loads(capsys.readouterr().out)
+    together, alone = json.loads(capsys.readouterr().out), metrics_of(run)["test"]
     assert together["users"] == alone["users"]
     assert together["overall"] == pytest.approx(alone["overall"], abs=1e-6)
+
+
+def test_two_workers_export_as_one_process(run_of_two, tmp_path):
+    run, overrides = run_of_two
     for name, workers in (("one", "0"), ("two", "2")):
         export_embeddings.main(["--run", run, "--out", str(tmp_path / name), "--workers", workers])
     assert len(storage.listing(str(tmp_path / "two/items"))) == 2
@@ -315,6 +337,7 @@ def test_more_workers_than_cpus_are_refused_with_their_number(ray_local, plain_c
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long
 def test_more_workers_than_cores_are_refused_where_ray_is_started_here(plain_catalog, tmp_path):
     config = write_config(tmp_path, plain_catalog, str(tmp_path / "runs"))
     refused(["-m", "gtc_dist.train", "--config", config, "cluster.workers=40", "train.batch_size=80"], "needs 40 CPUs")

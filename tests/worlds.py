@@ -1,5 +1,6 @@
 """Run a function on the ranks of a world: one process each, gloo, one thread."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -18,11 +19,17 @@ def run_ranks(function, size: int, *args) -> list:
     if size == 1:
         return [function(World(), *args)]
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (size, folder, function, args), nprocs=size, start_method="forkserver")
+        try:
+            mp.start_processes(_rank, (size, folder, function, args), nprocs=size, start_method="forkserver")
+        finally:
+            for said in sorted(Path(folder).glob("*.out")):
+                print(said.read_text(), end="", flush=True)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 
 def _rank(rank: int, size: int, folder: str, function, args) -> None:
+    with open(Path(folder) / f"{rank}.out", "w") as out:  # a forked process does not have what pytest captures
+        os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     world = World(rank, size).split()

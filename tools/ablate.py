@@ -29,6 +29,7 @@ VARIANTS = {
     "full": [],
     "filter": [FILTER],
     "filter-item": [FILTER, "model.diffusion.condition=item"],
+    "filter-user": [FILTER, "model.diffusion.condition=user", "model.diffusion.start_step=300"],
     "filter-frozen": [FILTER, "train.w_diff=0", "model.diffusion.trained=false"],
     "no-filter": ["model.diffusion.enabled=false"],
     "no-tc": ["model.correlation.enabled=false"],
