@@ -42,12 +42,13 @@ def result(run: Path | str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(catalog, tmp_path_factory) -> Path:
-    """The folder of a finished run of two ranks, without Ray."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    _, file, *overrides = command(folder, catalog, 2)
-    run_ranks(train_on, 2, file, overrides)
-    return folder
+def undisturbed(catalog, tmp_path_factory) -> dict[int, Path]:
+    """By the number of ranks, a folder with their finished run. Without Ray."""
+    folders = {ranks: tmp_path_factory.mktemp("undisturbed") for ranks in (1, 2)}
+    for ranks, folder in folders.items():
+        _, file, *overrides = command(folder, catalog, ranks)
+        run_ranks(train_on, ranks, file, overrides)
+    return folders
 
 
 def train_on(world: World, file: str, overrides: list[str]) -> None:
@@ -92,7 +93,7 @@ def test_a_rank_that_is_lost_is_replaced_and_the_result_is_the_same(ray_local, u
     finally:
         thread.join()
     assert [victim.is_running() for victim in lost] == [False] * len(numbers)
-    assert result(run) == result(undisturbed / "runs/r")
+    assert result(run) == result(undisturbed[2] / "runs/r")
     assert (checkpoint.names(str(run), "step-")[1], checkpoint.names(str(run), "epoch-")[1]) == ([], [])
 
 
@@ -103,14 +104,14 @@ ENDED = [(2, signal.SIGKILL, -signal.SIGKILL), (3, signal.SIGTERM, train.LEFT)]
 def test_a_command_that_is_ended_goes_on_when_it_is_given_again(undisturbed, catalog, tmp_path, endings):
     """In a cluster of its own, which goes with it: killed, stopped, left alone."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    arguments = [sys.executable, "-m", "gtc_dist.train", *command(tmp_path, catalog, 2)]
+    arguments = [sys.executable, "-m", "gtc_dist.train", *command(tmp_path, catalog, 1)]
     run, log = tmp_path / "runs/r", tmp_path / "log"
     for states, number, status in endings:
         with open(log, "ab") as out:
             process = subprocess.Popen(arguments, stdout=out, stderr=out, env=environment)
         wait_for_states(run, states)
         with pytest.raises(InputError, match=rf"is being trained by process {process.pid} on"):
-            train.main(command(tmp_path, catalog, 2))
+            train.main(command(tmp_path, catalog, 1))
         children = [p for p in psutil.Process(process.pid).children(recursive=True) if "Agent" not in p.name()]
         process.send_signal(number)
         assert process.wait(60) == status, log.read_text()
@@ -119,13 +120,13 @@ def test_a_command_that_is_ended_goes_on_when_it_is_given_again(undisturbed, cat
         assert alive == []  # no orphans; Ray's agents leave a minute later
     again = subprocess.run(arguments, capture_output=True, env=environment, check=True, text=True)
     assert "going on with" in again.stderr
-    assert result(run) == result(undisturbed / "runs/r")
+    assert result(run) == result(undisturbed[1] / "runs/r")
     assert not (run / "stop").exists()
     assert checkpoint.names(str(run), "step-")[1] == []  # nor what was being written when it was killed
 
 
 def test_given_again_a_finished_run_says_so_and_another_configuration_is_refused(undisturbed, catalog, capsys):
-    run, same = undisturbed / "runs/r", command(undisturbed, catalog, 2)
+    run, same = undisturbed[2] / "runs/r", command(undisturbed[2], catalog, 2)
     written = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
     assert train.main(same) == 0
     told = capsys.readouterr()

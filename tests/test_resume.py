@@ -68,6 +68,8 @@ def cut_after(world: World, config, run: str, steps: int) -> dict:
     def step(batch):
         nonlocal done
         done += 1
+        if trainer.saver.thread:
+            trainer.saver.thread.join()  # on a slow machine too, the state before the last one is whole
         if done > steps:
             raise Cut
         return whole_step(batch)
@@ -76,8 +78,6 @@ def cut_after(world: World, config, run: str, steps: int) -> dict:
     try:
         trainer.fit()
     except Cut:
-        if trainer.saver.thread:
-            trainer.saver.thread.join()
         time.sleep(1.01 - time.time() % 1)  # names of TensorBoard's files order them by the second
     return {"states": list(trainer.saver.states)}
 
