@@ -35,7 +35,7 @@ def held(run: str) -> Iterator[None]:
     """
     uri = storage.join(run, LEASE)
     _await(run, uri)
-    top = storage.topmost_missing(run)
+    made = storage.missing_parents(run)
     mine = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}
     over = threading.Event()
     storage.write_json(uri, {**mine, "renewed": 0})
@@ -65,8 +65,10 @@ def held(run: str) -> Iterator[None]:
         with suppress(OSError, InputError):
             if (_read(uri) or mine)["id"] == mine["id"]:
                 storage.remove_tree(uri)
-            if not storage.listing(top):
-                storage.remove_tree(top)  # folders that nothing came into
+            if not storage.listing(run):
+                storage.remove_tree(run)  # a folder that nothing came into
+            for folder in made:
+                folder.rmdir()  # never one that holds something, such as a run that began meanwhile
 
 
 def _await(run: str, uri: str) -> None:

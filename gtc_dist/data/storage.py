@@ -356,13 +356,9 @@ def remove_tree(uri: str) -> None:
             fs.rm(path, recursive=True)
 
 
-def topmost_missing(uri: str) -> str:
-    """The folder to remove when `uri`, once created, shall leave nothing behind: the highest one on the way to it that
-    is not there yet, or itself. An object store has no folders of their own."""
-    if not is_local(uri):
-        return uri
-    path = Path(absolute(uri))
-    return str(next((folder for folder in (*reversed(path.parents), path) if not folder.exists()), path))
+def missing_parents(uri: str) -> list[Path]:
+    """Folders above `uri` that are not there yet, the nearest first. An object store has no folders of their own."""
+    return [folder for folder in Path(absolute(uri)).parents if not folder.exists()] if is_local(uri) else []
 
 
 def signature(uris: Iterable[str]) -> list[list]:
