@@ -35,6 +35,7 @@ def test_prepare_and_train_as_jobs_on_object_storage(s3, s3_server, capsys):
             told += [done.stdout, done.stderr or ""]
         folder = cluster.folder
         assert len(cluster.running()) > 2
+        assert cluster._all_alive()  # both nodes, after the jobs
     assert cluster.running() == []
     assert not folder.exists()
     assert s3_server.process.poll() is None  # not the cluster's own, so it stays
