@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from gtc_dist.errors import InputError
 
-RESERVED = ("members", "spectral", "cold")  # engine/blend.py has weights of these names beside the modalities
+RESERVED = ("members", "length", "spectral", "cold")  # engine/blend.py has weights of these names beside the modalities
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]

@@ -7,7 +7,7 @@ from small import small_catalog, small_config
 from worlds import run_ranks
 
 from gtc_dist.data.catalog import CSC, Catalog
-from gtc_dist.engine.blend import MEMBERS, Blend, unit
+from gtc_dist.engine.blend import LENGTH, MEMBERS, Blend, unit
 from gtc_dist.engine.build import build_blend, load_features, network_shape
 from gtc_dist.engine.cold import ColdItems, warm_neighbours
 from gtc_dist.engine.profile import profile_part
@@ -150,6 +150,25 @@ def test_members_that_are_far_better_than_the_rest_are_hardly_blended():
     blend.choose(worth)
     blend.choose_members(good, worth)
     assert blend.weights[MEMBERS] == 32
+
+
+def test_length_of_members_is_taken_away_where_direction_says_more():
+    angle, length = torch.tensor([0.0, 0.7, 1.4, 2.1, 2.8, 0.3]), torch.tensor([1.0, 6.0, 0.5, 3.0, 0.2, 0.0])
+    rows = torch.stack([angle.cos(), angle.sin()], dim=1)
+    wanted = torch.where(length > 0, angle.cos(), 0.0)
+    members = pair([[1.0, 0.0]], (rows * length[:, None]).tolist())
+
+    def worth(part):
+        return float(torch.cosine_similarity(part[0].weight @ part[1].weight.T, wanted[None]))
+
+    blend = Blend({"spectral": pair([[1.0]], [[0.1], [-0.1], [0.2], [-0.2], [0.1], [0.0]])}, [], None)
+    blend.choose(worth)
+    blend.choose_members(members, worth)
+    assert blend.weights[LENGTH] == 1
+    assert worth(blend.joined(members)) > 0.99
+    once = dict(blend.weights)
+    blend.choose_members(members, worth)  # from there on nothing is better
+    assert blend.weights == once
 
 
 def test_cold_items_have_what_their_warm_neighbours_have(catalog):

@@ -6,6 +6,10 @@ Cold items have no interaction to be scored by: in all parts but the profiles th
 A user's scores of each part have a standard deviation of one over all items, so that weights compare. The weights of
 the untrained parts are chosen once, before training, on the valid split; a part that does not help gets none. The
 members' weight is chosen at every validation, as early on they are worth little, and kept with the checkpoint.
+
+Beside it `LENGTH` is chosen: members' item rows are divided by their length to this power. The length is how popular an
+item was in training. Alone, members need it; beside a spectral part that knows better which items are central, what
+they add is the direction (docs/quality.md).
 """
 
 from collections.abc import Callable
@@ -18,11 +22,15 @@ from gtc_dist.model.table import RowTable
 
 Pair = tuple[RowTable, RowTable]
 MEMBERS = "members"
+LENGTH = "length"
 COLD = "cold"
 COLD_STEPS = (1.0, 2.0, 3.0)  # tried for cold items' profiles
-MEMBER_STEPS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5)  # tried for the members, and then what follows, while it helps
-MORE_STEPS = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)  # the last ones leave hardly anything of the others
-STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried for a content profile, beside a spectral part of one
+# of the members; the last ones leave hardly anything of the others
+MEMBER_STEPS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
+LENGTH_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
+STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a content profile, beside a spectral part of one
+START = {MEMBERS: 0.5, LENGTH: 0.5}  # where the first choice of them sets out
+ROUNDS = 3  # of a choice, at most
 
 
 class Blend:
@@ -37,39 +45,47 @@ class Blend:
     def __init__(self, parts: dict[str, Pair], profiles: list[str], cold: ColdItems | None):
         self.profiles, self.cold = profiles, cold
         self.parts = {name: unit(part if name in profiles else self._filled(part)) for name, part in parts.items()}
-        self.weights = dict.fromkeys([MEMBERS, *parts, COLD], 1.0)
+        self.weights = dict.fromkeys([MEMBERS, *parts, COLD], 1.0) | {LENGTH: 0.0}
 
     def choose(self, worth: Callable[[Pair], float]) -> None:
         """Weights of the parts after the first, one after the other, by what the untrained scores alone are worth."""
         first, *others = self.parts
-        self.weights = {MEMBERS: 0.0, first: 1.0} | dict.fromkeys(others, 0.0) | {COLD: 1.0}
+        self.weights = {MEMBERS: 0.0, LENGTH: 0.0, first: 1.0} | dict.fromkeys(others, 0.0) | {COLD: 1.0}
         steps = dict.fromkeys(others, STEPS) | {COLD: COLD_STEPS if self.cold else ()}
         for name, values in steps.items():
             tried = {step: worth(self._joined(None, {**self.weights, name: step})) for step in values}
             if tried:
                 self.weights[name] = max(tried, key=lambda step: (tried[step], -step))
-        self.weights[MEMBERS] = 1.0
+        self.weights |= START
 
     def choose_members(self, members: Pair, worth: Callable[[Pair], float]) -> None:
-        """The members' weight beside the others, and what it changes for the profiles: a step up or down."""
-        members = unit(self._filled(members))
+        """The members' weight and length beside the others, and what they change for the profiles: from what was chosen
+        before, up or down as long as that helps."""
+        known: dict[tuple, float] = {}
 
-        def choose(name: str, steps: tuple[float, ...], more: tuple[float, ...] = ()) -> None:
-            tried = {step: worth(self._joined(members, {**self.weights, name: step})) for step in steps}
-            for step in more:
-                if tried[max(tried)] < max(tried.values()):
-                    break
-                tried[step] = worth(self._joined(members, {**self.weights, name: step}))
-            self.weights[name] = max(tried, key=lambda step: tried[step])
+        def value(weights: dict[str, float]) -> float:
+            key = tuple(weights.items())
+            if key not in known:
+                known[key] = worth(self._joined(self._members(members, weights), weights))
+            return known[key]
 
-        choose(MEMBERS, MEMBER_STEPS, MORE_STEPS)
-        for name in self.profiles:
-            at = STEPS.index(self.weights[name])
-            choose(name, STEPS[max(at - 1, 0) : at + 2])
+        steps = {MEMBERS: MEMBER_STEPS, LENGTH: LENGTH_STEPS} | dict.fromkeys(self.profiles, STEPS)
+        for _ in range(ROUNDS):
+            before = dict(self.weights)
+            for name, values in steps.items():
+                at = values.index(self.weights[name])
+                for way in (1, -1):
+                    while 0 <= at + way < len(values):
+                        tried = {**self.weights, name: values[at + way]}
+                        if value(tried) <= value(self.weights):
+                            break
+                        self.weights, at = tried, at + way
+            if self.weights == before:
+                break
 
     def joined(self, members: Pair) -> Pair:
         """One pair of tables with the weighted sum of all scores. A collective."""
-        return self._joined(unit(self._filled(members)), self.weights)
+        return self._joined(self._members(members, self.weights), self.weights)
 
     def profile_columns(self, width: int) -> dict[str, slice]:
         """Where the profiles stand in joined tables of this width; those without a weight do not."""
@@ -80,6 +96,13 @@ class Blend:
                 columns[name] = slice(at, at + size)
             at += size
         return columns
+
+    def _members(self, members: Pair, weights: dict[str, float]) -> Pair:
+        """The trained part, as it is joined with others."""
+        users, items = members
+        rows = items.weight.float()
+        length = rows.norm(dim=1, keepdim=True).clamp(min=1e-12)  # rows of zeros stay what they are
+        return unit(self._filled((users, items.holding(rows * length ** -weights[LENGTH]))))
 
     def _filled(self, part: Pair) -> Pair:
         return part if self.cold is None else (part[0], self.cold.filled(part[1]))
