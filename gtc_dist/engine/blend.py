@@ -60,7 +60,7 @@ class Blend:
 
     def choose_members(self, members: Pair, worth: Callable[[Pair], float]) -> None:
         """The members' weight and length beside the others, and what they change for the profiles: from what was chosen
-        before, up or down as long as that helps."""
+        before, one or two steps up or down as long as that helps."""
         known: dict[tuple, float] = {}
 
         def value(weights: dict[str, float]) -> float:
@@ -73,15 +73,16 @@ class Blend:
         for _ in range(ROUNDS):
             before = dict(self.weights)
             for name, values in steps.items():
-                at = values.index(self.weights[name])
-                for way in (1, -1):
-                    while 0 <= at + way < len(values):
-                        tried = {**self.weights, name: values[at + way]}
-                        if value(tried) <= value(self.weights):
-                            break
-                        self.weights, at = tried, at + way
+                while (best := max(self._near(name, values), key=value)) != self.weights:
+                    self.weights = best
             if self.weights == before:
                 break
+
+    def _near(self, name: str, values: tuple[float, ...]) -> list[dict[str, float]]:
+        """The weights themselves, which win where others are worth as much, and those with one of them moved a little."""
+        at = values.index(self.weights[name])
+        moved = [*values[max(at - 2, 0) : at], *values[at + 1 : at + 3]]
+        return [self.weights, *({**self.weights, name: one} for one in moved)]
 
     def joined(self, members: Pair) -> Pair:
         """One pair of tables with the weighted sum of all scores. A collective."""
