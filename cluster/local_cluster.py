@@ -153,6 +153,7 @@ class LocalCluster:
         working_dir: str | os.PathLike | None = None,
         env: Mapping[str, str] | None = None,
         timeout: float | None = None,
+        job: str | None = None,
     ) -> subprocess.CompletedProcess:
         """`ray job submit -- command`, followed until it ends.
 
@@ -160,14 +161,23 @@ class LocalCluster:
             working_dir: folder that is uploaded and in which the command runs (files in .gitignore are left out).
             env: variables for the job.
             timeout: seconds until subprocess.TimeoutExpired is raised.
+            job: a name to stop it by.
 
         Returns:
             returncode and stdout (the job's output among Ray's, as text).
         """
-        where = [] if working_dir is None else ["--working-dir", os.fspath(working_dir)]
-        runtime = ["--runtime-env-json", json.dumps({"env_vars": dict(env)})] if env else []
+        options = [] if working_dir is None else ["--working-dir", os.fspath(working_dir)]
+        options += ["--runtime-env-json", json.dumps({"env_vars": dict(env)})] if env else []
+        options += [f"--submission-id={job}"] if job else []
+        return self._ray_job("submit", *options, "--", *command, timeout=timeout)
+
+    def stop_job(self, job: str, timeout: float | None = 60) -> subprocess.CompletedProcess:
+        """`ray job stop`, which returns when the job has ended."""
+        return self._ray_job("stop", job, timeout=timeout)
+
+    def _ray_job(self, action: str, *words: str, timeout: float | None) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [find_program("ray"), "job", "submit", "--address", self.address, *where, *runtime, "--", *command],
+            [find_program("ray"), "job", action, "--address", self.address, *words],
             env=self.env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

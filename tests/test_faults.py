@@ -6,11 +6,13 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from local_cluster import LocalCluster
 from small import small_catalog
 from test_train import train_without_ray, write_config
 from worlds import run_ranks
@@ -123,6 +125,24 @@ def test_a_command_that_is_ended_goes_on_when_it_is_given_again(undisturbed, cat
     assert result(run) == result(undisturbed[1] / "runs/r")
     assert not (run / "stop").exists()
     assert checkpoint.names(str(run), "step-")[1] == []  # nor what was being written when it was killed
+
+
+@pytest.mark.long
+def test_a_job_that_is_stopped_and_submitted_again_ends_as_if_it_was_not(undisturbed, catalog, tmp_path):
+    words = ["python", "-m", "gtc_dist.train", *command(tmp_path, catalog, 1)]
+    run = tmp_path / "runs/r"
+    with LocalCluster(nodes=1, cpus=2) as cluster, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(cluster.submit, words, job="first", timeout=200)
+        wait_for_states(run, 2)
+        stopped = cluster.stop_job("first")
+        assert stopped.returncode == 0, stopped.stdout
+        assert "stopped" in first.result().stdout
+        assert not (run / "metrics.json").exists()
+        again = cluster.submit(words, job="second", timeout=200)
+        assert again.returncode == 0, again.stdout[-3000:]
+        assert "going on with" in again.stdout
+    assert result(run) == result(undisturbed[1] / "runs/r")
+    assert (checkpoint.names(str(run), "step-")[1], checkpoint.names(str(run), "epoch-")[1]) == ([], [])
 
 
 def test_given_again_a_finished_run_says_so_and_another_configuration_is_refused(undisturbed, catalog, capsys):
