@@ -25,6 +25,7 @@ from gtc_dist.errors import InputError, run_command
 from gtc_dist.train import with_absolute_uris
 
 FILTER = "model.diffusion.enabled=true"
+SHARED = ["train.negatives.mode=shared", "train.negatives.count=1024"]
 VARIANTS = {
     "full": [],
     "filter": [FILTER],
@@ -43,6 +44,9 @@ VARIANTS = {
     "no-spectral": ["model.walk.spectral=0"],
     "no-profile": ["model.walk.profile=0"],
     "walks-alone": ["train.epochs=0"],
+    "softmax": ["train.loss=softmax", *SHARED],
+    "softmax-in-batch": ["train.loss=softmax", "train.negatives.mode=in_batch"],
+    "bpr+softmax": ["train.loss=bpr+softmax", *SHARED],
     "popular-negatives": ["train.negatives.popularity=0.5"],
 }
 SHOWN = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@20")
