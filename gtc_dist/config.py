@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from gtc_dist.errors import InputError
 
-RESERVED = ("members", "length", "spectral", "cold")  # engine/blend.py has weights of these names beside the modalities
+# engine/blend.py has weights of these names beside the modalities
+RESERVED = ("members", "length", "walked", "spectral", "cold")
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]

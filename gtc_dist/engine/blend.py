@@ -7,30 +7,37 @@ A user's scores of each part have a standard deviation of one over all items, so
 the untrained parts are chosen once, before training, on the valid split; a part that does not help gets none. The
 members' weight is chosen at every validation, as early on they are worth little, and kept with the checkpoint.
 
-Beside it `LENGTH` is chosen: members' item rows are divided by their length to this power. The length is how popular an
-item was in training. Alone, members need it; beside a spectral part that knows better which items are central, what
-they add is the direction (docs/quality.md).
+Two more are chosen with it. `LENGTH`: members' item rows are divided by their length to this power. The length is how
+popular an item was in training. Alone, members need it; beside a spectral part that knows better which items are
+central, what they add is the direction. `WALKED`: a user also gets the rows of the items one step of co-interaction from
+its own (N C of `walk.py`, of rows less their mean), which says of a user with one or two interactions what its own
+row had little to be trained by. Why and how much: docs/quality.md.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from gtc_dist.engine.cold import ColdItems
 from gtc_dist.engine.profile import inverse_spread, item_moments
+from gtc_dist.engine.walk import Walk
 from gtc_dist.model.table import RowTable
 
 Pair = tuple[RowTable, RowTable]
 MEMBERS = "members"
 LENGTH = "length"
+WALKED = "walked"
 COLD = "cold"
 COLD_STEPS = (1.0, 2.0, 3.0)  # tried for cold items' profiles
 # of the members; the last ones leave hardly anything of the others
 MEMBER_STEPS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 LENGTH_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
+WALKED_STEPS = (0.0, 0.5, 1.0, 2.0, 4.0)  # beside a user's own row, both in their spread
 STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a content profile, beside a spectral part of one
-START = {MEMBERS: 0.5, LENGTH: 0.5}  # where the first choice of them sets out
+START = {MEMBERS: 0.5, LENGTH: 0.5, WALKED: 0.5}  # where the first choice of them sets out
 ROUNDS = 3  # of a choice, at most
+REACH = {LENGTH: 2, WALKED: 2}  # how many steps a choice looks up and down; one for others
 
 
 class Blend:
@@ -40,17 +47,18 @@ class Blend:
         parts: name -> (users, items); the first one is the measure of the others.
         profiles: names of those that are content profiles.
         cold: None: cold items are treated like others.
+        walk: None: members are joined without walks.
     """
 
-    def __init__(self, parts: dict[str, Pair], profiles: list[str], cold: ColdItems | None):
-        self.profiles, self.cold = profiles, cold
+    def __init__(self, parts: dict[str, Pair], profiles: list[str], cold: ColdItems | None, walk: Walk | None = None):
+        self.profiles, self.cold, self.walk = profiles, cold, walk
         self.parts = {name: unit(part if name in profiles else self._filled(part)) for name, part in parts.items()}
-        self.weights = dict.fromkeys([MEMBERS, *parts, COLD], 1.0) | {LENGTH: 0.0}
+        self.weights = dict.fromkeys([MEMBERS, *parts, COLD], 1.0) | {LENGTH: 0.0, WALKED: 0.0}
 
     def choose(self, worth: Callable[[Pair], float]) -> None:
         """Weights of the parts after the first, one after the other, by what the untrained scores alone are worth."""
         first, *others = self.parts
-        self.weights = {MEMBERS: 0.0, LENGTH: 0.0, first: 1.0} | dict.fromkeys(others, 0.0) | {COLD: 1.0}
+        self.weights = {MEMBERS: 0.0, first: 1.0} | dict.fromkeys(others, 0.0) | {COLD: 1.0}
         steps = dict.fromkeys(others, STEPS) | {COLD: COLD_STEPS if self.cold else ()}
         for name, values in steps.items():
             tried = {step: worth(self._joined(None, {**self.weights, name: step})) for step in values}
@@ -59,20 +67,24 @@ class Blend:
         self.weights |= START
 
     def choose_members(self, members: Pair, worth: Callable[[Pair], float]) -> None:
-        """The members' weight and length beside the others, and what they change for the profiles: from what was chosen
-        before, one or two steps up or down as long as that helps."""
+        """The members' weight, length and walks beside the others, and what they change for the profiles: from what was
+        chosen before, up or down as long as that helps."""
         known: dict[tuple, float] = {}
+        forms: dict[float, Form] = {}
 
         def value(weights: dict[str, float]) -> float:
-            key = tuple(weights.items())
+            length, key = weights[LENGTH], tuple(weights.items())
             if key not in known:
-                known[key] = worth(self._joined(self._members(members, weights), weights))
+                if length not in forms:
+                    forms.clear()  # one at a time: they are as large as the members
+                    forms[length] = self._form(members, length)
+                known[key] = worth(self._joined(forms[length].pair(weights[WALKED]), weights))
             return known[key]
 
-        steps = {MEMBERS: MEMBER_STEPS, LENGTH: LENGTH_STEPS} | dict.fromkeys(self.profiles, STEPS)
+        steps = {MEMBERS: MEMBER_STEPS, LENGTH: LENGTH_STEPS, WALKED: WALKED_STEPS if self.walk else (START[WALKED],)}
         for _ in range(ROUNDS):
             before = dict(self.weights)
-            for name, values in steps.items():
+            for name, values in (steps | dict.fromkeys(self.profiles, STEPS)).items():
                 while (best := max(self._near(name, values), key=value)) != self.weights:
                     self.weights = best
             if self.weights == before:
@@ -80,13 +92,14 @@ class Blend:
 
     def _near(self, name: str, values: tuple[float, ...]) -> list[dict[str, float]]:
         """The weights themselves, which win where others are worth as much, and those with one of them moved a little."""
-        at = values.index(self.weights[name])
-        moved = [*values[max(at - 2, 0) : at], *values[at + 1 : at + 3]]
+        at, reach = values.index(self.weights[name]), REACH.get(name, 1)
+        moved = [*values[max(at - reach, 0) : at], *values[at + 1 : at + reach + 1]]
         return [self.weights, *({**self.weights, name: one} for one in moved)]
 
     def joined(self, members: Pair) -> Pair:
         """One pair of tables with the weighted sum of all scores. A collective."""
-        return self._joined(self._members(members, self.weights), self.weights)
+        form = self._form(members, self.weights[LENGTH])
+        return self._joined(form.pair(self.weights[WALKED]), self.weights)
 
     def profile_columns(self, width: int) -> dict[str, slice]:
         """Where the profiles stand in joined tables of this width; those without a weight do not."""
@@ -98,12 +111,19 @@ class Blend:
             at += size
         return columns
 
-    def _members(self, members: Pair, weights: dict[str, float]) -> Pair:
-        """The trained part, as it is joined with others."""
+    def _form(self, members: Pair, power: float) -> "Form":
+        """The trained part with the length of items taken out to this power. A collective."""
         users, items = members
         rows = items.weight.float()
-        length = rows.norm(dim=1, keepdim=True).clamp(min=1e-12)  # rows of zeros stay what they are
-        return unit(self._filled((users, items.holding(rows * length ** -weights[LENGTH]))))
+        rows = rows * rows.norm(dim=1, keepdim=True).clamp(min=1e-12) ** -power  # rows of zeros stay what they are
+        items = self._filled((users, items.holding(rows)))[1]
+        moments = item_moments(items)
+        own = users.weight.float()
+        walked = None
+        if self.walk is not None:
+            walked = self.walk.to_users(self.walk(rows - self.walk.mean(rows)))
+            walked = users.holding(walked * inverse_spread(walked, moments))
+        return Form(users.holding(own * inverse_spread(own, moments)), walked, items)
 
     def _filled(self, part: Pair) -> Pair:
         return part if self.cold is None else (part[0], self.cold.filled(part[1]))
@@ -121,6 +141,20 @@ class Blend:
         if self.cold is None or name not in self.profiles:
             return rows
         return torch.where(self.cold.mask, rows * cold, rows)
+
+
+@dataclass(frozen=True)
+class Form:
+    """Members of one length: what users learned and what walks bring them, in units of their spread, and items."""
+
+    users: RowTable
+    walked: RowTable | None
+    items: RowTable
+
+    def pair(self, weight: float) -> Pair:
+        """Both added, with this weight for the walks. A collective."""
+        rows = self.users.weight if self.walked is None else self.users.weight + weight * self.walked.weight
+        return unit((self.users.holding(rows), self.items))
 
 
 def unit(part: Pair) -> Pair:

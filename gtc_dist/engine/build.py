@@ -84,7 +84,7 @@ def build_blend(config: Config, graphs: Graphs, features: dict[str, RowTable], w
     for name, table in features.items() if walks.profile else ():
         parts[name] = profile_part(walk, table, walks.profile)
     profiles = list(features) if walks.profile else []
-    return Blend(parts, profiles, ColdItems.of(graphs, world, config.eval.chunk))
+    return Blend(parts, profiles, ColdItems.of(graphs, world, config.eval.chunk), walk)
 
 
 def load_features(shape: Shape, catalog: Catalog, world: World) -> dict[str, RowTable]:

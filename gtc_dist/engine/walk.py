@@ -35,6 +35,7 @@ class Walk:
         self.users, self.items = users, items
         self.into_users = Incoming(*nodes, 0, users, items, options.chunk, base=graphs.users)
         self.into_items = Incoming(*nodes, graphs.users, items, users, options.chunk)
+        self.warm = torch.from_numpy(graphs.item_degree[items.start : items.stop] > 0).to(world.device)[:, None]
         # the graph's own weights are (degree of user * degree of item)^-1/2
         self.user_scale = _power(graphs.user_degree, users, 0.5 - options.user_exponent)
         self.rest = _power(graphs.item_degree, items, 0.5 - options.item_exponent)
@@ -51,6 +52,11 @@ class Walk:
         return self._sums(self.into_items, self.users, self.to_users(x) * self.user_scale) * self.rest - (
             self.diagonal * x
         )
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean over all items that have interactions, [1, b], for x [items of this rank, b]. A collective."""
+        sums = self.items.world.sum(torch.cat([x.double() * self.warm, self.warm.double()], dim=1).sum(0))
+        return (sums[:-1] / sums[-1].clamp(min=1))[None].to(x.dtype)
 
     @staticmethod
     def _sums(edges: Incoming, like: RowTable, x: torch.Tensor) -> torch.Tensor:
