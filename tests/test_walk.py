@@ -7,7 +7,7 @@ from small import small_catalog, small_config
 from worlds import run_ranks
 
 from gtc_dist.data.catalog import CSC, Catalog
-from gtc_dist.engine.blend import LENGTH, MEMBERS, Blend, unit
+from gtc_dist.engine.blend import LENGTH, MEMBERS, WALKED, Blend, unit
 from gtc_dist.engine.build import build_blend, load_features, network_shape
 from gtc_dist.engine.cold import ColdItems, warm_neighbours
 from gtc_dist.engine.profile import profile_part
@@ -89,7 +89,7 @@ def scores(world: World, uri: str, config) -> dict:
     features = load_features(network_shape(config, catalog), catalog, world)
     blend = build_blend(config, Graphs.load(catalog), features, world)
     members = tuple(RowTable(n, r, 4, world, init_std=1.0) for n, r in (("u", catalog.users), ("i", catalog.items)))
-    blend.weights |= {MEMBERS: 0.5, "m1": 0.0}
+    blend.weights |= {MEMBERS: 0.5, LENGTH: 0.75, WALKED: 2.0, "m1": 0.0}
     users, items = blend.joined(members)
     return {"users": users.weight, "items": items.weight, "parts": list(blend.parts)}
 
@@ -169,6 +169,26 @@ def test_length_of_members_is_taken_away_where_direction_says_more():
     once = dict(blend.weights)
     blend.choose_members(members, worth)  # from there on nothing is better
     assert blend.weights == once
+
+
+def test_users_also_have_what_walks_bring_them(catalog):
+    """Own and walked scores, each in its spread, with a weight for the walks; without cold items to be filled."""
+    graphs, world = Graphs.load(catalog), World()
+    walk = Walk(graphs, world, OPTIONS)
+    users = RowTable("u", catalog.users, 4, world, init_std=1.0, trainable=False)
+    items = RowTable("i", catalog.items, 4, world, init_std=1.0, trainable=False)
+    blend = Blend({"spectral": spectral_part(walk, 3, 0)}, [], None, walk)
+    blend.weights |= {MEMBERS: 1.0, WALKED: 0.5, "spectral": 0.0}
+    joined = blend.joined((users, items))
+    N, C, _ = dense(catalog)
+    warm = graphs.item_degree > 0
+    V = items.weight.double().numpy()
+    own, walked = users.weight.double().numpy() @ V.T, N @ C @ (V - V[warm].mean(0)) @ V.T
+    want = own / own.std(1, keepdims=True) + 0.5 * walked / walked.std(1, keepdims=True)
+    want /= want.std(1, keepdims=True)
+    torch.testing.assert_close(
+        joined[0].weight @ joined[1].weight.T, torch.from_numpy(want).float(), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_cold_items_have_what_their_warm_neighbours_have(catalog):

@@ -9,9 +9,9 @@ members' weight is chosen at every validation, as early on they are worth little
 
 Two more are chosen with it. `LENGTH`: members' item rows are divided by their length to this power. The length is how
 popular an item was in training. Alone, members need it; beside a spectral part that knows better which items are
-central, what they add is the direction. `WALKED`: a user also gets the rows of the items one step of co-interaction from
-its own (N C of `walk.py`, of rows less their mean), which says of a user with one or two interactions what its own
-row had little to be trained by. Why and how much: docs/quality.md.
+central, what they add is the direction. `WALKED`: a user also gets the rows of the items one step of co-interaction
+from its own (N C of `walk.py`, of rows less their mean), as the row of a user with one or two interactions had little
+to be trained by. How much it is worth: docs/quality.md.
 """
 
 from collections.abc import Callable
@@ -91,7 +91,7 @@ class Blend:
                 break
 
     def _near(self, name: str, values: tuple[float, ...]) -> list[dict[str, float]]:
-        """The weights themselves, which win where others are worth as much, and those with one of them moved a little."""
+        """The weights themselves, which win where others are worth as much, and those with one of them moved."""
         at, reach = values.index(self.weights[name]), REACH.get(name, 1)
         moved = [*values[max(at - reach, 0) : at], *values[at + 1 : at + reach + 1]]
         return [self.weights, *({**self.weights, name: one} for one in moved)]
