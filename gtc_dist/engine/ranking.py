@@ -134,7 +134,10 @@ def top_items(
             scores = users.weight[rows[part]].float() @ block.T
             row, seen = _seen(graphs, mine[part], first, last)
             scores[row.to(device), seen.to(device)] = float("-inf")
-            value, at = _above(scores, best[part, -1], k)
+            if first:
+                value, at = _above(scores, best[part, -1], k)
+            else:
+                value, at = scores.topk(min(k, scores.shape[1]), dim=1)
             best[part], order = torch.cat([best[part], value], dim=1).topk(k, dim=1)
             index[part] = torch.cat([index[part], at + first], dim=1).gather(1, order)
     index[best == float("-inf")] = -1
