@@ -1,7 +1,8 @@
 """Parts of an embedding whose scores are added: the trained members, the spectral part, and the content profiles.
 
 Cold items have no interaction to be scored by: in all parts but the profiles they get what their warm neighbours have
-(`cold.py`), and in the profiles, which rank them, `COLD` times what others get, so that they stand a chance.
+(`cold.py`), and in the profiles, which rank them, `COLD` times what others get, so that they stand a chance: as much as
+costs the ranking of all items `COLD_LOSS` at most.
 
 A user's scores of each part have a standard deviation of one over all items, so that weights compare. The weights of
 the untrained parts are chosen once, before training, on the valid split; a part that does not help gets none. The
@@ -29,7 +30,8 @@ MEMBERS = "members"
 LENGTH = "length"
 WALKED = "walked"
 COLD = "cold"
-COLD_STEPS = (1.0, 2.0, 3.0)  # tried for cold items' profiles
+COLD_STEPS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)  # of cold items' profiles
+COLD_LOSS = 0.01  # of what a blend is worth with cold items scored like others
 # of the members; the last ones leave hardly anything of the others
 MEMBER_STEPS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 LENGTH_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -58,12 +60,11 @@ class Blend:
     def choose(self, worth: Callable[[Pair], float]) -> None:
         """Weights of the parts after the first, one after the other, by what the untrained scores alone are worth."""
         first, *others = self.parts
-        self.weights = {MEMBERS: 0.0, first: 1.0} | dict.fromkeys(others, 0.0) | {COLD: 1.0}
-        steps = dict.fromkeys(others, STEPS) | {COLD: COLD_STEPS if self.cold else ()}
-        for name, values in steps.items():
-            tried = {step: worth(self._joined(None, {**self.weights, name: step})) for step in values}
-            if tried:
-                self.weights[name] = max(tried, key=lambda step: (tried[step], -step))
+        self.weights = {MEMBERS: 0.0, first: 1.0} | dict.fromkeys(others, 0.0) | {COLD: COLD_STEPS[0]}
+        for name in others:
+            tried = {step: worth(self._joined(None, {**self.weights, name: step})) for step in STEPS}
+            self.weights[name] = max(tried, key=lambda step: (tried[step], -step))
+        self._choose_cold(lambda weights: worth(self._joined(None, weights)), COLD_STEPS[0])
         self.weights |= START
 
     def choose_members(self, members: Pair, worth: Callable[[Pair], float]) -> None:
@@ -82,6 +83,7 @@ class Blend:
             return known[key]
 
         steps = {MEMBERS: MEMBER_STEPS, LENGTH: LENGTH_STEPS, WALKED: WALKED_STEPS if self.walk else (START[WALKED],)}
+        last, self.weights[COLD] = self.weights[COLD], COLD_STEPS[0]  # what cold items get comes after the others
         for _ in range(ROUNDS):
             before = dict(self.weights)
             for name, values in (steps | dict.fromkeys(self.profiles, STEPS)).items():
@@ -89,6 +91,24 @@ class Blend:
                     self.weights = best
             if self.weights == before:
                 break
+        self._choose_cold(value, last)
+
+    def _choose_cold(self, value: Callable[[dict[str, float]], float], last: float) -> None:
+        """The largest weight of cold items that costs no more than it may, from the last choice on."""
+        if self.cold is None or not any(self.weights[name] for name in self.profiles):
+            return
+
+        least = (1 - COLD_LOSS) * value(self.weights | {COLD: COLD_STEPS[0]})
+
+        def fits(at: int) -> bool:
+            return value(self.weights | {COLD: COLD_STEPS[at]}) >= least
+
+        at = COLD_STEPS.index(last)
+        while at and not fits(at):
+            at -= 1
+        while at + 1 < len(COLD_STEPS) and fits(at + 1):
+            at += 1
+        self.weights[COLD] = COLD_STEPS[at]
 
     def _near(self, name: str, values: tuple[float, ...]) -> list[dict[str, float]]:
         """The weights themselves, which win where others are worth as much, and those with one of them moved."""
