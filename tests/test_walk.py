@@ -7,7 +7,7 @@ from small import small_catalog, small_config
 from worlds import run_ranks
 
 from gtc_dist.data.catalog import CSC, Catalog
-from gtc_dist.engine.blend import LENGTH, MEMBERS, WALKED, Blend, unit
+from gtc_dist.engine.blend import COLD, COLD_STEPS, LENGTH, MEMBERS, WALKED, Blend, unit
 from gtc_dist.engine.build import build_blend, load_features, network_shape
 from gtc_dist.engine.cold import ColdItems, warm_neighbours
 from gtc_dist.engine.profile import profile_part
@@ -189,6 +189,31 @@ def test_users_also_have_what_walks_bring_them(catalog):
     torch.testing.assert_close(
         joined[0].weight @ joined[1].weight.T, torch.from_numpy(want).float(), rtol=1e-3, atol=1e-3
     )
+
+
+def test_cold_items_get_as_much_as_costs_little(catalog):
+    graphs, world = Graphs.load(catalog), World()
+    walk, cold = Walk(graphs, world, OPTIONS), ColdItems.of(graphs, world, 7)
+    members, profile = (
+        tuple(RowTable(n, r, width, world, init_std=1.0) for n, r in (("u", catalog.users), ("i", catalog.items)))
+        for width in (4, 5)
+    )
+    blend = Blend({"spectral": spectral_part(walk, 3, 0), "m": profile}, ["m"], cold)
+    plain = profile[1].weight[cold.mask[:, 0]].norm()
+
+    def worth(part, each=0.0045):
+        """Every time that cold items' profiles are counted once more costs so much; having none costs half."""
+        if part[0].width in (3, 4 + 3):
+            return 0.5
+        return 1 - each * float(part[1].weight[cold.mask[:, 0], -5:].norm() / plain - 1)
+
+    assert cold.mask.any()
+    blend.choose(worth)
+    assert blend.weights[COLD] == 3  # 0.9 % of what it is worth; 3.5 would cost more than one part in a hundred
+    blend.choose_members(members, lambda part: worth(part, 0.0095))
+    assert blend.weights[COLD] == 2
+    blend.choose_members(members, lambda part: worth(part, 0.0))
+    assert blend.weights[COLD] == COLD_STEPS[-1]
 
 
 def test_cold_items_have_what_their_warm_neighbours_have(catalog):
