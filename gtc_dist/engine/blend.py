@@ -82,11 +82,12 @@ class Blend:
                 known[key] = worth(self._joined(forms[length].pair(weights[WALKED]), weights))
             return known[key]
 
-        steps = {MEMBERS: MEMBER_STEPS, LENGTH: LENGTH_STEPS, WALKED: WALKED_STEPS if self.walk else (START[WALKED],)}
+        steps = {MEMBERS: MEMBER_STEPS, LENGTH: LENGTH_STEPS} | ({WALKED: WALKED_STEPS} if self.walk else {})
+        steps |= dict.fromkeys(self.profiles, STEPS)
         last, self.weights[COLD] = self.weights[COLD], COLD_STEPS[0]  # what cold items get comes after the others
         for _ in range(ROUNDS):
             before = dict(self.weights)
-            for name, values in (steps | dict.fromkeys(self.profiles, STEPS)).items():
+            for name, values in steps.items():
                 while (best := max(self._near(name, values), key=value)) != self.weights:
                     self.weights = best
             if self.weights == before:
@@ -97,7 +98,6 @@ class Blend:
         """The largest weight of cold items that costs no more than it may, from the last choice on."""
         if self.cold is None or not any(self.weights[name] for name in self.profiles):
             return
-
         least = (1 - COLD_LOSS) * value(self.weights | {COLD: COLD_STEPS[0]})
 
         def fits(at: int) -> bool:

@@ -136,7 +136,7 @@ def top_items(
             scores[row.to(device), seen.to(device)] = float("-inf")
             if first:
                 value, at = _above(scores, best[part, -1], k)
-            else:
+            else:  # nothing to be above yet
                 value, at = scores.topk(min(k, scores.shape[1]), dim=1)
             best[part], order = torch.cat([best[part], value], dim=1).topk(k, dim=1)
             index[part] = torch.cat([index[part], at + first], dim=1).gather(1, order)

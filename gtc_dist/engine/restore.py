@@ -111,7 +111,7 @@ def restore(found: Found, world: World | None = None, graphs: Graphs | None = No
     graphs = graphs or load_graphs(found.config, catalog)
     blend = build_blend(found.config, graphs, features, world)
     if blend is not None:
-        blend.weights = dense["blend"]
+        blend.weights |= dense["blend"]  # a run of before lengths and walks has none
     return Run(
         found.uri, found.checkpoint, found.epoch, found.config, catalog, graphs, network, tables, features, blend
     )

@@ -101,7 +101,7 @@ class State:
         dense = checkpoint.load(self.uri(epoch_name(self.progress.best_epoch)), self._weights())
         self.network.load_state_dict(dense["network"])
         if self.blend is not None:
-            self.blend.weights = dense["blend"]
+            self.blend.weights |= dense["blend"]
 
     def save(self) -> None:
         """Begin to save all of it. A collective."""
@@ -166,7 +166,7 @@ class State:
         if self.average is not None:
             self.average.restore(loaded["average"])
         if self.blend is not None:
-            self.blend.weights = loaded["blend"]
+            self.blend.weights |= loaded["blend"]
         if self.history is not None:
             self.history.steps = loaded["history_steps"]
         self.meter = Meter.of_rank(loaded["meter"], self.world)
