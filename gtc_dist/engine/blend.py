@@ -37,7 +37,7 @@ MEMBER_STEPS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0,
 LENGTH_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WALKED_STEPS = (0.0, 0.5, 1.0, 2.0, 4.0)  # beside a user's own row, both in their spread
 STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a content profile, beside a spectral part of one
-START = {MEMBERS: 0.5, LENGTH: 0.5, WALKED: 0.5}  # where the first choice of them sets out
+START = {MEMBERS: 2.0, LENGTH: 1.0, WALKED: 2.0}  # where the first choice of them sets out; lower, it may end lower
 ROUNDS = 3  # of a choice, at most
 REACH = {LENGTH: 2, WALKED: 2}  # how many steps a choice looks up and down; one for others
 
