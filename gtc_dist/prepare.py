@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from gtc_dist.config import Config, parse_command_line
+from gtc_dist.config import Config
+from gtc_dist.config_file import parse_command_line
 from gtc_dist.data import features, ingest, storage, vectors
 from gtc_dist.data.catalog import BUILDING, CSC, GRAPHS, MANIFEST, SCHEMA_VERSION, SPLITS, CatalogWriter, Manifest
 from gtc_dist.data.scratch import Scratch

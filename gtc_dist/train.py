@@ -19,7 +19,8 @@ from contextlib import suppress
 
 import yaml
 
-from gtc_dist.config import Config, parse_command_line
+from gtc_dist.config import Config
+from gtc_dist.config_file import parse_command_line
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import checkpoint

@@ -35,7 +35,7 @@ OBJECT_STORE_BYTES = 400 << 20
 
 def pytest_collection_modifyitems(items):
     """Files with trainings first: two processes share the tests file by file, and the last one should be short."""
-    slow = ["test_train.py", "test_faults.py", "test_job.py", "test_prepare.py", "test_tools.py", "test_cluster.py"]
+    slow = ["test_train.py", "test_faults.py", "test_job.py", "test_prepare.py", "test_tools.py", "test_refusals.py", "test_cluster.py"]
     items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))
 
 
@@ -52,6 +52,12 @@ def s3_server():
 def s3(s3_server) -> str:
     """A prefix of its own in the S3 server, as a URI."""
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request, tmp_path) -> str:
+    """A folder of its own on the local disk, and one in the S3 server."""
+    return str(tmp_path) if request.param == "local" else request.getfixturevalue("s3")
 
 
 @pytest.fixture(scope="session")

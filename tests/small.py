@@ -1,13 +1,19 @@
-"""A small catalog with structure, made without Ray, and configurations for it."""
+"""A small catalog with structure, made without Ray, configurations for it, and commands that refuse."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import yaml
 
-from gtc_dist.config import Config, build_config
+from gtc_dist.config import Config
+from gtc_dist.config_file import build_config
 from gtc_dist.data.catalog import SPLITS, Catalog, CatalogWriter, ModalityEntry
 from gtc_dist.graph import build, co_users, neighbours
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def small_config(catalog: str, storage: str = "runs", **sections) -> Config:
@@ -86,3 +92,29 @@ def small_catalog(uri: str | Path, users=60, items=40, modalities=2, seed=0, per
         dropped={},
     )
     return Catalog(str(uri))
+
+
+def write_config(tmp_path: Path, catalog: str, runs: str, **train_keys) -> str:
+    tree = {
+        "data": {"raw": "unused", "catalog": catalog},
+        "run": {"storage": runs, "name": "r"},
+        "train": {"epochs": 3, "batch_size": 64, **train_keys},
+        "cluster": {"threads": 1},
+        "model": {
+            "width": 8,
+            "diffusion": {"steps": 20, "start_step": 5, "hidden": 16},
+            "walk": {"spectral": 0, "profile": 0},
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+def refused(arguments: list[str], message: str) -> None:
+    """The real command: status 2, one clear error, no traceback, before Ray starts."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small import small_catalog
-from test_train import write_config
+from small import small_catalog, write_config
 
 from gtc_dist.errors import InputError
 from tools.ablate import VARIANTS, main, named, summary

@@ -3,10 +3,10 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from small import small_catalog
-from test_train import export_embeddings, read_export, train_without_ray, write_config
+from small import small_catalog, write_config
+from test_train import export_embeddings, read_export, train_without_ray
 
-from gtc_dist.data import storage
+from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine.restore import find, restore
 from gtc_dist.errors import InputError
@@ -22,14 +22,14 @@ def run(tmp_path_factory, request) -> tuple[str, Catalog]:
     catalog = small_catalog(folder / "catalog", cold=6)
     for name, width in catalog.modalities().items():
         for part, array in (("mean", np.full(width, 0.5)), ("std", np.full(width, 2.0))):
-            storage.write_array(f"{catalog.uri}/features/{name}/{part}.npy", array)
+            formats.write_array(f"{catalog.uri}/features/{name}/{part}.npy", array)
     config = write_config(folder, catalog.uri, str(folder / "runs"), epochs=1)
     return train_without_ray(config, *request.param), catalog
 
 
 def write_items(uri: str, ids: list, content: dict[str, np.ndarray]) -> str:
     columns = {name: pa.array(list(rows), pa.list_(pa.float64())) for name, rows in content.items()}
-    storage.write_table(uri, pa.table({"id": pa.array(ids), **columns}))
+    formats.write_table(uri, pa.table({"id": pa.array(ids), **columns}))
     return uri
 
 
@@ -89,7 +89,7 @@ def test_bad_files_are_refused_and_nothing_is_written(run, tmp_path, change, mes
     file = write_items(
         str(tmp_path / "a.parquet"), [1, 2], {n: np.ones((2, w)) for n, w in catalog.modalities().items()}
     )
-    storage.write_table(file, change(storage.read_table(file)))
+    formats.write_table(file, change(formats.read_table(file)))
     with pytest.raises(InputError, match=r"a\.parquet") as error:
         export_embeddings.main(["--run", uri, "--out", str(tmp_path / "e"), "--new-items", file])
     assert message in str(error.value)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gtc_dist.config import load_config
+from gtc_dist.config_file import load_config
 from gtc_dist.errors import InputError
 
 MINIMAL = "data: {raw: r, catalog: c}\nrun: {storage: s, name: n}\n"

@@ -13,8 +13,8 @@ import psutil
 import pytest
 import yaml
 from local_cluster import LocalCluster
-from small import small_catalog
-from test_train import train_without_ray, write_config
+from small import small_catalog, write_config
+from test_train import train_without_ray
 from worlds import run_ranks
 
 from gtc_dist import train

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gtc_dist.config import Modality
-from gtc_dist.data import features, storage, vectors
+from gtc_dist.data import features, formats, storage, vectors
 from gtc_dist.data.catalog import CatalogWriter
 from gtc_dist.data.features import Gathered, Transform
 from gtc_dist.data.scratch import Scratch
@@ -123,7 +123,7 @@ def test_written_transform_gives_new_vectors_the_same_features(tmp_path, scratch
     assert (entry.dim, entry.raw_dim, entry.missing) == (pca or WIDTH, WIDTH, 8)
     assert (out[~present] == 0).all()
     assert np.array_equal(Transform.load(str(tmp_path), "visual").apply(x[present]), out[present])
-    table = storage.read_table(str(tmp_path / "features/visual/part-00000.parquet"))
+    table = formats.read_table(str(tmp_path / "features/visual/part-00000.parquet"))
     assert table.schema.field("vector").type == pa.list_(pa.float16(), pca or WIDTH)
     assert np.array_equal(np.stack(table["vector"].to_numpy()), out)
 
@@ -135,7 +135,7 @@ def test_feature_files_are_cut(tmp_path, scratch, monkeypatch):
     assert isinstance(out, np.memmap)
     names = sorted(name for name in writer.files if "part-" in name)
     assert [(writer.files[n].first, writer.files[n].rows) for n in names] == [(0, 16), (16, 16), (32, 8)]
-    tables = [storage.read_table(str(tmp_path / name)) for name in names]
+    tables = [formats.read_table(str(tmp_path / name)) for name in names]
     assert np.array_equal(np.concatenate([np.stack(t["vector"].to_numpy()) for t in tables]), out)
     assert np.concatenate([t["item"].to_numpy() for t in tables]).tolist() == list(range(ROWS))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gtc_dist.config import load_config
+from gtc_dist.config_file import load_config
 from gtc_dist.data import storage
 from gtc_dist.data.recipe import Spec
 from gtc_dist.data.synthetic import DATASET, generate

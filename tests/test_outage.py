@@ -10,12 +10,11 @@ import pyarrow as pa
 import pytest
 import yaml
 from seaweed import SeaweedServer
-from small import small_catalog
+from small import small_catalog, write_config
 from test_faults import LONG, result, wait_for_states
 from test_prepare import config, contents, write_raw
-from test_train import write_config
 
-from gtc_dist.data import storage
+from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import checkpoint
 
@@ -57,17 +56,17 @@ def test_every_action_waits_for_the_store(server, folder, tmp_path, capfd):
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), 4)
     table = pa.table({"item": np.arange(1000), "vector": column})
     for name in ("before", "old"):
-        storage.write_table(f"{folder}/{name}.parquet", table)
-        storage.write_array(f"{folder}/{name}.npy", vectors)
+        formats.write_table(f"{folder}/{name}.parquet", table)
+        formats.write_array(f"{folder}/{name}.npy", vectors)
     (tmp_path / "local").write_bytes(b"local")
     actions = {
-        "write a table": lambda: storage.write_table(f"{folder}/new.parquet", table),
-        "write an array": lambda: storage.write_array(f"{folder}/new.npy", vectors),
+        "write a table": lambda: formats.write_table(f"{folder}/new.parquet", table),
+        "write an array": lambda: formats.write_array(f"{folder}/new.npy", vectors),
         "write bytes": lambda: storage.write_bytes(f"{folder}/new", b"abc"),
         "copy": lambda: storage.copy_file(str(tmp_path / "local"), f"{folder}/copy"),
-        "read a table": lambda: storage.read_table(f"{folder}/before.parquet"),
-        "read vectors": lambda: storage.read_vectors(f"{folder}/before.parquet", "vector", 5, 9),
-        "read an array": lambda: storage.read_array(f"{folder}/before.npy"),
+        "read a table": lambda: formats.read_table(f"{folder}/before.parquet"),
+        "read vectors": lambda: formats.read_vectors(f"{folder}/before.parquet", "vector", 5, 9),
+        "read an array": lambda: formats.read_array(f"{folder}/before.npy"),
         "list": lambda: storage.listing(folder),
         "look up": lambda: storage.exists(f"{folder}/before.npy"),
         "remove": lambda: storage.remove_tree(f"{folder}/old.npy"),
@@ -92,8 +91,8 @@ def test_every_action_waits_for_the_store(server, folder, tmp_path, capfd):
     assert np.array_equal(got["read vectors"], vectors[5:9])
     assert np.array_equal(got["read an array"], vectors)
     assert got["look up"] is True
-    assert storage.read_table(f"{folder}/new.parquet").equals(table)
-    assert np.array_equal(storage.read_array(f"{folder}/new.npy"), vectors)
+    assert formats.read_table(f"{folder}/new.parquet").equals(table)
+    assert np.array_equal(formats.read_array(f"{folder}/new.npy"), vectors)
     assert (storage.read_bytes(f"{folder}/new"), storage.read_bytes(f"{folder}/copy")) == (b"abc", b"local")
     assert "old.npy" not in storage.listing(folder)
     assert f"still trying to read {folder}/before" in capfd.readouterr().err

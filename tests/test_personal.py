@@ -16,7 +16,7 @@ from test_loop import fit
 from worlds import run_ranks
 
 from gtc_dist import evaluate
-from gtc_dist.data import storage
+from gtc_dist.data import formats, storage
 from gtc_dist.engine.build import build_network, load_features, load_graphs
 from gtc_dist.engine.personal import Personal, reordered, rerank
 from gtc_dist.engine.restore import Run, find, restore
@@ -168,10 +168,10 @@ def test_candidates_are_rescored_under_their_original_ids(catalog, tmp_path):
     users, items = catalog.ids("users"), catalog.ids("items")
     who, what = np.array([7, 3, 7, 0]), np.array([1, 39, 0, 5])
     pairs = pa.table({"item": items.take(pa.array(what)), "note": list("abcd"), "user": users.take(pa.array(who))})
-    storage.write_table(f"{tmp_path}/pairs.parquet", pairs)
+    formats.write_table(f"{tmp_path}/pairs.parquet", pairs)
     command = ["--run", run, "--candidates", f"{tmp_path}/pairs.parquet", "--out", f"{tmp_path}/scored.parquet"]
     rescore.main(command)
-    scored = storage.read_table(f"{tmp_path}/scored.parquet")
+    scored = formats.read_table(f"{tmp_path}/scored.parquet")
     assert scored.select(pairs.column_names).equals(pairs)
     loaded = restore(find(run))
     of_users, of_items = (table.weight for table in loaded.embed())

@@ -12,7 +12,7 @@ import pytest
 
 from gtc_dist import prepare, progress
 from gtc_dist.config import Config, Prepare
-from gtc_dist.data import storage
+from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import BUILDING, GRAPHS, MANIFEST, SPLITS, Catalog
 from gtc_dist.data.features import Transform
 from gtc_dist.errors import InputError
@@ -29,11 +29,11 @@ def write_raw(folder: str, seed: int = 0) -> None:
     chosen = rng.permutation(USERS * ITEMS)[:600]
     for split, rows in zip(SPLITS, np.split(chosen, [420, 500]), strict=True):
         columns = {"user_id": [f"u{u}" for u in users[rows]], "item_id": pa.array(items[rows], pa.int32())}
-        storage.write_table(f"{folder}/{split}.parquet", pa.table(columns))
-    storage.write_array(f"{folder}/visual.npy", rng.normal(2, 3, (ITEMS, 8)).astype(np.float32))
+        formats.write_table(f"{folder}/{split}.parquet", pa.table(columns))
+    formats.write_array(f"{folder}/visual.npy", rng.normal(2, 3, (ITEMS, 8)).astype(np.float32))
     with_text = rng.permutation(ITEMS)[:-3]
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(rng.normal(size=37 * 5).astype(np.float32)), 5)
-    storage.write_table(f"{folder}/textual.parquet", pa.table({"item_id": with_text, "vector": vectors}))
+    formats.write_table(f"{folder}/textual.parquet", pa.table({"item_id": with_text, "vector": vectors}))
 
 
 def config(raw: str, catalog: str, **data) -> Config:
@@ -277,12 +277,12 @@ def test_a_folder_with_other_files_is_never_touched(tmp_path, raw, files, force)
 def test_items_that_only_have_features(ray_local, tmp_path, raw):
     few = config(raw, tmp_path / "few", interactions={"k_core": 3})
     every = config(raw, tmp_path / "every", items="all", interactions={"k_core": 3})
-    some = storage.read_table(f"{raw}/test.parquet")
+    some = formats.read_table(f"{raw}/test.parquet")
     keep = [item < 20 for item in some["item_id"].to_pylist()]
     for split in SPLITS:
-        table = storage.read_table(f"{raw}/{split}.parquet")
+        table = formats.read_table(f"{raw}/{split}.parquet")
         keep = pa.array([item < 20 for item in table["item_id"].to_pylist()])
-        storage.write_table(f"{raw}/{split}.parquet", table.filter(keep))
+        formats.write_table(f"{raw}/{split}.parquet", table.filter(keep))
     less, more = prepare.prepare(few)[0], prepare.prepare(every)[0]
     assert (less.items, more.items) == (20, ITEMS)
     assert more.cold_items == less.cold_items + 20
@@ -314,16 +314,16 @@ def test_bad_input_writes_nothing(ray_local, tmp_path, raw):
 
     visual = np.load(f"{raw}/visual.npy")
     visual[7, 2] = np.nan
-    storage.write_array(f"{raw}/visual.npy", visual)
+    formats.write_array(f"{raw}/visual.npy", visual)
     assert f"{raw}/visual.npy: the vector of item 7 (row 8)" in bad(raw, catalog)
-    storage.write_array(f"{raw}/visual.npy", np.nan_to_num(visual)[:-2])
+    formats.write_array(f"{raw}/visual.npy", np.nan_to_num(visual)[:-2])
     assert f"{raw}/visual.npy has {ITEMS - 2} rows" in bad(raw, catalog)
 
     write_raw(raw)
-    train = storage.read_table(f"{raw}/train.parquet")
-    storage.write_table(f"{raw}/test.parquet", train.slice(0, 2))
+    train = formats.read_table(f"{raw}/train.parquet")
+    formats.write_table(f"{raw}/test.parquet", train.slice(0, 2))
     assert "repeats 2 interactions of train, such as user_id='u" in bad(raw, catalog)
-    storage.write_table(f"{raw}/test.parquet", train.slice(0, 0))
+    formats.write_table(f"{raw}/test.parquet", train.slice(0, 0))
     assert "the test split is empty" in bad(raw, catalog)
 
 
@@ -366,7 +366,7 @@ def test_an_error_found_by_ray_is_one_line(tmp_path, raw):
     write_raw(raw)
     visual = np.load(f"{raw}/visual.npy")
     visual[3, 0] = np.inf
-    storage.write_array(f"{raw}/visual.npy", visual)
+    formats.write_array(f"{raw}/visual.npy", visual)
     path = tmp_path / "c.yaml"
     path.write_text(
         f"data: {{raw: {raw}, catalog: {tmp_path}/catalog, split: {{method: given}}, "

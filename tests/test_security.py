@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small import small_catalog
 
-from gtc_dist.config import build_config
+from gtc_dist.config_file import build_config
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.errors import InputError
 

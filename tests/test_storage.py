@@ -1,20 +1,9 @@
 """Files under a URI: the same behaviour on a local disk and on a real S3 server."""
 
-import hashlib
-import logging
-import re
-
-import numpy as np
-import pyarrow as pa
 import pytest
 
 from gtc_dist.data import storage
 from gtc_dist.errors import InputError
-
-
-@pytest.fixture(params=["local", "s3"])
-def folder(request, tmp_path) -> str:
-    return str(tmp_path) if request.param == "local" else request.getfixturevalue("s3")
 
 
 def test_what_is_written_is_read_back(folder):
@@ -27,13 +16,6 @@ def test_what_is_written_is_read_back(folder):
     storage.check(name, b"hello", written.sha256)
     storage.write_json(storage.join(folder, "j.json"), {"ä": [1, None]})
     assert storage.read_json(storage.join(folder, "j.json")) == {"ä": [1, None]}
-    array = np.arange(12, dtype=np.float16).reshape(3, 4)
-    storage.write_array(storage.join(folder, "x.npy"), array)
-    assert np.array_equal(storage.read_array(storage.join(folder, "x.npy")), array)
-    table = pa.table({"id": ["a", "b"], "n": [1, 2]})
-    storage.write_table(storage.join(folder, "t.parquet"), table)
-    assert storage.read_table(storage.join(folder, "t.parquet")).equals(table)
-    assert storage.read_table(storage.join(folder, "t.parquet"), ["n"]).column_names == ["n"]
 
 
 def test_listing_glob_and_removal(folder):
@@ -57,54 +39,12 @@ def test_errors_name_the_uri(folder):
     storage.write_bytes(storage.join(folder, "bad"), b"{")
     with pytest.raises(InputError, match="bad is not valid JSON"):
         storage.read_json(storage.join(folder, "bad"))
-    with pytest.raises(InputError, match="bad is not a readable Parquet"):
-        storage.read_table(storage.join(folder, "bad"))
-    with pytest.raises(InputError, match=r"bad is not a plain \.npy"):
-        storage.read_array(storage.join(folder, "bad"))
     storage.write_bytes(storage.join(folder, "f/x.csv"), b"1")
     with pytest.raises(InputError, match="is a folder"):
         storage.glob(storage.join(folder, "f"))
 
 
 PART = 5 << 20  # the smallest part that S3 takes
-
-
-@pytest.mark.parametrize(
-    "kind", ["rows", "fortran", "every second row", "one number", "none", "no column", "big endian"]
-)
-def test_arrays_of_any_layout_are_read_back(folder, kind, monkeypatch):
-    """Through more than one part, and as numpy itself reads and writes them."""
-    monkeypatch.setattr(storage, "PART_BYTES", PART)
-    array = np.random.default_rng(0).normal(size=(6000, 300)).astype(np.float32)
-    array = {
-        "rows": array,
-        "fortran": np.asfortranarray(array),
-        "every second row": array[::2],
-        "one number": np.array(3, np.int64),
-        "none": array[:0],
-        "no column": array[:, :0],
-        "big endian": array.astype(">f4"),
-    }[kind]
-    uri = storage.join(folder, "x.npy")
-    written = storage.write_array(uri, array)
-    data = storage.read_bytes(uri)
-    assert (written.bytes, written.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-    found = storage.read_array(uri, written.sha256)
-    assert found.dtype == array.dtype
-    assert np.array_equal(found, np.atleast_1d(array))
-    with pytest.raises(InputError, match="was changed"):
-        storage.read_array(uri, "0" * 64)
-
-
-def test_arrays_that_numpy_wrote_and_cut_ones(folder, tmp_path):
-    array = np.asfortranarray(np.arange(20.0).reshape(4, 5))
-    np.save(tmp_path / "f.npy", array)
-    uri = storage.join(folder, "copy.npy")
-    storage.copy_file(str(tmp_path / "f.npy"), uri)
-    assert np.array_equal(storage.read_array(uri, hashlib.sha256(storage.read_bytes(uri)).hexdigest()), array)
-    storage.write_bytes(uri, storage.read_bytes(uri)[:-1])
-    with pytest.raises(InputError, match=r"copy\.npy is not a plain .npy array: it ends before"):
-        storage.read_array(uri)
 
 
 def test_a_write_that_fails_leaves_what_was_there(folder, monkeypatch):
@@ -121,34 +61,6 @@ def test_a_write_that_fails_leaves_what_was_there(folder, monkeypatch):
     if uri.startswith("s3://"):
         fs, path = storage.filesystem(uri)
         assert not fs.list_multipart_uploads(path.split("/")[0])
-
-
-def test_some_vectors_of_a_table(folder, caplog):
-    rows, width = 3 * storage.VECTOR_ROW_GROUP + 100, 16
-    vectors = np.random.default_rng(0).normal(size=(rows, width)).astype(np.float16)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
-    uri = storage.join(folder, "v.parquet")
-    written = storage.write_table(uri, pa.table({"item": np.arange(rows), "vector": column}))
-    group = storage.VECTOR_ROW_GROUP
-    for start, stop in [(0, rows), (5, 6), (group, 2 * group), (group - 1, 2 * group + 1), (rows - 1, rows)]:
-        assert np.array_equal(storage.read_vectors(uri, "vector", start, stop), vectors[start:stop])
-    with caplog.at_level(logging.DEBUG, "s3fs"):
-        storage.read_vectors(uri, "vector", group + 3, group + 9)
-    if uri.startswith("s3://"):  # as s3fs logs them
-        ranges = [re.search(r"Fetch: .* (\d+)-(\d+)", record.message) for record in caplog.records]
-        fetched = sum(int(found[2]) - int(found[1]) for found in ranges if found)
-        wanted = group * width * 2
-        assert wanted <= fetched < 1.5 * wanted < written.bytes / 2  # one group, its levels and the footer
-    storage.write_bytes(uri, b"PAR1")
-    with pytest.raises(InputError, match=r"v\.parquet is not a readable Parquet"):
-        storage.read_vectors(uri, "vector", 0, 1)
-
-
-def test_pickled_arrays_are_refused(folder, tmp_path):
-    np.save(tmp_path / "p.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    storage.copy_file(str(tmp_path / "p.npy"), storage.join(folder, "copy.npy"))
-    with pytest.raises(InputError, match="not a plain"):
-        storage.read_array(storage.join(folder, "copy.npy"))
 
 
 def test_changed_missing_and_cut_files_are_found(folder):

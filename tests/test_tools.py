@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small import small_catalog
-from test_train import write_config
+from small import small_catalog, write_config
 
 from gtc_dist.data.catalog import Catalog
 

@@ -20,7 +20,8 @@ from statistics import mean, stdev
 
 import yaml
 
-from gtc_dist.config import Config, load_config, read_config
+from gtc_dist.config import Config
+from gtc_dist.config_file import load_config, read_config
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.train import with_absolute_uris
 

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import psutil
 
-from gtc_dist.config import load_config
+from gtc_dist.config_file import load_config
 from gtc_dist.data import storage
 from gtc_dist.engine import checkpoint
 from gtc_dist.errors import InputError, run_command

@@ -20,7 +20,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from gtc_dist.data import storage
+from gtc_dist.data import formats, storage
 from gtc_dist.engine.export import export_rank
 from gtc_dist.engine.restore import find
 from gtc_dist.errors import InputError, run_command
@@ -78,7 +78,7 @@ def write_index(names: list[str], dim: int, out: str) -> dict:
 
     index = faiss.IndexFlatIP(dim)
     for name in sorted(names):
-        column = storage.read_table(storage.join(out, name), ["embedding"])["embedding"].combine_chunks()
+        column = formats.read_table(storage.join(out, name), ["embedding"])["embedding"].combine_chunks()
         index.add(column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32))
     written = storage.write_bytes(storage.join(out, "items.faiss"), faiss.serialize_index(index).data)
     return {"rows": index.ntotal} | asdict(written)

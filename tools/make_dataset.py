@@ -15,7 +15,7 @@ from dataclasses import fields
 
 from tqdm import tqdm
 
-from gtc_dist.config import load_config
+from gtc_dist.config_file import load_config
 from gtc_dist.data.recipe import Spec, check_section
 from gtc_dist.data.synthetic import generate, prepare_folder, tasks
 from gtc_dist.errors import InputError, run_command

@@ -21,7 +21,7 @@ import json
 import numpy as np
 import torch
 
-from gtc_dist.data import storage
+from gtc_dist.data import formats, storage
 from gtc_dist.engine.personal import Personal
 from gtc_dist.engine.restore import Run, find, restore
 from gtc_dist.errors import InputError, run_command
@@ -53,7 +53,7 @@ def truth(dataset: str, kind: str, key: str, column: str, ids) -> np.ndarray:
         raise InputError(f"{dataset} holds no truth/{kind}; give the folder that tools/make_dataset.py wrote")
     rows = {}
     for name in names:
-        table = storage.read_table(storage.join(dataset, "truth", kind, name), [key, column])
+        table = formats.read_table(storage.join(dataset, "truth", kind, name), [key, column])
         rows |= dict(zip(table[key].to_pylist(), table[column].to_pylist(), strict=True))
     missing = [one for one in ids.to_pylist() if one not in rows]
     if missing:

@@ -10,7 +10,7 @@ import argparse
 import numpy as np
 import pyarrow as pa
 
-from gtc_dist.data import storage
+from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError, run_command
 
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def read(folder: str, name: str) -> tuple[pa.ChunkedArray, np.ndarray]:
     """Ids and float32 vectors [n, W] of one file."""
-    table = storage.read_table(storage.join(folder, name))
+    table = formats.read_table(storage.join(folder, name))
     flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return table["id"], flat.reshape(table.num_rows, -1).astype(np.float32)
 

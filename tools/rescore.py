@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gtc_dist.data import storage
+from gtc_dist.data import formats, storage
 from gtc_dist.engine.personal import Personal
 from gtc_dist.engine.restore import Run, find, restore
 from gtc_dist.errors import InputError, run_command
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if storage.exists(args.out):
         raise InputError(f"{args.out} exists; choose another name, or remove it")
-    table = storage.read_table(args.candidates)
+    table = formats.read_table(args.candidates)
     run = restore(find(args.run))
     users, items = pair_indexes(run, table, args.candidates)
     personal = Personal(run).scores(users, items[:, None])[:, 0]
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     dot = np.einsum("nd,nd->n", of_users[users], of_items[items])
     for name, values in (("dot", dot), ("personal", personal)):
         table = table.append_column(name, pa.array(values.astype(np.float32)))
-    storage.write_table(args.out, table)
+    formats.write_table(args.out, table)
     print(f"{len(users):,} pairs are in {args.out}")
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from gtc_dist.data import storage
+from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
 
 SCHEMA_VERSION = 1
@@ -100,11 +100,11 @@ class CatalogWriter:
         storage.write_json(storage.join(uri, BUILDING), {"schema_version": SCHEMA_VERSION})
 
     def table(self, name: str, table: pa.Table, first: int | None = None) -> None:
-        written = storage.write_table(storage.join(self.uri, name), table)
+        written = formats.write_table(storage.join(self.uri, name), table)
         self.files[name] = FileEntry(rows=table.num_rows, bytes=written.bytes, sha256=written.sha256, first=first)
 
     def array(self, name: str, array: np.ndarray) -> None:
-        written = storage.write_array(storage.join(self.uri, name), array)
+        written = formats.write_array(storage.join(self.uri, name), array)
         self.files[name] = FileEntry(rows=len(array), bytes=written.bytes, sha256=written.sha256)
 
     def graph(self, name: str, graph: CSC) -> None:
@@ -204,7 +204,7 @@ class Catalog:
     def interaction_files(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """A split's interactions file by file: user int32 [n], item int32 [n]."""
         for uri in self.interaction_uris(split):
-            table = storage.read_table(uri)
+            table = formats.read_table(uri)
             yield table["user"].to_numpy(), table["item"].to_numpy()
 
     def interactions(self, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -220,7 +220,7 @@ class Catalog:
         wanted = [n for n, (first, rows) in enumerate(ranges) if first < stop and first + rows > start]
         parts = []
         for n in wanted or [0]:
-            column = storage.read_table(storage.join(self.uri, names[n]), ["id"])["id"]
+            column = formats.read_table(storage.join(self.uri, names[n]), ["id"])["id"]
             parts.append(column.slice(max(start - ranges[n][0], 0), max(stop - max(start, ranges[n][0]), 0)))
         return pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type).combine_chunks()
 
@@ -234,7 +234,7 @@ class Catalog:
             first, last = max(entry.first, start), min(entry.first + entry.rows, stop)
             if first < last:
                 uri = storage.join(self.uri, name)
-                out[first - start : last - start] = storage.read_vectors(
+                out[first - start : last - start] = formats.read_vectors(
                     uri, "vector", first - entry.first, last - entry.first
                 )
         return out
@@ -242,7 +242,7 @@ class Catalog:
     def graph(self, name: str) -> CSC:
         """One of `GRAPHS`."""
         arrays = [
-            storage.read_array(storage.join(self.uri, f"graph/{name}.{part}.npy"))
+            formats.read_array(storage.join(self.uri, f"graph/{name}.{part}.npy"))
             for part in ("indptr", "indices", "weight")
         ]
         return CSC(*arrays)

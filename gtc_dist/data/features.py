@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gtc_dist.data import ids, parallel, storage, vectors
+from gtc_dist.data import formats, ids, parallel, storage, vectors
 from gtc_dist.data.catalog import FEATURE_ROWS, CatalogWriter, ModalityEntry
 from gtc_dist.data.scratch import Buckets, Scratch
 from gtc_dist.data.vectors import Source
@@ -64,8 +64,8 @@ class Transform:
         """The transform that a catalog's features went through, for new raw vectors."""
         folder = storage.join(catalog_uri, "features", modality)
         parts = [storage.join(folder, f"{part}.npy") for part in ("mean", "std", "components")]
-        arrays = [storage.read_array(uri) for uri in parts[:2]]
-        return cls(*arrays, storage.read_array(parts[2]) if storage.exists(parts[2]) else None)
+        arrays = [formats.read_array(uri) for uri in parts[:2]]
+        return cls(*arrays, formats.read_array(parts[2]) if storage.exists(parts[2]) else None)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import ray.data
 from ray.train import DataConfig
 
-from gtc_dist.data import storage
+from gtc_dist.data import formats
 from gtc_dist.errors import InputError
 
 PART_BYTES = 8 << 20  # of a table on its way: Ray holds a few for each task, and its object store may be small
@@ -58,7 +58,7 @@ def read_rows(files: pa.Table) -> pa.Table:
     """The interactions in the files of column `uri`, in a Ray Data task. Not `ray.data.read_parquet`, whose listing of
     the files asks for a whole CPU beside the ranks; and here, since a task imports the module that its function is in,
     and torch would take it longer than the work."""
-    return pa.concat_tables(storage.read_table(uri, ["user", "item"]) for uri in files["uri"].to_pylist())
+    return pa.concat_tables(formats.read_table(uri, ["user", "item"]) for uri in files["uri"].to_pylist())
 
 
 def _run(batch: pa.Table, function: Callable[[Any], Iterator[pa.Table]], specs: list) -> Iterator[pa.Table]:

@@ -24,7 +24,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from gtc_dist.data import ids, storage
+from gtc_dist.data import formats, ids, storage
 from gtc_dist.errors import InputError
 
 FORMATS = {
@@ -296,7 +296,7 @@ def _readable(file: RawFile, first_row: int = 1) -> Iterator[None]:
         first_row: number of the first row of the block that is read; in it Arrow counts the rows of JSON from 0.
     """
     try:
-        with storage.parsing(file.uri, f"readable as {file.format}"):
+        with formats.parsing(file.uri, f"readable as {file.format}"):
             yield
     except InputError as error:
         if file.format != "jsonl" or not isinstance(error.__cause__, pa.ArrowInvalid):

@@ -5,7 +5,7 @@ environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_ENDPOINT_URL`, o
 protocol that fsspec knows works once its package is installed.
 
 Writes are atomic as readers see them: local files are renamed into place, objects appear when their upload ends. A
-write that fails leaves nothing. Tables and arrays are streamed in parts, so that a file may be larger than memory.
+write that fails leaves nothing.
 
 An object store that does not answer is tried again for about a minute, by botocore, with back-off and jitter
 (`AWS_RETRY_MODE`, `AWS_MAX_ATTEMPTS`); after a while a line on the standard error says what is waited for.
@@ -13,12 +13,10 @@ An object store that does not answer is tried again for about a minute, by botoc
 
 import hashlib
 import json
-import math
 import os
 import posixpath
 import sys
 import threading
-import tokenize
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import numpy as np
-import pyarrow as pa
 import pyarrow.fs
-import pyarrow.parquet as pq
 
 from gtc_dist.errors import InputError
 
@@ -39,9 +34,6 @@ os.environ.setdefault("AWS_RETRY_MODE", "standard")  # botocore's: connections, 
 os.environ.setdefault("AWS_MAX_ATTEMPTS", "12")  # 75 s on average
 
 PATIENCE = 10.0  # seconds before a person is told that an object store is waited for
-ROW_GROUP = 1 << 18
-VECTOR_ROW_GROUP = 1 << 13  # of tables with vectors: what a reader of a few rows has to fetch
-VECTOR_PAGE_BYTES = 8 << 20  # a page a row group: small pages take two to three times as long to write and read
 PART_BYTES = 32 << 20  # of an upload, and of a file that is read or written piece by piece
 
 
@@ -131,21 +123,6 @@ def open_input(uri: str, buffered: bool = True):
         return fs.open(path, "rb", **({} if buffered or is_local(uri) else {"cache_type": "none"}))
 
 
-@contextmanager
-def parsing(uri: str, what: str) -> Iterator[None]:
-    """What Arrow says of a broken file becomes an InputError, `<uri> is not <what> ...`; a failing disk or network
-    stays as it is."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        said = str(error).replace("\0", "\\0")
-        raise InputError(f"{uri} is not {what} (mend it or write it again): {said}") from error
-
-
 def read_bytes(uri: str) -> bytes:
     fs, path = filesystem(uri)
     with _named(uri, "read"):
@@ -229,107 +206,16 @@ def write_json(uri: str, value: Any) -> Written:
     return write_bytes(uri, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def write_table(uri: str, table: pa.Table) -> Written:
-    """Write a Parquet file. Vectors (fixed-size lists) are stored plain, since they do not compress, and in short row
-    groups, so that `read_vectors` can fetch some of them."""
-    vectors = any(pa.types.is_fixed_size_list(field.type) for field in table.schema)
-    layout: dict[str, Any] = {"row_group_size": ROW_GROUP, "compression": "zstd"}
-    if vectors:
-        layout = {
-            "row_group_size": VECTOR_ROW_GROUP,
-            "compression": "none",
-            "use_dictionary": False,
-            "write_statistics": False,
-            "data_page_size": VECTOR_PAGE_BYTES,
-        }
-    with create(uri) as file:
-        pq.write_table(table, pa.PythonFile(file, mode="w"), **layout)
-    return file.written
-
-
-def read_table(uri: str, columns: list[str] | None = None, sha256: str | None = None) -> pa.Table:
-    """Read a Parquet file; with `sha256`, refuse one whose bytes differ."""
-    data = read_bytes(uri)
-    check(uri, data, sha256)
-    with parsing(uri, "a readable Parquet file"):
-        return pq.read_table(pa.BufferReader(data), columns=columns)
-
-
-def read_vectors(uri: str, column: str, start: int, stop: int) -> np.ndarray:
-    """Rows [start, stop) of a column of vectors, [n, width]; fetches only the row groups that hold some of them."""
-    with open_input(uri, buffered=False) as stream, parsing(uri, "a readable Parquet file"):
-        file = pq.ParquetFile(stream, pre_buffer=True)
-        bounds = np.cumsum([0] + [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
-        groups = np.flatnonzero((bounds[:-1] < stop) & (bounds[1:] > start))
-        values = file.read_row_groups(groups.tolist(), columns=[column], use_threads=False)[column]
-    parts = [c.flatten().to_numpy(zero_copy_only=False).reshape(len(c), -1) for c in values.chunks]
-    return np.concatenate(parts)[start - bounds[groups[0]] : stop - bounds[groups[0]]]
-
-
-def write_array(uri: str, array: np.ndarray) -> Written:
-    """Write a `.npy` file, piece by piece, so that a memory-mapped array need not fit memory."""
-    array = np.atleast_1d(array)
-    header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
-    if array.dtype.hasobject:
-        raise ValueError(f"{uri}: an array of {array.dtype} cannot be written")
-    rows = max(PART_BYTES // max(array[:1].nbytes, 1), 1)
-    with create(uri) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, len(array) if array.size else 0, rows):
-            file.write(np.ascontiguousarray(array[start : start + rows]).reshape(-1).view(np.uint8).data)
-    return file.written
-
-
-def read_array(uri: str, sha256: str | None = None) -> np.ndarray:
-    """Read a `.npy` file, with no second copy in memory; with `sha256`, refuse one whose bytes differ."""
-    digest = hashlib.sha256()
-    with open_input(uri, buffered=False) as file:
-        try:
-            shape, fortran, dtype = read_array_header(file)
-        except ValueError as error:
-            raise InputError(f"{uri} is not a plain .npy array: {error}") from error
-        start = file.tell()
-        if file.seek(0, os.SEEK_END) - start < math.prod(shape) * dtype.itemsize:
-            raise InputError(f"{uri} is not a plain .npy array: it ends before its last row")
-        array = np.empty(shape, dtype, order="F" if fortran else "C")
-        file.seek(start if sha256 is None else 0)
-        if sha256 is not None:
-            digest.update(file.read(start))
-        if array.size:
-            flat = memoryview(array.reshape(-1, order="A").view(np.uint8))
-            for start in range(0, len(flat), PART_BYTES):
-                part = flat[start : start + PART_BYTES]
-                if file.readinto(part) < len(part):
-                    raise InputError(f"{uri} is not a plain .npy array: it ends before its last row")
-                digest.update(part) if sha256 is not None else None
-    if sha256 is not None:
-        _same(uri, digest.hexdigest(), sha256)
-    return array
-
-
-def read_array_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran order, and dtype, from the head of a `.npy` file, which is left at its data.
-
-    Raises:
-        ValueError: no such head, or an array of Python objects.
-    """
-    version = np.lib.format.read_magic(file)
-    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    try:
-        shape, fortran, dtype = reader(file)
-    except (SyntaxError, TypeError, tokenize.TokenError) as error:  # numpy reads the head as Python
-        raise ValueError(f"its head is broken: {error}") from error
-    if any(size < 0 for size in shape):
-        raise ValueError(f"its head gives the shape {shape}")
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects, which are not read; save a matrix of numbers")
-    return shape, fortran, dtype
-
-
 def check(uri: str, data: bytes, sha256: str | None) -> None:
     """Refuse bytes whose SHA-256 is not the expected one."""
     if sha256 is not None:
-        _same(uri, hashlib.sha256(data).hexdigest(), sha256)
+        check_digest(uri, hashlib.sha256(data).hexdigest(), sha256)
+
+
+def check_digest(uri: str, found: str, expected: str) -> None:
+    """The same of a SHA-256 that was found."""
+    if found != expected:
+        raise InputError(f"{uri} was changed after it was written (checksum differs from its manifest); rebuild it")
 
 
 def check_files(root: str, expected: dict[str, Written], checksum: bool) -> None:
@@ -377,12 +263,7 @@ def _check_one(uri: str, sha256: str) -> None:
     with open_input(uri) as file:
         while chunk := file.read(1 << 23):
             digest.update(chunk)
-    _same(uri, digest.hexdigest(), sha256)
-
-
-def _same(uri: str, found: str, expected: str) -> None:
-    if found != expected:
-        raise InputError(f"{uri} was changed after it was written (checksum differs from its manifest); rebuild it")
+    check_digest(uri, digest.hexdigest(), sha256)
 
 
 class _named:

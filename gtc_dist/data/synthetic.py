@@ -37,7 +37,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from gtc_dist.data import storage
+from gtc_dist.data import formats, storage
 from gtc_dist.data.choice import Pool, dot
 from gtc_dist.data.recipe import Spec
 from gtc_dist.errors import InputError
@@ -96,8 +96,8 @@ def write_part(world: World, uri: str, kind: str, chunk: int) -> dict[str, int]:
     """Make and write one part that `tasks` names; returns what it counted."""
     spec = world.spec
     if kind == "truth":
-        storage.write_array(storage.join(uri, "truth/masks.npy"), world.masks)
-        storage.write_array(storage.join(uri, "truth/tastes.npy"), world.tastes)
+        formats.write_array(storage.join(uri, "truth/masks.npy"), world.masks)
+        formats.write_array(storage.join(uri, "truth/tastes.npy"), world.tastes)
         return {}
     if kind == "users":
         return _write_users(world, uri, chunk)
@@ -111,7 +111,7 @@ def write_part(world: World, uri: str, kind: str, chunk: int) -> dict[str, int]:
                 "factors": _vectors(world.factors[rows]),
             }
         )
-        storage.write_table(storage.join(uri, f"truth/items/part-{chunk:05d}.parquet"), table)
+        formats.write_table(storage.join(uri, f"truth/items/part-{chunk:05d}.parquet"), table)
         return {}
     modality = kind.removeprefix("features/")
     if modality == spec.npy_modality:
@@ -121,7 +121,7 @@ def write_part(world: World, uri: str, kind: str, chunk: int) -> dict[str, int]:
     if not present.all():
         vectors, ids = vectors[present], ids[present]
     table = pa.table({"item_id": ids, "vector": _vectors(vectors)})
-    storage.write_table(storage.join(uri, f"{kind}/part-{chunk:05d}.parquet"), table)
+    formats.write_table(storage.join(uri, f"{kind}/part-{chunk:05d}.parquet"), table)
     return {f"missing_{modality}": int((~present).sum())}
 
 
@@ -271,7 +271,7 @@ def _write_users(world: World, uri: str, chunk: int) -> dict[str, int]:
     digits = max(5, len(str(spec.users - 1)))
     ids = np.array([f"u{u:0{digits}d}-{s:02x}" for u, s in zip(range(rows.start, rows.stop), suffix, strict=True)])
     truth = {"user_id": ids, "group": group, "taste": _vectors(world.tastes[group] + deviation)}
-    storage.write_table(storage.join(uri, f"truth/users/part-{chunk:05d}.parquet"), pa.table(truth))
+    formats.write_table(storage.join(uri, f"truth/users/part-{chunk:05d}.parquet"), pa.table(truth))
 
     counts = {}
     for name, pool in world.pools.items():
@@ -293,7 +293,7 @@ def _write_users(world: World, uri: str, chunk: int) -> dict[str, int]:
                 "x_label": label if name == "interactions" else np.full_like(label, 2),
             }
         )
-        storage.write_table(storage.join(uri, f"{name}/part-{chunk:05d}.parquet"), table)
+        formats.write_table(storage.join(uri, f"{name}/part-{chunk:05d}.parquet"), table)
         counts["interactions" if name == "interactions" else "cold interactions"] = len(user)
     return counts
 
@@ -320,9 +320,9 @@ def _write_npy(world: World, uri: str, modality: str) -> dict[str, int]:
     order = _rng(spec, f"order {modality}").permutation(spec.items)
     order = order[present[order]]
     vectors = np.concatenate([v for v, _ in parts])[order]
-    storage.write_array(storage.join(uri, f"features/{modality}.npy"), vectors)
+    formats.write_array(storage.join(uri, f"features/{modality}.npy"), vectors)
     ids = pa.table({"item_id": world.item_ids[order]})
-    storage.write_table(storage.join(uri, f"features/{modality}_ids.parquet"), ids)
+    formats.write_table(storage.join(uri, f"features/{modality}_ids.parquet"), ids)
     return {f"missing_{modality}": int((~present).sum())}
 
 

@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gtc_dist.config import Modality
+from gtc_dist.data import formats, storage
 from gtc_dist.data import ids as id_columns
-from gtc_dist.data import storage
 from gtc_dist.errors import InputError
 
 CHUNK_BYTES = 32 << 20
@@ -159,7 +159,7 @@ def _npy_header(uri: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """Shape, whether in Fortran order, dtype and the byte at which the data starts."""
     with storage.open_input(uri) as file:
         try:
-            return *storage.read_array_header(file), file.tell()
+            return *formats.read_array_header(file), file.tell()
         except ValueError as error:
             raise InputError(f"{uri} is not a .npy file that can be read: {error}") from error
 
@@ -185,7 +185,7 @@ def _read_ids(uri: str, column: str, key: str) -> pa.Array:
         if len(storage.glob(uri)) > 1:
             raise InputError(f"{uri} names several files; one is expected")
         if extension == ".npy":
-            array = storage.read_array(uri)
+            array = formats.read_array(uri)
             if array.ndim != 1 or array.dtype.kind not in "iuU":
                 raise InputError(
                     f"{uri} holds {array.dtype} of shape {array.shape}; one integer or string a row needed"
@@ -238,7 +238,7 @@ def _parquet_head(uri: str, modality: Modality) -> tuple[pa.Array, pa.DataType, 
 @contextmanager
 def _parquet_file(uri: str, stream, *columns: str) -> Iterator[pq.ParquetFile]:
     """An open file that has each of the columns once; what Arrow says of it becomes an InputError."""
-    with storage.parsing(uri, "a readable Parquet file"), pq.ParquetFile(stream) as file:
+    with formats.parsing(uri, "a readable Parquet file"), pq.ParquetFile(stream) as file:
         names = file.schema_arrow.names
         for column in columns:
             if names.count(column) != 1:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from gtc_dist.data import storage
+from gtc_dist.data import formats
 from gtc_dist.data.features import Transform
 from gtc_dist.engine.blend import COLD
 from gtc_dist.engine.profile import ContentMap
@@ -32,7 +32,7 @@ def read_arrivals(run: Run, uri: str) -> tuple[pa.Array, dict[str, np.ndarray]]:
         InputError: a column that is missing or of another type or width, a null, a value that is not finite, an id
             that is given twice or that the catalog has.
     """
-    table, catalog = storage.read_table(uri), run.catalog
+    table, catalog = formats.read_table(uri), run.catalog
     wanted = ["id", *run.features]
     missing = [name for name in wanted if name not in table.column_names]
     if missing:

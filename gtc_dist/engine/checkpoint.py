@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gtc_dist.data import storage
+from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
 from gtc_dist.model.collectives import World
 from gtc_dist.model.table import RowTable
@@ -65,7 +65,7 @@ def write_files(uri: str, dense: dict | None, shards: list[Shard]) -> dict[str, 
     for shard in shards:
         for low, high in _parts(shard.tensor):
             name = f"{shard.name}.{shard.start + low:012d}-{shard.start + high:012d}.npy"
-            written = storage.write_array(storage.join(uri, name), shard.tensor[low:high].cpu().numpy())
+            written = formats.write_array(storage.join(uri, name), shard.tensor[low:high].cpu().numpy())
             files[name] = {"bytes": written.bytes, "sha256": written.sha256}
     if dense is not None:
         buffer = io.BytesIO()
@@ -158,7 +158,7 @@ def _load_rows(uri: str, shard: Shard, files: dict) -> None:
         first, last = int(match[1]), int(match[2])
         low, high = max(first, start), min(last, stop)
         if low < high:
-            rows = storage.read_array(storage.join(uri, name), entry["sha256"])
+            rows = formats.read_array(storage.join(uri, name), entry["sha256"])
             shard.tensor[low - start : high - start] = torch.from_numpy(rows[low - first : high - first])
             filled += high - low
     if filled != stop - start:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pyarrow as pa
 import torch
 
-from gtc_dist.data import storage
+from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine.arrivals import arrival_rows, read_arrivals
 from gtc_dist.engine.restore import Found, restore
@@ -60,7 +60,7 @@ def write_rows(ids: pa.Array, embeddings: torch.Tensor, uri: str, dtype: str) ->
     """Write rows with their ids as one file."""
     rows = embeddings.cpu().numpy().astype(dtype)
     column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
-    written = storage.write_table(uri, pa.table({"id": ids, "embedding": column}))
+    written = formats.write_table(uri, pa.table({"id": ids, "embedding": column}))
     return {"rows": len(rows)} | asdict(written)
 
 

@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 
-from gtc_dist.config import read_config
+from gtc_dist.config_file import read_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine.build import load_graphs

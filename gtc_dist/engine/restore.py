@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from gtc_dist.config import Config, read_config
+from gtc_dist.config import Config
+from gtc_dist.config_file import read_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import checkpoint, ranking

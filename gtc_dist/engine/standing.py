@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from gtc_dist.config import Config, read_config
+from gtc_dist.config import Config
+from gtc_dist.config_file import read_config
 from gtc_dist.data import storage
 from gtc_dist.engine import checkpoint
 from gtc_dist.engine.restore import CONFIG

@@ -1,0 +1,135 @@
+"""Parquet tables and `.npy` arrays under a URI.
+
+They are streamed in parts, so that a file may be larger than memory. No pickle: arrays of Python objects are refused.
+"""
+
+import hashlib
+import math
+import os
+import tokenize
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gtc_dist.data import storage
+from gtc_dist.errors import InputError
+
+ROW_GROUP = 1 << 18
+VECTOR_ROW_GROUP = 1 << 13  # of tables with vectors: what a reader of a few rows has to fetch
+VECTOR_PAGE_BYTES = 8 << 20  # a page a row group: small pages take two to three times as long to write and read
+
+
+@contextmanager
+def parsing(uri: str, what: str) -> Iterator[None]:
+    """What Arrow says of a broken file becomes an InputError, `<uri> is not <what> ...`; a failing disk or network
+    stays as it is."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        said = str(error).replace("\0", "\\0")
+        raise InputError(f"{uri} is not {what} (mend it or write it again): {said}") from error
+
+
+def write_table(uri: str, table: pa.Table) -> storage.Written:
+    """Write a Parquet file. Vectors (fixed-size lists) are stored plain, since they do not compress, and in short row
+    groups, so that `read_vectors` can fetch some of them."""
+    vectors = any(pa.types.is_fixed_size_list(field.type) for field in table.schema)
+    layout: dict[str, Any] = {"row_group_size": ROW_GROUP, "compression": "zstd"}
+    if vectors:
+        layout = {
+            "row_group_size": VECTOR_ROW_GROUP,
+            "compression": "none",
+            "use_dictionary": False,
+            "write_statistics": False,
+            "data_page_size": VECTOR_PAGE_BYTES,
+        }
+    with storage.create(uri) as file:
+        pq.write_table(table, pa.PythonFile(file, mode="w"), **layout)
+    return file.written
+
+
+def read_table(uri: str, columns: list[str] | None = None, sha256: str | None = None) -> pa.Table:
+    """Read a Parquet file; with `sha256`, refuse one whose bytes differ."""
+    data = storage.read_bytes(uri)
+    storage.check(uri, data, sha256)
+    with parsing(uri, "a readable Parquet file"):
+        return pq.read_table(pa.BufferReader(data), columns=columns)
+
+
+def read_vectors(uri: str, column: str, start: int, stop: int) -> np.ndarray:
+    """Rows [start, stop) of a column of vectors, [n, width]; fetches only the row groups that hold some of them."""
+    with storage.open_input(uri, buffered=False) as stream, parsing(uri, "a readable Parquet file"):
+        file = pq.ParquetFile(stream, pre_buffer=True)
+        bounds = np.cumsum([0] + [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
+        groups = np.flatnonzero((bounds[:-1] < stop) & (bounds[1:] > start))
+        values = file.read_row_groups(groups.tolist(), columns=[column], use_threads=False)[column]
+    parts = [c.flatten().to_numpy(zero_copy_only=False).reshape(len(c), -1) for c in values.chunks]
+    return np.concatenate(parts)[start - bounds[groups[0]] : stop - bounds[groups[0]]]
+
+
+def write_array(uri: str, array: np.ndarray) -> storage.Written:
+    """Write a `.npy` file, piece by piece, so that a memory-mapped array need not fit memory."""
+    array = np.atleast_1d(array)
+    header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
+    if array.dtype.hasobject:
+        raise ValueError(f"{uri}: an array of {array.dtype} cannot be written")
+    rows = max(storage.PART_BYTES // max(array[:1].nbytes, 1), 1)
+    with storage.create(uri) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(array) if array.size else 0, rows):
+            file.write(np.ascontiguousarray(array[start : start + rows]).reshape(-1).view(np.uint8).data)
+    return file.written
+
+
+def read_array(uri: str, sha256: str | None = None) -> np.ndarray:
+    """Read a `.npy` file, with no second copy in memory; with `sha256`, refuse one whose bytes differ."""
+    digest = hashlib.sha256()
+    with storage.open_input(uri, buffered=False) as file:
+        try:
+            shape, fortran, dtype = read_array_header(file)
+        except ValueError as error:
+            raise InputError(f"{uri} is not a plain .npy array: {error}") from error
+        start = file.tell()
+        if file.seek(0, os.SEEK_END) - start < math.prod(shape) * dtype.itemsize:
+            raise InputError(f"{uri} is not a plain .npy array: it ends before its last row")
+        array = np.empty(shape, dtype, order="F" if fortran else "C")
+        file.seek(start if sha256 is None else 0)
+        if sha256 is not None:
+            digest.update(file.read(start))
+        if array.size:
+            flat = memoryview(array.reshape(-1, order="A").view(np.uint8))
+            for start in range(0, len(flat), storage.PART_BYTES):
+                part = flat[start : start + storage.PART_BYTES]
+                if file.readinto(part) < len(part):
+                    raise InputError(f"{uri} is not a plain .npy array: it ends before its last row")
+                digest.update(part) if sha256 is not None else None
+    if sha256 is not None:
+        storage.check_digest(uri, digest.hexdigest(), sha256)
+    return array
+
+
+def read_array_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and dtype, from the head of a `.npy` file, which is left at its data.
+
+    Raises:
+        ValueError: no such head, or an array of Python objects.
+    """
+    version = np.lib.format.read_magic(file)
+    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    try:
+        shape, fortran, dtype = reader(file)
+    except (SyntaxError, TypeError, tokenize.TokenError) as error:  # numpy reads the head as Python
+        raise ValueError(f"its head is broken: {error}") from error
+    if any(size < 0 for size in shape):
+        raise ValueError(f"its head gives the shape {shape}")
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are not read; save a matrix of numbers")
+    return shape, fortran, dtype
