@@ -14,7 +14,7 @@ from small import GATED, small_catalog, small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from worlds import run_ranks
 
-from gtc_dist.data import storage
+from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import checkpoint, loop
 from gtc_dist.engine.build import load_graphs
@@ -259,8 +259,8 @@ def train_on_a_full_disk(world: World, config, run: str, full: str) -> list:
         return writes
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("write_array", "write_json", "write_bytes"):
-            patch.setattr(storage, name, of(getattr(storage, name)))
+        for module, name in ((formats, "write_array"), (storage, "write_json"), (storage, "write_bytes")):
+            patch.setattr(module, name, of(getattr(module, name)))
         return [train(world, config, run), len(calls) >= 2]
 
 

@@ -76,6 +76,14 @@ def test_parts_may_be_made_in_any_order_and_place(folder, tmp_path, order):
     assert digests(tmp_path) == expected
 
 
+def test_counts_do_not_depend_on_which_part_ended_first(folder):
+    counts = storage.read_json(f"{folder}/{synthetic.DATASET}")["counts"]
+    counts = {name: counts[name] for name in reversed(counts) if name not in ("users", "items")}
+    before = digests(folder)
+    synthetic.finish(SPEC, str(folder), counts)
+    assert digests(folder) == before
+
+
 def test_ray_tasks_give_the_same_bytes(folder, tmp_path, ray_local):
     dataset = generate(SPEC, str(tmp_path / "raw"), parallel=True)
     assert digests(tmp_path / "raw") == digests(folder)

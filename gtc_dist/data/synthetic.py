@@ -209,6 +209,7 @@ def finish(spec: Spec, uri: str, counts: dict[str, int]) -> dict:
                 f"{storage.join(uri, name)} was written, but is not there; if Ray runs on several machines, "
                 "name a folder that all of them share, or s3://"
             )
+    counts = dict(sorted(counts.items()))  # parts come in any order
     dataset = {"parameters": asdict(spec), "counts": {"users": spec.users, "items": spec.items, **counts}}
     storage.write_json(storage.join(uri, DATASET), dataset)
     storage.remove_tree(storage.join(uri, BUILDING))
