@@ -2,13 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from small import refused, small_catalog, write_config
+from small import ROOT, refused, small_catalog, write_config
 from test_resume import trainer_of
 
 from gtc_dist import evaluate, train
@@ -22,11 +21,10 @@ from gtc_dist.engine.restore import find, restore
 from gtc_dist.errors import InputError
 from gtc_dist.model.collectives import World
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-import export_embeddings  # noqa: E402  (a script)
-import recommend  # noqa: E402
+import export_embeddings
+import recommend
 
 
 @pytest.fixture(scope="module")
