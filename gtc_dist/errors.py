@@ -1,4 +1,4 @@
-"""The one exception for input that a user can mend, and how commands show it."""
+"""What ends a command with one line for its user instead of a traceback, and how commands show it."""
 
 import sys
 from collections.abc import Callable
@@ -11,8 +11,15 @@ class InputError(ValueError):
         return (type(self), self.args)
 
 
+class NotFinite(FloatingPointError):
+    """A step whose loss or gradients are not finite. The message says which, and where the batch is."""
+
+
+STATUS = {InputError: 2, NotFinite: 3}  # of a command that ends with it
+
+
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's main function; show an `InputError` as one line and exit with status 2.
+    """Run a command's main function; show what `STATUS` names as one line and exit with its status.
 
     An error that a Ray worker raised arrives wrapped (in a cause, a context or a dictionary of worker failures), so
     the whole chain is searched.
@@ -22,26 +29,27 @@ def run_command(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        found = find_input_error(error)
+        found = find_shown(error)
         if found is None:
             raise
         print(f"error: {found}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(STATUS[type(found)])
 
 
-def find_input_error(error: BaseException | None, depth: int = 0) -> InputError | None:
-    """The `InputError` that `error` is, wraps or was caused by, or None."""
+def find_shown(error: BaseException | None, depth: int = 0) -> Exception | None:
+    """The exception of a kind in `STATUS` that `error` is, wraps or was caused by, or None."""
     if error is None or depth > 10:
         return None
-    if isinstance(error, InputError):
-        return InputError(*error.args)  # plain copy: Ray's dual-typed errors print a remote traceback
+    for kind in STATUS:
+        if isinstance(error, kind):
+            return kind(*error.args)  # plain copy: Ray's dual-typed errors print a remote traceback
     inner = [getattr(error, "cause", None), error.__cause__, error.__context__]
     failures = getattr(error, "worker_failures", None)
     if isinstance(failures, dict):
         inner += list(failures.values())
     for candidate in inner:
         if isinstance(candidate, BaseException) and candidate is not error:
-            found = find_input_error(candidate, depth + 1)
+            found = find_shown(candidate, depth + 1)
             if found is not None:
                 return found
     return None

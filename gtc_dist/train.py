@@ -134,6 +134,8 @@ def summary(run: str, result: dict) -> str:
     rows = {part: result[part]["overall"] for part in ("valid", "test")} | {"popularity": result["popularity"]}
     for name, values in rows.items():
         lines.append(f"{name:>10}  " + "  ".join(f"{metric} {values[metric]:.4f}" for metric in shown))
+    if skipped := result.get("skipped_steps"):
+        lines.append(f"warning: {skipped} step(s) left out, as their loss or gradient was not finite")
     return "\n".join(lines)
 
 

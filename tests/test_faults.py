@@ -1,5 +1,6 @@
 """What ends processes: lost ranks, killed and stopped commands. Afterwards the run ends as it would have."""
 
+import json
 import os
 import signal
 import subprocess
@@ -162,7 +163,14 @@ def test_given_again_a_finished_run_says_so_and_another_configuration_is_refused
 
 
 @pytest.mark.long
-def test_a_loss_that_is_not_finite_ends_the_run_at_once(ray_local, catalog, tmp_path, capfd):
-    with pytest.raises(FloatingPointError, match=r"epoch \d+, step \d+: the loss is not finite"):
-        train.main(command(tmp_path, catalog, 1, "train.table_lr=1e30", "train.lr=1e30"))
+def test_a_loss_that_is_not_finite_ends_the_command_with_a_step_to_replay(catalog, tmp_path):
+    module = [sys.executable, "-m", "gtc_dist.train"]
+    words = command(tmp_path, catalog, 1, "train.table_lr=1e30", "train.lr=1e30")
+    ended = subprocess.run([*module, *words], capture_output=True, text=True)
+    told = ended.stderr.splitlines()[-1]
+    assert (ended.returncode, told[:14]) == (3, "error: epoch 1"), ended.stderr
+    [file] = (tmp_path / "runs/r").glob("not-finite-*.npz")
+    assert f"--replay {file}" in told
+    again = subprocess.run([*module, "--replay", str(file)], capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout)["not_finite"]
     assert not (tmp_path / "runs/r/failed.json").exists()

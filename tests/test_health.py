@@ -11,9 +11,9 @@ from worlds import run_ranks
 
 from gtc_dist import train
 from gtc_dist.data import storage
-from gtc_dist.engine.health import NotFinite, batch_file
-from gtc_dist.engine.replay import read_draws, replay
-from gtc_dist.errors import InputError
+from gtc_dist.engine.health import batch_file
+from gtc_dist.engine.replay import read_left, replay
+from gtc_dist.errors import InputError, NotFinite, run_command
 from gtc_dist.model.collectives import World
 
 
@@ -26,9 +26,9 @@ def poisoned(trainer, at: int, part: str = "loss", ranks: tuple[int, ...] = (0,)
     """The trainer, with a loss or a gradient of one step that is not finite, on some ranks."""
     gradients, done = trainer.gradients, 0
 
-    def bad(batch):
+    def bad(batch, rows):
         nonlocal done
-        parts = gradients(batch)
+        parts = gradients(batch, rows)
         done += 1
         if done == at and trainer.world.rank in ranks:
             if part == "loss":
@@ -68,26 +68,74 @@ def test_it_ends_the_run_before_the_weights_take_it(catalog, tmp_path, part, mes
     assert all(p.isfinite().all() for p in trainer.network.parameters())
 
 
-def test_the_batch_is_computed_again(catalog, tmp_path, capsys):
+def replayed(folder, capsys) -> dict:
+    """What --replay prints of the file that was left in the run folder."""
+    [name] = [name for name in storage.listing(str(folder)) if name.startswith("not-finite")]
+    capsys.readouterr()
+    assert train.main(["--replay", f"{folder}/{name}"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_step_is_computed_again(catalog, tmp_path, capsys):
     config = config_of(catalog, tmp_path, checkpoint={"minutes": 0.0})
     trainer = poisoned(trainer_of(World(), config, f"{tmp_path}/small"), 9)
     with pytest.raises(NotFinite):
         trainer.fit()
-    [name] = [name for name in storage.listing(f"{tmp_path}/small") if name.startswith("not-finite")]
     before = storage.listing(f"{tmp_path}/small")
-    capsys.readouterr()
-    assert train.main(["--replay", f"{tmp_path}/small/{name}"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["pairs"], told["weights"]) == (30, "after 3 steps")
-    assert told["not_finite"] == ["the sum of all"]  # what was wrong was put in by this test
+    told = replayed(tmp_path / "small", capsys)
+    assert (told["pairs"], told["newest_checkpoint"]) == (30, "after 3 steps")
+    assert told["not_finite"] == []  # what was wrong was put in by this test
     assert set(told["loss"]) == {"bpr", "tc", "diffusion", "l2"}
     assert all(np.isfinite(norm) for norm in told["gradient_norms"].values())
     assert storage.listing(f"{tmp_path}/small") == before
-    table = trainer.tables.item.weight  # weights that are really bad are found
-    with torch.no_grad():
-        table.fill_(float("nan"))
-    broken = trainer.gradients(trainer.loader.assemble(read_draws(f"{tmp_path}/small/{name}")))
-    assert not broken["bpr"].isfinite()
+
+
+def test_with_the_weights_that_met_it(catalog, tmp_path, capsys):
+    """They were fine at the last checkpoint, and are in the file alone."""
+    trainer = trainer_of(World(), config_of(catalog, tmp_path), f"{tmp_path}/small")
+    step, done = trainer.step, 0
+
+    def broken(batch):
+        nonlocal done
+        done += 1
+        if done == 5:
+            with torch.no_grad():
+                trainer.tables.item.weight[:] = float("inf")
+                trainer.network.members[0].project[0].weight[0, 0] = float("nan")
+        return step(batch)
+
+    trainer.step = broken
+    with pytest.raises(NotFinite, match="loss bpr"):
+        trainer.fit()
+    told = replayed(tmp_path / "small", capsys)
+    assert {"loss bpr", "loss l2", "gradient of the item table"} <= set(told["not_finite"])
+    assert not np.isfinite(told["loss"]["bpr"])
+
+
+def test_another_network_is_told(catalog, tmp_path):
+    config = config_of(catalog, tmp_path)
+    trainer = poisoned(trainer_of(World(), config, f"{tmp_path}/small"), 2)
+    with pytest.raises(NotFinite):
+        trainer.fit()
+    wider = config.model_copy(update={"model": config.model.model_copy(update={"width": 2 * config.model.width})})
+    storage.write_bytes(f"{tmp_path}/small/config.yaml", wider.model_dump_json().encode())
+    for name in [name for name in storage.listing(f"{tmp_path}/small") if name.startswith("checkpoints")]:
+        storage.remove_tree(f"{tmp_path}/small/{name}")
+    with pytest.raises(InputError, match="another network or catalog"):
+        replay(f"{tmp_path}/small/not-finite-epoch-1-step-2-rank-0.npz")
+
+
+def test_a_command_shows_one_line_and_has_a_status_of_its_own(capsys):
+    def main():
+        try:
+            raise NotFinite("epoch 1, step 2: the loss is not finite")
+        except NotFinite as error:
+            raise RuntimeError("a rank failed") from error
+
+    with pytest.raises(SystemExit) as left:
+        run_command(main)
+    assert left.value.code == 3
+    assert capsys.readouterr().err == "error: epoch 1, step 2: the loss is not finite\n"
 
 
 def test_what_is_written_down_is_the_batch(catalog, tmp_path):
@@ -95,11 +143,16 @@ def test_what_is_written_down_is_the_batch(catalog, tmp_path):
     trainer = trainer_of(World(), config, f"{tmp_path}/small")
     order = trainer.loader._order(1)
     draws = trainer.loader.draw(1, 0, order[trainer.loader._rows(0)])
-    storage.write_bytes(f"{tmp_path}/small/b.npz", batch_file(trainer.loader.assemble(draws)))
-    again = read_draws(f"{tmp_path}/small/b.npz")
+    batch = trainer.loader.assemble(draws)
+    rows = trainer.rows(batch)
+    storage.write_bytes(f"{tmp_path}/small/b.npz", batch_file(batch, rows, trainer.network))
+    left = read_left(f"{tmp_path}/small/b.npz")
+    again = left.draws
     for name in ("users", "positives", "negatives", "timesteps", "noise", "dropout"):
         assert np.array_equal(getattr(again, name), getattr(draws, name)), name
     assert (again.seed, again.sampler_seed, again.counts) == (draws.seed, draws.sampler_seed, draws.counts)
+    assert all(torch.equal(a, b) for a, b in zip(left.rows.values(), rows, strict=True))
+    assert all(torch.equal(left.network[name], value) for name, value in trainer.network.state_dict().items())
 
 
 def test_files_that_are_no_batch(tmp_path):
@@ -124,8 +177,9 @@ def skipping(world: World, config, run: str, ranks: tuple[int, ...]) -> dict:
         return parts
 
     trainer.step = kept
-    trainer.fit()
-    return {"weights": weights[:5], "skipped": trainer.health.skipped}
+    result = trainer.fit()
+    shown = train.summary(run, result).splitlines()[-1]
+    return {"weights": weights[:5], "skipped": result["skipped_steps"], "shown": shown}
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -134,6 +188,7 @@ def test_left_out_on_all_ranks_alike_and_counted(catalog, tmp_path, size):
     for result in run_ranks(skipping, size, config, f"{tmp_path}/small", (size - 1,)):
         w = result["weights"]
         assert result["skipped"] == 1
+        assert result["shown"] == "warning: 1 step(s) left out, as their loss or gradient was not finite"
         assert torch.equal(w[3], w[2])
         assert not torch.equal(w[4], w[3])
         assert all(x.isfinite().all() for x in w)
@@ -143,7 +198,8 @@ def clipped(world: World, config, run: str, clip: float | None) -> dict:
     trainer = trainer_of(world, config, run)
     trainer.health.clip = clip
     batch = trainer.loader.assemble(trainer.loader.draw(1, 0, trainer.loader._order(1)[trainer.loader._rows(0)]))
-    trainer.health.passes(trainer.gradients(batch), batch, "here")
+    rows = trainer.rows(batch)
+    trainer.health.passes(trainer.gradients(batch, rows), batch, rows, "here")
     dense = sum(p.grad.square().sum() for p in trainer.network.parameters() if p.grad is not None)
     own = sum(table.gradient()[1].square().sum() for table in trainer.tables.all())
     return {"norm": float((dense + world.sum(own)).sqrt()), "row": trainer.tables.user.gradient()[1][0].clone()}

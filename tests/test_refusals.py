@@ -7,7 +7,7 @@ from small import refused, small_catalog, write_config
 from gtc_dist import train
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import CatalogWriter
-from gtc_dist.errors import InputError, find_input_error
+from gtc_dist.errors import InputError, find_shown
 from gtc_dist.graph import build
 
 
@@ -58,7 +58,7 @@ def test_what_a_rank_refuses_arrives_as_one_error_and_blocks_no_retry(ray_local,
     config = write_config(tmp_path, catalog.uri, str(tmp_path / "runs"))
     with pytest.raises(Exception, match=r"(?s).*") as caught:
         train.main(["--config", config, "data.verify=size"])
-    found = find_input_error(caught.value)
+    found = find_shown(caught.value)
     assert "part-00000.parquet is not a readable Parquet file" in str(found)
     assert not storage.listing(str(tmp_path / "runs"))
 

@@ -12,10 +12,10 @@
     python tools/benchmark.py command -- python -m gtc_dist.train ...  seconds and memory of any command
 
 Common: --threads 1,2 (torch's and DGL's, a measurement each), --repeats N (after a warm-up that does not count),
---out FILE, --compare FILE (prints each figure over the one in an earlier file). Every measurement runs in processes of
-its own, ranks are processes that talk over gloo, figures are medians. Memory is what the kernel counted (the highest
-resident set of a rank; for whole commands the sum of the proportional sets of all processes, Ray's included), bytes
-sent are what the collectives counted.
+--out FILE, --compare FILE (prints each figure over the one in an earlier file). `step cluster.gpu=true` measures on
+GPUs. Every measurement runs in processes of its own, ranks are processes that talk over gloo (NCCL on GPUs), figures
+are medians. Memory is what the kernel counted (the highest resident set of a rank; for whole commands the sum of the
+proportional sets of all processes, Ray's included), bytes sent are what the collectives counted.
 """
 
 import argparse

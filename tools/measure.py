@@ -23,7 +23,7 @@ from gtc_dist.engine.build import build_network, load_features, load_graphs
 from gtc_dist.engine.export import ROWS, write_part
 from gtc_dist.engine.inference import embed_catalog
 from gtc_dist.engine.loop import Trainer
-from gtc_dist.engine.monitor import Monitor
+from gtc_dist.engine.monitor import Monitor, Stopwatch
 from gtc_dist.engine.ranking import RankingOptions, top_items
 from gtc_dist.engine.saver import BUSY
 from gtc_dist.graph.csc import both_directions
@@ -36,10 +36,12 @@ MIB = 1 << 20
 def main() -> None:
     case, rank, folder = json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(case.get("threads", 1))
-    ranks, world = case.get("ranks", 1), World()
+    ranks, device = case.get("ranks", 1), device_of(case, rank)
+    world = World(device=device)
     if ranks > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-        world = World(rank, ranks).split()
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+        world = World(rank, ranks).split(device)
     kinds = {"sampling": sampling, "lookup": lookup, "step": step, "scale": step, "inference": inference}
     kinds |= {"checkpoint": saving, "resume": resume, "ranking": ranking, "ingest": ingest, "command": command}
     result = kinds[case["kind"]](case, world)
@@ -47,6 +49,25 @@ def main() -> None:
     world.barrier()
     if ranks > 1:
         dist.destroy_process_group()
+
+
+def device_of(case: dict, rank: int) -> torch.device:
+    """The GPU of a rank where the configuration asks for GPUs."""
+    if "config" not in case or case["kind"] in ("resume", "ingest"):
+        return torch.device("cpu")
+    if not load_config(case["config"], case["overrides"]).cluster.gpu:
+        return torch.device("cpu")
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+class Synchronized(Stopwatch):
+    """Waits for the GPU where a part ends: its work is counted where it belongs, and steps take a little longer."""
+
+    def part(self, name: str | None) -> None:
+        torch.cuda.synchronize()
+        super().part(name)
 
 
 def sampling(case: dict, world: World) -> dict:
@@ -117,7 +138,39 @@ def step(case: dict, world: World) -> dict:
     with tempfile.TemporaryDirectory(prefix="gtc-benchmark-") as run:
         users, items = (column[world.rank :: world.size] for column in catalog.interactions("train"))
         trainer = Trainer(config, catalog, run, users, items, load_graphs(config, catalog), world)
-        return measure_steps(trainer, case["repeats"])
+        if world.device.type != "cuda":
+            return measure_steps(trainer, case["repeats"])
+        gpu = measure_gpu(trainer, case["repeats"])
+        trainer.watch = Synchronized()
+        return measure_steps(trainer, case["repeats"]) | gpu
+
+
+def measure_gpu(trainer: Trainer, repeats: int) -> dict:
+    """Steps as a training takes them, which wait for the GPU at the end only; the share of that time in which it
+    computed, by the kernels of as many steps again under the profiler; and its memory."""
+    trainer.network.train()
+    batches = itertools.chain.from_iterable(trainer.loader.epoch(epoch) for epoch in itertools.count(1))
+
+    def steps(count: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            trainer.step(next(batches).to(trainer.world.device))
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / count
+
+    steps(max(3, repeats // 5))
+    torch.cuda.reset_peak_memory_stats()
+    seconds = steps(repeats)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        steps(repeats)
+    busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / repeats
+    return {
+        "gpu/seconds_per_step": seconds,
+        "gpu/interactions_per_second": trainer.config.train.batch_size / seconds,
+        "gpu/busy_share": busy / seconds,
+        "gpu/peak_mib": torch.cuda.max_memory_allocated() / MIB,
+    }
 
 
 def resume(case: dict, world: World) -> dict:

@@ -1,8 +1,9 @@
 """What keeps a bad step out of the weights: a check of losses and gradients, clipping, and a file to replay the step.
 
 A loss or gradient that is not finite is found before the optimizers see it. By default the rank that found it writes
-its batch to `not-finite-...npz` in the run folder and ends the run; `python -m gtc_dist.train --replay FILE` computes
-that batch once more and says what is not finite. Or the step is left out on all ranks, and counted.
+its batch and the weights that met it to `not-finite-...npz` in the run folder and ends the run; `python -m
+gtc_dist.train --replay FILE` computes that step once more and says what is not finite. Or the step is left out on all
+ranks, and counted.
 """
 
 import io
@@ -12,13 +13,13 @@ import torch
 from torch import nn
 
 from gtc_dist.data import storage
+from gtc_dist.errors import NotFinite
 from gtc_dist.model.batch import Batch
 from gtc_dist.model.collectives import World
 from gtc_dist.model.table import RowTable
 
-
-class NotFinite(FloatingPointError):
-    """A step whose loss or gradients are not finite. The message says which, and where the batch is."""
+SHOWN = 6  # of what is not finite, in the message
+Rows = tuple[torch.Tensor, torch.Tensor]  # of the batch's in-users and in-items
 
 
 class Health:
@@ -35,24 +36,28 @@ class Health:
         self.network, self.tables, self.world, self.run, self.skip, self.clip = network, tables, world, run, skip, clip
         self.skipped = 0  # steps left out so far
 
-    def passes(self, parts: dict[str, torch.Tensor], batch: Batch, place: str) -> bool:
+    def passes(self, parts: dict[str, torch.Tensor], batch: Batch, rows: Rows, place: str) -> bool:
         """Whether the optimizers may use the gradients of this step; clips them if so. A collective if steps are left
         out or gradients clipped.
 
         Args:
             parts: of the loss, of this rank.
+            rows: of the tables, that the batch was computed with.
             place: of the step, for the message: "epoch 3, step 14".
 
         Raises:
             NotFinite: unless such steps are left out.
         """
-        bad = [] if self._finite(parts) else not_finite(parts, self.network, self.tables)
+        bad = []
+        if not self._finite(parts):
+            bad = not_finite(parts, self.network, self.tables) or ["the sum of all"]
         if bad and not self.skip:
             name = f"not-finite-{place.replace(', ', '-').replace(' ', '-')}-rank-{self.world.rank}.npz"
             uri = storage.join(self.run, name)
-            storage.write_bytes(uri, batch_file(batch))
+            storage.write_bytes(uri, batch_file(batch, rows, self.network))
+            shown = ", ".join(bad[:SHOWN]) + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
             raise NotFinite(
-                f"{place}: the loss is not finite, or its gradient: {', '.join(bad)}. The batch is in {uri}; "
+                f"{place}: the loss is not finite, or its gradient: {shown}. The batch is in {uri}; "
                 f"`python -m gtc_dist.train --replay {uri}` computes it again"
             )
         if self.skip and self.world.max(int(bool(bad))):
@@ -91,14 +96,15 @@ def not_finite(parts: dict[str, torch.Tensor], network: nn.Module, tables: tuple
     for table in tables:
         if any(not values.isfinite().all() for _, values in table.pending):
             bad.append(f"gradient of the {table.name} table")
-    return bad or ["the sum of all"]
+    return bad
 
 
 FIELDS = ("timesteps", "noise", "dropout")
+NETWORK = "network."  # before the name of a parameter or buffer
 
 
-def batch_file(batch: Batch) -> bytes:
-    """A batch's pairs, by catalog index, and its randomness, as .npz."""
+def batch_file(batch: Batch, rows: Rows, network: nn.Module) -> bytes:
+    """A batch's pairs, by catalog index, its randomness, and the weights that it was computed with, as .npz."""
     users, items = batch.user_ids[batch.users], batch.item_ids
     arrays = {
         "users": users,
@@ -106,7 +112,10 @@ def batch_file(batch: Batch) -> bytes:
         "negatives": items[batch.negatives],
         **{name: getattr(batch, name) for name in FIELDS},
         "seeds": torch.tensor([batch.permutation_seed, batch.sampler_seed]),
+        "user_rows": rows[0],
+        "item_rows": rows[1],
+        **{NETWORK + name: tensor for name, tensor in network.state_dict().items()},
     }
     buffer = io.BytesIO()
-    np.savez(buffer, **{name: tensor.cpu().numpy() for name, tensor in arrays.items()})
+    np.savez(buffer, **{name: tensor.detach().cpu().numpy() for name, tensor in arrays.items()})
     return buffer.getvalue()

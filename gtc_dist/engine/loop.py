@@ -32,7 +32,7 @@ from gtc_dist.engine.build import (
     ranking_options,
 )
 from gtc_dist.engine.checkpoint import FOLDER
-from gtc_dist.engine.health import Health
+from gtc_dist.engine.health import Health, Rows
 from gtc_dist.engine.history import History
 from gtc_dist.engine.inference import embed_catalog
 from gtc_dist.engine.monitor import Monitor, Stopwatch
@@ -153,10 +153,11 @@ class Trainer:
 
     def step(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Forward, backward and the optimizers on one batch; returns this rank's share of the loss parts."""
-        parts = self.gradients(batch)
+        rows = self.rows(batch)
+        parts = self.gradients(batch, rows)
         self.watch.part("optimizer")
         at = self.state.progress
-        if self.health.passes(parts, batch, f"epoch {at.epoch}, step {at.step + 1}"):
+        if self.health.passes(parts, batch, rows, f"epoch {at.epoch}, step {at.step + 1}"):
             self.optimizer.step()
             for table in self.tables.all():
                 table.step(self.table_lr)
@@ -165,15 +166,17 @@ class Trainer:
         self.watch.part(None)
         return parts
 
-    def gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def rows(self, batch: Batch) -> Rows:
+        """Rows of the tables that a batch needs. A collective."""
+        self.watch.part("lookup")
+        return self.tables.user.lookup(batch.user_route), self.tables.item.lookup(batch.item_route)
+
+    def gradients(self, batch: Batch, rows: Rows) -> dict[str, torch.Tensor]:
         """Forward and backward on one batch; returns this rank's share of the loss parts."""
         self.watch.part("history")
         history = None if self.history is None else self.history.rows(batch)
-        self.watch.part("lookup")
-        user_rows = self.tables.user.lookup(batch.user_route)
-        item_rows = self.tables.item.lookup(batch.item_route)
         self.watch.part("forward")
-        loss, parts = self.forward(batch, user_rows, item_rows, history)
+        loss, parts = self.forward(batch, *rows, history)
         self.watch.part("backward")
         self.optimizer.zero_grad(set_to_none=True)
         with self.world.meeting():  # DDP sums gradients over the ranks
@@ -339,6 +342,7 @@ class Trainer:
             "seconds": round(time.monotonic() - self.started, 2),
             "seconds_per_epoch": round(at.trained / max(last, 1), 3),
             "workers": self.world.size,
+            "skipped_steps": self.health.skipped,
         }
         self._project(embeddings[1])
         if self.world.rank == 0:

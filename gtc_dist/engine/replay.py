@@ -1,15 +1,19 @@
-"""One batch computed again, with the weights of the newest checkpoint before it: what is not finite, and how large
-everything is."""
+"""One step computed again, with the weights that met it: what is not finite, and how large everything is.
+
+The rows of a history (`history.py`) come from the newest checkpoint before the step, as they are not in the file.
+"""
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from gtc_dist.config_file import read_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine.build import load_graphs
-from gtc_dist.engine.health import FIELDS, not_finite
+from gtc_dist.engine.health import FIELDS, NETWORK, Rows, not_finite
 from gtc_dist.engine.loader import Draws
 from gtc_dist.engine.loop import Trainer
 from gtc_dist.engine.restore import CONFIG
@@ -17,14 +21,23 @@ from gtc_dist.errors import InputError
 from gtc_dist.model.collectives import World
 
 
+@dataclass(frozen=True)
+class Left:
+    """What `health.batch_file` wrote."""
+
+    draws: Draws
+    rows: dict[str, torch.Tensor]  # "user", "item" -> of the batch
+    network: dict[str, torch.Tensor]  # its state
+
+
 def replay(uri: str) -> dict:
-    """Loss parts, norms of the gradients and what is not finite, of the batch in a file that a run left.
+    """Loss parts, norms of the gradients and what is not finite, of the step in a file that a run left.
 
     Raises:
-        InputError: no such file, or no run around it.
+        InputError: no such file, no run around it, or a run of another network.
     """
     run, _, _ = uri.rpartition("/")
-    draws = read_draws(uri)
+    left = read_left(uri)
     path = storage.join(run or ".", CONFIG)
     if not storage.exists(path):
         raise InputError(f"{uri} is in no run folder (there is no {path}); replay it from where it was written")
@@ -32,27 +45,43 @@ def replay(uri: str) -> dict:
     catalog = Catalog(config.data.catalog, verify="size")
     trainer = Trainer(config, catalog, run, *catalog.interactions("train"), load_graphs(config, catalog), World())
     found = trainer.state.resume()
-    batch = trainer.loader.assemble(draws)
-    parts = trainer.gradients(batch)
+    batch = trainer.loader.assemble(left.draws)
+    rows = trainer.rows(batch)
+    restore(trainer, rows, left, uri)
+    parts = trainer.gradients(batch, rows)
     norms = {f"{table.name} table": table.pending[0][1] for table in trainer.tables.all() if table.pending}
     norms |= {name: p.grad for name, p in trainer.network.named_parameters() if p.grad is not None}
     return {
-        "pairs": len(draws.users),
-        "weights": f"after {found.steps} steps" if found else "as they start",
+        "pairs": len(left.draws.users),
+        "newest_checkpoint": f"after {found.steps} steps" if found else None,
         "loss": {name: float(value) for name, value in parts.items()},
         "not_finite": not_finite(parts, trainer.network, trainer.tables.all()),
         "gradient_norms": {name: float(gradient.norm()) for name, gradient in norms.items()},
     }
 
 
-def read_draws(uri: str) -> Draws:
-    """What `health.batch_file` wrote."""
+def restore(trainer: Trainer, rows: Rows, left: Left, uri: str) -> None:
+    """Put the weights of the step into the network, and its rows into those that were looked up."""
+    saved = tuple(left.rows.values())
+    fits = [r.shape for r in rows] == [r.shape for r in saved]
+    now = {name: tensor.shape for name, tensor in trainer.network.state_dict().items()}
+    if not fits or now != {name: tensor.shape for name, tensor in left.network.items()}:
+        raise InputError(f"{uri} was written by a training of another network or catalog than its run folder has now")
+    trainer.network.load_state_dict(left.network)
+    for row, value in zip(rows, saved, strict=True):
+        row.data.copy_(value)  # behind autograd's back: gradients go to the tables all the same
+
+
+def read_left(uri: str) -> Left:
+    """Raises InputError where it is not such a file."""
     if not storage.exists(uri):
         raise InputError(f"{uri} does not exist")
     try:
         with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("users", "positives", "negatives", "seeds", *FIELDS)}
-    except (ValueError, KeyError, OSError) as error:
+            rows = {name: torch.from_numpy(file[f"{name}_rows"]) for name in ("user", "item")}
+            state = {n.removeprefix(NETWORK): torch.from_numpy(file[n]) for n in file.files if n.startswith(NETWORK)}
+    except (ValueError, KeyError, OSError, TypeError) as error:
         raise InputError(f"{uri} is not a batch that a run left behind: {error}") from error
     permutation, sampler = (int(seed) for seed in arrays.pop("seeds"))
-    return Draws(**arrays, seed=permutation, sampler_seed=sampler, counts=[len(arrays["users"])])
+    return Left(Draws(**arrays, seed=permutation, sampler_seed=sampler, counts=[len(arrays["users"])]), rows, state)
