@@ -9,6 +9,7 @@ import pytest
 import yaml
 from small import small_catalog, write_config
 
+from gtc_dist.config_file import load_config
 from gtc_dist.errors import InputError
 from tools.ablate import VARIANTS, main, named, summary
 
@@ -64,6 +65,12 @@ def test_differences_are_over_the_seeds_of_both():
     assert row["recall@20"]["sd"] == pytest.approx(0.2)
     assert row["against"]["recall@20"]["mean"] == pytest.approx(0.2)
     assert row["against"]["recall@20"]["se"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_a_configuration(name):
+    """The command reads all of them before it trains the first."""
+    load_config(str(ROOT / "configs/tiktok.yaml"), [*VARIANTS[name], f"run.name={name}-0"])
 
 
 def test_unknown_variants_are_refused():

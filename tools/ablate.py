@@ -47,8 +47,9 @@ VARIANTS = {
     "walks-alone": ["train.epochs=0"],
     "softmax": ["train.loss=softmax", *SHARED],
     "softmax-in-batch": ["train.loss=softmax", "train.negatives.mode=in_batch"],
-    "bpr+softmax": ["train.loss=bpr+softmax", *SHARED],
+    "bpr-and-softmax": ["train.loss=bpr+softmax", *SHARED],
     "popular-negatives": ["train.negatives.popularity=0.5"],
+    "sampled": ["model.propagation=sampled", "model.item_fanout=10", "model.walk.enabled=true"],
 }
 SHOWN = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@20")
 
