@@ -104,8 +104,10 @@ ENDED = [(2, signal.SIGKILL, -signal.SIGKILL), (3, signal.SIGTERM, train.LEFT)]
 
 
 @pytest.mark.parametrize("endings", [ENDED[:1], pytest.param(ENDED, marks=pytest.mark.long)])
-def test_a_command_that_is_ended_goes_on_when_it_is_given_again(undisturbed, catalog, tmp_path, endings):
-    """In a cluster of its own, which goes with it: killed, stopped, left alone."""
+def test_a_command_that_is_ended_goes_on_when_it_is_given_again(
+    ray_local, undisturbed, catalog, tmp_path, endings, capfd
+):
+    """In a cluster of its own, which goes with it: killed, stopped; at last in another cluster, left alone."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     arguments = [sys.executable, "-m", "gtc_dist.train", *command(tmp_path, catalog, 1)]
     run, log = tmp_path / "runs/r", tmp_path / "log"
@@ -121,8 +123,8 @@ def test_a_command_that_is_ended_goes_on_when_it_is_given_again(undisturbed, cat
         assert not (run / "metrics.json").exists()
         _, alive = psutil.wait_procs(children, timeout=60)
         assert alive == []  # no orphans; Ray's agents leave a minute later
-    again = subprocess.run(arguments, capture_output=True, env=environment, check=True, text=True)
-    assert "going on with" in again.stderr
+    assert train.main(command(tmp_path, catalog, 1)) == 0
+    assert f"going on with {run}" in capfd.readouterr().err
     assert result(run) == result(undisturbed[1] / "runs/r")
     assert not (run / "stop").exists()
     assert checkpoint.names(str(run), "step-")[1] == []  # nor what was being written when it was killed

@@ -23,7 +23,7 @@ import make_dataset  # noqa: E402
 def test_prepare_and_train_as_jobs_on_object_storage(s3, s3_server, capsys):
     make_dataset.main(["--out", f"{s3}/raw", "--users", "400", "--items", "200", "--interactions", "5000"])
     places = [f"data.raw={s3}/raw", f"data.catalog={s3}/catalog", f"run.storage={s3}/runs", "run.name=job"]
-    keys = ["cluster.workers=2", "cluster.threads=1", "train.epochs=6", "train.batch_size=256", "model.width=16"]
+    keys = ["cluster.workers=2", "cluster.threads=1", "train.epochs=3", "train.batch_size=256", "model.width=16"]
     told: list[str] = []
     with LocalCluster(nodes=2, cpus=1, storage=s3_server) as cluster:
         with pytest.raises(urllib.error.HTTPError, match="401"):  # no token, no answer
@@ -39,7 +39,7 @@ def test_prepare_and_train_as_jobs_on_object_storage(s3, s3_server, capsys):
     assert cluster.running() == []
     assert not folder.exists()
     assert s3_server.process.poll() is None  # not the cluster's own, so it stays
-    assert "epoch 6/6" in done.stdout
+    assert "epoch 3/3" in done.stdout
     metrics = storage.read_json(f"{s3}/runs/job/metrics.json")
     assert metrics["workers"] == 2
     assert metrics["test"]["overall"]["recall@20"] > metrics["popularity"]["recall@20"]
