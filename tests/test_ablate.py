@@ -70,7 +70,8 @@ def test_differences_are_over_the_seeds_of_both():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_is_a_configuration(name):
     """The command reads all of them before it trains the first."""
-    load_config(str(ROOT / "configs/tiktok.yaml"), [*VARIANTS[name], f"run.name={name}-0"])
+    config = load_config(str(ROOT / "configs/tiktok.yaml"), [*VARIANTS[name], f"run.name={name}-0"])
+    assert config.run.name == f"{name}-0"
 
 
 def test_unknown_variants_are_refused():

@@ -112,6 +112,23 @@ def test_with_the_weights_that_met_it(catalog, tmp_path, capsys):
     assert not np.isfinite(told["loss"]["bpr"])
 
 
+def ended_by(world: World, config, run: str) -> None:
+    with pytest.raises(NotFinite):
+        poisoned(trainer_of(world, config, run), 3, ranks=(0, 1)).fit()
+
+
+@pytest.mark.parametrize("model", [{}, {"propagation": "sampled", "fanout": [3, 3]}])
+def test_what_a_rank_among_others_left_is_computed_by_one_process(catalog, tmp_path, model):
+    config = small_config(catalog.uri, str(tmp_path), train={"epochs": 1}, model=model)
+    storage.write_bytes(f"{tmp_path}/small/config.yaml", config.model_dump_json().encode())
+    run_ranks(ended_by, 2, config, f"{tmp_path}/small")
+    for rank in range(2):
+        told = replay(f"{tmp_path}/small/not-finite-epoch-1-step-3-rank-{rank}.npz")
+        assert 0 < told["pairs"] < config.train.batch_size
+        assert told["not_finite"] == []
+        assert all(np.isfinite(value) for value in told["loss"].values())
+
+
 def test_another_network_is_told(catalog, tmp_path):
     config = config_of(catalog, tmp_path)
     trainer = poisoned(trainer_of(World(), config, f"{tmp_path}/small"), 2)

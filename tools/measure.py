@@ -52,10 +52,9 @@ def main() -> None:
 
 
 def device_of(case: dict, rank: int) -> torch.device:
-    """The GPU of a rank where the configuration asks for GPUs."""
-    if "config" not in case or case["kind"] in ("resume", "ingest"):
-        return torch.device("cpu")
-    if not load_config(case["config"], case["overrides"]).cluster.gpu:
+    """The GPU of a rank, for training steps where the configuration asks for GPUs."""
+    steps = case["kind"] in ("step", "scale")
+    if not steps or not load_config(case["config"], case["overrides"]).cluster.gpu:
         return torch.device("cpu")
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
