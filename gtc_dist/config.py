@@ -296,6 +296,7 @@ class Eval(Section):
     metric: str = "recall@20"  # selects the best checkpoint and stops early
     patience: Positive = 10  # validations without a better metric before training stops
     users: Positive | None = None  # rank about so many users of a split, a seeded sample; null: all
+    cold_loss: Share = 0.01  # share of what a ranking of warm items is worth that cold ones in the lists may cost
     item_block: Positive = 16384  # items scored at once
     user_block: Positive = 1024  # users scored at once
     chunk: Positive = 16384  # rows of a rank that inference computes at once

@@ -4,10 +4,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from small import small_catalog, write_config
-from test_train import export_embeddings, read_export, train_without_ray
+from test_train import cold_items, export_embeddings, read_export, train_without_ray
 
 from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import Catalog
+from gtc_dist.engine.arrivals import arrival_rows
+from gtc_dist.engine.cold import LIFT, OWN, REGRESSION
 from gtc_dist.engine.restore import find, restore
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
@@ -38,10 +40,14 @@ def raw(catalog: Catalog, item: int) -> dict[str, np.ndarray]:
     return {name: catalog.features(name, item, item + 1).astype(np.float64) * 2 + 0.5 for name in catalog.modalities()}
 
 
-def test_a_new_item_has_the_mean_of_the_nearest_warm_ones_and_its_own_profile(run, tmp_path, capsys):
+def features(catalog: Catalog) -> dict[str, np.ndarray]:
+    """Of all items, as the catalog has them."""
+    return {name: catalog.features(name) for name in catalog.modalities()}
+
+
+def test_new_items_are_exported_after_those_of_the_catalog(run, tmp_path, capsys):
     uri, catalog = run
-    warm = Graphs.load(catalog).item_degree > 0
-    cold = np.flatnonzero(~warm)
+    cold = np.flatnonzero(Graphs.load(catalog).item_degree == 0)
     content = {name: np.concatenate([raw(catalog, i)[name] for i in cold]) for name in catalog.modalities()}
     new_ids = [9000 + int(i) for i in cold]
     file = write_items(str(tmp_path / "new.parquet"), new_ids, content)
@@ -52,22 +58,37 @@ def test_a_new_item_has_the_mean_of_the_nearest_warm_ones_and_its_own_profile(ru
     manifest = storage.read_json(str(tmp_path / "e/manifest.json"))
     assert manifest["new_items"] == len(cold)
     assert manifest["files"]["items.faiss"]["rows"] == len(ids)
+    opened = restore(find(uri))
+    want = arrival_rows(opened, opened.embed()[1], {n: x[cold] for n, x in features(catalog).items()})
+    np.testing.assert_allclose(rows[catalog.items :], want, rtol=1e-2, atol=1e-3)
 
-    units = [catalog.features(name).astype(np.float64) for name in catalog.modalities()]
-    similarity = sum(x @ x.T for x in (u / np.linalg.norm(u, axis=1, keepdims=True) for u in units)) / len(units)
-    blend = restore(find(uri)).blend
-    profiles = [] if blend is None else list(blend.profile_columns(rows.shape[1]).values())
+
+@pytest.mark.parametrize("form", [0.0, 1.0])
+def test_a_new_item_has_what_a_cold_item_with_its_content_has(run, form):
+    """By regression the very same; by neighbours the mean of the nearest warm ones and its own profile."""
+    uri, catalog = run
+    opened = restore(find(uri))
+    opened.final.cold.weights |= {REGRESSION: form, OWN: 2.0, LIFT: 1.21}
+    items = opened.embed()[1]
+    warm = Graphs.load(catalog).item_degree > 0
+    cold = np.flatnonzero(~warm)
+    rows = arrival_rows(opened, items, {n: x[cold] for n, x in features(catalog).items()}).numpy()
+    in_catalog, all_rows = items.weight[cold].numpy(), items.weight.numpy()
     own = np.zeros(rows.shape[1], bool)
-    for columns in profiles:
+    for columns in opened.final.profiles((items, items)).values():
         own[columns] = True
+    assert own.any() == (opened.final.blend is not None)
+    np.testing.assert_allclose(rows[:, own], in_catalog[:, own], rtol=1e-2, atol=1e-3)
+    if form:
+        np.testing.assert_allclose(rows, in_catalog, rtol=1e-2, atol=1e-3)
+        return
+    units = [x.astype(np.float64) for x in features(catalog).values()]
+    similarity = sum(x @ x.T for x in (u / np.linalg.norm(u, axis=1, keepdims=True) for u in units)) / len(units)
     for n, item in enumerate(cold):
         order = np.argsort(-np.where(warm, similarity[item], -np.inf))[:10]
         share = np.maximum(similarity[item, order], 0)
-        want = (share / share.sum()) @ rows[order]
-        np.testing.assert_allclose(rows[catalog.items + n, ~own], want[~own], rtol=1e-2, atol=1e-3)
-        # the profile of a cold item of the catalog with this very content
-        np.testing.assert_allclose(rows[catalog.items + n, own], rows[item, own], rtol=1e-2, atol=1e-3)
-    assert blend is None or own.any()
+        want = 1.21 * (share / share.sum()) @ all_rows[order]
+        np.testing.assert_allclose(rows[n, ~own], want[~own], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -94,3 +115,29 @@ def test_bad_files_are_refused_and_nothing_is_written(run, tmp_path, change, mes
         export_embeddings.main(["--run", uri, "--out", str(tmp_path / "e"), "--new-items", file])
     assert message in str(error.value)
     assert not storage.listing(str(tmp_path / "e"))
+
+
+def test_what_cold_items_get_is_shown_beside_content_alone(run, capsys):
+    uri, catalog = run
+    cold_items.main(["--run", uri, "--threads", "1"])
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    table = {name: cells for name, *cells in lines}
+    want = restore(find(uri)).evaluate("test", None)["cold"]["recall@20"]
+    assert table["**as chosen**"][0].startswith(f"{want:.4f} (")
+    assert float(table["without cold items in the lists"][2]) <= float(table["cold items' rows 1.77 as long"][2])
+
+    users, items = catalog.interactions("train")
+    unit = features(catalog)["m0"].astype(np.float64)
+    unit -= unit.mean(0)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    score = np.zeros((catalog.users, catalog.items))
+    np.add.at(score, users, unit[items] @ unit.T)
+    score[users, items] = -np.inf
+    warm = Graphs.load(catalog).item_degree > 0
+    found: dict[int, list[bool]] = {}
+    for user, item in zip(*catalog.interactions("test"), strict=True):
+        if not warm[item] and user in users:
+            found.setdefault(user, []).append(item in np.argsort(-score[user])[:20])
+    assert found
+    mean = np.mean([np.mean(hits) for hits in found.values()])
+    assert table["content, m0"][0] == f"{mean:.4f} ({len(found)} users)"

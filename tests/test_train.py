@@ -23,6 +23,7 @@ from gtc_dist.model.collectives import World
 
 sys.path.insert(0, str(ROOT / "tools"))
 
+import cold_items  # noqa: F401  (for test_arrivals)
 import export_embeddings
 import recommend
 

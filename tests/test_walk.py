@@ -6,15 +6,15 @@ import torch
 from small import small_catalog, small_config
 from worlds import run_ranks
 
-from gtc_dist.data.catalog import CSC, Catalog
-from gtc_dist.engine.blend import COLD, COLD_STEPS, LENGTH, MEMBERS, WALKED, Blend, unit
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.engine.blend import LENGTH, MEMBERS, WALKED, Blend, unit
 from gtc_dist.engine.build import build_blend, load_features, network_shape
-from gtc_dist.engine.cold import ColdItems, warm_neighbours
+from gtc_dist.engine.cold import WarmNeighbours
 from gtc_dist.engine.profile import profile_part
 from gtc_dist.engine.spectral import spectral_part
 from gtc_dist.engine.walk import Walk, WalkOptions
 from gtc_dist.graph.build import user_item
-from gtc_dist.graph.csc import Graphs, both_directions, by_destination
+from gtc_dist.graph.csc import Graphs, both_directions
 from gtc_dist.model.collectives import World
 from gtc_dist.model.table import RowTable
 
@@ -87,7 +87,8 @@ def test_profile_is_the_content_of_a_users_items_and_of_those_near_them(catalog,
 def scores(world: World, uri: str, config) -> dict:
     catalog = Catalog(uri)
     features = load_features(network_shape(config, catalog), catalog, world)
-    blend = build_blend(config, Graphs.load(catalog), features, world)
+    graphs = Graphs.load(catalog)
+    blend = build_blend(config, graphs, features, world, WarmNeighbours(graphs, world, 9))
     members = tuple(RowTable(n, r, 4, world, init_std=1.0) for n, r in (("u", catalog.users), ("i", catalog.items)))
     blend.weights |= {MEMBERS: 0.5, LENGTH: 0.75, WALKED: 2.0, "m1": 0.0}
     users, items = blend.joined(members)
@@ -189,54 +190,3 @@ def test_users_also_have_what_walks_bring_them(catalog):
     torch.testing.assert_close(
         joined[0].weight @ joined[1].weight.T, torch.from_numpy(want).float(), rtol=1e-3, atol=1e-3
     )
-
-
-def test_cold_items_get_as_much_as_costs_little(catalog):
-    graphs, world = Graphs.load(catalog), World()
-    walk, cold = Walk(graphs, world, OPTIONS), ColdItems.of(graphs, world, 7)
-    members, profile = (
-        tuple(RowTable(n, r, width, world, init_std=1.0) for n, r in (("u", catalog.users), ("i", catalog.items)))
-        for width in (4, 5)
-    )
-    blend = Blend({"spectral": spectral_part(walk, 3, 0), "m": profile}, ["m"], cold)
-    plain = profile[1].weight[cold.mask[:, 0]].norm()
-
-    def worth(part, each=0.0045):
-        """Every time that cold items' profiles are counted once more costs so much; having none costs half."""
-        if part[0].width in (3, 4 + 3):
-            return 0.5
-        return 1 - each * float(part[1].weight[cold.mask[:, 0], -5:].norm() / plain - 1)
-
-    assert cold.mask.any()
-    blend.choose(worth)
-    assert blend.weights[COLD] == 3  # 0.9 % of what it is worth; 3.5 would cost more than one part in a hundred
-    blend.choose_members(members, lambda part: worth(part, 0.0095))
-    assert blend.weights[COLD] == 2
-    blend.choose_members(members, lambda part: worth(part, 0.0))
-    assert blend.weights[COLD] == COLD_STEPS[-1]
-
-
-def test_cold_items_have_what_their_warm_neighbours_have(catalog):
-    graphs = Graphs.load(catalog)
-    cold = ColdItems.of(graphs, World(), 7)
-    items = RowTable("items", catalog.items, 4, World(), init_std=1.0, trainable=False)
-    filled = cold.filled(items).weight
-    warm = graphs.item_degree > 0
-    assert not warm.all()
-    assert torch.equal(filled[warm], items.weight[warm])
-    hop = graphs.item_item
-    for item in np.flatnonzero(~warm):
-        edges = slice(hop.indptr[item], hop.indptr[item + 1])
-        near = hop.indices[edges]
-        weight = hop.weight[edges] * warm[near]
-        want = (torch.from_numpy(weight / weight.sum())[:, None] * items.weight[near]).sum(0)
-        torch.testing.assert_close(filled[item], want)
-
-
-def test_neighbours_of_opposed_content_count_alike():
-    graph = by_destination(np.array([0, 0, 0, 1, 1, 1]), np.array([1, 2, 3, 0, 2, 3]), 4)
-    graph = CSC(graph.indptr, graph.indices, np.zeros(6, np.float32))
-    warm = warm_neighbours(graph, np.array([False, False, True, True]))
-    assert warm.indptr.tolist() == [0, 2, 4, 4, 4]
-    assert warm.indices.tolist() == [2, 3, 2, 3]
-    assert warm.weight.tolist() == [0.5] * 4

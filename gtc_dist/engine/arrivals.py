@@ -1,7 +1,7 @@
 """Items that arrive after training: embeddings from their content alone.
 
-They get what cold items of the catalog get (`cold.py`): the mean of the rows of the nearest warm items by content, the
-modalities weighed as in the item-item graph, and in the content profiles their own content.
+They get what cold items of the catalog get (`cold.py`): what the regression tells of their content, or the mean of the
+rows of the nearest warm items, the modalities weighed as in the item-item graph; and in the content profiles their own.
 """
 
 import faiss
@@ -12,7 +12,7 @@ import torch
 
 from gtc_dist.data import formats
 from gtc_dist.data.features import Transform
-from gtc_dist.engine.blend import COLD
+from gtc_dist.engine.cold import LIFT, OWN, REGRESSION
 from gtc_dist.engine.profile import ContentMap
 from gtc_dist.engine.restore import Run
 from gtc_dist.errors import InputError
@@ -77,15 +77,19 @@ def arrival_rows(run: Run, items: RowTable, content: dict[str, np.ndarray]) -> t
         items: final embeddings of the catalog's items, all in this process.
         content: modality -> float16 [n, d], as the catalog holds them.
     """
-    warm = np.flatnonzero(run.graphs.item_degree > 0)
-    neighbour, similarity = nearest(run, warm, content)
-    share = torch.from_numpy(shares(similarity))
-    rows = torch.einsum("nk,nkd->nd", share, items.weight[torch.from_numpy(warm[neighbour])])
-    if run.blend is not None:
-        for name, columns in run.blend.profile_columns(items.width).items():
-            own = ContentMap.of(run.features[name], run.config.model.walk.profile)
-            rows[:, columns] = own.apply(torch.from_numpy(content[name])) * run.blend.weights[COLD]
-    return rows
+    cold = run.final.cold
+    features = {name: torch.from_numpy(rows) for name, rows in content.items()}
+    if cold.weights[REGRESSION]:
+        rows = cold.regression.new(cold.regression.fit(items), features)
+    else:
+        warm = np.flatnonzero(run.graphs.item_degree > 0)
+        neighbour, similarity = nearest(run, warm, content)
+        share = torch.from_numpy(shares(similarity))
+        rows = torch.einsum("nk,nkd->nd", share, items.weight[torch.from_numpy(warm[neighbour])])
+    for name, columns in run.final.profiles((items, items)).items():
+        own = ContentMap.of(run.features[name], run.config.model.walk.profile)
+        rows[:, columns] = own.apply(features[name]) * cold.weights[OWN]
+    return rows * cold.weights[LIFT]
 
 
 def nearest(run: Run, warm: np.ndarray, content: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

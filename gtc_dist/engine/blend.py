@@ -1,8 +1,7 @@
 """Parts of an embedding whose scores are added: the trained members, the spectral part, and the content profiles.
 
-Cold items have no interaction to be scored by: in all parts but the profiles they get what their warm neighbours have
-(`cold.py`), and in the profiles, which rank them, `COLD` times what others get, so that they stand a chance: as much as
-costs the ranking of all items `COLD_LOSS` at most.
+Cold items have no interaction to be scored by: in all parts but the profiles they get what their warm neighbours have.
+What they have in the end is chosen after all this (`cold.py`).
 
 A user's scores of each part have a standard deviation of one over all items, so that weights compare. The weights of
 the untrained parts are chosen once, before training, on the valid split; a part that does not help gets none. The
@@ -20,18 +19,14 @@ from dataclasses import dataclass
 
 import torch
 
-from gtc_dist.engine.cold import ColdItems
+from gtc_dist.engine.cold import Pair, WarmNeighbours, nearby
 from gtc_dist.engine.profile import inverse_spread, item_moments
 from gtc_dist.engine.walk import Walk
 from gtc_dist.model.table import RowTable
 
-Pair = tuple[RowTable, RowTable]
 MEMBERS = "members"
 LENGTH = "length"
 WALKED = "walked"
-COLD = "cold"
-COLD_STEPS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)  # of cold items' profiles
-COLD_LOSS = 0.01  # of what a blend is worth with cold items scored like others
 # of the members; the last ones leave hardly anything of the others
 MEMBER_STEPS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 LENGTH_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -48,28 +43,29 @@ class Blend:
     Args:
         parts: name -> (users, items); the first one is the measure of the others.
         profiles: names of those that are content profiles.
-        cold: None: cold items are treated like others.
+        neighbours: None: cold items are treated like others.
         walk: None: members are joined without walks.
     """
 
-    def __init__(self, parts: dict[str, Pair], profiles: list[str], cold: ColdItems | None, walk: Walk | None = None):
-        self.profiles, self.cold, self.walk = profiles, cold, walk
+    def __init__(
+        self, parts: dict[str, Pair], profiles: list[str], neighbours: WarmNeighbours | None, walk: Walk | None = None
+    ):
+        self.profiles, self.neighbours, self.walk = profiles, neighbours, walk
         self.parts = {name: unit(part if name in profiles else self._filled(part)) for name, part in parts.items()}
-        self.weights = dict.fromkeys([MEMBERS, *parts, COLD], 1.0) | {LENGTH: 0.0, WALKED: 0.0}
+        self.weights = dict.fromkeys([MEMBERS, *parts], 1.0) | {LENGTH: 0.0, WALKED: 0.0}
 
     def choose(self, worth: Callable[[Pair], float]) -> None:
         """Weights of the parts after the first, one after the other, by what the untrained scores alone are worth."""
         first, *others = self.parts
-        self.weights = {MEMBERS: 0.0, first: 1.0} | dict.fromkeys(others, 0.0) | {COLD: COLD_STEPS[0]}
+        self.weights = {MEMBERS: 0.0, first: 1.0} | dict.fromkeys(others, 0.0)
         for name in others:
             tried = {step: worth(self._joined(None, {**self.weights, name: step})) for step in STEPS}
             self.weights[name] = max(tried, key=lambda step: (tried[step], -step))
-        self._choose_cold(lambda weights: worth(self._joined(None, weights)), COLD_STEPS[0])
         self.weights |= START
 
     def choose_members(self, members: Pair, worth: Callable[[Pair], float]) -> None:
         """The members' weight, length and walks beside the others, and what they change for the profiles: from what was
-        chosen before, up or down as long as that helps."""
+        chosen before, up or down as long as that helps. A collective."""
         known: dict[tuple, float] = {}
         forms: dict[float, Form] = {}
 
@@ -84,37 +80,13 @@ class Blend:
 
         steps = {MEMBERS: MEMBER_STEPS, LENGTH: LENGTH_STEPS} | ({WALKED: WALKED_STEPS} if self.walk else {})
         steps |= dict.fromkeys(self.profiles, STEPS)
-        last, self.weights[COLD] = self.weights[COLD], COLD_STEPS[0]  # what cold items get comes after the others
         for _ in range(ROUNDS):
             before = dict(self.weights)
             for name, values in steps.items():
-                while (best := max(self._near(name, values), key=value)) != self.weights:
+                while (best := max(nearby(self.weights, name, values, REACH.get(name, 1)), key=value)) != self.weights:
                     self.weights = best
             if self.weights == before:
                 break
-        self._choose_cold(value, last)
-
-    def _choose_cold(self, value: Callable[[dict[str, float]], float], last: float) -> None:
-        """The largest weight of cold items that costs no more than it may, from the last choice on."""
-        if self.cold is None or not any(self.weights[name] for name in self.profiles):
-            return
-        least = (1 - COLD_LOSS) * value(self.weights | {COLD: COLD_STEPS[0]})
-
-        def fits(at: int) -> bool:
-            return value(self.weights | {COLD: COLD_STEPS[at]}) >= least
-
-        at = COLD_STEPS.index(last)
-        while at and not fits(at):
-            at -= 1
-        while at + 1 < len(COLD_STEPS) and fits(at + 1):
-            at += 1
-        self.weights[COLD] = COLD_STEPS[at]
-
-    def _near(self, name: str, values: tuple[float, ...]) -> list[dict[str, float]]:
-        """The weights themselves, which win where others are worth as much, and those with one of them moved."""
-        at, reach = values.index(self.weights[name]), REACH.get(name, 1)
-        moved = [*values[max(at - reach, 0) : at], *values[at + 1 : at + reach + 1]]
-        return [self.weights, *({**self.weights, name: one} for one in moved)]
 
     def joined(self, members: Pair) -> Pair:
         """One pair of tables with the weighted sum of all scores. A collective."""
@@ -122,7 +94,7 @@ class Blend:
         return self._joined(form.pair(self.weights[WALKED]), self.weights)
 
     def profile_columns(self, width: int) -> dict[str, slice]:
-        """Where the profiles stand in joined tables of this width; those without a weight do not."""
+        """Where the items' profiles stand in joined tables of this width; those without a weight do not."""
         widths = {name: part[1].width for name, part in self.parts.items() if self.weights[name]}
         at, columns = width - sum(widths.values()), {}
         for name, size in widths.items():
@@ -146,21 +118,15 @@ class Blend:
         return Form(users.holding(own * inverse_spread(own, moments)), walked, items)
 
     def _filled(self, part: Pair) -> Pair:
-        return part if self.cold is None else (part[0], self.cold.filled(part[1]))
+        return part if self.neighbours is None else (part[0], self.neighbours.filled(part[1]))
 
     def _joined(self, members: Pair | None, weights: dict[str, float]) -> Pair:
         pairs = ({} if members is None else {MEMBERS: members}) | self.parts
         pairs = {name: part for name, part in pairs.items() if weights[name]}
         users = torch.cat([part[0].weight * weights[name] for name, part in pairs.items()], dim=1)
-        items = torch.cat([self._items(name, part, weights[COLD]) for name, part in pairs.items()], dim=1)
+        items = torch.cat([part[1].weight for part in pairs.values()], dim=1)
         first = next(iter(pairs.values()))
         return first[0].holding(users), first[1].holding(items)
-
-    def _items(self, name: str, part: Pair, cold: float) -> torch.Tensor:
-        rows = part[1].weight
-        if self.cold is None or name not in self.profiles:
-            return rows
-        return torch.where(self.cold.mask, rows * cold, rows)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import torch
 from gtc_dist.config import Config
 from gtc_dist.data.catalog import FEATURE_ROWS, Catalog
 from gtc_dist.engine.blend import Blend
-from gtc_dist.engine.cold import ColdItems
+from gtc_dist.engine.cold import WarmNeighbours
 from gtc_dist.engine.loader import Loader, LoaderOptions
 from gtc_dist.engine.planner import FullPlanner, PlannerOptions, SampledPlanner
 from gtc_dist.engine.profile import profile_part
@@ -68,11 +68,14 @@ def build_network(config: Config, catalog: Catalog, world: World, trainable: boo
     return network, Tables.build(network, *sizes, config.model.init_std, world, config.train.seed, **options)
 
 
-def build_blend(config: Config, graphs: Graphs, features: dict[str, RowTable], world: World) -> Blend | None:
+def build_blend(
+    config: Config, graphs: Graphs, features: dict[str, RowTable], world: World, neighbours: WarmNeighbours | None
+) -> Blend | None:
     """The untrained parts of the embedding, None where there are none. A collective.
 
     Args:
         features: of the modalities, over `world`.
+        neighbours: of cold items, None where there is no item-item graph.
     """
     walks = config.model.walk
     if not config.model.walks:
@@ -84,7 +87,7 @@ def build_blend(config: Config, graphs: Graphs, features: dict[str, RowTable], w
     for name, table in features.items() if walks.profile else ():
         parts[name] = profile_part(walk, table, walks.profile)
     profiles = list(features) if walks.profile else []
-    return Blend(parts, profiles, ColdItems.of(graphs, world, config.eval.chunk), walk)
+    return Blend(parts, profiles, neighbours, walk)
 
 
 def load_features(shape: Shape, catalog: Catalog, world: World) -> dict[str, RowTable]:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import ranking
 from gtc_dist.engine.average import Average
 from gtc_dist.engine.build import (
-    build_blend,
     build_loader,
     build_network,
     has_history,
@@ -32,6 +32,7 @@ from gtc_dist.engine.build import (
     ranking_options,
 )
 from gtc_dist.engine.checkpoint import FOLDER
+from gtc_dist.engine.final import Final
 from gtc_dist.engine.health import Health, Rows
 from gtc_dist.engine.history import History
 from gtc_dist.engine.inference import embed_catalog
@@ -45,6 +46,7 @@ from gtc_dist.model.table import RowTable
 
 # of a step; sampling and features run ahead in the prefetch thread, communication is part of the others
 PARTS = ("data", "sampling", "features", "history", "lookup", "forward", "backward", "optimizer", "communication")
+CHOICE_USERS = 4096  # at most, that weights of the final embeddings are chosen by
 PROJECTED = 1000  # item embeddings shown in TensorBoard's projector: the most popular
 NOTICE_SECONDS = 2.0  # from one look to the next whether the run is asked to leave
 
@@ -91,7 +93,7 @@ class Trainer:
             every = max(1, self.loader.pass_steps // config.train.refresh)
             options = {"every": every, "layers": config.model.layers, "chunk": config.eval.chunk}
             self.history = History(self.network, self.tables, self.features, graphs, **options)
-        self.blend = build_blend(config, graphs, self.features, world)
+        self.final = Final.of(config, graphs, self.features, world)
         share = config.train.average
         self.average = Average(self.network, self.tables, share) if share else None
         self.forward = self.network
@@ -108,7 +110,7 @@ class Trainer:
         self.logged: dict[str, float] = {}  # seconds by part of a step, over all logged steps
         saved, train = config.train.checkpoint, config.train
         self.saver = Saver(run, world, 60 * saved.minutes, saved.keep)
-        trained = (self.network, self.tables, self.optimizer, self.average, self.blend, self.history)
+        trained = (self.network, self.tables, self.optimizer, self.average, self.final, self.history)
         fingerprint = catalog.manifest.fingerprint
         self.state = State(run, fingerprint, world, *trained, self.saver, Progress(self.loader.steps))
         skip = train.not_finite == "skip"
@@ -130,8 +132,7 @@ class Trainer:
         active = self.world.rank == 0
         self.monitor = Monitor(self.run, config.train.epochs, self.loader.steps, active, at.lines, at.steps)
         if not resumed:
-            if self.blend is not None:
-                self.blend.choose(self._worth)
+            self.final.start(self._worth)
             self._validate(0)
             at.epoch, at.step = 1, 0
         while at.epoch <= config.train.epochs and at.waited < config.eval.patience:
@@ -244,11 +245,9 @@ class Trainer:
 
     def _validate_weights(self, epoch: int) -> bool:
         watched: dict[str, float] = {}
-        embeddings = self.embed(watched)
-        if self.blend is not None:
-            self.blend.choose_members(embeddings, self._worth)
-            watched |= {f"blend/{name}": weight for name, weight in self.blend.weights.items()}
-            embeddings = self.blend.joined(embeddings)
+        embeddings = self.final.choose(self.embed(watched), self._worth)
+        for part, weights in self.final.state().items():
+            watched |= {f"{part}/{name}": weight for name, weight in weights.items()}
         metrics = self.rank(embeddings, "valid")
         temperature = self.network.correlation_temperature
         if temperature is not None:
@@ -269,10 +268,16 @@ class Trainer:
         """Metrics of a split."""
         return ranking.evaluate(*embeddings, self.graphs, self.truth[split], ranking_options(self.config))
 
-    def _worth(self, embeddings: tuple[RowTable, RowTable]) -> float:
-        """What weights of a blend are chosen by: the geometric mean of the metric that selects epochs and NDCG@20, so
-        that a hundredth more of one weighs like a hundredth more of the other."""
-        overall = self.rank(embeddings, "valid")["overall"]
+    def _worth(self, embeddings: tuple[RowTable, RowTable], counted: np.ndarray | None) -> float:
+        """What weights of the final embeddings are chosen by: the geometric mean of the metric that selects epochs and
+        NDCG@20, so that a hundredth more of one weighs like a hundredth more of the other.
+
+        Args:
+            counted: bool [items], what counts as a positive; None: everything.
+        """
+        options = ranking_options(self.config)
+        options = replace(options, users=min(options.users or CHOICE_USERS, CHOICE_USERS))
+        overall = ranking.evaluate_among(*embeddings, self.graphs, self.truth["valid"], options, counted)
         return (overall[self.config.eval.metric] * overall["ndcg@20"]) ** 0.5
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -329,9 +334,7 @@ class Trainer:
         """Score the best checkpoint on valid and test, once, and write metrics.json."""
         at = self.state.progress
         self.state.load_best()
-        embeddings = self.embed()
-        if self.blend is not None:
-            embeddings = self.blend.joined(embeddings)
+        embeddings = self.final(self.embed())
         result = {
             "best_epoch": at.best_epoch,
             "last_epoch": last,

@@ -12,6 +12,8 @@ import torch
 from gtc_dist.engine.walk import Walk, pair
 from gtc_dist.model.table import RowTable
 
+BLOCK = 1 << 16  # items at once
+
 
 @torch.no_grad()
 def profile_part(walk: Walk, features: RowTable, width: int) -> tuple[RowTable, RowTable]:
@@ -33,12 +35,12 @@ class ContentMap:
     @staticmethod
     def of(features: RowTable, width: int) -> "ContentMap":
         """A collective."""
-        world, rows = features.world, features.weight.double()
-        mean = world.sum(rows.sum(0)) / features.rows
-        if width >= rows.shape[1]:
+        world, blocks = features.world, features.weight.split(BLOCK)
+        mean = world.sum(sum(block.double().sum(0) for block in blocks)) / features.rows
+        if width >= features.width:
             return ContentMap(mean, None)
-        rows = torch.nn.functional.normalize(rows - mean, dim=1)
-        second = world.sum(rows.T @ rows)
+        units = (torch.nn.functional.normalize(block.double() - mean, dim=1) for block in blocks)
+        second = world.sum(sum(rows.T @ rows for rows in units))
         return ContentMap(mean, torch.linalg.eigh((second + second.T) / 2)[1][:, -width:])
 
     def apply(self, features: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,23 @@ def evaluate(
 
 
 @torch.no_grad()
+def evaluate_among(
+    users: RowTable,
+    items: RowTable,
+    graphs: Graphs,
+    truth: CSC,
+    options: RankingOptions,
+    counted: np.ndarray | None,
+) -> dict[str, float]:
+    """Metrics where only some of the items, bool [items], count as positives, over the users that have one; None: all
+    of them. A collective."""
+    counted = np.ones(graphs.items, bool) if counted is None else counted
+    mine = ranked_users(users, graphs, truth, options)
+    top, _ = top_items(users, items, graphs, mine, max(CUTS), options)
+    return mean_metrics(metrics_among(top, mine - users.start, truth, counted), users.world)[1]
+
+
+@torch.no_grad()
 def by_user(
     users: RowTable, items: RowTable, graphs: Graphs, truth: CSC, options: RankingOptions
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -70,16 +87,19 @@ def metrics_of(
     top: np.ndarray, own: np.ndarray, graphs: Graphs, truth: CSC
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What `by_user` returns, of ranked items int64 [n, k], best first (-1: none), of users `own`, rows of `truth`."""
+    everything, cold = np.ones(graphs.items, bool), graphs.item_degree == 0
+    return metrics_among(top, own, truth, everything), metrics_among(top, own, truth, cold)
+
+
+def metrics_among(top: np.ndarray, own: np.ndarray, truth: CSC, counted: np.ndarray) -> dict[str, np.ndarray]:
+    """The same where only some of the items, bool [items], count as positives, of the users that have one."""
     who = np.repeat(own, top.shape[1])
     hit = (top.reshape(-1) >= 0) & (edge_of(truth, who, np.maximum(top.reshape(-1), 0)) >= 0)
-    hit = hit.reshape(top.shape)
-    is_cold = graphs.items_are_cold(np.maximum(top, 0))
+    hit = hit.reshape(top.shape) & counted[np.maximum(top, 0)]
     indptr, edges = take(truth, own)
-    counts = np.append(graphs.items_are_cold(truth.indices[edges]).astype(np.int64), 0)
-    cold_count = np.add.reduceat(counts, indptr[:-1]) if len(own) else indptr[:0]
-    with_cold = cold_count > 0
-    cold = user_metrics((hit & is_cold)[with_cold], cold_count[with_cold])
-    return user_metrics(hit, truth.degree[own]), cold
+    positives = np.append(counted[truth.indices[edges]].astype(np.int64), 0)
+    count = np.add.reduceat(positives, indptr[:-1]) if len(own) else indptr[:0]
+    return user_metrics(hit[count > 0], count[count > 0])
 
 
 def split_truth(catalog: Catalog, split: str, start: int = 0, stop: int | None = None) -> CSC:

@@ -10,8 +10,8 @@ from gtc_dist.config_file import read_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import checkpoint, ranking
-from gtc_dist.engine.blend import Blend
-from gtc_dist.engine.build import build_blend, build_network, load_features, load_graphs, ranking_options
+from gtc_dist.engine.build import build_network, load_features, load_graphs, ranking_options
+from gtc_dist.engine.final import Final
 from gtc_dist.engine.inference import embed_catalog
 from gtc_dist.engine.ranking import RankingOptions
 from gtc_dist.errors import InputError
@@ -36,13 +36,12 @@ class Run:
     network: GTC
     tables: Tables
     features: dict[str, RowTable]
-    blend: Blend | None
+    final: Final
 
     def embed(self) -> tuple[RowTable, RowTable]:
         """Final embeddings of users and items, row = catalog index."""
         layers, chunk = self.config.model.layers, self.config.eval.chunk
-        embeddings = embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk)
-        return embeddings if self.blend is None else self.blend.joined(embeddings)
+        return self.final(embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk))
 
     def by_user(self, split: str, users: int | None) -> dict[str, np.ndarray]:
         """Each metric of every ranked user of all ranks, name@K -> float64 [users], by user index. A collective."""
@@ -110,11 +109,10 @@ def restore(found: Found, world: World | None = None, graphs: Graphs | None = No
     network.load_state_dict(dense["network"])
     features = load_features(network.shape, catalog, world)
     graphs = graphs or load_graphs(found.config, catalog)
-    blend = build_blend(found.config, graphs, features, world)
-    if blend is not None:
-        blend.weights |= dense["blend"]  # a run of before lengths and walks has none
+    final = Final.of(found.config, graphs, features, world)
+    final.load(dense)
     return Run(
-        found.uri, found.checkpoint, found.epoch, found.config, catalog, graphs, network, tables, features, blend
+        found.uri, found.checkpoint, found.epoch, found.config, catalog, graphs, network, tables, features, final
     )
 
 

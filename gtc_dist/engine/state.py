@@ -9,7 +9,7 @@ import torch
 from gtc_dist.data import storage
 from gtc_dist.engine import checkpoint
 from gtc_dist.engine.average import Average
-from gtc_dist.engine.blend import Blend
+from gtc_dist.engine.final import Final
 from gtc_dist.engine.history import History
 from gtc_dist.engine.saver import Saver, epoch_name
 from gtc_dist.errors import InputError
@@ -79,7 +79,7 @@ class State:
     tables: Tables
     optimizer: torch.optim.Optimizer
     average: Average | None
-    blend: Blend | None
+    final: Final
     history: History | None
     saver: Saver
     progress: Progress
@@ -90,9 +90,7 @@ class State:
 
     def save_best(self, epoch: int, metrics: dict[str, float]) -> None:
         """Keep the weights that were ranked: those that stand in the tables and the network now. A collective."""
-        dense = {"network": self.network.state_dict()}
-        if self.blend is not None:
-            dense["blend"] = self.blend.weights
+        dense = {"network": self.network.state_dict()} | self.final.state()
         head = {"epoch": epoch, "catalog": self.catalog, "metrics": metrics}
         checkpoint.save(self.uri(epoch_name(epoch)), head, dense, self._weights(), self.world)
 
@@ -100,8 +98,7 @@ class State:
         """The weights of the best epoch, in place of those in training."""
         dense = checkpoint.load(self.uri(epoch_name(self.progress.best_epoch)), self._weights())
         self.network.load_state_dict(dense["network"])
-        if self.blend is not None:
-            self.blend.weights |= dense["blend"]
+        self.final.load(dense)
 
     def save(self) -> None:
         """Begin to save all of it. A collective."""
@@ -111,11 +108,10 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "table_steps": {table.name: table.steps for table in self.tables.all()},
             "average": None if self.average is None else self.average.dense(),
-            "blend": None if self.blend is None else self.blend.weights,
             "history_steps": 0 if self.history is None else self.history.steps,
             "progress": asdict(at),
             "meter": self.meter.over(self.world),
-        }
+        } | self.final.state()
         head = {"epoch": at.epoch, "step": at.step, "best_epoch": at.best_epoch, "catalog": self.catalog}
         self.saver.start(at.steps, head, dense, self._shards())
 
@@ -165,8 +161,7 @@ class State:
             table.steps = loaded["table_steps"][table.name]
         if self.average is not None:
             self.average.restore(loaded["average"])
-        if self.blend is not None:
-            self.blend.weights |= loaded["blend"]
+        self.final.load(loaded)
         if self.history is not None:
             self.history.steps = loaded["history_steps"]
         self.meter = Meter.of_rank(loaded["meter"], self.world)

@@ -47,11 +47,6 @@ class Graphs:
         """Train interactions of each item, int64 [items]."""
         return np.diff(self.nodes.indptr[self.users :])
 
-    def items_are_cold(self, items: np.ndarray) -> np.ndarray:
-        """Whether each item is without a train interaction, bool of the same shape."""
-        indptr = self.nodes.indptr[self.users :]
-        return indptr[items + 1] == indptr[items]
-
     def crossed(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Whether each of the users has a train interaction with each of the items, bool [users, items]. Costs the
         users' interactions and the result, not a search for each pair."""

@@ -1,0 +1,79 @@
+"""From what the network embeds to what is ranked and exported: parts blended, cold items told by their content."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from gtc_dist.config import Config
+from gtc_dist.engine.blend import Blend
+from gtc_dist.engine.build import build_blend
+from gtc_dist.engine.cold import OWN, ColdItems, Pair, WarmNeighbours, Worth
+from gtc_dist.graph.csc import Graphs
+from gtc_dist.model.collectives import World
+from gtc_dist.model.table import RowTable
+
+
+@dataclass
+class Final:
+    """What comes after the network, and the weights that are chosen for it on the valid split.
+
+    blend: None: there are no untrained parts. cold: None: nothing is known of an item but its interactions.
+    """
+
+    blend: Blend | None
+    cold: ColdItems | None
+
+    @staticmethod
+    def of(config: Config, graphs: Graphs, features: dict[str, RowTable], world: World) -> "Final":
+        """A collective.
+
+        Args:
+            features: of the modalities, over `world`.
+        """
+        chunk = config.eval.chunk
+        neighbours = None if graphs.item_item is None else WarmNeighbours(graphs, world, chunk)
+        blend = build_blend(config, graphs, features, world, neighbours)
+        return Final(blend, ColdItems.of(graphs, features, world, chunk, neighbours, config.eval.cold_loss))
+
+    def start(self, worth: Worth) -> None:
+        """What is chosen before training. A collective."""
+        if self.blend is not None:
+            self.blend.choose(partial(worth, counted=None))
+
+    def choose(self, embeddings: Pair, worth: Worth) -> Pair:
+        """Choose all weights anew, from the last ones on; returns the final embeddings. A collective.
+
+        Args:
+            embeddings: of users and items, as the network has them.
+        """
+        if self.blend is not None:
+            self.blend.choose_members(embeddings, partial(worth, counted=None))
+            embeddings = self.blend.joined(embeddings)
+        if self.cold is not None:
+            self.cold.choose(embeddings, self.profiles(embeddings), worth)
+            embeddings = self.cold.filled(embeddings, self.profiles(embeddings))
+        return embeddings
+
+    @torch.no_grad()
+    def __call__(self, embeddings: Pair) -> Pair:
+        """The final embeddings of what the network has. A collective."""
+        if self.blend is not None:
+            embeddings = self.blend.joined(embeddings)
+        return embeddings if self.cold is None else self.cold.filled(embeddings, self.profiles(embeddings))
+
+    def profiles(self, embeddings: Pair) -> dict[str, slice]:
+        """Columns of blended embeddings that hold the items' own content profiles."""
+        return {} if self.blend is None else self.blend.profile_columns(embeddings[1].width)
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """All weights, by part."""
+        return {name: dict(part.weights) for name, part in (("blend", self.blend), ("cold", self.cold)) if part}
+
+    def load(self, saved: dict) -> None:
+        """Take weights up that `state` gave, of entries of a checkpoint."""
+        if self.blend is not None:
+            self.blend.weights |= saved["blend"]
+        if self.cold is not None:
+            # a run of before cold items had weights of their own counted their profiles so often
+            self.cold.weights |= saved.get("cold", {OWN: (saved.get("blend") or {}).get("cold", 1.0)})

@@ -1,0 +1,184 @@
+"""Cold items: what content says of them, against dense algebra and over ranks, and how their weights are chosen."""
+
+import numpy as np
+import pytest
+import torch
+from small import small_catalog, small_config
+from worlds import run_ranks
+
+from gtc_dist.data.catalog import CSC, Catalog
+from gtc_dist.engine import regression
+from gtc_dist.engine.build import load_features, network_shape
+from gtc_dist.engine.cold import LIFT, LIFT_STEPS, OWN, REGRESSION, ColdItems, WarmNeighbours, warm_neighbours
+from gtc_dist.engine.regression import FOLDS, ContentRegression, hashed
+from gtc_dist.graph.csc import Graphs, by_destination
+from gtc_dist.model.collectives import World
+from gtc_dist.model.table import RowTable
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    return small_catalog(tmp_path_factory.mktemp("catalog") / "c", users=80, items=90, cold=9)
+
+
+def loaded(catalog: Catalog, world: World) -> tuple[Graphs, dict[str, RowTable]]:
+    return Graphs.load(catalog), load_features(network_shape(small_config(catalog.uri), catalog), catalog, world)
+
+
+def cold_items(catalog: Catalog, world: World) -> ColdItems:
+    graphs, features = loaded(catalog, world)
+    return ColdItems.of(graphs, features, world, 7, WarmNeighbours(graphs, world, 7))
+
+
+def table(catalog: Catalog, world: World, kind: str = "items", width: int = 4) -> RowTable:
+    return RowTable(kind, getattr(catalog, kind), width, world, init_std=1.0, trainable=False)
+
+
+# --- what content says ---
+
+
+@pytest.mark.parametrize("directions", [256, 4])
+def test_regression_tells_an_item_by_all_warm_ones_but_its_fold(catalog, monkeypatch, directions):
+    monkeypatch.setattr(regression, "DIRECTIONS", directions)
+    graphs, features = loaded(catalog, World())
+    features["m1"].weight[5] = 0  # an item without this content
+    warm = graphs.item_degree > 0
+    items = table(catalog, World())
+    told = ContentRegression(features, torch.from_numpy(warm), 7)
+    rows = told.told(told.fit(items))
+
+    parts = []
+    for feature in features.values():
+        raw = feature.weight.double().numpy()
+        unit = raw - raw.mean(0)
+        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+        if directions < unit.shape[1]:
+            unit = unit @ np.linalg.svd(unit, full_matrices=False)[2][:directions].T
+        unit[(raw == 0).all(1)] = 0
+        parts.append(unit)
+    X, Y = np.hstack([*parts, np.ones((len(warm), 1))]), items.weight.double().numpy()
+    penalty = (X[warm, :-1] ** 2).sum() / (X.shape[1] - 1) * np.eye(X.shape[1])
+    fold = hashed(0, len(warm), FOLDS)
+    assert set(fold) == set(range(FOLDS))
+    for item in range(len(warm)):
+        known = warm & ((fold != fold[item]) | ~warm[item])
+        A, B = X[known], Y[known]
+        want = X[item] @ np.linalg.solve(A.T @ A + penalty, A.T @ B)
+        np.testing.assert_allclose(rows[item], want, rtol=1e-4, atol=1e-5)
+
+
+def told_by_ranks(world: World, uri: str) -> dict:
+    catalog = Catalog(uri)
+    cold = cold_items(catalog, world)
+    pair = table(catalog, world, "users"), table(catalog, world)
+    profiles = {"m0": slice(2, 4)}
+    cold.weights |= {REGRESSION: 1.0, OWN: 2.0, LIFT: 1.1}
+    out = {"regression": cold.filled(pair, profiles)[1].weight}
+    cold.weights |= {REGRESSION: 0.0}
+    return out | {"neighbours": cold.filled(pair, profiles)[1].weight}
+
+
+@pytest.mark.parametrize("ranks", [3])
+def test_ranks_tell_the_same(catalog, ranks):
+    alone = run_ranks(told_by_ranks, 1, catalog.uri)[0]
+    together = run_ranks(told_by_ranks, ranks, catalog.uri)
+    warm = Graphs.load(catalog).item_degree > 0
+    rows = table(catalog, World()).weight
+    for form, want in alone.items():
+        torch.testing.assert_close(torch.cat([part[form] for part in together]), want, rtol=1e-4, atol=1e-5)
+        assert torch.equal(want[warm], rows[warm])
+        torch.testing.assert_close(want[~warm, 2:], 2.2 * rows[~warm, 2:])
+        assert not torch.allclose(want[~warm, :2], rows[~warm, :2])
+
+
+def test_cold_items_have_what_their_warm_neighbours_have(catalog):
+    graphs = Graphs.load(catalog)
+    items = table(catalog, World())
+    filled = WarmNeighbours(graphs, World(), 7).filled(items).weight
+    warm = graphs.item_degree > 0
+    assert not warm.all()
+    assert torch.equal(filled[warm], items.weight[warm])
+    hop = graphs.item_item
+    for item in np.flatnonzero(~warm):
+        edges = slice(hop.indptr[item], hop.indptr[item + 1])
+        near = hop.indices[edges]
+        weight = hop.weight[edges] * warm[near]
+        want = (torch.from_numpy(weight / weight.sum())[:, None] * items.weight[near]).sum(0)
+        torch.testing.assert_close(filled[item], want)
+
+
+def test_neighbours_of_opposed_content_count_alike():
+    graph = by_destination(np.array([0, 0, 0, 1, 1, 1]), np.array([1, 2, 3, 0, 2, 3]), 4)
+    graph = CSC(graph.indptr, graph.indices, np.zeros(6, np.float32))
+    warm = warm_neighbours(graph, np.array([False, False, True, True]))
+    assert warm.indptr.tolist() == [0, 2, 4, 4, 4]
+    assert warm.indices.tolist() == [2, 3, 2, 3]
+    assert warm.weight.tolist() == [0.5] * 4
+
+
+# --- how it is chosen ---
+
+
+def nearness(wanted: torch.Tensor):
+    """Worth that only the directions of the items' rows decide."""
+    return lambda pair, counted: float(torch.cosine_similarity(pair[1].weight, wanted, dim=1).mean())
+
+
+def test_the_form_that_tells_warm_items_best_is_chosen(catalog):
+    cold = cold_items(catalog, World())
+    users, items = table(catalog, World(), "users"), table(catalog, World())
+    by_map = cold.regression.told(cold.regression.fit(items))
+    by_near = cold.neighbours.means(items)
+    for wanted, form in ((by_map, 1.0), (by_near, 0.0), (by_map, 1.0)):
+        cold.choose((users, items), {}, nearness(wanted))
+        assert cold.weights[REGRESSION] == form
+        assert cold.weights[OWN] == 1  # there is no profile
+    profiles = {"m0": slice(2, 4)}
+    wanted = torch.cat([by_near[:, :2], 4 * items.weight[:, 2:]], dim=1)
+    cold.choose((users, items), profiles, nearness(wanted))
+    assert (cold.weights[REGRESSION], cold.weights[OWN]) == (0.0, 4.0)
+
+
+def test_cold_rows_are_as_long_as_costs_little(catalog):
+    """Worth falls with the length of the rows of cold items and of those that stand for more; only others count."""
+    cold = cold_items(catalog, World())
+    users, items = table(catalog, World(), "users"), table(catalog, World())
+    lacking = cold.lacking
+    assert (cold.cold <= lacking).all()
+
+    def worth(each):
+        def value(pair, counted):
+            if counted is None:
+                return 1.0
+            assert np.array_equal(counted, ~lacking)
+            told = cold._told(items, {}, cold.weights)[lacking]
+            return 1 - each * float(pair[1].weight[lacking].norm() / told.norm())
+
+        return value
+
+    for each, lift in ((0.0071, 1.331), (0.012, 0.826), (0.0099, 1.0), (0.0, LIFT_STEPS[-1]), (5.0, 0.0)):
+        cold.choose((users, items), {}, worth(each))
+        assert cold.weights[LIFT] == lift
+    filled = cold.filled((users, items), {})[1].weight
+    assert (filled[cold.cold] == 0).all()
+    assert torch.equal(filled[~cold.cold], items.weight[~cold.cold])
+
+
+@pytest.mark.parametrize(("few", "more"), [(0, 100), (40, 60), (200, 0)])
+def test_warm_items_stand_for_as_many_cold_ones_as_are_missing(few, more):
+    cold = np.arange(1000) < few
+    stands = ColdItems(cold, None, None, 0.01).lacking
+    assert stands[:few].all()
+    assert stands[few:].sum() == pytest.approx(more, abs=25 if more else 0)
+
+
+def test_without_an_item_graph_or_content_there_is_less_to_choose(catalog):
+    graphs, features = loaded(catalog, World())
+    cold = ColdItems.of(graphs, features, World(), 7, None)
+    users, items = table(catalog, World(), "users"), table(catalog, World())
+    cold.choose((users, items), {}, nearness(torch.randn(catalog.items, 4)))
+    assert cold.weights[REGRESSION] == 1
+    cold = ColdItems.of(graphs, {}, World(), 7, WarmNeighbours(graphs, World(), 7))
+    cold.choose((users, items), {}, nearness(torch.randn(catalog.items, 4)))
+    assert cold.weights[REGRESSION] == 0
+    assert ColdItems.of(graphs, {}, World(), 7, None) is None
