@@ -44,16 +44,16 @@ def test_regression_tells_an_item_by_all_warm_ones_but_its_fold(catalog, monkeyp
     features["m1"].weight[5] = 0  # an item without this content
     warm = graphs.item_degree > 0
     items = table(catalog, World())
-    told = ContentRegression(features, torch.from_numpy(warm), 7)
+    told = ContentRegression(features, warm, 7)
     rows = told.told(told.fit(items))
 
     parts = []
     for feature in features.values():
         raw = feature.weight.double().numpy()
-        unit = raw - raw.mean(0)
+        unit = raw - raw[warm].mean(0)
         unit /= np.linalg.norm(unit, axis=1, keepdims=True)
         if directions < unit.shape[1]:
-            unit = unit @ np.linalg.svd(unit, full_matrices=False)[2][:directions].T
+            unit = unit @ np.linalg.svd(unit[warm], full_matrices=False)[2][:directions].T
         unit[(raw == 0).all(1)] = 0
         parts.append(unit)
     X, Y = np.hstack([*parts, np.ones((len(warm), 1))]), items.weight.double().numpy()
@@ -65,6 +65,19 @@ def test_regression_tells_an_item_by_all_warm_ones_but_its_fold(catalog, monkeyp
         A, B = X[known], Y[known]
         want = X[item] @ np.linalg.solve(A.T @ A + penalty, A.T @ B)
         np.testing.assert_allclose(rows[item], want, rtol=1e-4, atol=1e-5)
+
+
+def test_regression_is_fitted_to_so_many_items_at_most(catalog, monkeypatch):
+    graphs, features = loaded(catalog, World())
+    warm = graphs.item_degree > 0
+    monkeypatch.setattr(regression, "MOST_ITEMS", 40)
+    told = ContentRegression(features, warm, 7)
+    assert 20 < len(told.fitted) < 60
+    items = table(catalog, World())
+    rows = told.told(told.fit(items))
+    others = np.setdiff1d(np.flatnonzero(warm), told.fitted.numpy())
+    items.weight[others] = 100.0
+    assert torch.equal(told.told(told.fit(items)), rows)
 
 
 def told_by_ranks(world: World, uri: str) -> dict:

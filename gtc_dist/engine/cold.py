@@ -90,12 +90,9 @@ class ColdItems:
         neighbours: WarmNeighbours | None,
         loss: float = 0.01,
     ) -> "ColdItems | None":
-        """None where nothing is known of an item but its interactions. A collective."""
+        """None where nothing is known of an item but its interactions."""
         cold = graphs.item_degree == 0
-        regression = None
-        if features and not cold.all():
-            start, stop = world.range(graphs.items)
-            regression = ContentRegression(features, torch.from_numpy(~cold[start:stop]).to(world.device), chunk)
+        regression = ContentRegression(features, ~cold, chunk) if features and not cold.all() else None
         return None if neighbours is None and regression is None else ColdItems(cold, neighbours, regression, loss)
 
     def filled(self, pair: Pair, profiles: dict[str, slice]) -> Pair:

@@ -33,10 +33,16 @@ class ContentMap:
     directions: torch.Tensor | None  # float64 [d, k]; None: all
 
     @staticmethod
-    def of(features: RowTable, width: int) -> "ContentMap":
-        """A collective."""
-        world, blocks = features.world, features.weight.split(BLOCK)
-        mean = world.sum(sum(block.double().sum(0) for block in blocks)) / features.rows
+    def of(features: RowTable, width: int, chosen: torch.Tensor | None = None) -> "ContentMap":
+        """A collective.
+
+        Args:
+            chosen: int64 [n], those of this rank's rows that mean and directions are taken from; None: all.
+        """
+        world, rows = features.world, features.weight if chosen is None else features.weight[chosen]
+        blocks = rows.split(BLOCK)
+        count = sum(world.counts(len(rows)))
+        mean = world.sum(sum(block.double().sum(0) for block in blocks)) / max(count, 1)
         if width >= features.width:
             return ContentMap(mean, None)
         units = (torch.nn.functional.normalize(block.double() - mean, dim=1) for block in blocks)
