@@ -75,7 +75,7 @@ def test_a_new_item_has_what_a_cold_item_with_its_content_has(run, form):
     rows = arrival_rows(opened, items, {n: x[cold] for n, x in features(catalog).items()}).numpy()
     in_catalog, all_rows = items.weight[cold].numpy(), items.weight.numpy()
     own = np.zeros(rows.shape[1], bool)
-    for columns in opened.final.profiles((items, items)).values():
+    for columns in opened.final.profiles(items.width).values():
         own[columns] = True
     assert own.any() == (opened.final.blend is not None)
     np.testing.assert_allclose(rows[:, own], in_catalog[:, own], rtol=1e-2, atol=1e-3)

@@ -123,10 +123,12 @@ def test_cold_items_have_what_their_warm_neighbours_have(catalog):
 def test_neighbours_of_opposed_content_count_alike():
     graph = by_destination(np.array([0, 0, 0, 1, 1, 1]), np.array([1, 2, 3, 0, 2, 3]), 4)
     graph = CSC(graph.indptr, graph.indices, np.zeros(6, np.float32))
-    warm = warm_neighbours(graph, np.array([False, False, True, True]))
-    assert warm.indptr.tolist() == [0, 2, 4, 4, 4]
-    assert warm.indices.tolist() == [2, 3, 2, 3]
-    assert warm.weight.tolist() == [0.5] * 4
+    warm = np.array([False, False, True, True])
+    for start, stop in ((0, 4), (1, 4), (0, 1), (2, 4)):
+        near = warm_neighbours(graph, warm, start, stop)
+        assert near.indptr.tolist() == [min(2 * n, 2 * max(2 - start, 0)) for n in range(stop - start + 1)]
+        assert near.indices.tolist() == [2, 3] * (len(near.indices) // 2)
+        assert near.weight.tolist() == [0.5] * len(near.indices)
 
 
 # --- how it is chosen ---

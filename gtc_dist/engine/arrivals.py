@@ -86,7 +86,7 @@ def arrival_rows(run: Run, items: RowTable, content: dict[str, np.ndarray]) -> t
         neighbour, similarity = nearest(run, warm, content)
         share = torch.from_numpy(shares(similarity))
         rows = torch.einsum("nk,nkd->nd", share, items.weight[torch.from_numpy(warm[neighbour])])
-    for name, columns in run.final.profiles((items, items)).items():
+    for name, columns in run.final.profiles(items.width).items():
         own = ContentMap.of(run.features[name], run.config.model.walk.profile)
         rows[:, columns] = own.apply(features[name]) * cold.weights[OWN]
     return rows * cold.weights[LIFT]

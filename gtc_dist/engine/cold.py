@@ -47,9 +47,10 @@ class WarmNeighbours:
 
     def __init__(self, graphs: Graphs, world: World, chunk: int):
         items = RowTable("items", graphs.items, 0, world, trainable=False)
-        warm = warm_neighbours(graphs.item_item, graphs.item_degree > 0)
-        self.cold = torch.from_numpy(graphs.item_degree[items.start : items.stop] == 0)[:, None].to(world.device)
-        self.edges = Incoming(warm.indptr, warm.indices, warm.weight, 0, items, items, chunk)
+        warm = graphs.item_degree > 0
+        self.cold = torch.from_numpy(~warm[items.start : items.stop])[:, None].to(world.device)
+        near = warm_neighbours(graphs.item_item, warm, items.start, items.stop)
+        self.edges = Incoming(near.indptr, near.indices, near.weight, -items.start, items, items, chunk)
 
     def means(self, items: RowTable) -> torch.Tensor:
         """Of each of this rank's items, float32 [items, width]; zero where no neighbour is warm. A collective."""
@@ -101,16 +102,17 @@ class ColdItems:
         Args:
             profiles: modality -> columns of the items' own content profiles.
         """
+        if not self.cold.any():
+            return pair
         return self._replaced(pair, self._told(pair[1], profiles, self.weights), self.cold, self.weights[LIFT])
 
     def choose(self, pair: Pair, profiles: dict[str, slice], worth: Worth) -> None:
         """The weights, from what was chosen before, if it is time to. A collective."""
-        nothing = torch.zeros(len(pair[1].weight), pair[1].width, device=pair[1].weight.device)
+        nothing = torch.zeros(1, 1, device=pair[1].weight.device)
         without = worth(self._replaced(pair, nothing, self.lacking, 0.0), ~self.lacking)
         if without <= self.weights[WORTH]:
             return
         self.weights = {**self.weights, WORTH: without}
-        del nothing
         everything = np.ones_like(self.cold)
         tried: dict[tuple, float] = {}
 
@@ -165,17 +167,17 @@ def nearby(weights: dict[str, float], name: str, steps: tuple[float, ...], reach
     return [weights, *({**weights, name: one} for one in moved)]
 
 
-def warm_neighbours(graph: CSC, warm: np.ndarray) -> CSC:
-    """Of an item-item graph, the edges from warm items; the weights of an item add to one."""
-    count = np.diff(graph.indptr)
-    kept = warm[graph.indices]
+def warm_neighbours(graph: CSC, warm: np.ndarray, start: int, stop: int) -> CSC:
+    """Of an item-item graph, the edges from warm items into those from `start` to `stop`, by item less `start`; the
+    weights of an item add to one."""
+    edges = slice(int(graph.indptr[start]), int(graph.indptr[stop]))
+    kept = warm[graph.indices[edges]]
     ends = np.concatenate([[0], np.cumsum(kept)])
-    indptr, indices = ends[graph.indptr], graph.indices[kept]
-    count, weight = np.diff(indptr), graph.weight[kept].astype(np.float64)
-    total = np.zeros(len(count))
-    np.add.at(total, np.repeat(np.arange(len(count)), count), weight)
+    indptr = ends[graph.indptr[start : stop + 1] - edges.start]
+    indices, weight = graph.indices[edges][kept], graph.weight[edges][kept].astype(np.float64)
+    count = np.diff(indptr)
+    item = np.repeat(np.arange(len(count)), count)
+    total = np.bincount(item, weights=weight, minlength=len(count))[item]
     # opposed content has weight zero: then all alike
-    alike = np.repeat(1 / np.maximum(count, 1), count)
-    total = np.repeat(total, count)
-    weight = np.divide(weight, total, out=alike, where=total > 0)
+    weight = np.divide(weight, total, out=(1 / np.maximum(count, 1))[item], where=total > 0)
     return CSC(indptr.astype(np.int64), indices, weight.astype(np.float32))

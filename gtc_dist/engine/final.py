@@ -51,8 +51,9 @@ class Final:
             self.blend.choose_members(embeddings, partial(worth, counted=None))
             embeddings = self.blend.joined(embeddings)
         if self.cold is not None:
-            self.cold.choose(embeddings, self.profiles(embeddings), worth)
-            embeddings = self.cold.filled(embeddings, self.profiles(embeddings))
+            profiles = self.profiles(embeddings[1].width)
+            self.cold.choose(embeddings, profiles, worth)
+            embeddings = self.cold.filled(embeddings, profiles)
         return embeddings
 
     @torch.no_grad()
@@ -60,11 +61,11 @@ class Final:
         """The final embeddings of what the network has. A collective."""
         if self.blend is not None:
             embeddings = self.blend.joined(embeddings)
-        return embeddings if self.cold is None else self.cold.filled(embeddings, self.profiles(embeddings))
+        return embeddings if self.cold is None else self.cold.filled(embeddings, self.profiles(embeddings[1].width))
 
-    def profiles(self, embeddings: Pair) -> dict[str, slice]:
-        """Columns of blended embeddings that hold the items' own content profiles."""
-        return {} if self.blend is None else self.blend.profile_columns(embeddings[1].width)
+    def profiles(self, width: int) -> dict[str, slice]:
+        """Columns of final embeddings of this width that hold the items' own content profiles, by modality."""
+        return {} if self.blend is None else self.blend.profile_columns(width)
 
     def state(self) -> dict[str, dict[str, float]]:
         """All weights, by part."""
