@@ -41,18 +41,20 @@ class Final:
         if self.blend is not None:
             self.blend.choose(partial(worth, counted=None))
 
-    def choose(self, embeddings: Pair, worth: Worth) -> Pair:
+    def choose(self, embeddings: Pair, worth: Worth, trained: bool) -> Pair:
         """Choose all weights anew, from the last ones on; returns the final embeddings. A collective.
 
         Args:
             embeddings: of users and items, as the network has them.
+            trained: whether they say anything yet; parts that are not trained do from the start.
         """
         if self.blend is not None:
             self.blend.choose_members(embeddings, partial(worth, counted=None))
             embeddings = self.blend.joined(embeddings)
         if self.cold is not None:
             profiles = self.profiles(embeddings[1].width)
-            self.cold.choose(embeddings, profiles, worth)
+            if trained or self.blend is not None:
+                self.cold.choose(embeddings, profiles, worth)
             embeddings = self.cold.filled(embeddings, profiles)
         return embeddings
 

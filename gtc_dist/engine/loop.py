@@ -245,7 +245,7 @@ class Trainer:
 
     def _validate_weights(self, epoch: int) -> bool:
         watched: dict[str, float] = {}
-        embeddings = self.final.choose(self.embed(watched), self._worth)
+        embeddings = self.final.choose(self.embed(watched), self._worth, trained=epoch > 0)
         for part, weights in self.final.state().items():
             watched |= {f"{part}/{name}": weight for name, weight in weights.items()}
         metrics = self.rank(embeddings, "valid")
