@@ -9,7 +9,7 @@ from worlds import run_ranks
 from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.engine import regression
 from gtc_dist.engine.build import load_features, network_shape
-from gtc_dist.engine.cold import LIFT, LIFT_STEPS, OWN, REGRESSION, WORTH, ColdItems, WarmNeighbours, warm_neighbours
+from gtc_dist.engine.cold import LIFT, LIFT_STEPS, OWN, REGRESSION, ColdItems, WarmNeighbours, warm_neighbours
 from gtc_dist.engine.regression import FOLDS, ContentRegression, hashed
 from gtc_dist.graph.csc import Graphs, by_destination
 from gtc_dist.model.collectives import World
@@ -139,23 +139,18 @@ def nearness(wanted: torch.Tensor):
     return lambda pair, counted: 1 + float(torch.cosine_similarity(pair[1].weight, wanted, dim=1).mean())
 
 
-def choose_anew(cold: ColdItems, *args) -> None:
-    cold.weights[WORTH] = 0.0
-    cold.choose(*args)
-
-
 def test_the_form_that_tells_warm_items_best_is_chosen(catalog):
     cold = cold_items(catalog, World())
     users, items = table(catalog, World(), "users"), table(catalog, World())
     by_map = cold.regression.told(cold.regression.fit(items))
     by_near = cold.neighbours.means(items)
     for wanted, form in ((by_map, 1.0), (by_near, 0.0), (by_map, 1.0)):
-        choose_anew(cold, (users, items), {}, nearness(wanted))
+        cold.choose((users, items), {}, nearness(wanted))
         assert cold.weights[REGRESSION] == form
         assert cold.weights[OWN] == 1  # there is no profile
     profiles = {"m0": slice(2, 4)}
     wanted = torch.cat([by_near[:, :2], 4 * items.weight[:, 2:]], dim=1)
-    choose_anew(cold, (users, items), profiles, nearness(wanted))
+    cold.choose((users, items), profiles, nearness(wanted))
     assert (cold.weights[REGRESSION], cold.weights[OWN]) == (0.0, 4.0)
 
 
@@ -177,26 +172,11 @@ def test_cold_rows_are_as_long_as_costs_little(catalog):
         return value
 
     for each, lift in ((0.0071, 1.331), (0.012, 0.826), (0.0099, 1.0), (0.0, LIFT_STEPS[-1]), (5.0, 0.0)):
-        choose_anew(cold, (users, items), {}, worth(each))
+        cold.choose((users, items), {}, worth(each))
         assert cold.weights[LIFT] == lift
     filled = cold.filled((users, items), {})[1].weight
     assert (filled[cold.cold] == 0).all()
     assert torch.equal(filled[~cold.cold], items.weight[~cold.cold])
-
-
-def test_nothing_is_chosen_until_warm_items_are_ranked_better(catalog):
-    cold = cold_items(catalog, World())
-    pair = table(catalog, World(), "users"), table(catalog, World())
-    asked = []
-
-    def worth(value):
-        return lambda pair, counted: asked.append(value) or value
-
-    for value, chosen in ((0.5, True), (0.5, False), (0.4, False), (0.6, True)):
-        asked.clear()
-        cold.choose(pair, {}, worth(value))
-        assert cold.weights[WORTH] == max(value, 0.5)
-        assert (len(asked) > 1) == chosen
 
 
 @pytest.mark.parametrize(("few", "more"), [(0, 100), (40, 60), (200, 0)])

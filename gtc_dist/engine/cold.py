@@ -13,8 +13,7 @@ into the lists: the largest that costs the ranking of warm items no more than a 
 cold items in the lists. Where less than a tenth of the items are cold, some warm ones stand for as many as are missing,
 so that it also holds for items that arrive later.
 
-All that ranks the valid split several times, so it is done where warm items are ranked better than when it was done
-last; other epochs are seldom the best one.
+All that ranks the valid split several times, so it is done for the epochs that are the best so far, which are kept.
 """
 
 from collections.abc import Callable
@@ -35,7 +34,6 @@ Worth = Callable[[Pair, np.ndarray | None], float]
 REGRESSION = "regression"  # 1 or 0: neighbours
 OWN = "own"  # of an item's own profile
 LIFT = "lift"  # of the whole row
-WORTH = "worth"  # of the ranking without cold items when these were chosen
 OWN_STEPS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 LIFT_STEPS = (0.0, *(round(1.1**n, 3) for n in range(-12, 13)))
 
@@ -80,7 +78,7 @@ class ColdItems:
     ):
         self.cold, self.neighbours, self.regression, self.loss = cold, neighbours, regression, loss
         self.lacking = cold | (hashed(0, len(cold), 10_000) < 10_000 * (SHARE - cold.mean()))
-        self.weights = {REGRESSION: float(neighbours is None), OWN: 1.0, LIFT: 1.0, WORTH: 0.0}
+        self.weights = {REGRESSION: float(neighbours is None), OWN: 1.0, LIFT: 1.0}
 
     @staticmethod
     def of(
@@ -107,12 +105,7 @@ class ColdItems:
         return self._replaced(pair, self._told(pair[1], profiles, self.weights), self.cold, self.weights[LIFT])
 
     def choose(self, pair: Pair, profiles: dict[str, slice], worth: Worth) -> None:
-        """The weights, from what was chosen before, if it is time to. A collective."""
-        nothing = torch.zeros(1, 1, device=pair[1].weight.device)
-        without = worth(self._replaced(pair, nothing, self.lacking, 0.0), ~self.lacking)
-        if without <= self.weights[WORTH]:
-            return
-        self.weights = {**self.weights, WORTH: without}
+        """The weights, from what was chosen before. A collective."""
         everything = np.ones_like(self.cold)
         tried: dict[tuple, float] = {}
 
@@ -132,10 +125,14 @@ class ColdItems:
 
     def _choose_lift(self, pair: Pair, told: torch.Tensor, worth: Worth) -> None:
         """The largest that costs no more than it may, from the last choice on."""
-        least = (1 - self.loss) * self.weights[WORTH]
+
+        def value(at: int) -> float:
+            return worth(self._replaced(pair, told, self.lacking, LIFT_STEPS[at]), ~self.lacking)
+
+        least = (1 - self.loss) * value(0)
 
         def fits(at: int) -> bool:
-            return worth(self._replaced(pair, told, self.lacking, LIFT_STEPS[at]), ~self.lacking) >= least
+            return value(at) >= least
 
         at = LIFT_STEPS.index(self.weights[LIFT])
         while at and not fits(at):

@@ -41,29 +41,27 @@ class Final:
         if self.blend is not None:
             self.blend.choose(partial(worth, counted=None))
 
-    def choose(self, embeddings: Pair, worth: Worth, trained: bool) -> Pair:
-        """Choose all weights anew, from the last ones on; returns the final embeddings. A collective.
+    def choose_blend(self, embeddings: Pair, worth: Worth) -> Pair:
+        """Choose the weights of the parts anew, from the last ones on; returns what they make of embeddings of users and
+        items as the network has them, before `filled`. A collective."""
+        if self.blend is None:
+            return embeddings
+        self.blend.choose_members(embeddings, partial(worth, counted=None))
+        return self.blend.joined(embeddings)
 
-        Args:
-            embeddings: of users and items, as the network has them.
-            trained: whether they say anything yet; parts that are not trained do from the start.
-        """
-        if self.blend is not None:
-            self.blend.choose_members(embeddings, partial(worth, counted=None))
-            embeddings = self.blend.joined(embeddings)
+    def choose_cold(self, blended: Pair, worth: Worth) -> None:
+        """Choose what cold items get anew, from the last choice on. A collective."""
         if self.cold is not None:
-            profiles = self.profiles(embeddings[1].width)
-            if trained or self.blend is not None:
-                self.cold.choose(embeddings, profiles, worth)
-            embeddings = self.cold.filled(embeddings, profiles)
-        return embeddings
+            self.cold.choose(blended, self.profiles(blended[1].width), worth)
+
+    def filled(self, blended: Pair) -> Pair:
+        """The final embeddings, of blended ones. A collective."""
+        return blended if self.cold is None else self.cold.filled(blended, self.profiles(blended[1].width))
 
     @torch.no_grad()
     def __call__(self, embeddings: Pair) -> Pair:
         """The final embeddings of what the network has. A collective."""
-        if self.blend is not None:
-            embeddings = self.blend.joined(embeddings)
-        return embeddings if self.cold is None else self.cold.filled(embeddings, self.profiles(embeddings[1].width))
+        return self.filled(embeddings if self.blend is None else self.blend.joined(embeddings))
 
     def profiles(self, width: int) -> dict[str, slice]:
         """Columns of final embeddings of this width that hold the items' own content profiles, by modality."""

@@ -245,18 +245,21 @@ class Trainer:
 
     def _validate_weights(self, epoch: int) -> bool:
         watched: dict[str, float] = {}
-        embeddings = self.final.choose(self.embed(watched), self._worth, trained=epoch > 0)
+        blended = self.final.choose_blend(self.embed(watched), self._worth)
+        metrics = self.rank(self.final.filled(blended), "valid")
+        at = self.state.progress
+        if self._value(metrics) > at.best and (epoch > 0 or self.final.blend is not None):
+            self.final.choose_cold(blended, self._worth)
+            metrics = self.rank(self.final.filled(blended), "valid")
         for part, weights in self.final.state().items():
             watched |= {f"{part}/{name}": weight for name, weight in weights.items()}
-        metrics = self.rank(embeddings, "valid")
         temperature = self.network.correlation_temperature
         if temperature is not None:
             watched["total_correlation/temperature"] = temperature
-        value, at = metrics["overall"][self.config.eval.metric], self.state.progress
-        better = value > at.best
+        better = self._value(metrics) > at.best
         if better:
             self.state.save_best(epoch, metrics["overall"])
-            at.best, at.best_epoch = value, epoch
+            at.best, at.best_epoch = self._value(metrics), epoch
             self.saver.prune(epoch)
         note = f"best so far ({self.config.eval.metric})" if better else f"best was epoch {at.best_epoch}"
         self.monitor.evaluation(epoch, metrics, note, watched)
@@ -267,6 +270,10 @@ class Trainer:
     def rank(self, embeddings: tuple[RowTable, RowTable], split: str) -> dict:
         """Metrics of a split."""
         return ranking.evaluate(*embeddings, self.graphs, self.truth[split], ranking_options(self.config))
+
+    def _value(self, metrics: dict) -> float:
+        """What selects epochs."""
+        return metrics["overall"][self.config.eval.metric]
 
     def _worth(self, embeddings: tuple[RowTable, RowTable], counted: np.ndarray | None) -> float:
         """What weights of the final embeddings are chosen by: the geometric mean of the metric that selects epochs and
