@@ -42,8 +42,12 @@ class Final:
             self.blend.choose(partial(worth, counted=None))
 
     def choose_blend(self, embeddings: Pair, worth: Worth) -> Pair:
-        """Choose the weights of the parts anew, from the last ones on; returns what they make of embeddings of users and
-        items as the network has them, before `filled`. A collective."""
+        """Choose the weights of the parts anew, from the last ones on; returns what they make of embeddings, before
+        `filled`. A collective.
+
+        Args:
+            embeddings: of users and items, as the network has them.
+        """
         if self.blend is None:
             return embeddings
         self.blend.choose_members(embeddings, partial(worth, counted=None))
