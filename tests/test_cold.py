@@ -8,8 +8,10 @@ from worlds import run_ranks
 
 from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.engine import regression
+from gtc_dist.engine.blend import MEMBERS, Blend
 from gtc_dist.engine.build import load_features, network_shape
 from gtc_dist.engine.cold import LIFT, LIFT_STEPS, OWN, REGRESSION, ColdItems, WarmNeighbours, warm_neighbours
+from gtc_dist.engine.final import Final
 from gtc_dist.engine.regression import FOLDS, ContentRegression, hashed
 from gtc_dist.graph.csc import Graphs, by_destination
 from gtc_dist.model.collectives import World
@@ -177,6 +179,19 @@ def test_cold_rows_are_as_long_as_costs_little(catalog):
     filled = cold.filled((users, items), {})[1].weight
     assert (filled[cold.cold] == 0).all()
     assert torch.equal(filled[~cold.cold], items.weight[~cold.cold])
+
+
+def test_a_run_of_before_lengths_goes_on_with_what_it_has(catalog):
+    users, items = table(catalog, World(), "users"), table(catalog, World())
+    blend = Blend({"m0": (users, items)}, ["m0"], None)
+    final = Final(blend, cold_items(catalog, World()))
+    final.load({"network": {}, "blend": {MEMBERS: 2.0, "cold": 3.5}})
+    assert final.state()["cold"] == {REGRESSION: 0.0, OWN: 3.5, LIFT: 1.0}
+    pair = final((users, items))
+    profile = pair[1].weight[final.cold.cold, 4:]
+    torch.testing.assert_close(profile, 3.5 * items.weight[final.cold.cold])
+    final.choose_cold(blend.joined((users, items)), lambda pair, counted: 1.0)  # nothing is better
+    assert final.cold.weights[OWN] == 3.5
 
 
 @pytest.mark.parametrize(("few", "more"), [(0, 100), (40, 60), (200, 0)])

@@ -159,7 +159,7 @@ class ColdItems:
 def nearby(weights: dict[str, float], name: str, steps: tuple[float, ...], reach: int = 1) -> list[dict[str, float]]:
     """The weights themselves, which win where others are worth as much, and those with one of them moved by up to
     `reach` steps."""
-    at = steps.index(weights[name])
+    at = min(range(len(steps)), key=lambda n: abs(steps[n] - weights[name]))
     moved = [*steps[max(at - reach, 0) : at], *steps[at + 1 : at + reach + 1]]
     return [weights, *({**weights, name: one} for one in moved)]
 
