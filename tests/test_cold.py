@@ -127,10 +127,11 @@ def test_neighbours_of_opposed_content_count_alike():
     graph = CSC(graph.indptr, graph.indices, np.zeros(6, np.float32))
     warm = np.array([False, False, True, True])
     for start, stop in ((0, 4), (1, 4), (0, 1), (2, 4)):
-        near = warm_neighbours(graph, warm, start, stop)
+        near = warm_neighbours(graph, warm, np.ones(stop - start, bool), start)
         assert near.indptr.tolist() == [min(2 * n, 2 * max(2 - start, 0)) for n in range(stop - start + 1)]
         assert near.indices.tolist() == [2, 3] * (len(near.indices) // 2)
         assert near.weight.tolist() == [0.5] * len(near.indices)
+    assert warm_neighbours(graph, warm, np.array([False, True, True, True])).indptr.tolist() == [0, 0, 2, 2, 2]
 
 
 # --- how it is chosen ---
@@ -145,7 +146,7 @@ def test_the_form_that_tells_warm_items_best_is_chosen(catalog):
     cold = cold_items(catalog, World())
     users, items = table(catalog, World(), "users"), table(catalog, World())
     by_map = cold.regression.told(cold.regression.fit(items))
-    by_near = cold.neighbours.means(items)
+    by_near = cold.neighbours.of_all(items)
     for wanted, form in ((by_map, 1.0), (by_near, 0.0), (by_map, 1.0)):
         cold.choose((users, items), {}, nearness(wanted))
         assert cold.weights[REGRESSION] == form
@@ -160,6 +161,7 @@ def test_cold_rows_are_as_long_as_costs_little(catalog):
     """Worth falls with the length of the rows of cold items and of those that stand for more; only others count."""
     cold = cold_items(catalog, World())
     users, items = table(catalog, World(), "users"), table(catalog, World())
+    by_near, by_map = cold.neighbours.of_all(items), cold.regression.told(cold.regression.fit(items))
     lacking = cold.lacking
     assert (cold.cold <= lacking).all()
 
@@ -168,7 +170,7 @@ def test_cold_rows_are_as_long_as_costs_little(catalog):
             if counted is None:
                 return 1.0
             assert np.array_equal(counted, ~lacking)
-            told = cold._told(items, {}, cold.weights)[lacking]
+            told = {0.0: by_near, 1.0: by_map}[cold.weights[REGRESSION]][lacking]
             return 1 - each * float(pair[1].weight[lacking].norm() / told.norm())
 
         return value
@@ -178,6 +180,8 @@ def test_cold_rows_are_as_long_as_costs_little(catalog):
         assert cold.weights[LIFT] == lift
     filled = cold.filled((users, items), {})[1].weight
     assert (filled[cold.cold] == 0).all()
+    cold.choose((users, items), {}, lambda pair, counted: 0.0)  # nothing is found: nothing to choose by
+    assert cold.weights[LIFT] == 0
     assert torch.equal(filled[~cold.cold], items.weight[~cold.cold])
 
 

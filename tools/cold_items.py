@@ -14,10 +14,13 @@ Prints Recall@20 on cold items (no train interaction) and on warm ones, in one r
 import argparse
 from dataclasses import replace
 
+import numpy as np
 import torch
 
+from gtc_dist.data.catalog import CSC
 from gtc_dist.engine import ranking
-from gtc_dist.engine.cold import LIFT, Pair
+from gtc_dist.engine.climb import Pair
+from gtc_dist.engine.cold import LIFT
 from gtc_dist.engine.inference import Incoming
 from gtc_dist.engine.profile import ContentMap
 from gtc_dist.engine.restore import Run, find, restore
@@ -50,14 +53,17 @@ def main(argv: list[str] | None = None) -> None:
     names = list(run.features)
     for chosen in [[name] for name in names] + ([names] if len(names) > 1 else []):
         show(f"content, {' and '.join(chosen)}", run, content_scores(run, chosen), truth, args.users)
-    chosen = cold.weights[LIFT]
-    show("without cold items in the lists", run, lifted(run, 0.0), truth, args.users)
+    chosen, blended = cold.weights[LIFT], run.blended()
+    lifts = {"without cold items in the lists": 0.0}
     for step in STEPS:
         name = f"cold items' rows {1.1**step:.2f} as long" if step else "**as chosen**"
-        show(name, run, lifted(run, chosen * 1.1**step), truth, args.users)
+        lifts[name] = chosen * 1.1**step
+    for name, lift in lifts.items():
+        cold.weights[LIFT] = lift
+        show(name, run, run.final.filled(blended), truth, args.users)
 
 
-def show(name: str, run: Run, pair: Pair, truth, users: int | None) -> None:
+def show(name: str, run: Run, pair: Pair, truth: CSC, users: int | None) -> None:
     """One line of the table."""
     options = replace(run.ranking_options(users), seed=0)
     mine = ranking.ranked_users(pair[0], run.graphs, truth, options)
@@ -67,14 +73,9 @@ def show(name: str, run: Run, pair: Pair, truth, users: int | None) -> None:
     for counted in (is_cold, ~is_cold):
         recall = ranking.metrics_among(top, mine, truth, counted)[f"recall@{TOP}"]
         cells.append(f"{recall.mean():.4f} ({len(recall):,} users)" if len(recall) else "-")
-    cells.append(f"{is_cold[top[:, :TOP]].sum(1).mean():.2f}")
+    listed = top[:, :TOP]
+    cells.append(f"{(is_cold[np.maximum(listed, 0)] & (listed >= 0)).sum(1).mean():.2f}")
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
-
-
-def lifted(run: Run, lift: float) -> Pair:
-    """The run's embeddings with another length of cold items' rows."""
-    run.final.cold.weights[LIFT] = lift
-    return run.embed()
 
 
 def content_scores(run: Run, names: list[str]) -> Pair:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gtc_dist.engine.cold import Pair, WarmNeighbours, nearby
+from gtc_dist.engine.climb import Pair, nearby
+from gtc_dist.engine.cold import WarmNeighbours
 from gtc_dist.engine.profile import inverse_spread, item_moments
 from gtc_dist.engine.walk import Walk
 from gtc_dist.model.table import RowTable

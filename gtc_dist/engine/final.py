@@ -8,10 +8,13 @@ import torch
 from gtc_dist.config import Config
 from gtc_dist.engine.blend import Blend
 from gtc_dist.engine.build import build_blend
-from gtc_dist.engine.cold import OWN, ColdItems, Pair, WarmNeighbours, Worth
+from gtc_dist.engine.climb import Pair
+from gtc_dist.engine.cold import OWN, ColdItems, WarmNeighbours, Worth
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.collectives import World
 from gtc_dist.model.table import RowTable
+
+OLD = "cold"  # among a blend's weights: of cold items' profiles, in runs of before these had weights of their own
 
 
 @dataclass
@@ -48,10 +51,9 @@ class Final:
         Args:
             embeddings: of users and items, as the network has them.
         """
-        if self.blend is None:
-            return embeddings
-        self.blend.choose_members(embeddings, partial(worth, counted=None))
-        return self.blend.joined(embeddings)
+        if self.blend is not None:
+            self.blend.choose_members(embeddings, partial(worth, counted=None))
+        return self.blended(embeddings)
 
     def choose_cold(self, blended: Pair, worth: Worth) -> None:
         """Choose what cold items get anew, from the last choice on. A collective."""
@@ -65,7 +67,11 @@ class Final:
     @torch.no_grad()
     def __call__(self, embeddings: Pair) -> Pair:
         """The final embeddings of what the network has. A collective."""
-        return self.filled(embeddings if self.blend is None else self.blend.joined(embeddings))
+        return self.filled(self.blended(embeddings))
+
+    def blended(self, embeddings: Pair) -> Pair:
+        """What the parts make of what the network has. A collective."""
+        return embeddings if self.blend is None else self.blend.joined(embeddings)
 
     def profiles(self, width: int) -> dict[str, slice]:
         """Columns of final embeddings of this width that hold the items' own content profiles, by modality."""
@@ -76,9 +82,9 @@ class Final:
         return {name: dict(part.weights) for name, part in (("blend", self.blend), ("cold", self.cold)) if part}
 
     def load(self, saved: dict) -> None:
-        """Take weights up that `state` gave, of entries of a checkpoint."""
+        """Take up the weights that `state` gave, which stand among other things in a checkpoint."""
         if self.blend is not None:
-            self.blend.weights |= saved["blend"]
+            self.blend.weights |= {name: weight for name, weight in saved["blend"].items() if name != OLD}
         if self.cold is not None:
-            # a run of before cold items had weights of their own counted their profiles so often
-            self.cold.weights |= saved.get("cold", {OWN: (saved.get("blend") or {}).get("cold", 1.0)})
+            before = {OWN: (saved.get("blend") or {}).get(OLD, 1.0)}
+            self.cold.weights = self.cold.start() | saved.get("cold", before)

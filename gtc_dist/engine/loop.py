@@ -46,7 +46,7 @@ from gtc_dist.model.table import RowTable
 
 # of a step; sampling and features run ahead in the prefetch thread, communication is part of the others
 PARTS = ("data", "sampling", "features", "history", "lookup", "forward", "backward", "optimizer", "communication")
-CHOICE_USERS = 4096  # at most, that weights of the final embeddings are chosen by
+CHOICE_USERS = 4096  # about so many at most, that weights of the final embeddings are chosen by
 PROJECTED = 1000  # item embeddings shown in TensorBoard's projector: the most popular
 NOTICE_SECONDS = 2.0  # from one look to the next whether the run is asked to leave
 
@@ -249,8 +249,7 @@ class Trainer:
         metrics = self.rank(self.final.filled(blended), "valid")
         at = self.state.progress
         if self._value(metrics) > at.best and (epoch > 0 or self.final.blend is not None):
-            self.final.choose_cold(blended, self._worth)
-            metrics = self.rank(self.final.filled(blended), "valid")
+            metrics = self._choose_cold(blended, metrics)
         for part, weights in self.final.state().items():
             watched |= {f"{part}/{name}": weight for name, weight in weights.items()}
         temperature = self.network.correlation_temperature
@@ -266,6 +265,20 @@ class Trainer:
         with self.world.meeting():
             self.report({"epoch": epoch, **metrics["overall"]})
         return better
+
+    def _choose_cold(self, blended: tuple[RowTable, RowTable], metrics: dict) -> dict:
+        """Choose what cold items get, for an epoch that is the best so far with the last choice; returns the metrics
+        with the new one, or, if that made it less than the best, those with the last one, which then holds."""
+        before = self.final.state()
+        self.final.choose_cold(blended, self._worth)
+        final = self.final.filled(blended)
+        if final is blended or self.final.state() == before:
+            return metrics
+        anew = self.rank(final, "valid")
+        if self._value(anew) > self.state.progress.best:
+            return anew
+        self.final.load(before)
+        return metrics
 
     def rank(self, embeddings: tuple[RowTable, RowTable], split: str) -> dict:
         """Metrics of a split."""

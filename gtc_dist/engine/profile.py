@@ -12,7 +12,7 @@ import torch
 from gtc_dist.engine.walk import Walk, pair
 from gtc_dist.model.table import RowTable
 
-BLOCK = 1 << 16  # items at once
+BLOCK = 1 << 24  # values at once
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ class ContentMap:
             chosen: int64 [n], those of this rank's rows that mean and directions are taken from; None: all.
         """
         world, rows = features.world, features.weight if chosen is None else features.weight[chosen]
-        blocks = rows.split(BLOCK)
+        blocks = rows.split(max(BLOCK // features.width, 1))
         count = sum(world.counts(len(rows)))
         mean = world.sum(sum(block.double().sum(0) for block in blocks)) / max(count, 1)
         if width >= features.width:

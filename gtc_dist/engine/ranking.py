@@ -59,10 +59,11 @@ def evaluate_among(
 ) -> dict[str, float]:
     """Metrics where only some of the items, bool [items], count as positives, over the users that have one; None: all
     of them. A collective."""
-    counted = np.ones(graphs.items, bool) if counted is None else counted
     mine = ranked_users(users, graphs, truth, options)
     top, _ = top_items(users, items, graphs, mine, max(CUTS), options)
-    return mean_metrics(metrics_among(top, mine - users.start, truth, counted), users.world)[1]
+    own, hit = mine - users.start, _hits(top, mine - users.start, truth)
+    by_user = user_metrics(hit, truth.degree[own]) if counted is None else _among(hit, top, own, truth, counted)
+    return mean_metrics(by_user, users.world)[1]
 
 
 @torch.no_grad()
@@ -87,15 +88,29 @@ def metrics_of(
     top: np.ndarray, own: np.ndarray, graphs: Graphs, truth: CSC
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What `by_user` returns, of ranked items int64 [n, k], best first (-1: none), of users `own`, rows of `truth`."""
-    everything, cold = np.ones(graphs.items, bool), graphs.item_degree == 0
-    return metrics_among(top, own, truth, everything), metrics_among(top, own, truth, cold)
+    hit = _hits(top, own, truth)
+    return user_metrics(hit, truth.degree[own]), _among(hit, top, own, truth, graphs.item_degree == 0)
 
 
 def metrics_among(top: np.ndarray, own: np.ndarray, truth: CSC, counted: np.ndarray) -> dict[str, np.ndarray]:
-    """The same where only some of the items, bool [items], count as positives, of the users that have one."""
+    """Metrics where only some of the items count as positives, of the users that have one: name@K -> float64 [users].
+
+    Args:
+        top: ranked items int64 [n, k], best first, -1: none; own: [n], rows of `truth`.
+        counted: bool [items].
+    """
+    return _among(_hits(top, own, truth), top, own, truth, counted)
+
+
+def _hits(top: np.ndarray, own: np.ndarray, truth: CSC) -> np.ndarray:
+    """Whether each ranked item is a positive of its user, bool [n, k]."""
     who = np.repeat(own, top.shape[1])
     hit = (top.reshape(-1) >= 0) & (edge_of(truth, who, np.maximum(top.reshape(-1), 0)) >= 0)
-    hit = hit.reshape(top.shape) & counted[np.maximum(top, 0)]
+    return hit.reshape(top.shape)
+
+
+def _among(hit: np.ndarray, top: np.ndarray, own: np.ndarray, truth: CSC, counted: np.ndarray) -> dict[str, np.ndarray]:
+    hit = hit & counted[np.maximum(top, 0)]
     indptr, edges = take(truth, own)
     positives = np.append(counted[truth.indices[edges]].astype(np.int64), 0)
     count = np.add.reduceat(positives, indptr[:-1]) if len(own) else indptr[:0]

@@ -61,10 +61,15 @@ class ContentRegression:
         total = moments.sum(0)
         return torch.cholesky_solve(torch.cat([total - moments, total[None]]), self.factors).float()
 
-    def told(self, fit: torch.Tensor) -> torch.Tensor:
-        """Rows of all of this rank's items, float32 [items, width]: of warm ones by the fit without them."""
-        out = torch.empty(len(self.fold), fit.shape[2], device=fit.device)
-        for rows in torch.arange(len(self.fold), device=fit.device).split(self.chunk):
+    def told(self, fit: torch.Tensor, chosen: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of this rank's items, float32 [items, width]: of warm ones by the fit without them.
+
+        Args:
+            chosen: int64 [n], those that are wanted, others are zero; None: all.
+        """
+        out = torch.zeros(len(self.fold), fit.shape[2], device=fit.device)
+        chosen = torch.arange(len(self.fold), device=fit.device) if chosen is None else chosen
+        for rows in chosen.split(self.chunk):
             x, fold = self._content(rows).float(), self.fold[rows]
             for k in fold.unique().tolist():
                 out[rows[fold == k]] = x[fold == k] @ fit[k]

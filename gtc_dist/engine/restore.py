@@ -39,9 +39,13 @@ class Run:
     final: Final
 
     def embed(self) -> tuple[RowTable, RowTable]:
-        """Final embeddings of users and items, row = catalog index."""
+        """Final embeddings of users and items, row = catalog index. A collective."""
+        return self.final.filled(self.blended())
+
+    def blended(self) -> tuple[RowTable, RowTable]:
+        """The same before cold items are told by their content. A collective."""
         layers, chunk = self.config.model.layers, self.config.eval.chunk
-        return self.final(embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk))
+        return self.final.blended(embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk))
 
     def by_user(self, split: str, users: int | None) -> dict[str, np.ndarray]:
         """Each metric of every ranked user of all ranks, name@K -> float64 [users], by user index. A collective."""
