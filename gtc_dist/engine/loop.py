@@ -268,17 +268,13 @@ class Trainer:
 
     def _choose_cold(self, blended: tuple[RowTable, RowTable], metrics: dict) -> dict:
         """Choose what cold items get, for an epoch that is the best so far with the last choice; returns the metrics
-        with the new one, or, if that made it less than the best, those with the last one, which then holds."""
+        with the new one, which decide: with the last one cold items may cost more than they may."""
         before = self.final.state()
         self.final.choose_cold(blended, self._worth)
         final = self.final.filled(blended)
         if final is blended or self.final.state() == before:
             return metrics
-        anew = self.rank(final, "valid")
-        if self._value(anew) > self.state.progress.best:
-            return anew
-        self.final.load(before)
-        return metrics
+        return self.rank(final, "valid")
 
     def rank(self, embeddings: tuple[RowTable, RowTable], split: str) -> dict:
         """Metrics of a split."""
