@@ -271,10 +271,10 @@ class Trainer:
         with the new one, which decide: with the last one cold items may cost more than they may."""
         before = self.final.state()
         self.final.choose_cold(blended, self._worth)
-        final = self.final.filled(blended)
-        if final is blended or self.final.state() == before:
+        if self.final.state() == before:
             return metrics
-        return self.rank(final, "valid")
+        final = self.final.filled(blended)
+        return metrics if final is blended else self.rank(final, "valid")
 
     def rank(self, embeddings: tuple[RowTable, RowTable], split: str) -> dict:
         """Metrics of a split."""
