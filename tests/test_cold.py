@@ -12,7 +12,7 @@ from gtc_dist.engine.blend import MEMBERS, Blend
 from gtc_dist.engine.build import load_features, network_shape
 from gtc_dist.engine.cold import LIFT, LIFT_STEPS, OWN, REGRESSION, ColdItems, WarmNeighbours, warm_neighbours
 from gtc_dist.engine.final import Final
-from gtc_dist.engine.regression import FOLDS, ContentRegression, hashed
+from gtc_dist.engine.regression import FOLDS, ContentRegression, numbered
 from gtc_dist.graph.csc import Graphs, by_destination
 from gtc_dist.model.collectives import World
 from gtc_dist.model.table import RowTable
@@ -60,7 +60,7 @@ def test_regression_tells_an_item_by_all_warm_ones_but_its_fold(catalog, monkeyp
         parts.append(unit)
     X, Y = np.hstack([*parts, np.ones((len(warm), 1))]), items.weight.double().numpy()
     penalty = (X[warm, :-1] ** 2).sum() / (X.shape[1] - 1) * np.eye(X.shape[1])
-    fold = hashed(0, len(warm), FOLDS)
+    fold = numbered(0, len(warm), FOLDS)
     assert set(fold) == set(range(FOLDS))
     for item in range(len(warm)):
         known = warm & ((fold != fold[item]) | ~warm[item])
@@ -93,10 +93,9 @@ def told_by_ranks(world: World, uri: str) -> dict:
     return out | {"neighbours": cold.filled(pair, profiles)[1].weight}
 
 
-@pytest.mark.parametrize("ranks", [3])
-def test_ranks_tell_the_same(catalog, ranks):
+def test_ranks_tell_the_same(catalog):
     alone = run_ranks(told_by_ranks, 1, catalog.uri)[0]
-    together = run_ranks(told_by_ranks, ranks, catalog.uri)
+    together = run_ranks(told_by_ranks, 3, catalog.uri)
     warm = Graphs.load(catalog).item_degree > 0
     rows = table(catalog, World()).weight
     for form, want in alone.items():

@@ -25,7 +25,7 @@ import torch
 from gtc_dist.data.catalog import CSC
 from gtc_dist.engine.climb import Pair, nearby, nearest
 from gtc_dist.engine.inference import Incoming
-from gtc_dist.engine.regression import ContentRegression, hashed
+from gtc_dist.engine.regression import ContentRegression, numbered
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.collectives import World
 from gtc_dist.model.table import RowTable
@@ -92,7 +92,7 @@ class ColdItems:
         self.cold, self.neighbours, self.regression, self.loss = cold, neighbours, regression, loss
         self.weights = self.start()
         # cold, or standing for cold ones while the length is chosen; by a hash of the index
-        self.lacking = cold | (hashed(0, len(cold), 10_000) < 10_000 * (SHARE - cold.mean()))
+        self.lacking = cold | (numbered(0, len(cold), 10_000) < 10_000 * (SHARE - cold.mean()))
 
     @staticmethod
     def of(

@@ -133,9 +133,14 @@ def _sample(users: np.ndarray, options: RankingOptions, world: World) -> np.ndar
     total = sum(world.counts(len(users)))
     if options.users is None or total <= options.users:
         return users
-    mixed = (users.astype(np.uint64) + np.uint64((options.seed % 2**32) << 32)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+    mixed = hashed(users, options.seed)
     return users[(mixed >> np.uint64(11)).astype(np.float64) < options.users / total * 2.0**53]
+
+
+def hashed(index: np.ndarray, seed: int = 0) -> np.ndarray:
+    """64 mixed bits for each index below 2^32, uint64: the same whatever rank has it."""
+    mixed = (index.astype(np.uint64) + np.uint64((seed % 2**32) << 32)) * np.uint64(0x9E3779B97F4A7C15)
+    return (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
 
 
 def popularity(graphs: Graphs, world: World) -> tuple[RowTable, RowTable]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from gtc_dist.engine.profile import ContentMap
+from gtc_dist.engine.ranking import hashed
 from gtc_dist.model.table import RowTable
 
 FOLDS = 10
@@ -35,10 +36,10 @@ class ContentRegression:
         self.features, self.chunk = features, chunk
         table = next(iter(features.values()))
         self.world, own = table.world, slice(table.start, table.stop)
-        fitted = warm[own] & (hashed(table.start, table.stop, 1 << 30) < (1 << 30) * MOST_ITEMS / max(warm.sum(), 1))
+        fitted = warm[own] & (numbered(table.start, table.stop, 1 << 30) < (1 << 30) * MOST_ITEMS / max(warm.sum(), 1))
         self.fitted = torch.from_numpy(np.flatnonzero(fitted)).to(self.world.device)
         # cold items are told by the fit of all
-        fold = np.where(warm[own], hashed(table.start, table.stop, FOLDS), FOLDS)
+        fold = np.where(warm[own], numbered(table.start, table.stop, FOLDS), FOLDS)
         self.fold = torch.from_numpy(fold).to(self.world.device)
 
     @cached_property
@@ -104,8 +105,6 @@ class ContentRegression:
         return torch.cat([*parts, parts[0].new_ones(len(parts[0]), 1)], dim=1)
 
 
-def hashed(start: int, stop: int, below: int) -> np.ndarray:
+def numbered(start: int, stop: int, below: int) -> np.ndarray:
     """A number below `below` for each index from `start` to `stop`, int64: by a hash, whatever rank has the index."""
-    mixed = np.arange(start, stop, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-    return ((mixed >> np.uint64(32)) % np.uint64(below)).astype(np.int64)
+    return ((hashed(np.arange(start, stop)) >> np.uint64(32)) % np.uint64(below)).astype(np.int64)
