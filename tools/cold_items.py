@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         show(f"content, {' and '.join(chosen)}", run, content_scores(run, chosen), truth, args.users)
     chosen, blended = cold.weights[LIFT], run.blended()
     lifts = {"without cold items in the lists": 0.0}
-    for step in STEPS if chosen else ():
+    for step in STEPS:
         name = f"cold items' rows {1.1**step:.2f} as long" if step else "**as chosen**"
         lifts[name] = chosen * 1.1**step
     for name, lift in lifts.items():
