@@ -121,15 +121,15 @@ def test_cold_items_have_what_their_warm_neighbours_have(catalog):
         torch.testing.assert_close(filled[item], want)
 
 
-def test_neighbours_of_opposed_content_count_alike():
+def test_neighbours_that_are_not_similar_do_not_count():
     graph = by_destination(np.array([0, 0, 0, 1, 1, 1]), np.array([1, 2, 3, 0, 2, 3]), 4)
-    graph = CSC(graph.indptr, graph.indices, np.zeros(6, np.float32))
+    graph = CSC(graph.indptr, graph.indices, np.array([0, 0, 0, 0.5, 0, 0.5], np.float32))  # into 0, then into 1
     warm = np.array([False, False, True, True])
     for start, stop in ((0, 4), (1, 4), (0, 1), (2, 4)):
         near = warm_neighbours(graph, warm, np.ones(stop - start, bool), start)
         assert near.indptr.tolist() == [min(2 * n, 2 * max(2 - start, 0)) for n in range(stop - start + 1)]
         assert near.indices.tolist() == [2, 3] * (len(near.indices) // 2)
-        assert near.weight.tolist() == [0.5] * len(near.indices)
+        assert near.weight.tolist() == [0, 0, 0, 1][2 * start : 2 * max(min(stop, 2), start)]
     assert warm_neighbours(graph, warm, np.array([False, True, True, True])).indptr.tolist() == [0, 0, 2, 2, 2]
 
 

@@ -59,14 +59,14 @@ def test_item_item_among_more_twins_than_neighbours():
     np.testing.assert_allclose(graph.weight, 1 / 3, rtol=1e-6)
 
 
-def test_item_item_without_any_similarity_is_uniform():
-    """Zeros (no vector) and opposed vectors: rows still add to one, with no NaN."""
-    features = {"a": np.array([[0, 0], [1, 0], [-1, 0], [0, 0]], np.float16)}
+def test_an_item_that_is_similar_to_none_has_nothing_of_others():
+    """Zeros (no vector) and opposed vectors: weights of zero, with no NaN."""
+    features = {"a": np.array([[0, 0], [1, 0], [-1, 0], [0, 0], [1, 1]], np.float16)}
     graph = neighbours.item_item(features, {"a": 1.0}, 2, threads=1)
-    check_layout(graph, 4)
-    weights = dense(graph, 4)
-    np.testing.assert_allclose(weights.sum(axis=1), 1)
-    np.testing.assert_allclose(weights[0].max(), 0.5)
+    check_layout(graph, 5)
+    weights = dense(graph, 5)
+    assert weights.sum(axis=1).tolist() == [0, 1, 0, 0, 1]
+    assert weights[1, 4] == weights[4, 1] == 1
 
 
 @pytest.mark.parametrize("items", [1, 2, 3])
@@ -186,7 +186,7 @@ def test_approximate_search_takes_mapped_content_and_reports_progress(tmp_path):
 
 
 def test_approximate_search_of_items_without_a_vector():
-    """As with exact search: they are near to all alike, and the lowest indexes win."""
+    """As with exact search: they are near to none, the lowest indexes are listed with weights of zero."""
     content = clustered(2000, widths=(10, 6))
     without = [0, 3, 700, 1999]
     for matrix in content.values():
@@ -199,6 +199,7 @@ def test_approximate_search_of_items_without_a_vector():
     assert found[without].tolist() == [[1, 2, 3, 4], [0, 1, 2, 4], [0, 1, 2, 3], [0, 1, 2, 3]]
     assert found[without].tolist() == expected[without].tolist()
     assert not np.isin(np.delete(found, without, axis=0), without).any()
+    assert (graph.weight.reshape(-1, 4)[without] == 0).all()
     np.testing.assert_allclose(graph.weight, exact.weight, atol=1e-6)
 
 
@@ -211,7 +212,9 @@ def test_approximate_search_of_a_tiny_catalog(items, empty):
     graph = approximate(content, k=10)
     check_layout(graph, items)
     assert (graph.degree == min(10, items - 1)).all()
-    np.testing.assert_allclose(dense(graph, items).sum(axis=1), float(items > 1), atol=1e-6)
+    sums = dense(graph, items).sum(axis=1)
+    assert (sums[:empty] == 0).all()
+    assert (np.isclose(sums, 0) | np.isclose(sums, 1)).all()
     exact = neighbours.item_item(content, WEIGHTS, 10, threads=1)
     np.testing.assert_allclose(dense(graph, items), dense(exact, items), atol=1e-6)
 

@@ -51,7 +51,7 @@ class WarmNeighbours:
         self.edges = self._into(items, ~self.warm)
 
     def of_all(self, items: RowTable) -> torch.Tensor:
-        """Of each of this rank's items, float32 [items, width]; zero where no neighbour is warm. A collective."""
+        """Of each of this rank's items, float32 [items, width]; zero where no similar one is warm. A collective."""
         return self._means(self._into(items, np.ones_like(self.warm)), items)
 
     def of_cold(self, items: RowTable) -> torch.Tensor:
@@ -198,7 +198,8 @@ class ColdItems:
 
 
 def warm_neighbours(graph: CSC, warm: np.ndarray, wanted: np.ndarray, start: int = 0) -> CSC:
-    """Of an item-item graph, the edges from warm items into wanted ones; the weights of an item add to one.
+    """Of an item-item graph, the edges from warm items into wanted ones; the weights of an item add to one, or are all
+    zero where it is similar to no warm one.
 
     Args:
         warm: bool [items]; wanted: bool [n], of the items from `start` on, which are 0, 1, ... in the result.
@@ -209,9 +210,7 @@ def warm_neighbours(graph: CSC, warm: np.ndarray, wanted: np.ndarray, start: int
     ends = np.concatenate([[0], np.cumsum(kept)])
     indptr = ends[graph.indptr[start : stop + 1] - edges.start]
     indices, weight = graph.indices[edges][kept], graph.weight[edges][kept].astype(np.float64)
-    count = np.diff(indptr)
-    item = np.repeat(np.arange(len(count)), count)
-    total = np.bincount(item, weights=weight, minlength=len(count))[item]
-    # opposed content has weight zero: then all alike
-    weight = np.divide(weight, total, out=(1 / np.maximum(count, 1))[item], where=total > 0)
+    item = np.repeat(np.arange(len(wanted)), np.diff(indptr))
+    total = np.bincount(item, weights=weight, minlength=len(wanted))[item]
+    weight = weight / np.where(total > 0, total, 1)
     return CSC(indptr.astype(np.int64), indices, weight.astype(np.float32))

@@ -55,8 +55,8 @@ def item_item(
     """k nearest items by content, each item's weights adding to one.
 
     The similarity is the mean of the modalities' cosines by `weights`; an item without a vector (zeros) has cosine 0,
-    and ties go to the lower index. Opposed content (negative similarity) gets weight 0; an item that is similar to none
-    of its neighbours weights them alike.
+    and ties go to the lower index. Opposed content (negative similarity) gets weight 0, so all weights of an item that
+    is similar to none are 0: nothing is known that it could have of others.
 
     Args:
         content: modality -> float16 [items, width].
@@ -172,10 +172,10 @@ def _blocks(total: int, size: int = BLOCK) -> Iterator[slice]:
 
 
 def shares(similarity: np.ndarray) -> np.ndarray:
-    """Weights of the neighbours, adding to one."""
+    """Weights of the neighbours [n, k], adding to one; zeros where none is similar."""
     weight = np.maximum(similarity.astype(np.float64), 0)
     total = weight.sum(axis=1, keepdims=True)
-    return np.where(total > 0, weight / np.where(total > 0, total, 1), 1 / similarity.shape[1]).astype(np.float32)
+    return (weight / np.where(total > 0, total, 1)).astype(np.float32)
 
 
 def _nearest(joint: Joint, items: np.ndarray, row: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -207,7 +207,7 @@ def _approximate(joint: Joint, k: int, probes: int, seed: int) -> Iterator[tuple
         for items, row in joint.blocks(_by_list(index)):
             _, found = index.search(directions.apply(row), CANDIDATES * k + 1, params=settings)
             yield items, *_ranked(joint, items, found, k)
-    lowest = np.arange(k)  # an item without a vector is as near to one as to another
+    lowest = np.arange(k)  # an item without a vector is near to none: weights of zero
     for block in _blocks(len(without)):
         items = without[block]
         yield items, lowest + (lowest >= items[:, None]), np.zeros((len(items), k), np.float32)
