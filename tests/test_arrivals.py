@@ -141,3 +141,25 @@ def test_what_cold_items_get_is_shown_beside_content_alone(run, capsys):
     assert found
     mean = np.mean([np.mean(hits) for hits in found.values()])
     assert table["content, m0"][0] == f"{mean:.4f} ({len(found)} users)"
+
+
+def test_the_nearest_items_embeddings_are_shown_beside(run, capsys):
+    uri, catalog = run
+    cold_items.main(["--run", uri, "--threads", "1"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| nearest |"))
+    restored = restore(find(uri))
+    users, items = (rows.weight.numpy().copy() for rows in restored.blended())
+    hop, warm = restored.graphs.item_item, restored.graphs.item_degree > 0
+    for item in np.flatnonzero(~warm):
+        near = hop.indices[hop.indptr[item] : hop.indptr[item + 1]]
+        weight = hop.weight[hop.indptr[item] : hop.indptr[item + 1]] * warm[near]
+        items[item] = weight @ items[near] / weight.sum()
+    score = users @ items.T
+    seen = catalog.interactions("train")
+    score[seen] = -np.inf
+    hits = {}
+    for user, item in zip(*catalog.interactions("test"), strict=True):
+        if not warm[item] and user in seen[0]:
+            hits.setdefault(user, []).append(item in np.argsort(-score[user])[:20])
+    assert hits
+    assert f"{np.mean([np.mean(h) for h in hits.values()]):.4f} ({len(hits)} users)" in line

@@ -7,8 +7,10 @@ Prints Recall@20 on cold items (no train interaction) and on warm ones, in one r
 
     random     every order alike
     content    the mean cosine of an item's content to that of the user's items, centred, for each modality and all
-    as chosen  the run's embeddings; and with the rows of cold items longer or shorter by steps of a tenth. How long
-               they are was chosen on the valid split, by what eval.cold_loss lets them cost warm items.
+    nearest    the run's embeddings, but of a cold item the mean of those of its nearest warm ones by content
+    as chosen  the run's embeddings; and with the rows of cold items longer or shorter by steps of a tenth (than what
+               content tells of them, where none was chosen to be listed). How long they are was chosen on the valid
+               split, by what eval.cold_loss lets them cost warm items.
 """
 
 import argparse
@@ -54,10 +56,13 @@ def main(argv: list[str] | None = None) -> None:
     for chosen in [[name] for name in names] + ([names] if len(names) > 1 else []):
         show(f"content, {' and '.join(chosen)}", run, content_scores(run, chosen), truth, args.users)
     chosen, blended = cold.weights[LIFT], run.blended()
-    lifts = {"without cold items in the lists": 0.0}
+    if cold.neighbours is not None:
+        users, items = blended
+        show("nearest", run, (users, cold.neighbours.filled(items)), truth, args.users)
+    lifts = {"without cold items in the lists": 0.0, "**as chosen**": chosen}
     for step in STEPS:
-        name = f"cold items' rows {1.1**step:.2f} as long" if step else "**as chosen**"
-        lifts[name] = chosen * 1.1**step
+        if step or not chosen:
+            lifts[f"cold items' rows {1.1**step:.2f} as long"] = (chosen or 1.0) * 1.1**step
     for name, lift in lifts.items():
         cold.weights[LIFT] = lift
         show(name, run, run.final.filled(blended), truth, args.users)
