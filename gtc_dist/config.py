@@ -63,6 +63,10 @@ class Split(Section):
 
     @model_validator(mode="after")
     def _shares(self):
+        if self.method in ("global_time", "ratio") and not (self.valid_share and self.test_share):
+            raise ValueError(
+                "valid_share and test_share must be above 0: epochs are chosen on valid, test tells the result"
+            )
         if self.valid_share + self.test_share >= 1:
             raise ValueError(
                 f"valid_share + test_share = {self.valid_share + self.test_share:g} leaves nothing to train on"
@@ -194,7 +198,7 @@ class Train(Section):
 
 
 class Diffusion(Section):
-    """The content filter (paper's section on user-aware conditional diffusion; DESIGN: x_t, eps-prediction)."""
+    """The content filter (paper's section on user-aware conditional diffusion): it predicts the noise."""
 
     enabled: bool = True  # false: content streams are the plain projections
     trained: bool = True  # false: denoisers stay as they start, as in the paper's published code

@@ -15,7 +15,11 @@ class NotFinite(FloatingPointError):
     """A step whose loss or gradients are not finite. The message says which, and where the batch is."""
 
 
-STATUS = {InputError: 2, NotFinite: 3}  # of a command that ends with it
+class Unreachable(ConnectionError):
+    """The object store cannot be reached, and was not for as long as it was tried. Another time it may be."""
+
+
+STATUS = {InputError: 2, NotFinite: 3, Unreachable: 2}  # of a command that ends with it
 
 
 def run_command(main: Callable[[], int | None]) -> None:

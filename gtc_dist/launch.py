@@ -27,7 +27,7 @@ from gtc_dist.data.parallel import EveryRow, read_rows
 from gtc_dist.engine.loop import Trainer
 from gtc_dist.engine.restore import CONFIG
 from gtc_dist.engine.standing import METRICS
-from gtc_dist.errors import STATUS, InputError
+from gtc_dist.errors import InputError, NotFinite
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.collectives import World
 from gtc_dist.stall import Stalls, watched
@@ -39,7 +39,7 @@ READER_CPUS = 0.25  # of a Ray Data task: it also fits where the ranks take near
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 KEPT_BYTES = 2**30  # blocks of up to this size, and free memory of up to this size, stay with a rank
 
-FATAL = {error.__name__: error for error in STATUS}
+FATAL = {error.__name__: error for error in (InputError, NotFinite)}
 
 
 def worker_resources(cluster: Cluster) -> dict[str, float]:

@@ -142,12 +142,12 @@ def existing(uri: str, mark: str, force: bool) -> Manifest | None:
         InputError: the folder holds another catalog or a damaged manifest and `force` is off, or files that are no
             catalog's.
     """
-    names = storage.listing(uri)
+    names = [name for name in storage.listing(uri) if not name.startswith(storage.PROBE)]
     foreign = [name for name in names if not name.startswith(OWN_FILES)]
     if foreign or (names and MANIFEST not in names and BUILDING not in names):
         raise InputError(
             f"data.catalog {uri} is not empty and holds files that are not a catalog's, such as "
-            f"{(foreign or list(names))[0]}; name another folder"
+            f"{(foreign or names)[0]}; name another folder"
         )
     if MANIFEST not in names:
         return None
@@ -168,12 +168,13 @@ def existing(uri: str, mark: str, force: bool) -> Manifest | None:
 
 
 def check_folder(uri: str) -> None:
-    """Raises InputError where a local folder cannot be made, since a file stands in the way."""
+    """Raises InputError where the folder cannot be written to, such as where a file stands in its way."""
     if storage.is_local(uri):
         path = Path(storage.absolute(uri))
         nearest = next(above for above in (path, *path.parents) if above.exists())
         if not nearest.is_dir():
             raise InputError(f"data.catalog {uri} cannot be a folder, since {nearest} is a file; name another folder")
+    storage.check_writable(uri)
 
 
 def clear(uri: str) -> None:

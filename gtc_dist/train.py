@@ -37,7 +37,9 @@ LEFT = 143  # exit status: 128 + SIGTERM
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train GTC on a catalog.")
     parser.add_argument("--replay", metavar="FILE", help="compute a batch again that a run left behind")
-    replayed, _ = parser.parse_known_args(argv)
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--replay")
+    replayed, _ = first.parse_known_args(argv)
     if replayed.replay:
         from gtc_dist.engine.replay import replay
 
@@ -49,8 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
     check(config, catalog)
     if standing(config, run, catalog.manifest.fingerprint) == "finished":
-        print(f"{run} is finished; choose another run.name to train again, or more epochs to go on", file=sys.stderr)
-        print(summary(run, storage.read_json(storage.join(run, METRICS))))
+        result = storage.read_json(storage.join(run, METRICS))
+        stopped = result["last_epoch"] < config.train.epochs  # early
+        more = f"an eval.patience above {config.eval.patience}" if stopped else "more epochs"
+        print(f"{run} is finished; choose another run.name to train again, or {more} to go on", file=sys.stderr)
+        print(summary(run, result))
         return 0
     with held(run):
         result = train(config, catalog, run)

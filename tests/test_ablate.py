@@ -67,6 +67,16 @@ def test_differences_are_over_the_seeds_of_both():
     assert row["against"]["recall@20"]["se"] == pytest.approx(0.1)
 
 
+def test_what_is_no_list_of_variants_is_refused(tmp_path):
+    file = tmp_path / "v.yaml"
+    with pytest.raises(InputError, match=r"no file .*v\.yaml"):
+        named(str(file))
+    for text in ("a", "[a]", "{a: b}", "{a: [1]}"):
+        file.write_text(text)
+        with pytest.raises(InputError, match=r"v\.yaml must be a mapping"):
+            named(str(file))
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_is_a_configuration(name):
     """The command reads all of them before it trains the first."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from gtc_dist import train
 from gtc_dist.config_file import load_config
 from gtc_dist.errors import InputError
 
@@ -80,6 +81,7 @@ def test_shipped_configs_are_valid_and_name_the_keys_that_tools_rely_on(path):
         (MINIMAL + "? [a, b]\n: 1\n", [], "c.yaml:3: a key must be a plain word, found a list"),
         (MINIMAL, ["run.name=a/b"], "use letters"),
         (MINIMAL, ["data.split.valid_share=0.6", "data.split.test_share=0.5"], "leaves nothing to train on"),
+        (MINIMAL, ["data.split.test_share=0"], "valid_share and test_share must be above 0"),
         (MINIMAL, ["data.interactions.min_rating=3"], "name of the rating column"),
         (MINIMAL, ["cluster.workers=4", "train.batch_size=3"], "below cluster.workers 4"),
         (MINIMAL, ["cluster.workers=2", "cluster.min_workers=3"], "min_workers 3 is above workers 2"),
@@ -94,6 +96,14 @@ def test_shipped_configs_are_valid_and_name_the_keys_that_tools_rely_on(path):
 def test_bad_configs_are_refused_with_the_key(tmp_path, text, overrides, message):
     with pytest.raises(InputError, match=f"(?s){message}"):
         load_config(write(tmp_path, text), overrides)
+
+
+def test_help_tells_all_words(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--replay" in shown
+    assert "--config" in shown
 
 
 def test_missing_file_and_binary_file(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,6 +156,14 @@ def test_given_again_a_finished_run_says_so_and_another_configuration_is_refused
     told = capsys.readouterr()
     assert "is finished" in told.err
     assert f"best epoch {result(run)['best_epoch']} of" in told.out
+    assert "or more epochs to go on" in told.err
+    early = [*same, "train.epochs=99"]  # as of a run that stopped early: its settings, but not as many epochs
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(re.sub(r"epochs: \d+", "epochs: 99", config))
+    assert train.main(early) == 0
+    assert re.search(r"or an eval\.patience above \d+ to go on", capsys.readouterr().err)
+    (run / "config.yaml").write_text(config)
+    written[run / "config.yaml"] = (run / "config.yaml").stat().st_mtime_ns
     with pytest.raises(InputError, match=r"another configuration \(train\.lr: 0\.001 there, 0\.5 here\)"):
         train.main([*same, "train.lr=0.5"])
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == written

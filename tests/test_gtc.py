@@ -9,6 +9,9 @@ from steps import global_draws, loader_of, set_away_from_start
 
 from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.engine.build import build_network, load_graphs
+from gtc_dist.errors import InputError
+from gtc_dist.graph import csc
+from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.collectives import World
 
 VARIANTS = {
@@ -251,6 +254,28 @@ def test_what_is_watched(catalogs):
     halved = member.watch(streams, content, {name: x / 2 for name, x in content.items()})
     assert halved["kept_energy/m0"].tolist() == pytest.approx([0.75] * catalogs[2].items, rel=1e-5)
     assert sum(float(untouched[f"gate/{s}"][0]) for s in ("id", "m0", "m1")) == pytest.approx(1.0)
+
+
+def test_the_temperature_of_the_total_correlation_comes_back_from_its_bound(catalogs):
+    _, network, _ = setup(catalogs[2])
+    with torch.no_grad():
+        network.members[0].log_scale.fill_(7.0)
+    network.keep_bounds()
+    assert network.correlation_temperature == pytest.approx(np.exp(-4.6))
+    before = network.members[0].log_scale.clone()
+    with torch.no_grad():
+        network.members[0].log_scale.sub_(0.1)
+    network.keep_bounds()
+    assert network.members[0].log_scale == before - 0.1
+
+
+def test_more_interactions_than_32_bits_index_are_refused(catalogs, monkeypatch):
+    rows = catalogs[2].manifest.interactions["train"]
+    monkeypatch.setattr(csc, "MOST_EDGES", 2 * rows)
+    Graphs.load(catalogs[2])
+    monkeypatch.setattr(csc, "MOST_EDGES", 2 * rows - 1)
+    with pytest.raises(InputError, match=f"has {rows:,} train interactions; at most {rows - 1:,} can be trained on"):
+        Graphs.load(catalogs[2])
 
 
 def test_graph_hops_are_not_loaded_where_unused(catalogs):

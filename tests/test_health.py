@@ -117,7 +117,10 @@ def ended_by(world: World, config, run: str) -> None:
         poisoned(trainer_of(world, config, run), 3, ranks=(0, 1)).fit()
 
 
-@pytest.mark.parametrize("model", [{}, {"propagation": "sampled", "fanout": [3, 3]}])
+SAMPLED = {"propagation": "sampled", "fanout": [3, 3]}
+
+
+@pytest.mark.parametrize("model", [{}, SAMPLED, {**SAMPLED, "layer_nodes": 24}])
 def test_what_a_rank_among_others_left_is_computed_by_one_process(catalog, tmp_path, model):
     config = small_config(catalog.uri, str(tmp_path), train={"epochs": 1}, model=model)
     storage.write_bytes(f"{tmp_path}/small/config.yaml", config.model_dump_json().encode())
@@ -167,6 +170,8 @@ def test_what_is_written_down_is_the_batch(catalog, tmp_path):
     again = left.draws
     for name in ("users", "positives", "negatives", "timesteps", "noise", "dropout"):
         assert np.array_equal(getattr(again, name), getattr(draws, name)), name
+    assert np.array_equal(left.pairs, np.stack([draws.users, draws.positives], axis=1))
+    assert left.ranks == 1
     assert (again.seed, again.sampler_seed, again.counts) == (draws.seed, draws.sampler_seed, draws.counts)
     assert all(torch.equal(a, b) for a, b in zip(left.rows.values(), rows, strict=True))
     assert all(torch.equal(left.network[name], value) for name, value in trainer.network.state_dict().items())

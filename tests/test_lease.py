@@ -11,7 +11,7 @@ import pytest
 
 from gtc_dist import lease
 from gtc_dist.data import storage
-from gtc_dist.errors import InputError
+from gtc_dist.errors import InputError, Unreachable
 from gtc_dist.lease import held
 
 
@@ -105,6 +105,25 @@ def test_who_lost_its_lease_ends_and_leaves_the_other_s(run, quick, monkeypatch,
         assert lost.wait(10)
     assert "is being trained by process 1 on elsewhere; this one ends" in capsys.readouterr().err
     assert storage.read_json(f"{run}/lease.json")["id"] == "other"
+
+
+@pytest.mark.parametrize("problem", [Unreachable("cannot reach it"), InputError("no permission")])
+def test_renewals_go_on_after_the_store_was_away(tmp_path, quick, monkeypatch, problem):
+    write, tries = storage.write_json, 0
+
+    def away(*args):
+        nonlocal tries
+        tries += 1
+        if 2 <= tries <= 4:
+            raise problem
+        return write(*args)
+
+    monkeypatch.setattr(storage, "write_json", away)
+    with held(str(tmp_path)):
+        deadline = time.monotonic() + 20
+        while storage.read_json(f"{tmp_path}/lease.json")["renewed"] < 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"id": 1}', b"\xff"])

@@ -38,10 +38,11 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(catalog, propagation, mode
         assert_same_step(result, alone)
 
 
-def test_four_ranks_with_uneven_and_empty_shares_give_the_same(catalog):
+@pytest.mark.parametrize("model", [{}, {"diffusion": {"condition": "user"}}], ids=["audience", "user"])
+def test_four_ranks_with_uneven_and_empty_shares_give_the_same(catalog, model):
     config = small_config(
         catalog.uri,
-        model={**MODELS["sampled"], "correlation": {"rows": 0}},
+        model={**MODELS["sampled"], "correlation": {"rows": 0}, **model},
         train={"negatives": {"mode": "shared", "count": 9}},
     )
     draws = global_draws(config, catalog)

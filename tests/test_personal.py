@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small import GATED, small_catalog, small_config
-from steps import global_draws, loader_of, set_away_from_start
+from steps import global_draws, loader_of, set_away_from_start, share
 from test_gtc import dense, reference, setup
 from test_loop import fit
 from worlds import run_ranks
 
 from gtc_dist import evaluate
 from gtc_dist.data import formats, storage
+from gtc_dist.engine import personal as personal_scores
 from gtc_dist.engine.build import build_network, load_features, load_graphs
 from gtc_dist.engine.personal import Personal, reordered, rerank
 from gtc_dist.engine.restore import Run, find, restore
@@ -96,6 +98,30 @@ def test_scores_are_alike_on_two_ranks(catalog):
     alone = scores_of(World(), catalog, config, items)
     together = torch.cat(run_ranks(scores_of, 2, catalog, config, items))
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_without_users_take_part(catalog, monkeypatch):
+    """A block at a time, of which one rank has more than another; and one without a user."""
+    monkeypatch.setattr(personal_scores, "PAIRS", 20)
+    run = run_of(World(), catalog, small_config(catalog.uri, model=USER))
+    items = some_items(catalog)
+    whole = Personal(run).scores(np.arange(catalog.users), items)
+    own = Personal(run)
+    with torch.no_grad():
+        assert own._block(np.arange(0), items[:0]).shape == (0, items.shape[1])
+    own.users.world.max = lambda value: value + 2  # blocks of a rank that has more
+    np.testing.assert_array_equal(own.scores(np.arange(catalog.users), items), whole)
+
+
+@pytest.mark.parametrize("negatives", [{"mode": "uniform", "count": 2}, {"mode": "in_batch"}])
+def test_a_rank_without_pairs_has_no_personal_loss(catalog, negatives):
+    config, network, tables = setup(catalog, model=USER, train={"negatives": negatives, "loss": "softmax"})
+    empty = share(global_draws(config, catalog), 1, [24, 0])
+    if negatives["mode"] == "in_batch":
+        empty = replace(empty, negatives=empty.negatives[:0])
+    batch = loader_of(config, catalog, World(), network).assemble(empty, np.empty((0, 2), np.int64))
+    rows = tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route)
+    assert network._personal(network.embed(batch, *rows), batch).shape == (0,)
 
 
 @pytest.mark.parametrize("negatives", [{"mode": "uniform", "count": 2}, {"mode": "shared", "count": 7}])
@@ -181,6 +207,9 @@ def test_candidates_are_rescored_under_their_original_ids(catalog, tmp_path):
     assert scored["personal"].to_pylist() == pytest.approx(one_by_one, rel=1e-4)
     with pytest.raises(InputError, match=r"scored.parquet exists"):
         rescore.main(command)
+    again = [*command[:3], f"{tmp_path}/scored.parquet", "--out", f"{tmp_path}/twice.parquet"]
+    with pytest.raises(InputError, match=r"scored.parquet has a column 'dot' already"):
+        rescore.main(again)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +219,7 @@ def test_candidates_are_rescored_under_their_original_ids(catalog, tmp_path):
         ({"user": ["u003", "u001"], "item": [1, 1]}, "row 0 has the item 1, which"),
         ({"user": ["nobody"], "item": [1]}, "row 0 has the user 'nobody', which"),
         ({"user": ["u003"], "item": ["x"]}, "column 'item' is string"),
+        ({"user": ["u003"], "item": [[1]]}, "column 'item' is list<"),
         ({"user": [None], "item": [1]}, "row 0 has the user None"),
     ],
 )

@@ -19,8 +19,8 @@ from gtc_dist.data.catalog import Catalog
 from gtc_dist.engine import checkpoint, loop
 from gtc_dist.engine.build import load_graphs
 from gtc_dist.engine.loop import Trainer
-from gtc_dist.engine.saver import Saver
-from gtc_dist.errors import InputError
+from gtc_dist.engine.saver import Saver, state_name
+from gtc_dist.errors import InputError, Unreachable
 from gtc_dist.model.collectives import World
 from gtc_dist.model.table import RowTable
 
@@ -129,6 +129,15 @@ def test_cut_off_and_continued_it_ends_where_it_would_have(catalog, tmp_path, mo
     lines = [Path(tmp_path, name, "metrics.jsonl").read_text() for name in ("cut", "whole")]
     assert lines[0] == lines[1]
     assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
+
+
+def test_states_are_saved_where_every_validation_comes_before_a_refresh_is_due(catalog, tmp_path):
+    config = config_of(catalog, {"model": SAMPLED}, refresh=1, epoch_steps=3, epochs=6)
+    whole = [train(World(), config, str(tmp_path / "whole"))]
+    assert trainer_of(World(), config, str(tmp_path / "new")).history.every > 6
+    cut = cut_after(World(), config, str(tmp_path / "cut"), 16)
+    assert cut["states"][-1] == state_name(9)
+    assert_same([train(World(), config, str(tmp_path / "cut"))], whole)
 
 
 def test_on_two_ranks_too(catalog, tmp_path):
@@ -314,6 +323,25 @@ def test_a_disk_that_is_really_full(catalog, small_disk, capfd):
     ballast.unlink()
     assert_same([train(World(), config, run)], whole)
     assert metrics(run) == metrics(small_disk.parent / "whole")
+
+
+def test_a_store_that_is_away_for_longer_leaves_out_a_state(tmp_path, monkeypatch, capfd):
+    def away(*args):
+        raise Unreachable("cannot reach the object store")
+
+    saver = Saver(str(tmp_path), World(), 0.0, 1)
+    for step in (1, 2):
+        saver.start(step, {"best_epoch": 0}, {}, [])
+        assert saver.settle(0) == ""
+    for name in ("write_files", "remove", "names"):
+        monkeypatch.setattr(checkpoint, name, away)
+    saver.start(3, {"best_epoch": 0}, {}, [])
+    assert "left out: cannot reach the object store" in saver.settle(0)
+    saver.prune(0)
+    told = capfd.readouterr().out
+    assert "step-000000000003 could not be removed" in told
+    assert "older checkpoints could not be listed" in told
+    assert list(saver.states) == [state_name(2)]
 
 
 def test_what_is_saved_is_what_was_when_it_began(tmp_path):

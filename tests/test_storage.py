@@ -1,9 +1,14 @@
 """Files under a URI: the same behaviour on a local disk and on a real S3 server."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from gtc_dist.data import storage
-from gtc_dist.errors import InputError
+from gtc_dist.errors import InputError, Unreachable
+from gtc_dist.launch import FATAL
 
 
 def test_what_is_written_is_read_back(folder):
@@ -83,6 +88,34 @@ def test_a_failed_local_write_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="could not write"):
         storage.write_bytes(str(tmp_path / "taken"), b"x")
     assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
+
+
+def test_whether_a_folder_can_be_written_to_leaves_nothing(folder):
+    storage.write_bytes(storage.join(folder, "x/1.csv"), b"1")
+    for below in ("x", "y/z"):
+        storage.check_writable(storage.join(folder, below))
+    assert list(storage.listing(folder)) == ["x/1.csv"]
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for uri in (f"{tmp_path}/file/below", "/proc/none/below"):
+        with pytest.raises(InputError, match=f"{uri}.*(cannot be written to|does not exist)"):
+            storage.check_writable(uri)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_store_that_cannot_be_reached_is_told_in_one_line(tmp_path):
+    script = "from gtc_dist.data import storage; from gtc_dist.errors import run_command\n"
+    script += "run_command(lambda: storage.read_bytes('s3://bucket/x'))"
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
+    away = keys | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}  # the port that discards
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | away, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot reach the object store to read s3://bucket/x")
+    assert done.stderr.count("\n") == 1
+    assert issubclass(Unreachable, OSError)  # so that it is no bad input: the ranks of a training try again
+    assert "Unreachable" not in FATAL
 
 
 def test_unknown_protocol():

@@ -310,6 +310,12 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     with pytest.raises(InputError, match="unfinished"):
         generate(spec, f"{tmp_path}/half")
     generate(spec, f"{tmp_path}/half", force=True)
+    (tmp_path / "half/runs").mkdir()
+    (tmp_path / "half/runs/metrics.json").write_text("mine")
+    for force in (False, True):  # whatever else is there stays
+        with pytest.raises(InputError, match=r"1 other files \(such as runs/metrics\.json\)"):
+            generate(spec, f"{tmp_path}/half", force)
+    assert (tmp_path / "half/runs/metrics.json").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

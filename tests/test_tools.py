@@ -65,6 +65,25 @@ def test_benchmark_compares_with_an_earlier_file(tmp_path):
     assert "sent_bytes  1.000" in printed
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lookup", "--compare", "b.json"], "b.json would overwrite what it is compared with"),
+        (["lookup", "--compare", "none.json"], "no file none.json"),
+        (["lookup", "rows=5"], "lookup has no configuration to change: rows=5"),
+        (["command", "ls"], "the command to measure stands after --"),
+        (["command", "--"], "the command to measure stands after --"),
+    ],
+)
+def test_benchmark_refuses_before_it_measures(tmp_path, words, message):
+    (tmp_path / "b.json").write_text("{}")
+    command = [sys.executable, str(ROOT / "tools/benchmark.py"), words[0], "--out", "b.json", *words[1:]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert (tmp_path / "b.json").read_text() == "{}"
+
+
 @pytest.mark.long
 def test_benchmark_of_the_whole_catalog_and_of_commands(small, tmp_path):
     config, catalog = small

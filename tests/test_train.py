@@ -293,6 +293,7 @@ def test_an_export_that_was_cut_off_is_made_anew(run, tmp_path, capsys):
     (tmp_path / "e/manifest.json").unlink()
     first, *_ = whole
     first.rename(f"{first}.12345678.partial")
+    (tmp_path / "e/manifest.json.12345678.partial").write_text("{")
     capsys.readouterr()
     export_embeddings.main(export)
     assert "was cut off: starting again" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from small import small_catalog, small_config
 from worlds import run_ranks
 
 from gtc_dist.data.catalog import Catalog
+from gtc_dist.engine import profile
 from gtc_dist.engine.blend import LENGTH, MEMBERS, WALKED, Blend, unit
 from gtc_dist.engine.build import build_blend, load_features, network_shape
 from gtc_dist.engine.cold import WarmNeighbours
@@ -70,7 +71,8 @@ def test_without_two_items_of_one_user_there_is_no_mode():
 
 
 @pytest.mark.parametrize("width", [100, 3])
-def test_profile_is_the_content_of_a_users_items_and_of_those_near_them(catalog, width):
+def test_profile_is_the_content_of_a_users_items_and_of_those_near_them(catalog, width, monkeypatch):
+    monkeypatch.setattr(profile, "BLOCK", 30)  # a few rows at once
     features = load_features(network_shape(small_config(catalog.uri), catalog), catalog, World())["m0"]
     users, items = profile_part(Walk(Graphs.load(catalog), World(), OPTIONS), features, width)
     raw = features.weight.double().numpy()

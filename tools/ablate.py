@@ -64,7 +64,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="a.b=c for every run")
     args = parser.parse_args(argv)
 
-    seeds = [int(seed) for seed in args.seeds.split(",")]
+    if args.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    try:
+        seeds = [int(seed) for seed in args.seeds.split(",")]
+    except ValueError:
+        parser.error(f"--seeds {args.seeds} must be numbers with commas between them")
     variants = named(args.variants)
     overrides = {
         (name, seed): [
@@ -103,8 +108,11 @@ def main(argv: list[str] | None = None) -> None:
 def named(text: str) -> dict[str, list[str]]:
     """The variants that --variants asks for, by name."""
     if text.endswith((".yaml", ".yml")):
+        if not Path(text).is_file():
+            raise InputError(f"there is no file {text}")
         variants = yaml.safe_load(Path(text).read_text())
-        if not isinstance(variants, dict) or not all(isinstance(v, list) for v in variants.values()):
+        lists = list(variants.values()) if isinstance(variants, dict) else [None]
+        if not all(isinstance(changes, list) and all(isinstance(c, str) for c in changes) for changes in lists):
             raise InputError(f"{text} must be a mapping from names to lists of a.b=c")
         return variants
     unknown = [name for name in text.split(",") if name not in VARIANTS]

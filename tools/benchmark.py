@@ -37,6 +37,7 @@ MEASURE = Path(__file__).with_name("measure.py")
 
 def main() -> None:
     args = parse()
+    earlier = None if args.compare is None else json.loads(Path(args.compare).read_text())["rows"]
     rows = []
     for case in cases(args):
         print(f"measuring {describe(case)}", file=sys.stderr, flush=True)
@@ -45,9 +46,8 @@ def main() -> None:
     with open(args.out, "w") as file:
         json.dump(report, file, indent=2)
     print(table(rows))
-    if args.compare:
-        with open(args.compare) as file:
-            print(comparison(rows, json.load(file)["rows"]))
+    if earlier is not None:
+        print(comparison(rows, earlier))
     print(f"machine: {report['machine']}; written to {args.out}")
 
 
@@ -84,7 +84,15 @@ def parse() -> argparse.Namespace:
     if unknown:
         parser.error(f"unknown options: {' '.join(unknown)}")
     if args.command == "command":
+        if args.rest or not words[end + 1 :]:
+            parser.error("the command to measure stands after --")
         args.rest = words[end + 1 :]
+    elif args.rest and args.command not in CONFIGURED:
+        parser.error(f"{args.command} has no configuration to change: {' '.join(args.rest)}")
+    if args.compare is not None and not Path(args.compare).is_file():
+        parser.error(f"there is no file {args.compare} to compare with")
+    if args.compare is not None and Path(args.compare).resolve() == Path(args.out).resolve():
+        parser.error(f"{args.out} would overwrite what it is compared with; name another --out")
     return args
 
 

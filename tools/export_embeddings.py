@@ -27,7 +27,8 @@ from gtc_dist.errors import InputError, run_command
 from gtc_dist.finished import parse_run_command, run_on
 
 MANIFEST = "manifest.json"
-PART = re.compile(r"((users|items)/part-(new-)?\d{12}\.parquet|items\.faiss)(\..*partial)?")  # of an export
+# of an export that was cut off, and of storage.check_writable
+PART = re.compile(r"((users|items)/part-(new-)?\d{12}\.parquet|items\.faiss|manifest\.json|\.writable)(\..*partial)?")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,6 +71,7 @@ def make_room(out: str, named: str) -> None:
     if before:
         print(f"{named} holds an export that was cut off: starting again", flush=True)
         storage.remove_tree(out)
+    storage.check_writable(out)
 
 
 def write_index(names: list[str], dim: int, out: str) -> dict:

@@ -10,6 +10,7 @@ in standard deviations over a user's candidates.
 """
 
 import argparse
+import posixpath
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     if storage.exists(args.out):
         raise InputError(f"{args.out} exists; choose another name, or remove it")
     table = formats.read_table(args.candidates)
+    if present := [name for name in ("dot", "personal") if name in table.column_names]:
+        raise InputError(f"{args.candidates} has a column {present[0]!r} already; leave it out")
+    storage.check_writable(posixpath.dirname(storage.absolute(args.out)))
     run = restore(find(args.run))
     users, items = pair_indexes(run, table, args.candidates)
     personal = Personal(run).scores(users, items[:, None])[:, 0]
@@ -59,7 +63,7 @@ def _indexes(run: Run, table: pa.Table, column: str, uri: str) -> np.ndarray:
     known = run.catalog.ids(COLUMNS[column])
     try:
         ids = table[column].combine_chunks().cast(known.type)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         found = table[column].type
         raise InputError(f"{uri}: column {column!r} is {found}, the catalog's ids are {known.type}: {error}") from None
     at = pc.index_in(ids, value_set=known)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gtc_dist.data import storage
-from gtc_dist.errors import InputError
+from gtc_dist.errors import InputError, Unreachable
 
 ROW_GROUP = 1 << 18
 VECTOR_ROW_GROUP = 1 << 13  # of tables with vectors: what a reader of a few rows has to fetch
@@ -29,7 +29,7 @@ def parsing(uri: str, what: str) -> Iterator[None]:
     stays as it is."""
     try:
         yield
-    except InputError:
+    except (InputError, Unreachable):
         raise
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:

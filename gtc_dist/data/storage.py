@@ -20,7 +20,7 @@ import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ from typing import Any
 import fsspec
 import pyarrow.fs
 
-from gtc_dist.errors import InputError
+from gtc_dist.errors import InputError, Unreachable
 
 os.environ.setdefault("AWS_RETRY_MODE", "standard")  # botocore's: connections, time limits, throttling, 5xx
 os.environ.setdefault("AWS_MAX_ATTEMPTS", "12")  # 75 s on average
 
 PATIENCE = 10.0  # seconds before a person is told that an object store is waited for
+PROBE = ".writable"  # an empty file, there for a moment
 PART_BYTES = 32 << 20  # of an upload, and of a file that is read or written piece by piece
 
 
@@ -242,6 +243,25 @@ def remove_tree(uri: str) -> None:
             fs.rm(path, recursive=True)
 
 
+def check_writable(uri: str) -> None:
+    """Write an empty file into the folder `uri` and remove it, with the folders that were made for it.
+
+    Raises:
+        InputError: that fails.
+    """
+    made = missing_parents(join(uri, PROBE))
+    try:
+        try:
+            write_bytes(join(uri, PROBE), b"")
+            remove_tree(join(uri, PROBE))
+        finally:
+            with suppress(OSError):  # one that is not there, or that something came into meanwhile
+                for folder in made:
+                    folder.rmdir()
+    except OSError as error:
+        raise InputError(f"{uri} cannot be written to: {error}") from error
+
+
 def missing_parents(uri: str) -> list[Path]:
     """Folders above `uri` that are not there yet, the nearest first. An object store has no folders of their own."""
     return [folder for folder in Path(absolute(uri)).parents if not folder.exists()] if is_local(uri) else []
@@ -267,7 +287,8 @@ def _check_one(uri: str, sha256: str) -> None:
 
 
 class _named:
-    """Turns the errors that a user can mend into an InputError that names the URI and the action."""
+    """Turns the errors that a user can mend into an InputError that names the URI and the action, and a connection that
+    does not come about into Unreachable."""
 
     def __init__(self, uri: str, action: str):
         self.uri, self.action = uri, action
@@ -290,10 +311,10 @@ class _named:
             raise InputError(f"{self.uri} does not exist (tried to {self.action} it)") from error
         if isinstance(error, PermissionError):
             raise InputError(f"no permission to {self.action} {self.uri}: {error}") from error
-        if isinstance(error, OSError) and not isinstance(error, InputError):
+        if isinstance(error, OSError) and not isinstance(error, Unreachable):
             raise OSError(error.errno, f"could not {self.action} {self.uri}: {error}") from error
         if type(error).__name__ in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError"):
-            raise InputError(f"cannot reach the object store to {self.action} {self.uri}: {error}") from error
+            raise Unreachable(f"cannot reach the object store to {self.action} {self.uri}: {error}") from error
         if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
             raise InputError(
                 f"no credentials to {self.action} {self.uri}; set AWS_ACCESS_KEY_ID and friends"

@@ -44,6 +44,7 @@ from gtc_dist.errors import InputError
 
 DATASET = "dataset.json"  # written last
 BUILDING = "dataset.building.json"  # stands in the folder before that
+OWN_FILES = ("interactions/", "cold/", "features/", "truth/", DATASET, BUILDING)
 START, SPAN = 1_600_000_000, 2 * 365 * 86_400  # timestamps: seconds from START
 SLAB = 1 << 13  # items whose features are computed at once
 
@@ -191,6 +192,12 @@ def prepare_folder(uri: str, force: bool) -> None:
     if not found:
         return
     ours = DATASET in found or BUILDING in found
+    foreign = sorted(name for name in found if not name.startswith(OWN_FILES))
+    if ours and foreign:
+        raise InputError(
+            f"output folder {uri} holds a dataset and {len(foreign)} other files (such as {foreign[0]}); "
+            "move them away, or name another folder"
+        )
     if not (force and ours):
         what = "holds a dataset" if DATASET in found else "holds an unfinished dataset" if ours else "is not empty"
         advice = "use --force to replace it, or another folder" if ours else "name an empty or new folder"

@@ -40,7 +40,7 @@ def read_arrivals(run: Run, uri: str) -> tuple[pa.Array, dict[str, np.ndarray]]:
     known = catalog.ids("items")
     try:
         ids = table["id"].combine_chunks().cast(known.type)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"{uri}: column 'id' is {table['id'].type}, the catalog's are {known.type}: {error}") from None
     if ids.null_count:
         raise InputError(f"{uri}: column 'id' has {ids.null_count} nulls")
@@ -56,8 +56,12 @@ def read_arrivals(run: Run, uri: str) -> tuple[pa.Array, dict[str, np.ndarray]]:
 def _vectors(run: Run, uri: str, table: pa.Table, name: str) -> np.ndarray:
     column = table[name].combine_chunks()
     width = run.catalog.manifest.modalities[name].raw_dim
-    if not (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)):
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(kind(column.type) for kind in kinds):
         raise InputError(f"{uri}: column {name!r} is {column.type}; it must hold vectors (lists of numbers)")
+    if column.null_count:
+        row = column.is_null().index(True).as_py()
+        raise InputError(f"{uri}: column {name!r} has no vector in row {row}")
     lengths = set(pc.list_value_length(column).to_pylist())
     if lengths - {width}:
         found = sorted(lengths - {width}, key=str)[0]

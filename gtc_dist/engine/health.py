@@ -104,12 +104,15 @@ NETWORK = "network."  # before the name of a parameter or buffer
 
 
 def batch_file(batch: Batch, rows: Rows, network: nn.Module) -> bytes:
-    """A batch's pairs, by catalog index, its randomness, and the weights that it was computed with, as .npz."""
+    """A batch's pairs and those of all ranks, by catalog index, its randomness, and the weights that it was computed
+    with, as .npz."""
     users, items = batch.user_ids[batch.users], batch.item_ids
     arrays = {
         "users": users,
         "positives": items[batch.positives],
         "negatives": items[batch.negatives],
+        "pairs": batch.pairs,
+        "ranks": torch.tensor(len(batch.counts)),
         **{name: getattr(batch, name) for name in FIELDS},
         "seeds": torch.tensor([batch.permutation_seed, batch.sampler_seed]),
         "user_rows": rows[0],

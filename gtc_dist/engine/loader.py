@@ -138,8 +138,13 @@ class Loader:
         start = step * size + min(step, larger)
         return slice(start, start + size + (step < larger))
 
-    def assemble(self, draws: Draws) -> Batch:
-        """The batch of some draws. A collective where the planner looks rows up."""
+    def assemble(self, draws: Draws, pairs: np.ndarray | None = None) -> Batch:
+        """The batch of some draws. A collective where the planner looks rows up.
+
+        Args:
+            pairs: of all ranks, int64 [n, 2]; None: asked from them.
+        """
+        pairs = self._global_pairs(draws) if pairs is None else pairs
         users, user_at = np.unique(draws.users, return_inverse=True)
         together = np.concatenate([draws.positives, draws.negatives.reshape(-1)])
         items, item_at = np.unique(together, return_inverse=True)
@@ -148,7 +153,7 @@ class Loader:
         if draws.negatives.ndim == 1:
             mask = torch.from_numpy(~self.graphs.crossed(users, draws.negatives)[user_at])
         return Batch(
-            **self.planner.plan(users, items, self._global_pairs(draws), draws.sampler_seed),
+            **self.planner.plan(users, items, pairs, draws.sampler_seed),
             users=torch.from_numpy(user_at),
             positives=torch.from_numpy(positives),
             negatives=torch.from_numpy(negatives.reshape(draws.negatives.shape)),
@@ -160,6 +165,7 @@ class Loader:
             timesteps=torch.from_numpy(draws.timesteps),
             noise=torch.from_numpy(draws.noise),
             dropout=torch.from_numpy(draws.dropout),
+            pairs=torch.from_numpy(pairs),
             permutation_seed=draws.seed,
             sampler_seed=draws.sampler_seed,
             counts=draws.counts,

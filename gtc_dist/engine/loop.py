@@ -143,7 +143,7 @@ class Trainer:
             if self.average is not None:
                 self.average.update()
             at.trained += time.monotonic() - epoch_start
-            if at.epoch % config.eval.every == 0 or at.epoch == config.train.epochs:
+            if self._validates(at.epoch):
                 at.waited = 0 if self._validate(at.epoch) else at.waited + 1
             at.epoch, at.step = at.epoch + 1, 0
         last = at.epoch - 1
@@ -160,6 +160,7 @@ class Trainer:
         at = self.state.progress
         if self.health.passes(parts, batch, rows, f"epoch {at.epoch}, step {at.step + 1}"):
             self.optimizer.step()
+            self.network.keep_bounds()
             for table in self.tables.all():
                 table.step(self.table_lr)
         else:
@@ -237,6 +238,10 @@ class Trainer:
         scalars["interactions_per_second"] = seen / elapsed
         self.monitor.step(epoch, step, scalars, seen / elapsed)
 
+    def _validates(self, epoch: int) -> bool:
+        """Whether an epoch ends with a validation."""
+        return epoch % self.config.eval.every == 0 or epoch == self.config.train.epochs
+
     def _validate(self, epoch: int) -> bool:
         """Rank the valid split with the averaged weights, if there are any; checkpoint them if they are the best so
         far. Every rank takes the same decision."""
@@ -300,8 +305,10 @@ class Trainer:
 
     def _can_save(self) -> bool:
         """Whether nothing is under way that a state does not hold. A history is not saved: a state is taken where the
-        next step would compute it anew, unless there is no time to wait for that."""
-        return self.told != "" or self.history is None or self.history.due()
+        next step would compute it anew, as after a validation, unless there is no time to wait for that."""
+        at = self.state.progress
+        validates = at.step == self.loader.steps and self._validates(at.epoch)
+        return self.told != "" or self.history is None or self.history.due() or validates
 
     def _save_state(self, wait: bool = False) -> None:
         """Begin to save all that training goes on from, or save it and wait. A collective."""

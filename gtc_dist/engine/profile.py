@@ -51,20 +51,25 @@ class ContentMap:
 
     def apply(self, features: torch.Tensor) -> torch.Tensor:
         """Features [n, d] -> float32 [n, k]; before the projection they have length one."""
+        blocks = features.split(max(BLOCK // max(features.shape[1], 1), 1))
+        return torch.cat([self._apply(block) for block in blocks])
+
+    def _apply(self, features: torch.Tensor) -> torch.Tensor:
         rows = torch.nn.functional.normalize(features.double() - self.mean, dim=1)
         return (rows if self.directions is None else rows @ self.directions).float()
 
 
 def item_moments(items: RowTable) -> torch.Tensor:
     """Covariance of the columns over all items, float64 [k, k]. A collective."""
-    rows, world = items.weight.double(), items.world
-    mean = world.sum(rows.sum(0)) / items.rows
-    return world.sum((rows - mean).T @ (rows - mean)) / items.rows
+    world, blocks = items.world, items.weight.split(max(BLOCK // max(items.width, 1), 1))
+    mean = world.sum(sum(block.double().sum(0) for block in blocks)) / items.rows
+    apart = (block.double() - mean for block in blocks)
+    return world.sum(sum(rows.T @ rows for rows in apart)) / items.rows
 
 
 def inverse_spread(users: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     """1 / standard deviation of each user's scores over the items that have these moments, [n, 1]; 0 where all are
     alike."""
-    u = users.double()
-    variance = ((u @ moments) * u).sum(1, keepdim=True)
+    blocks = (block.double() for block in users.split(max(BLOCK // max(users.shape[1], 1), 1)))
+    variance = torch.cat([((u @ moments) * u).sum(1, keepdim=True) for u in blocks])
     return torch.where(variance > 1e-60, variance.clamp(min=1e-60).rsqrt(), 0).float()

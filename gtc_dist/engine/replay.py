@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gtc_dist.config import Config
 from gtc_dist.config_file import read_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
@@ -26,6 +27,8 @@ class Left:
     """What `health.batch_file` wrote."""
 
     draws: Draws
+    pairs: np.ndarray  # of all ranks, int64 [n, 2]
+    ranks: int
     rows: dict[str, torch.Tensor]  # "user", "item" -> of the batch
     network: dict[str, torch.Tensor]  # its state
 
@@ -41,11 +44,11 @@ def replay(uri: str) -> dict:
     path = storage.join(run or ".", CONFIG)
     if not storage.exists(path):
         raise InputError(f"{uri} is in no run folder (there is no {path}); replay it from where it was written")
-    config = read_config(storage.read_bytes(path), path)
+    config = of_one_rank(read_config(storage.read_bytes(path), path), left.ranks)
     catalog = Catalog(config.data.catalog, verify="size")
     trainer = Trainer(config, catalog, run, *catalog.interactions("train"), load_graphs(config, catalog), World())
     found = trainer.state.resume()
-    batch = trainer.loader.assemble(left.draws)
+    batch = trainer.loader.assemble(left.draws, left.pairs)
     rows = trainer.rows(batch)
     restore(trainer, rows, left, uri)
     parts = trainer.gradients(batch, rows)
@@ -58,6 +61,14 @@ def replay(uri: str) -> dict:
         "not_finite": not_finite(parts, trainer.network, trainer.tables.all()),
         "gradient_norms": {name: float(gradient.norm()) for name, gradient in norms.items()},
     }
+
+
+def of_one_rank(config: Config, ranks: int) -> Config:
+    """The configuration with which one process plans a step as one of several ranks did."""
+    if config.model.layer_nodes is None:
+        return config
+    nodes = -(-config.model.layer_nodes // ranks)
+    return config.model_copy(update={"model": config.model.model_copy(update={"layer_nodes": nodes})})
 
 
 def restore(trainer: Trainer, rows: Rows, left: Left, uri: str) -> None:
@@ -78,10 +89,13 @@ def read_left(uri: str) -> Left:
         raise InputError(f"{uri} does not exist")
     try:
         with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("users", "positives", "negatives", "seeds", *FIELDS)}
+            names = ("users", "positives", "negatives", "pairs", "ranks", "seeds", *FIELDS)
+            arrays = {name: file[name] for name in names}
             rows = {name: torch.from_numpy(file[f"{name}_rows"]) for name in ("user", "item")}
             state = {n.removeprefix(NETWORK): torch.from_numpy(file[n]) for n in file.files if n.startswith(NETWORK)}
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise InputError(f"{uri} is not a batch that a run left behind: {error}") from error
     permutation, sampler = (int(seed) for seed in arrays.pop("seeds"))
-    return Left(Draws(**arrays, seed=permutation, sampler_seed=sampler, counts=[len(arrays["users"])]), rows, state)
+    pairs, ranks = arrays.pop("pairs"), int(arrays.pop("ranks"))
+    draws = Draws(**arrays, seed=permutation, sampler_seed=sampler, counts=[len(arrays["users"])])
+    return Left(draws, pairs, ranks, rows, state)

@@ -18,6 +18,7 @@ import torch
 from gtc_dist.data import storage
 from gtc_dist.engine import checkpoint
 from gtc_dist.engine.checkpoint import FOLDER, Shard
+from gtc_dist.errors import InputError
 from gtc_dist.model.collectives import World
 
 IDLE, BUSY, DONE, FAILED = range(4)
@@ -114,7 +115,11 @@ class Saver:
             self._remove(name)
         referred = {best_epoch, *self.states.values()} | ({self.pending[1]["best_epoch"]} if self.pending else set())
         if self.world.rank == 0:
-            whole, torn = checkpoint.names(self.run, "epoch-")
+            try:
+                whole, torn = checkpoint.names(self.run, "epoch-")
+            except (OSError, InputError) as error:  # the next one removes them
+                print(f"warning: older checkpoints could not be listed: {error}", flush=True)
+                return
             for name in set(whole + torn) - {epoch_name(epoch) for epoch in referred}:
                 self._remove(name)
 
@@ -129,7 +134,7 @@ class Saver:
             return
         try:
             checkpoint.remove(self.run, name)
-        except OSError as error:  # what is left over is no checkpoint, and is tried again when training goes on
+        except (OSError, InputError) as error:  # what is left is no checkpoint, and tried again when training goes on
             print(f"warning: {name} could not be removed: {error}", flush=True)
 
 

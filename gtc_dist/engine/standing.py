@@ -9,7 +9,8 @@ from gtc_dist.engine import checkpoint
 from gtc_dist.engine.restore import CONFIG
 from gtc_dist.errors import InputError
 
-# what a run may be continued with another value of: it changes how long, where or how it is watched, not what is learnt
+# what a run may be continued with another value of: it changes how long, where or how it is watched, not what is
+# learnt, or it gets a run beyond a step whose loss was not finite
 FREE = (
     "cluster.",
     "dataset",
@@ -23,6 +24,8 @@ FREE = (
     "data.features",
     "data.items",
     "train.epochs",
+    "train.not_finite",
+    "train.clip_norm",
     "train.log_every",
     "train.prefetch",
     "train.checkpoint.",

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gtc_dist.data.catalog import CSC, Catalog
+from gtc_dist.errors import InputError
 
+MOST_EDGES = 2**31 - 1  # of a graph: DGL's samplers and blocks index by 32 bits
 REDRAWS = 16  # of a negative that is a train interaction
 
 
@@ -25,6 +27,12 @@ class Graphs:
 
     @staticmethod
     def load(catalog: Catalog, item_item: bool = True, user_user: bool = True) -> "Graphs":
+        interactions = catalog.manifest.interactions["train"]
+        if 2 * interactions > MOST_EDGES:
+            raise InputError(
+                f"the catalog {catalog.uri} has {interactions:,} train interactions; at most {MOST_EDGES // 2:,} can "
+                "be trained on, since each is two edges of a graph that is indexed by 32 bits"
+            )
         nodes = both_directions(catalog.graph("item_user"), catalog.graph("user_item"))
         hops = [
             catalog.graph(name) if wanted else None

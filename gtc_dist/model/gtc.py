@@ -24,6 +24,7 @@ from gtc_dist.model.propagation import Block, convolve, weighted_sum
 from gtc_dist.model.streams import ItemsIn, ItemStreams, Shape
 from gtc_dist.model.table import RowTable
 
+MOST_LOG_SCALE = 4.6
 USER_DROPOUT = 0.5  # share of the denoising loss's pairs without their user: embeddings are made without one
 
 
@@ -97,6 +98,12 @@ class GTC(nn.Module):
         if not self.correlates:
             return None
         return sum(-member.log_scale for member in self.members).div(self.M).exp().item()
+
+    @torch.no_grad()
+    def keep_bounds(self) -> None:
+        """After a step: scales of the total correlation are at most 100, as CLIP has it."""
+        for member in self.members if self.correlates else ():
+            member.log_scale.clamp_(max=MOST_LOG_SCALE)
 
     # --- embeddings -------------------------------------------------------------------------------------------------
 
@@ -289,7 +296,7 @@ class GTC(nn.Module):
         of_items, of_users = self.split(e["items"]), self.split(e["users"])
         losses = []
         for m, (member, way) in enumerate(zip(self.members, e["ways"], strict=True)):
-            scale = member.log_scale.clamp(max=4.6).exp()  # at most 100, as CLIP has it
+            scale = member.log_scale.exp()
             if self.shape.correlation_of == "inputs":
                 sides = [(way.streams.index_select(0, batch.ego_items[items]), batch.item_ids[items])]
             else:
@@ -334,7 +341,7 @@ class GTC(nn.Module):
             negatives, counted = batch.negatives.gather(1, hardest)[:, 0], 1.0
         else:
             dots = (user @ of_items[batch.negatives].T).masked_fill(~batch.negative_mask, float("-inf"))
-            hardest = dots.argmax(1, keepdim=True)
+            hardest = dots.argmax(1, keepdim=True) if len(dots) else dots.new_zeros(0, 1, dtype=torch.int64)
             negatives, counted = batch.negatives[hardest[:, 0]], batch.negative_mask.gather(1, hardest)[:, 0]
         apart = (user * of_items[batch.positives]).sum(1) - dots.gather(1, hardest)[:, 0]
         apart = torch.where(apart.isfinite(), apart, 0) / self.M

@@ -146,7 +146,7 @@ class ItemStreams(nn.Module):
 
     def of_stream(self, user: torch.Tensor, stream: int) -> torch.Tensor:
         """A user's columns [n, D] for a content stream, of [n, graph streams * D]; gated contents share theirs."""
-        return user.view(len(user), -1, self.D)[:, 1 if self.shape.content == "gate" else stream]
+        return user.view(len(user), user.shape[1] // self.D, self.D)[:, 1 if self.shape.content == "gate" else stream]
 
     def filtered(
         self,
