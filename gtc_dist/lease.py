@@ -46,7 +46,7 @@ def held(run: str) -> Iterator[None]:
         times = 0
         while not over.wait(RENEW_SECONDS if times else SETTLE_SECONDS):
             times += 1
-            with suppress(OSError, InputError):  # no object store for the moment, or no permission; tried again
+            with suppress(Exception):  # no object store for the moment, or no permission; tried again
                 found = _read(uri)
                 if found and found["id"] != mine["id"]:
                     print(f"{_taken(run, found)}; this one ends", file=sys.stderr, flush=True)

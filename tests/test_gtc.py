@@ -267,6 +267,8 @@ def test_the_temperature_of_the_total_correlation_comes_back_from_its_bound(cata
         network.members[0].log_scale.sub_(0.1)
     network.keep_bounds()
     assert network.members[0].log_scale == before - 0.1
+    config = small_config(catalogs[2].uri, model={"correlation": {"temperature": 0.005}})
+    assert build_network(config, catalogs[2], World())[0].correlation_temperature == pytest.approx(np.exp(-4.6))
 
 
 def test_more_interactions_than_32_bits_index_are_refused(catalogs, monkeypatch):

@@ -107,7 +107,7 @@ def test_who_lost_its_lease_ends_and_leaves_the_other_s(run, quick, monkeypatch,
     assert storage.read_json(f"{run}/lease.json")["id"] == "other"
 
 
-@pytest.mark.parametrize("problem", [Unreachable("cannot reach it"), InputError("no permission")])
+@pytest.mark.parametrize("problem", [Unreachable("cannot reach it"), InputError("no permission"), KeyError("odd")])
 def test_renewals_go_on_after_the_store_was_away(tmp_path, quick, monkeypatch, problem):
     write, tries = storage.write_json, 0
 

@@ -138,6 +138,32 @@ def test_states_are_saved_where_every_validation_comes_before_a_refresh_is_due(c
     cut = cut_after(World(), config, str(tmp_path / "cut"), 16)
     assert cut["states"][-1] == state_name(9)
     assert_same([train(World(), config, str(tmp_path / "cut"))], whole)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
+
+
+def test_states_of_runs_without_a_history_come_after_validations_too(catalog, tmp_path):
+    config = config_of(catalog, {}, epoch_steps=3, epochs=4)
+    whole = [train(World(), config, str(tmp_path / "whole"))]
+    cut = cut_after(World(), config, str(tmp_path / "cut"), 8)
+    assert cut["states"] == [state_name(3)]
+    assert_same([train(World(), config, str(tmp_path / "cut"))], whole)
+    assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
+
+
+def test_a_state_that_cannot_be_read_for_the_moment_is_not_removed(catalog, tmp_path, monkeypatch):
+    config = config_of(catalog, MODES["full"])
+    cut_after(World(), config, str(tmp_path / "cut"), 9)
+    before = storage.listing(str(tmp_path / "cut"))
+
+    def away(*args):
+        raise Unreachable("cannot reach the object store")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load", away)
+        with pytest.raises(Unreachable, match=r"checkpoint step-0+\d+ could not be read: cannot reach"):
+            train(World(), config, str(tmp_path / "cut"))
+    assert storage.listing(str(tmp_path / "cut")) == before
 
 
 def test_on_two_ranks_too(catalog, tmp_path):

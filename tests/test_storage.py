@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 
+import pyarrow as pa
 import pytest
+from botocore import exceptions
 
-from gtc_dist.data import storage
+from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError, Unreachable
 from gtc_dist.launch import FATAL
 
@@ -116,6 +118,25 @@ def test_a_store_that_cannot_be_reached_is_told_in_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
     assert issubclass(Unreachable, OSError)  # so that it is no bad input: the ranks of a training try again
     assert "Unreachable" not in FATAL
+
+
+def test_broken_connections_are_told_from_broken_files():
+    connections = [
+        exceptions.EndpointConnectionError(endpoint_url="u"),
+        exceptions.ConnectTimeoutError(endpoint_url="u"),
+        exceptions.ReadTimeoutError(endpoint_url="u"),
+        exceptions.ResponseStreamingError(error="e"),
+        exceptions.HTTPClientError(error="e"),
+        ConnectionResetError(104, "reset"),
+    ]
+    for error in connections:
+        for context in (storage._named("s3://b/x", "read"), formats.parsing("s3://b/x", "a table")):
+            with pytest.raises(Unreachable, match=r"cannot reach the object store to read s3://b/x"), context:
+                raise error
+    for error, kind in ((pa.ArrowInvalid("odd"), InputError), (OSError(28, "full"), OSError), (RuntimeError(), None)):
+        with pytest.raises(kind or RuntimeError) as raised, formats.parsing("s3://b/x", "a table"):
+            raise error
+        assert not isinstance(raised.value, Unreachable)
 
 
 def test_unknown_protocol():

@@ -27,8 +27,7 @@ from gtc_dist.errors import InputError, run_command
 from gtc_dist.finished import parse_run_command, run_on
 
 MANIFEST = "manifest.json"
-# of an export that was cut off, and of storage.check_writable
-PART = re.compile(r"((users|items)/part-(new-)?\d{12}\.parquet|items\.faiss|manifest\.json|\.writable)(\..*partial)?")
+PART = re.compile(r"((users|items)/part-(new-)?\d{12}\.parquet|items\.faiss|manifest\.json)(\..*partial)?")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_room(out: str, named: str) -> None:
     """Remove what an export that was cut off left there. Raises InputError where something else is."""
-    before = storage.listing(out)
+    before = [name for name in storage.listing(out) if not name.startswith(storage.PROBE)]
     if MANIFEST in before or not all(PART.fullmatch(name) for name in before):
         raise InputError(f"the output folder {named} is not empty; choose another, or remove it")
     if before:

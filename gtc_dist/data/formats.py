@@ -31,8 +31,11 @@ def parsing(uri: str, what: str) -> Iterator[None]:
         yield
     except (InputError, Unreachable):
         raise
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+    except Exception as error:
+        if not storage.is_local(uri) and storage.is_away(error):
+            raise Unreachable(f"cannot reach the object store to read {uri}: {error}") from error
+        failed = isinstance(error, OSError) and error.errno is not None
+        if failed or not isinstance(error, pa.ArrowException | OSError | KeyError | ValueError):
             raise
         said = str(error).replace("\0", "\\0")
         raise InputError(f"{uri} is not {what} (mend it or write it again): {said}") from error

@@ -1,8 +1,8 @@
 """Run a generator of Arrow tables over many specs with Ray Data and gather what it yields in the driver.
 
 Each table travels as Arrow IPC bytes in one row, so tables of one run may differ in schema (integer ids in one file,
-strings in the next) and Ray Data never has to unify them. An `InputError` in a task comes back as a row too: the driver
-raises it as itself, without a remote traceback.
+strings in the next) and Ray Data never has to unify them. An error of `KINDS` in a task comes back as a row too: the
+driver raises it as itself, without a remote traceback.
 """
 
 import functools
@@ -14,10 +14,11 @@ import ray.data
 from ray.train import DataConfig
 
 from gtc_dist.data import formats
-from gtc_dist.errors import InputError
+from gtc_dist.errors import InputError, Unreachable
 
 PART_BYTES = 8 << 20  # of a table on its way: Ray holds a few for each task, and its object store may be small
-_SCHEMA = pa.schema([("spec", pa.int64()), ("error", pa.string()), ("table", pa.large_binary())])
+KINDS = {error.__name__: error for error in (InputError, Unreachable)}  # that come back as themselves
+_SCHEMA = pa.schema([("spec", pa.int64()), ("error", pa.string()), ("kind", pa.string()), ("table", pa.large_binary())])
 
 
 def map_tables(
@@ -31,8 +32,8 @@ def map_tables(
         first_error: end the run with the first `InputError` that comes, whichever it is.
 
     Raises:
-        InputError: the one of the first spec (by position) in which `function` raised one, after all others are done;
-            with `first_error` at once.
+        InputError, Unreachable: the one of the first spec (by position) in which `function` raised one, after all
+            others are done; with `first_error` at once.
     """
     if not specs:
         return
@@ -41,17 +42,17 @@ def map_tables(
         functools.partial(_run, function=function, specs=list(specs)), batch_size=1, batch_format="pyarrow"
     )
     chunks.context.target_max_block_size = PART_BYTES  # else rows are joined to 128 MB before they travel
-    errors: dict[int, str] = {}
+    errors: dict[int, Exception] = {}
     for block in chunks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        for spec, error, data in zip(*(block[name] for name in _SCHEMA.names), strict=True):
+        for spec, error, kind, data in zip(*(block[name] for name in _SCHEMA.names), strict=True):
             if error.is_valid:
-                errors[spec.as_py()] = error.as_py()
+                errors[spec.as_py()] = KINDS[kind.as_py()](error.as_py())
                 if first_error:
-                    raise InputError(error.as_py())
+                    raise errors[spec.as_py()]
             elif not errors:
                 yield spec.as_py(), pa.ipc.open_stream(data.as_py()).read_all()  # as_py: leaves the object store
     if errors:
-        raise InputError(errors[min(errors)])
+        raise errors[min(errors)]
 
 
 def read_rows(files: pa.Table) -> pa.Table:
@@ -70,8 +71,8 @@ def _run(batch: pa.Table, function: Callable[[Any], Iterator[pa.Table]], specs: 
                     with pa.ipc.new_stream(sink, table.schema) as stream:
                         stream.write_table(part)
                     yield _row(spec, None, sink.getvalue().to_pybytes())
-        except InputError as error:
-            yield _row(spec, str(error), None)
+        except tuple(KINDS.values()) as error:
+            yield _row(spec, error, None)
 
 
 def _parts(table: pa.Table) -> Iterator[pa.Table]:
@@ -81,8 +82,9 @@ def _parts(table: pa.Table) -> Iterator[pa.Table]:
         yield table.slice(start, rows)
 
 
-def _row(spec: int, error: str | None, table: bytes | None) -> pa.Table:
-    return pa.table([[spec], [error], [table]], schema=_SCHEMA)
+def _row(spec: int, error: Exception | None, table: bytes | None) -> pa.Table:
+    kind = next((name for name, one in KINDS.items() if isinstance(error, one)), None)
+    return pa.table([[spec], [None if error is None else str(error)], [kind], [table]], schema=_SCHEMA)
 
 
 class EveryRow(DataConfig):

@@ -253,7 +253,8 @@ def check_writable(uri: str) -> None:
     try:
         try:
             write_bytes(join(uri, PROBE), b"")
-            remove_tree(join(uri, PROBE))
+            with suppress(InputError, OSError):  # who may write and not remove may still write
+                remove_tree(join(uri, PROBE))
         finally:
             with suppress(OSError):  # one that is not there, or that something came into meanwhile
                 for folder in made:
@@ -286,6 +287,15 @@ def _check_one(uri: str, sha256: str) -> None:
     check_digest(uri, digest.hexdigest(), sha256)
 
 
+def is_away(error: BaseException | None) -> bool:
+    """Whether an error says that an object store cannot be reached: a connection that does not come about or breaks."""
+    kinds = {(kind.__module__, kind.__name__) for kind in type(error).__mro__}
+    broken = isinstance(error, (ConnectionError, TimeoutError)) and not isinstance(error, Unreachable)
+    return broken or not kinds.isdisjoint(
+        ("botocore.exceptions", name) for name in ("ConnectionError", "HTTPClientError")
+    )
+
+
 class _named:
     """Turns the errors that a user can mend into an InputError that names the URI and the action, and a connection that
     does not come about into Unreachable."""
@@ -311,10 +321,10 @@ class _named:
             raise InputError(f"{self.uri} does not exist (tried to {self.action} it)") from error
         if isinstance(error, PermissionError):
             raise InputError(f"no permission to {self.action} {self.uri}: {error}") from error
+        if not is_local(self.uri) and is_away(error):
+            raise Unreachable(f"cannot reach the object store to {self.action} {self.uri}: {error}") from error
         if isinstance(error, OSError) and not isinstance(error, Unreachable):
             raise OSError(error.errno, f"could not {self.action} {self.uri}: {error}") from error
-        if type(error).__name__ in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError"):
-            raise Unreachable(f"cannot reach the object store to {self.action} {self.uri}: {error}") from error
         if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
             raise InputError(
                 f"no credentials to {self.action} {self.uri}; set AWS_ACCESS_KEY_ID and friends"

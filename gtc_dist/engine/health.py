@@ -119,6 +119,8 @@ def batch_file(batch: Batch, rows: Rows, network: nn.Module) -> bytes:
         "item_rows": rows[1],
         **{NETWORK + name: tensor for name, tensor in network.state_dict().items()},
     }
+    if batch.negative_weight is not None:
+        arrays["negative_weight"] = batch.negative_weight
     buffer = io.BytesIO()
     np.savez(buffer, **{name: tensor.detach().cpu().numpy() for name, tensor in arrays.items()})
     return buffer.getvalue()

@@ -136,6 +136,8 @@ class Trainer:
             self._validate(0)
             at.epoch, at.step = 1, 0
         while at.epoch <= config.train.epochs and at.waited < config.eval.patience:
+            if self.wanted and self._can_save():  # it was, before a validation
+                self._save_state()
             epoch_start = time.monotonic()
             self.train_epoch(at.epoch, at.step)
             if self.told == "leave":
@@ -305,10 +307,13 @@ class Trainer:
 
     def _can_save(self) -> bool:
         """Whether nothing is under way that a state does not hold. A history is not saved: a state is taken where the
-        next step would compute it anew, as after a validation, unless there is no time to wait for that."""
+        next step would compute it anew, as after a validation, unless there is no time to wait for that. Before a
+        validation there is none, which would come twice."""
         at = self.state.progress
+        if self.told != "":
+            return True
         validates = at.step == self.loader.steps and self._validates(at.epoch)
-        return self.told != "" or self.history is None or self.history.due() or validates
+        return not validates and (self.history is None or self.history.due())
 
     def _save_state(self, wait: bool = False) -> None:
         """Begin to save all that training goes on from, or save it and wait. A collective."""

@@ -4,7 +4,7 @@ The rows of a history (`history.py`) come from the newest checkpoint before the 
 """
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class Left:
     draws: Draws
     pairs: np.ndarray  # of all ranks, int64 [n, 2]
     ranks: int
+    negative_weight: torch.Tensor | None  # as in `Batch`
     rows: dict[str, torch.Tensor]  # "user", "item" -> of the batch
     network: dict[str, torch.Tensor]  # its state
 
@@ -48,7 +49,7 @@ def replay(uri: str) -> dict:
     catalog = Catalog(config.data.catalog, verify="size")
     trainer = Trainer(config, catalog, run, *catalog.interactions("train"), load_graphs(config, catalog), World())
     found = trainer.state.resume()
-    batch = trainer.loader.assemble(left.draws, left.pairs)
+    batch = replace(trainer.loader.assemble(left.draws, left.pairs), negative_weight=left.negative_weight)
     rows = trainer.rows(batch)
     restore(trainer, rows, left, uri)
     parts = trainer.gradients(batch, rows)
@@ -65,10 +66,12 @@ def replay(uri: str) -> dict:
 
 def of_one_rank(config: Config, ranks: int) -> Config:
     """The configuration with which one process plans a step as one of several ranks did."""
-    if config.model.layer_nodes is None:
-        return config
-    nodes = -(-config.model.layer_nodes // ranks)
-    return config.model_copy(update={"model": config.model.model_copy(update={"layer_nodes": nodes})})
+    model = config.model
+    nodes = None if model.layer_nodes is None else -(-model.layer_nodes // ranks)
+    correlation = model.correlation.model_copy(update={"rows": -(-model.correlation.rows // ranks)})  # 0: all
+    return config.model_copy(
+        update={"model": model.model_copy(update={"layer_nodes": nodes, "correlation": correlation})}
+    )
 
 
 def restore(trainer: Trainer, rows: Rows, left: Left, uri: str) -> None:
@@ -87,10 +90,12 @@ def read_left(uri: str) -> Left:
     """Raises InputError where it is not such a file."""
     if not storage.exists(uri):
         raise InputError(f"{uri} does not exist")
+    content = storage.read_bytes(uri)
     try:
-        with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as file:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             names = ("users", "positives", "negatives", "pairs", "ranks", "seeds", *FIELDS)
             arrays = {name: file[name] for name in names}
+            weight = torch.from_numpy(file["negative_weight"]) if "negative_weight" in file.files else None
             rows = {name: torch.from_numpy(file[f"{name}_rows"]) for name in ("user", "item")}
             state = {n.removeprefix(NETWORK): torch.from_numpy(file[n]) for n in file.files if n.startswith(NETWORK)}
     except (ValueError, KeyError, OSError, TypeError) as error:
@@ -98,4 +103,4 @@ def read_left(uri: str) -> Left:
     permutation, sampler = (int(seed) for seed in arrays.pop("seeds"))
     pairs, ranks = arrays.pop("pairs"), int(arrays.pop("ranks"))
     draws = Draws(**arrays, seed=permutation, sampler_seed=sampler, counts=[len(arrays["users"])])
-    return Left(draws, pairs, ranks, rows, state)
+    return Left(draws, pairs, ranks, weight, rows, state)

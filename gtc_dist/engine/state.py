@@ -12,7 +12,7 @@ from gtc_dist.engine.average import Average
 from gtc_dist.engine.final import Final
 from gtc_dist.engine.history import History
 from gtc_dist.engine.saver import Saver, epoch_name
-from gtc_dist.errors import InputError
+from gtc_dist.errors import InputError, Unreachable
 from gtc_dist.model.collectives import World
 from gtc_dist.model.gtc import GTC, Tables
 
@@ -117,18 +117,27 @@ class State:
 
     def resume(self) -> Progress | None:
         """Take up the newest whole state, and forget what came after it; None where there is none, and everything is as
-        it starts. A collective."""
+        it starts. A collective.
+
+        Raises:
+            OSError: on all ranks, where one could not read a state. It may be whole, so it must not be passed over, and
+                then removed.
+        """
         world, found = self.world, None
         whole = world.gather_json(checkpoint.names(self.run, "step-")[0] if world.rank == 0 else [])[0]
         start = [table.weight.clone() for table in self.tables.all()] if whole else []
         while whole and found is None:
-            name, problem = whole.pop(), ""
+            name, problem, unread = whole.pop(), "", ""
             try:
                 loaded = checkpoint.load(self.uri(name), self._shards())
                 checkpoint.read_manifest(self.uri(epoch_name(loaded["progress"]["best_epoch"])))
-            except (InputError, OSError) as error:
+            except InputError as error:
                 problem = str(error)
-            problems = [text for text in world.gather_json(problem) if text]
+            except OSError as error:
+                unread = str(error)
+            problems, unreads = ([text for text in world.gather_json(said) if text] for said in (problem, unread))
+            if unreads:
+                raise Unreachable(f"checkpoint {name} could not be read: {unreads[0]}")
             if not problems:
                 found = self._take(loaded)
             elif world.rank == 0:
@@ -156,6 +165,7 @@ class State:
     def _take(self, loaded: dict) -> Progress:
         """What is not in the tables of a state that was loaded."""
         self.network.load_state_dict(loaded["network"])
+        self.network.keep_bounds()
         self.optimizer.load_state_dict(loaded["optimizer"])
         for table in self.tables.all():
             table.steps = loaded["table_steps"][table.name]

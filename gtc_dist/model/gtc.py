@@ -21,10 +21,9 @@ from gtc_dist.model.batch import Batch, HistoryRows
 from gtc_dist.model.collectives import World
 from gtc_dist.model.correlation import total_correlation
 from gtc_dist.model.propagation import Block, convolve, weighted_sum
-from gtc_dist.model.streams import ItemsIn, ItemStreams, Shape
+from gtc_dist.model.streams import MOST_LOG_SCALE, ItemsIn, ItemStreams, Shape
 from gtc_dist.model.table import RowTable
 
-MOST_LOG_SCALE = 4.6
 USER_DROPOUT = 0.5  # share of the denoising loss's pairs without their user: embeddings are made without one
 
 
@@ -101,7 +100,7 @@ class GTC(nn.Module):
 
     @torch.no_grad()
     def keep_bounds(self) -> None:
-        """After a step: scales of the total correlation are at most 100, as CLIP has it."""
+        """After a step: the total correlation's scales stay within their bound."""
         for member in self.members if self.correlates else ():
             member.log_scale.clamp_(max=MOST_LOG_SCALE)
 

@@ -16,6 +16,7 @@ from gtc_dist.model.diffusion import ContentFilter, Schedule
 
 CONTENT_LENGTH = 0.3  # of a content stream at the start, without unit rows
 PERSONAL_SCALE = 5.0  # of the personal content score, a mean cosine, at the start
+MOST_LOG_SCALE = 4.6  # of the total correlation: at most 100, as CLIP has it
 GATED_LENGTH = 1.5  # the same where it is a gated id: with the sigmoid's half, about the length of the id
 
 
@@ -105,7 +106,7 @@ class ItemStreams(nn.Module):
         if shape.gate and self.S > 1:
             self.gate_scale = nn.Parameter(torch.ones(()))
         if shape.correlation and self.S > 1:
-            scale = torch.tensor(1 / shape.temperature).log()
+            scale = torch.tensor(1 / shape.temperature).log().clamp(max=MOST_LOG_SCALE)
             self.log_scale = nn.Parameter(scale, requires_grad=shape.learn_temperature)
 
     def content(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
