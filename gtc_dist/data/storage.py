@@ -256,8 +256,8 @@ def check_writable(uri: str) -> None:
             with suppress(InputError, OSError):  # who may write and not remove may still write
                 remove_tree(join(uri, PROBE))
         finally:
-            with suppress(OSError):  # one that is not there, or that something came into meanwhile
-                for folder in made:
+            for folder in made:
+                with suppress(OSError):  # one that is not there, or that something came into meanwhile
                     folder.rmdir()
     except OSError as error:
         raise InputError(f"{uri} cannot be written to: {error}") from error

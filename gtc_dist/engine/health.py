@@ -111,7 +111,7 @@ def batch_file(batch: Batch, rows: Rows, network: nn.Module) -> bytes:
         "users": users,
         "positives": items[batch.positives],
         "negatives": items[batch.negatives],
-        "pairs": batch.pairs,
+        "pairs": torch.from_numpy(batch.pairs),
         "ranks": torch.tensor(len(batch.counts)),
         **{name: getattr(batch, name) for name in FIELDS},
         "seeds": torch.tensor([batch.permutation_seed, batch.sampler_seed]),

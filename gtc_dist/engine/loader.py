@@ -165,7 +165,7 @@ class Loader:
             timesteps=torch.from_numpy(draws.timesteps),
             noise=torch.from_numpy(draws.noise),
             dropout=torch.from_numpy(draws.dropout),
-            pairs=torch.from_numpy(pairs),
+            pairs=pairs,
             permutation_seed=draws.seed,
             sampler_seed=draws.sampler_seed,
             counts=draws.counts,

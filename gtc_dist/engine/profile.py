@@ -40,7 +40,7 @@ class ContentMap:
             chosen: int64 [n], those of this rank's rows that mean and directions are taken from; None: all.
         """
         world, rows = features.world, features.weight if chosen is None else features.weight[chosen]
-        blocks = rows.split(max(BLOCK // features.width, 1))
+        blocks = in_blocks(rows)
         count = sum(world.counts(len(rows)))
         mean = world.sum(sum(block.double().sum(0) for block in blocks)) / max(count, 1)
         if width >= features.width:
@@ -51,17 +51,21 @@ class ContentMap:
 
     def apply(self, features: torch.Tensor) -> torch.Tensor:
         """Features [n, d] -> float32 [n, k]; before the projection they have length one."""
-        blocks = features.split(max(BLOCK // max(features.shape[1], 1), 1))
-        return torch.cat([self._apply(block) for block in blocks])
+        return torch.cat([self._apply(block) for block in in_blocks(features)])
 
     def _apply(self, features: torch.Tensor) -> torch.Tensor:
         rows = torch.nn.functional.normalize(features.double() - self.mean, dim=1)
         return (rows if self.directions is None else rows @ self.directions).float()
 
 
+def in_blocks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The rows [n, w] in blocks of about `BLOCK` values, at least one block."""
+    return rows.split(max(BLOCK // max(rows.shape[1], 1), 1))
+
+
 def item_moments(items: RowTable) -> torch.Tensor:
     """Covariance of the columns over all items, float64 [k, k]. A collective."""
-    world, blocks = items.world, items.weight.split(max(BLOCK // max(items.width, 1), 1))
+    world, blocks = items.world, in_blocks(items.weight)
     mean = world.sum(sum(block.double().sum(0) for block in blocks)) / items.rows
     apart = (block.double() - mean for block in blocks)
     return world.sum(sum(rows.T @ rows for rows in apart)) / items.rows
@@ -70,6 +74,6 @@ def item_moments(items: RowTable) -> torch.Tensor:
 def inverse_spread(users: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     """1 / standard deviation of each user's scores over the items that have these moments, [n, 1]; 0 where all are
     alike."""
-    blocks = (block.double() for block in users.split(max(BLOCK // max(users.shape[1], 1), 1)))
+    blocks = (block.double() for block in in_blocks(users))
     variance = torch.cat([((u @ moments) * u).sum(1, keepdim=True) for u in blocks])
     return torch.where(variance > 1e-60, variance.clamp(min=1e-60).rsqrt(), 0).float()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 
 from gtc_dist.model.propagation import Block
@@ -71,7 +72,7 @@ class Batch:
     timesteps: torch.Tensor  # int64 [B]
     noise: torch.Tensor  # [modalities, B, D]
     dropout: torch.Tensor  # float32 [2, B] in [0, 1): below their shares, the condition and the user are left out
-    pairs: torch.Tensor  # int64 [n, 2] user and positive of all ranks' pairs, by catalog index
+    pairs: np.ndarray  # int64 [n, 2] user and positive of all ranks' pairs, by catalog index; stays on the host
     permutation_seed: int
     sampler_seed: int  # what the neighbours were sampled with
     # sampled, with a history (engine/history.py)

@@ -15,9 +15,9 @@ from torch import nn
 from gtc_dist.model.diffusion import ContentFilter, Schedule
 
 CONTENT_LENGTH = 0.3  # of a content stream at the start, without unit rows
+GATED_LENGTH = 1.5  # the same where it is a gated id: with the sigmoid's half, about the length of the id
 PERSONAL_SCALE = 5.0  # of the personal content score, a mean cosine, at the start
 MOST_LOG_SCALE = 4.6  # of the total correlation: at most 100, as CLIP has it
-GATED_LENGTH = 1.5  # the same where it is a gated id: with the sigmoid's half, about the length of the id
 
 
 @dataclass(frozen=True)
