@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-# engine/blend.py has weights of these names beside the modalities
+# hybrid/score_fusion.py has weights of these names beside the modalities
 RESERVED = ("members", "length", "walked", "spectral", "cold")
 
 Positive = Annotated[int, Field(gt=0)]
@@ -181,7 +181,7 @@ class Train(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0  # of the ranking loss: scores are divided by it
     user_discount: Share = 0.0  # a user's interaction counts (number of them)^-this in the ranking loss; 1: users alike
     average: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the past in the weights that are ranked, kept and
-    # exported, an average over epochs (engine/average.py); 0: the weights of the epoch. One more copy of the weights
+    # exported, an average over epochs (training/weight_averaging.py); 0: the weights of the epoch. Costs a copy
     exclude_seed_edges: bool = True  # leave the batch's own edges out of the graph that they are predicted from
     w_tc: Weight = 0.4  # weight of the total-correlation loss
     w_diff: Weight = 0.7  # weight of the diffusion loss
@@ -194,7 +194,7 @@ class Train(Section):
     log_every: Positive = 10  # steps between TensorBoard points
     prefetch: Positive = 2  # batches prepared ahead
     refresh: NonNegative = 10  # sampled: times a pass that whole-catalog sums are computed, from which a step samples
-    # what changed since (engine/history.py); 0: never, steps see sampled neighbours alone
+    # what changed since (training/control_variate.py); 0: never, steps see sampled neighbours alone
 
 
 class Diffusion(Section):
@@ -209,7 +209,7 @@ class Diffusion(Section):
     ddim_steps: Positive = 1  # ... and reaches 0 in this many DDIM steps
     hidden: Positive = 128  # width of the denoiser's hidden layers
     # what the denoiser knows: the item's id embedding; plus the mean preference of the item's users; plus, of a pair
-    # that is scored on its own (engine/personal.py), the user. Embeddings are made without the user
+    # that is scored on its own (personal/personal_filter.py), the user. Embeddings are made without the user
     condition: Literal["item", "audience", "user"] = "audience"
     condition_dropout: Share = 0.1  # share of the denoising loss's pairs whose condition is left out, as for cold items
 
@@ -238,11 +238,11 @@ class Correlation(Section):
 
 class Walk(Section):
     """Parts of the embedding that are walked over co-interactions, not trained; their scores are added to those of the
-    members, with weights that are chosen on the valid split (engine/blend.py)."""
+    members, with weights that are chosen on the valid split (hybrid/score_fusion.py)."""
 
     enabled: bool | None = None  # null: with propagation: full, whose catalogs are of a size where they cost little
-    spectral: NonNegative = 16  # leading modes of the co-interaction graph (engine/spectral.py); 0: none
-    profile: NonNegative = 64  # columns of each modality's content profile (engine/profile.py); 0: none
+    spectral: NonNegative = 16  # leading modes of the co-interaction graph (hybrid/spectral.py); 0: none
+    profile: NonNegative = 64  # columns of each modality's content profile (hybrid/content_profile.py); 0: none
     user_exponent: Share = 0.6  # a user's tie to an item counts (number of its interactions)^-this
     item_exponent: Share = 0.33  # the same for items; less of it ranks popular items higher
 

@@ -7,10 +7,10 @@ train interaction), and the number of users. Runs in this process, without a clu
 of the cluster, each with its share of everything that grows with the catalog.
 
 --against OTHER, a run on the same catalog: adds for each metric the difference to it over the same users, with the 95 %
-interval of a paired bootstrap (engine/bootstrap.py).
+interval of a paired bootstrap (evaluation/bootstrap.py).
 
 --rerank N, for a run with `condition: user`: adds the metrics after each user's first N items were ordered again with
-their personal content scores (engine/personal.py), whose weight is chosen on the valid split.
+their personal content scores (personal/personal_filter.py), whose weight is chosen on the valid split.
 """
 
 import argparse
@@ -18,13 +18,13 @@ import functools
 import json
 
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.engine import bootstrap
-from gtc_dist.engine.personal import rerank
-from gtc_dist.engine.restore import Found, find, restore
+from gtc_dist.distributed.collectives import World
 from gtc_dist.errors import InputError, run_command
-from gtc_dist.finished import parse_run_command, run_on
+from gtc_dist.evaluation import bootstrap
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.model.collectives import World
+from gtc_dist.inference.trained_run import Found, find, restore
+from gtc_dist.launch.run_command import parse_run_command, run_on
+from gtc_dist.personal.personal_filter import rerank
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,17 +19,17 @@ from contextlib import suppress
 
 import yaml
 
+from gtc_dist.checkpoint import checkpoint_files
+from gtc_dist.checkpoint.run_folder import METRICS, standing
 from gtc_dist.config import Config
 from gtc_dist.config_file import parse_command_line
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.engine import checkpoint
-from gtc_dist.engine.build import load_graphs, network_shape
-from gtc_dist.engine.restore import CONFIG
-from gtc_dist.engine.standing import METRICS, standing
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.lease import held
+from gtc_dist.inference.trained_run import CONFIG
+from gtc_dist.launch.run_lock import held
+from gtc_dist.model.build import load_graphs, network_shape
 
 LEFT = 143  # exit status: 128 + SIGTERM
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     first.add_argument("--replay")
     replayed, _ = first.parse_known_args(argv)
     if replayed.replay:
-        from gtc_dist.engine.replay import replay
+        from gtc_dist.training.step_replay import replay
 
         print(json.dumps(replay(replayed.replay), indent=1))
         return 0
@@ -78,16 +78,19 @@ def train(config: Config, catalog: Catalog, run: str) -> dict | None:
         file=sys.stderr,
     )
 
-    from gtc_dist import cluster, launch  # here, so that the errors above show at once
+    from gtc_dist.launch import (
+        ray_cluster,
+        ray_train,  # here, so that the errors above show at once
+    )
 
-    cluster.connect(min(config.cluster.workers, cluster.cores()) + 1, dashboard=True, shared_bytes=graphs.bytes)
-    resources = launch.worker_resources(config.cluster)
-    shared = launch.share(graphs)
+    ray_cluster.connect(min(config.cluster.workers, ray_cluster.cores()) + 1, dashboard=True, shared_bytes=graphs.bytes)
+    resources = ray_train.worker_resources(config.cluster)
+    shared = ray_train.share(graphs)
     del graphs  # the ranks of a node share the one copy in Ray's object store
     storage.remove_tree(storage.join(run, METRICS))
     storage.write_bytes(storage.join(run, CONFIG), yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
     try:
-        return launch.fit(config, catalog, shared, run, resources)
+        return ray_train.fit(config, catalog, shared, run, resources)
     except BaseException:
         remove_if_nothing_was_saved(run)
         raise
@@ -128,7 +131,7 @@ def remove_if_nothing_was_saved(run: str) -> None:
     """A run that failed before its first checkpoint leaves no folder, which would only block the next try. Where the
     storage cannot be asked, everything stays."""
     with suppress(InputError, OSError):
-        if not any(checkpoint.names(run, prefix)[0] for prefix in ("epoch-", "step-")):
+        if not any(checkpoint_files.names(run, prefix)[0] for prefix in ("epoch-", "step-")):
             storage.remove_tree(run)
 
 

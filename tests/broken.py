@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gtc_dist import prepare
 from gtc_dist.data.catalog import SPLITS
 from gtc_dist.errors import InputError
+from gtc_dist.prepare import build_catalog
 
 ROWS = 36
 PAIRS = np.random.default_rng(0).permutation(48)[:ROWS]  # of 6 users and 8 items
@@ -107,7 +107,7 @@ def refused(case: Case, folder: Path) -> str:
     """What the command says; it leaves no catalog."""
     arguments, raw = case.write(folder)
     with pytest.raises(InputError) as caught:
-        prepare.main(arguments)
+        build_catalog.main(arguments)
     assert type(caught.value) is InputError
     assert not (folder / "catalog").exists()
     for part in case.says:

@@ -35,7 +35,14 @@ OBJECT_STORE_BYTES = 400 << 20
 
 def pytest_collection_modifyitems(items):
     """Files with trainings first: two processes share the tests file by file, and the last one should be short."""
-    slow = ["test_train.py", "test_faults.py", "test_job.py", "test_prepare.py", "test_tools.py", "test_refusals.py"]
+    slow = [
+        "test_train.py",
+        "test_faults.py",
+        "test_job.py",
+        "test_build_catalog.py",
+        "test_tools.py",
+        "test_refusals.py",
+    ]
     slow += ["test_cluster.py"]
     items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))
 

@@ -9,10 +9,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gtc_dist.config import Config
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.engine.build import build_loader, build_network, load_features, load_graphs
-from gtc_dist.engine.loader import Draws, Loader
-from gtc_dist.model.collectives import World
-from gtc_dist.model.table import RowTable
+from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.model.build import build_loader, build_network, load_features, load_graphs
+from gtc_dist.training.data_loader import Draws, Loader
 
 
 def loader_of(config: Config, catalog: Catalog, world: World, network) -> Loader:

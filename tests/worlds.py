@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from gtc_dist.model.collectives import World
+from gtc_dist.distributed.collectives import World
 
 # Ranks are forked from a process that has imported these once.
-mp.get_context("forkserver").set_forkserver_preload(["gtc_dist.engine.loop", "gtc_dist.graph.sampling", "pytest"])
+mp.get_context("forkserver").set_forkserver_preload(
+    ["gtc_dist.training.trainer", "gtc_dist.graph.neighbor_sampler", "pytest"]
+)
 
 
 def run_ranks(function, size: int, *args) -> list:

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from gtc_dist.data.catalog import CSC
-from gtc_dist.engine import ranking
-from gtc_dist.engine.climb import Pair
-from gtc_dist.engine.cold import LIFT
-from gtc_dist.engine.inference import Incoming
-from gtc_dist.engine.profile import ContentMap
-from gtc_dist.engine.restore import Run, find, restore
 from gtc_dist.errors import InputError, run_command
+from gtc_dist.evaluation import ranking
+from gtc_dist.hybrid.cold_start import LIFT
+from gtc_dist.hybrid.content_profile import ContentMap
+from gtc_dist.hybrid.coordinate_search import Pair
+from gtc_dist.inference.layerwise import Incoming
+from gtc_dist.inference.trained_run import Run, find, restore
 
 TOP = 20
 STEPS = range(-2, 7)  # of a tenth

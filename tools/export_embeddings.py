@@ -21,10 +21,10 @@ from dataclasses import asdict
 import numpy as np
 
 from gtc_dist.data import formats, storage
-from gtc_dist.engine.export import export_rank
-from gtc_dist.engine.restore import find
 from gtc_dist.errors import InputError, run_command
-from gtc_dist.finished import parse_run_command, run_on
+from gtc_dist.inference.export import export_rank
+from gtc_dist.inference.trained_run import find
+from gtc_dist.launch.run_command import parse_run_command, run_on
 
 MANIFEST = "manifest.json"
 PART = re.compile(r"((users|items)/part-(new-)?\d{12}\.parquet|items\.faiss|manifest\.json)(\..*partial)?")

@@ -5,7 +5,7 @@
 
 `--out` may be local or `s3://`. Parameters come from the section `dataset:` of a config, if one is named; flags that
 are given override it. More than a few parts are made as Ray tasks, on the cluster of RAY_ADDRESS or a local one. What
-is planted and where it is written: gtc_dist/data/synthetic.py.
+is planted and where it is written: gtc_dist/synthetic/generate.py.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from dataclasses import fields
 from tqdm import tqdm
 
 from gtc_dist.config_file import load_config
-from gtc_dist.data.recipe import Spec, check_section
-from gtc_dist.data.synthetic import generate, prepare_folder, tasks
 from gtc_dist.errors import InputError, run_command
+from gtc_dist.synthetic.generate import generate, prepare_folder, tasks
+from gtc_dist.synthetic.spec import Spec, check_section
 
 FEW = 8  # parts that are made in less time than Ray takes to start
 HELP = {
@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     in_ray = parallel == "ray" or (parallel == "auto" and len(tasks(spec)) > FEW)
     if in_ray:
         print(f"{len(tasks(spec))} parts; starting Ray", file=sys.stderr)
-        from gtc_dist import cluster  # here, so that errors above and small datasets need no Ray
+        from gtc_dist.launch import ray_cluster  # here, so that errors above and small datasets need no Ray
 
-        cluster.connect()
+        ray_cluster.connect()
     dataset = generate(spec, out, force, parallel=in_ray, progress=show)
     counts = dataset["counts"]
     sizes = [

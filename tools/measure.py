@@ -14,21 +14,21 @@ import torch
 import torch.distributed as dist
 from watching import peak_mib, says, seconds_until, watched
 
+from gtc_dist.checkpoint import checkpoint_files
+from gtc_dist.checkpoint.async_writer import BUSY
 from gtc_dist.config import Config
 from gtc_dist.config_file import load_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import CSC, Catalog
-from gtc_dist.engine import checkpoint
-from gtc_dist.engine.build import build_network, load_features, load_graphs
-from gtc_dist.engine.export import ROWS, write_part
-from gtc_dist.engine.inference import embed_catalog
-from gtc_dist.engine.loop import Trainer
-from gtc_dist.engine.monitor import Monitor, Stopwatch
-from gtc_dist.engine.ranking import RankingOptions, top_items
-from gtc_dist.engine.saver import BUSY
+from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.sharded_table import RowTable, make_route
+from gtc_dist.evaluation.ranking import RankingOptions, top_items
 from gtc_dist.graph.csc import both_directions
-from gtc_dist.model.collectives import World
-from gtc_dist.model.table import RowTable, make_route
+from gtc_dist.inference.export import ROWS, write_part
+from gtc_dist.inference.layerwise import embed_catalog
+from gtc_dist.model.build import build_network, load_features, load_graphs
+from gtc_dist.training.run_log import Monitor, Stopwatch
+from gtc_dist.training.trainer import Trainer
 
 MIB = 1 << 20
 
@@ -71,7 +71,7 @@ class Synchronized(Stopwatch):
 
 def sampling(case: dict, world: World) -> dict:
     """Seeds a second through the layers of a batch, as the planner draws them."""
-    from gtc_dist.graph.sampling import Sampler  # slow to import
+    from gtc_dist.graph.neighbor_sampler import Sampler  # slow to import
 
     graph = zipf_graph(case["nodes"], case["interactions"])
     sampler, rng = Sampler(graph, case["sampler"], case["threads"]), np.random.default_rng(world.rank)
@@ -180,9 +180,9 @@ def resume(case: dict, world: World) -> dict:
         with tempfile.TemporaryDirectory(prefix="gtc-benchmark-") as runs:
             overrides = [*case["overrides"], f"run.storage={runs}", "run.name=resume", "train.log_every=1"]
             words = [sys.executable, "-m", "gtc_dist.train", "--config", case["config"], *overrides]
-            states = partial(checkpoint.names, f"{runs}/resume", "step-")
+            states = partial(checkpoint_files.names, f"{runs}/resume", "step-")
             seconds_until(words, {"saved": lambda _, states=states: bool(states()[0])})
-            newest = storage.listing(storage.join(runs, "resume", checkpoint.FOLDER, states()[0][-1]))
+            newest = storage.listing(storage.join(runs, "resume", checkpoint_files.FOLDER, states()[0][-1]))
             times.append(
                 seconds_until(words, {"ready": says("going on from epoch"), "progress": says("interactions/s")})
             )

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from gtc_dist.data import formats, storage
-from gtc_dist.engine.personal import Personal
-from gtc_dist.engine.restore import Run, find, restore
 from gtc_dist.errors import InputError, run_command
+from gtc_dist.inference.trained_run import Run, find, restore
+from gtc_dist.personal.personal_filter import Personal
 
 DECODABLE = 0.1
 

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gtc_dist.data import formats, storage
-from gtc_dist.engine.personal import Personal
-from gtc_dist.engine.restore import Run, find, restore
 from gtc_dist.errors import InputError, run_command
+from gtc_dist.inference.trained_run import Run, find, restore
+from gtc_dist.personal.personal_filter import Personal
 
 COLUMNS = {"user": "users", "item": "items"}
 

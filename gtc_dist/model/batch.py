@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from gtc_dist.model.propagation import Block
-from gtc_dist.model.table import Route
+from gtc_dist.distributed.message_passing import Block
+from gtc_dist.distributed.sharded_table import Route
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Batch:
     pairs: np.ndarray  # int64 [n, 2] user and positive of all ranks' pairs, by catalog index; stays on the host
     permutation_seed: int
     sampler_seed: int  # what the neighbours were sampled with
-    # sampled, with a history (engine/history.py)
+    # sampled, with a history (training/control_variate.py)
     history: "HistoryPlan | None"
     # sizes over ranks
     counts: list[int]  # pairs of each rank

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.message_passing import Block, convolve, weighted_sum
+from gtc_dist.distributed.sharded_table import RowTable
 from gtc_dist.model.batch import Batch, HistoryRows
-from gtc_dist.model.collectives import World
-from gtc_dist.model.correlation import total_correlation
-from gtc_dist.model.propagation import Block, convolve, weighted_sum
-from gtc_dist.model.streams import MOST_LOG_SCALE, ItemsIn, ItemStreams, Shape
-from gtc_dist.model.table import RowTable
+from gtc_dist.model.item_encoder import MOST_LOG_SCALE, ItemsIn, ItemStreams, Shape
+from gtc_dist.model.total_correlation import total_correlation
 
 USER_DROPOUT = 0.5  # share of the denoising loss's pairs without their user: embeddings are made without one
 

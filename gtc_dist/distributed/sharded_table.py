@@ -1,0 +1,192 @@
+"""A table of N rows that lives as contiguous row ranges on the ranks of a world.
+
+`lookup` asks the owners for rows with one all-to-all; its backward sends row gradients back to the owners, which apply
+Adam to the touched rows alone. So traffic is touched rows x width, whatever N and the world's size are, and no rank
+ever holds a gradient of the whole table. Tables stay outside DDP.
+
+Which rows go where is a `Route`, made once and used for several tables with the same rows, forward and backward.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from gtc_dist.distributed.collectives import World
+
+INIT_ROWS = 4096  # rows that share a random stream at initialisation, whatever the world's size
+
+
+@dataclass
+class Route:
+    """Where the rows for a list of ids come from.
+
+    position: [n] place of each asked id among the received rows; None when they come in the asked order
+    serve: [s] rows of this rank's range that others (and itself) asked for, by asking rank; None: all of the range
+    send, receive: rows served to, and received from, each rank
+    """
+
+    position: torch.Tensor | None
+    serve: torch.Tensor | None
+    send: list[int]
+    receive: list[int]
+
+    def to(self, device: torch.device) -> "Route":
+        moved = [t if t is None else t.to(device, non_blocking=True) for t in (self.position, self.serve)]
+        return Route(*moved, self.send, self.receive)
+
+
+def make_route(ids: torch.Tensor, rows: int, world: World) -> Route:
+    """Ask the owners of `ids` (int64 [n], repeats allowed, of a table with `rows` rows). A collective."""
+    unique, position = torch.unique(ids, return_inverse=True)  # sorted, hence grouped by owner
+    bounds = torch.tensor([world.range(rows, r)[0] for r in range(world.size)] + [rows], device=ids.device)
+    if len(unique) and (unique[0] < 0 or unique[-1] >= rows):
+        raise IndexError(f"row ids must be in [0, {rows}), found {int(unique[0])} to {int(unique[-1])}")
+    receive = torch.searchsorted(unique, bounds).diff().tolist()
+    if world.size == 1:
+        return Route(position, unique, receive, receive)
+    asked = torch.tensor(receive, dtype=torch.int64, device=ids.device)
+    one_each = [1] * world.size
+    send = world.exchange(asked, one_each, one_each).tolist()
+    serve = world.exchange(unique, receive, send) - world.range(rows)[0]
+    return Route(position, serve, send, receive)
+
+
+def whole_route(rows: int, world: World) -> Route:
+    """The route of all rows in order, to every rank: full-graph propagation. Not a collective."""
+    start, stop = world.range(rows)
+    receive = [world.range(rows, r)[1] - world.range(rows, r)[0] for r in range(world.size)]
+    serve = None
+    if world.size > 1:
+        serve = torch.arange(stop - start, device=world.device).repeat(world.size)
+    return Route(None, serve, [stop - start] * world.size, receive)
+
+
+class RowTable:
+    """Rows [start, stop) of a table with `rows` x `width` entries, on this rank.
+
+    Args:
+        name: names the random stream of the initial values and the files of a checkpoint.
+        init_std: standard deviation of the normal initial values; 0 for zeros. One for all columns, or one a column.
+        seed: with it, the same values for any world size.
+        trainable: with False there is no gradient and no optimizer state.
+        rowwise: Adam's second moment is one number a row, the mean over its width, as for the embedding tables of
+            FBGEMM (`PARTIAL_ROWWISE_ADAM`): a third less memory, and less traffic to it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: int,
+        width: int,
+        world: World,
+        *,
+        init_std: float | torch.Tensor = 0.0,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        trainable: bool = True,
+        rowwise: bool = False,
+    ):
+        self.name, self.rows, self.width, self.world, self.trainable = name, rows, width, world, trainable
+        self.start, self.stop = world.range(rows)
+        self.weight = torch.zeros(self.stop - self.start, width, dtype=dtype, device=world.device)
+        if torch.as_tensor(init_std).any():
+            self._initialise(init_std, seed)
+        self.pending: list[tuple[torch.Tensor | None, torch.Tensor]] = []
+        self.steps = 0
+        self.exp_avg = torch.zeros_like(self.weight) if trainable else None
+        self.rowwise = rowwise
+        self.exp_avg_sq = torch.zeros_like(self.weight[:, :1] if rowwise else self.weight) if trainable else None
+        self._anchor = torch.zeros((), device=world.device, requires_grad=trainable)
+
+    def holding(self, rows: torch.Tensor) -> "RowTable":
+        """A frozen table over the same ranks with other values for this rank's rows, [n, any width]."""
+        table = RowTable(self.name, self.rows, 0, self.world, dtype=rows.dtype, trainable=False)
+        table.width, table.weight = rows.shape[1], rows
+        return table
+
+    def lookup(self, route: Route) -> torch.Tensor:
+        """Rows of a route, [n, width]; differentiable if trainable. A collective, and so is its backward."""
+        return _Lookup.apply(self._anchor, self, route)
+
+    def gradient(self) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+        """The pending gradient as (rows of this rank's range or None for all, values), mean over the ranks' losses.
+
+        Rows are unique and sorted. None where no lookup was differentiated.
+        """
+        if not self.pending:
+            return None
+        if len(self.pending) == 1 and self.pending[0][0] is None:
+            return None, self.pending[0][1] / self.world.size
+        everything = torch.arange(len(self.weight), device=self.weight.device)
+        ids = torch.cat([everything if rows is None else rows for rows, _ in self.pending])
+        values = torch.cat([grad for _, grad in self.pending])
+        unique, position = torch.unique(ids, return_inverse=True)
+        summed = values.new_zeros(len(unique), self.width).index_add_(0, position, values)
+        return unique, summed / self.world.size
+
+    @torch.no_grad()
+    def step(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        """Adam on the rows with a pending gradient (torch.optim.SparseAdam's arithmetic), then forget it."""
+        gradient = self.gradient()
+        self.pending.clear()
+        self.steps += 1  # on every rank alike, also where none of its rows was touched
+        if gradient is None or len(gradient[1]) == 0:
+            return
+        rows, grad = gradient
+        avg, avg_sq = self.exp_avg, self.exp_avg_sq
+        if rows is not None:  # index_select: several times faster than indexing
+            avg, avg_sq = avg.index_select(0, rows), avg_sq.index_select(0, rows)
+        avg.lerp_(grad, 1 - betas[0])
+        if self.rowwise:
+            avg_sq.mul_(betas[1]).add_(grad.square().mean(dim=1, keepdim=True), alpha=1 - betas[1])
+        else:
+            avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+        size = lr * (1 - betas[1] ** self.steps) ** 0.5 / (1 - betas[0] ** self.steps)
+        update = avg / avg_sq.sqrt().add_(eps)
+        if rows is None:
+            self.weight.sub_(update, alpha=size)
+        else:
+            self.exp_avg.index_copy_(0, rows, avg)
+            self.exp_avg_sq.index_copy_(0, rows, avg_sq)
+            self.weight.index_copy_(0, rows, self.weight.index_select(0, rows).sub_(update, alpha=size))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """This rank's rows, with their optimizer state where there is one."""
+        tensors = {"weight": self.weight}
+        if self.trainable:
+            tensors |= {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return tensors
+
+    def _initialise(self, std: float | torch.Tensor, seed: int) -> None:
+        for chunk in range(self.start // INIT_ROWS, -(-self.stop // INIT_ROWS)):
+            digest = hashlib.sha256(f"{seed}/{self.name}/{chunk}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            values = torch.randn(INIT_ROWS, self.width, generator=generator) * std
+            first = chunk * INIT_ROWS
+            low, high = max(first, self.start), min(first + INIT_ROWS, self.stop)
+            self.weight[low - self.start : high - self.start] = values[low - first : high - first]
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, anchor, table, route):
+        ctx.table, ctx.route = table, route
+        served = table.weight if route.serve is None else table.weight.index_select(0, route.serve)
+        rows = table.world.exchange(served, route.send, route.receive)
+        if route.position is not None:
+            return rows.index_select(0, route.position)
+        return rows.clone() if rows is table.weight else rows  # the optimizer changes weights in place
+
+    @staticmethod
+    def backward(ctx, grad):
+        table, route = ctx.table, ctx.route
+        if route.position is not None:
+            grad = grad.new_zeros(sum(route.receive), table.width).index_add_(0, route.position, grad)
+        back = table.world.exchange(grad, route.receive, route.send)
+        if route.position is None and table.world.size > 1:  # every rank asked for the whole range: sum here
+            back = back.view(table.world.size, -1, table.width).sum(0)
+            table.pending.append((None, back))
+        else:
+            table.pending.append((route.serve, back))
+        return torch.zeros_like(ctx.table._anchor), None, None

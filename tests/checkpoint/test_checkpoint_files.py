@@ -1,0 +1,99 @@
+"""Checkpoints: whole or refused, and independent of the number of ranks."""
+
+import pytest
+import torch
+from worlds import run_ranks
+
+from gtc_dist.checkpoint import checkpoint_files
+from gtc_dist.data import storage
+from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.sharded_table import RowTable, make_route
+from gtc_dist.errors import InputError
+
+
+def tables_of(world: World, seed: int) -> list[RowTable]:
+    return [RowTable("user", 23, 5, world, init_std=1.0, seed=seed), RowTable("item", 11, 3, world, init_std=1.0)]
+
+
+def train_and_save(world: World, uri: str) -> dict:
+    tables = tables_of(world, 1)
+    for table in tables:
+        ids = torch.arange(0, table.rows, 2)
+        table.lookup(make_route(ids, table.rows, world)).square().sum().backward()
+        table.step(0.1)
+    dense = {"network": {"w": torch.arange(3.0)}, "steps": [t.steps for t in tables]}
+    checkpoint_files.save(uri, {"epoch": 4}, dense, checkpoint_files.state_of(tables), world)
+    assert checkpoint_files.read_manifest(uri)["epoch"] == 4
+    return {t.name: [t.weight, t.exp_avg, t.exp_avg_sq] for t in tables}
+
+
+def read_back(world: World, uri: str) -> dict:
+    tables = tables_of(world, 2)
+    dense = checkpoint_files.load(uri, checkpoint_files.state_of(tables))
+    assert dense["steps"] == [1, 1]
+    assert torch.equal(dense["network"]["w"], torch.arange(3.0))
+    return {t.name: [t.weight, t.exp_avg, t.exp_avg_sq] for t in tables}
+
+
+@pytest.mark.parametrize(("writers", "readers"), [(1, 1), (1, 2), (2, 1), (2, 3)])
+def test_any_world_reads_what_another_wrote(tmp_path, writers, readers):
+    uri = str(tmp_path / "c")
+    written, read = run_ranks(train_and_save, writers, uri), run_ranks(read_back, readers, uri)
+    for name in ("user", "item"):
+        for part in range(3):
+            got = torch.cat([r[name][part] for r in read])
+            assert torch.equal(got, torch.cat([w[name][part] for w in written]))
+
+
+def test_in_object_storage(s3):
+    written = train_and_save(World(), s3)
+    assert torch.equal(read_back(World(), s3)["user"][0], written["user"][0])
+
+
+def test_without_its_manifest_it_is_no_checkpoint(tmp_path):
+    train_and_save(World(), str(tmp_path))
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(InputError, match="not a whole checkpoint"):
+        checkpoint_files.load(str(tmp_path), checkpoint_files.state_of(tables_of(World(), 1)))
+
+
+@pytest.mark.parametrize("name", ["dense.pt", "user.weight.000000000000-000000000023.npy"])
+def test_a_changed_file_is_refused_by_name(tmp_path, name):
+    train_and_save(World(), str(tmp_path))
+    data = bytearray((tmp_path / name).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=name):
+        checkpoint_files.load(str(tmp_path), checkpoint_files.state_of(tables_of(World(), 1)))
+
+
+def test_tables_of_another_size_are_refused(tmp_path):
+    train_and_save(World(), str(tmp_path))
+    with pytest.raises(InputError, match=r"user.weight is \(23, 5\) in the checkpoint, \(24, 5\)"):
+        checkpoint_files.load(str(tmp_path), checkpoint_files.weights_of([RowTable("user", 24, 5, World())]))
+
+
+def test_missing_rows_are_found(tmp_path):
+    run_ranks(train_and_save, 2, str(tmp_path))
+    manifest = storage.read_json(str(tmp_path / "manifest.json"))
+    manifest["files"].pop("user.weight.000000000011-000000000023.npy")
+    storage.write_json(str(tmp_path / "manifest.json"), manifest)
+    with pytest.raises(InputError, match=r"rows \[0, 23\) of user\.weight are not complete"):
+        checkpoint_files.load(str(tmp_path), checkpoint_files.state_of(tables_of(World(), 1)))
+
+
+def test_nothing_pickled_is_loaded(tmp_path):
+    train_and_save(World(), str(tmp_path))
+    torch.save({"network": Trap()}, tmp_path / "dense.pt")
+    manifest = storage.read_json(str(tmp_path / "manifest.json"))
+    manifest["files"]["dense.pt"]["sha256"] = storage.write_bytes(
+        str(tmp_path / "dense.pt"), (tmp_path / "dense.pt").read_bytes()
+    ).sha256
+    storage.write_json(str(tmp_path / "manifest.json"), manifest)
+    with pytest.raises(Exception, match=r"(?i)weights.only|unsupported"):
+        checkpoint_files.load(str(tmp_path), checkpoint_files.state_of(tables_of(World(), 1)))
+
+
+class Trap:
+    def __reduce__(self):
+        return (print, ("loaded a pickle",))

@@ -1,0 +1,114 @@
+"""Configuration: defaults, overrides and errors that name the key."""
+
+from pathlib import Path
+
+import pytest
+
+from gtc_dist import train
+from gtc_dist.config_file import load_config
+from gtc_dist.errors import InputError
+
+MINIMAL = "data: {raw: r, catalog: c}\nrun: {storage: s, name: n}\n"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write(tmp_path, text: str) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_minimal_config_has_defaults(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL))
+    assert config.train.batch_size == 2048
+    assert config.model.propagation == "full"
+    assert config.cluster.workers == 1
+
+
+def test_overrides_are_read_as_yaml(tmp_path):
+    overrides = [
+        "train.lr=1e-4",
+        "model.fanout=[3,4]",
+        "model.propagation=sampled",
+        "cluster.threads=null",
+        "run.name=x",
+    ]
+    config = load_config(write(tmp_path, MINIMAL), overrides)
+    assert config.train.lr == 1e-4
+    assert config.model.fanout == [3, 4]
+    assert config.cluster.threads is None
+    assert config.run.name == "x"
+
+
+def test_an_override_can_make_a_section(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL), ["data.features.visual.path=v.npy", "data.features.visual.pca=8"])
+    assert config.data.features["visual"].pca == 8
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_are_valid_and_name_the_keys_that_tools_rely_on(path):
+    text = path.read_text()
+    config = load_config(path)
+    assert config.data.features
+    for key in ("raw:", "catalog:", "storage:", "name:", "workers:", "gpu:", "epochs:", "batch_size:", "seed:"):
+        assert key in text, key
+    assert "propagation:" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (MINIMAL + "modle: {width: 3}\n", [], "unknown key 'modle'; did you mean 'model'"),
+        (MINIMAL, ["model.widht=3"], "unknown key 'model.widht'; did you mean 'width'"),
+        (MINIMAL, ["data.features.v.path=a", "data.features.v.wieght=1"], "did you mean 'weight'"),
+        (MINIMAL, ["model.diffusion.step=3"], "did you mean 'steps'"),
+        (MINIMAL, ["zzz=3"], "known keys here: data, run"),
+        ("run: {storage: s, name: n}\n", [], "key 'data' is missing"),
+        ("data: {raw: r}\nrun: {storage: s, name: n}\n", [], "key 'data.catalog' is missing"),
+        (MINIMAL, ["train.batch_size=many"], "train.batch_size.*integer.*'many'"),
+        (MINIMAL, ["train.batch_size=0"], "greater than 0"),
+        (MINIMAL, ["train.lr=-1"], "greater than 0"),
+        (MINIMAL, ["model.propagation=half"], "'full' or 'sampled'.*'half'"),
+        (MINIMAL, ["model.propagation=sampled", "model.layers=3"], "names 2 layers, model.layers is 3"),
+        (MINIMAL, ["model.fanout=[0,3]"], "neither positive nor -1"),
+        (MINIMAL, ["model.diffusion.start_step=700"], "beyond steps 600"),
+        (MINIMAL, ["model.diffusion.ddim_steps=101"], "more than start_step"),
+        (MINIMAL, ["eval.metric=recall@7"], "recall@7"),
+        (MINIMAL, ["model.modalities=[]"], "name each wanted one once"),
+        (MINIMAL, ["model.modalities=[a,a]"], "name each wanted one once"),
+        (MINIMAL, ["train.seed=-1"], "greater than or equal to 0"),
+        (MINIMAL, ["train.lr=.inf"], "finite number"),
+        (MINIMAL + "? [a, b]\n: 1\n", [], "c.yaml:3: a key must be a plain word, found a list"),
+        (MINIMAL, ["run.name=a/b"], "use letters"),
+        (MINIMAL, ["data.split.valid_share=0.6", "data.split.test_share=0.5"], "leaves nothing to train on"),
+        (MINIMAL, ["data.split.test_share=0"], "valid_share and test_share must be above 0"),
+        (MINIMAL, ["data.interactions.min_rating=3"], "name of the rating column"),
+        (MINIMAL, ["cluster.workers=4", "train.batch_size=3"], "below cluster.workers 4"),
+        (MINIMAL, ["cluster.workers=2", "cluster.min_workers=3"], "min_workers 3 is above workers 2"),
+        (MINIMAL, ["train.epochs"], "not of the form a.b=c"),
+        (MINIMAL + "data: {raw: a, catalog: b}\n", [], "c.yaml:3: key 'data' is given twice"),
+        ("data: [1, 2\n", [], "not valid YAML"),
+        ("- a\n- b\n", [], "holds a list"),
+        ("", [], "key 'data' is missing"),
+        (MINIMAL + "x: !!python/object/apply:os.system [ls]\n", [], "not valid YAML"),
+    ],
+)
+def test_bad_configs_are_refused_with_the_key(tmp_path, text, overrides, message):
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        load_config(write(tmp_path, text), overrides)
+
+
+def test_help_tells_all_words(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--replay" in shown
+    assert "--config" in shown
+
+
+def test_missing_file_and_binary_file(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not UTF-8"):
+        load_config(tmp_path / "b.yaml")

@@ -1,0 +1,122 @@
+"""Row-sharded lookup and sparse Adam against torch.nn.Embedding and torch.optim.SparseAdam."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from worlds import run_ranks
+
+from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.sharded_table import RowTable, make_route, whole_route
+
+ROWS, WIDTH, STEPS = 37, 5, 4
+
+
+def ids_of(rank: int, step: int) -> torch.Tensor:
+    """Repeats, and nothing at all on rank 1 in step 2."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randint(0, ROWS, (0 if (rank, step) == (1, 2) else 11 + rank,), generator=generator)
+
+
+def loss_of(rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return (rows * (ids[:, None] + torch.arange(WIDTH))).sin().sum() + rows.square().sum()
+
+
+def train_table(world: World, whole: bool) -> dict:
+    table = RowTable("t", ROWS, WIDTH, world, init_std=0.3, seed=5)
+    first = None
+    for step in range(STEPS):
+        ids = torch.arange(ROWS) if whole else ids_of(world.rank, step)
+        route = whole_route(ROWS, world) if whole else make_route(ids, ROWS, world)
+        rows = table.lookup(route)
+        if step == 0:
+            first = rows.detach().clone()
+        loss_of(rows, ids).backward()
+        table.step(lr=0.05)
+    return {"first": first, "weight": table.weight, "start": table.start, "avg": table.exp_avg}
+
+
+def reference(size: int, whole: bool) -> tuple[torch.nn.Embedding, torch.Tensor]:
+    table = RowTable("t", ROWS, WIDTH, World(), init_std=0.3, seed=5)
+    embedding = torch.nn.Embedding(ROWS, WIDTH, sparse=True, _weight=table.weight.clone())
+    optimizer = torch.optim.SparseAdam(embedding.parameters(), lr=0.05)
+    start = embedding.weight.detach().clone()
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        every = [torch.arange(ROWS) if whole else ids_of(rank, step) for rank in range(size)]
+        (sum(loss_of(embedding(ids), ids) for ids in every) / size).backward()
+        optimizer.step()
+    return embedding, start
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_lookup_backward_and_adam_match_embedding_and_sparse_adam(size):
+    for whole in (False, True):
+        results = run_ranks(train_table, size, whole)
+        embedding, start = reference(size, whole)
+        for rank, result in enumerate(results):
+            ids = torch.arange(ROWS) if whole else ids_of(rank, 0)
+            torch.testing.assert_close(result["first"], start[ids])
+        together = torch.cat([r["weight"] for r in results])
+        torch.testing.assert_close(together, embedding.weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, ROWS - 1), max_size=50))
+def test_lookup_returns_the_asked_rows_in_order(ids):
+    table = RowTable("t", ROWS, WIDTH, World(), init_std=1.0, seed=1)
+    ids = torch.tensor(ids, dtype=torch.int64)
+    torch.testing.assert_close(table.lookup(make_route(ids, ROWS, table.world)), table.weight[ids], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [-1, ROWS])
+def test_ids_outside_the_table_are_refused(bad):
+    with pytest.raises(IndexError, match="37"):
+        make_route(torch.tensor([3, bad]), ROWS, World())
+
+
+def initial(world: World) -> torch.Tensor:
+    return RowTable("t", 9000, 3, world, init_std=1.0, seed=2).weight
+
+
+def test_initial_values_do_not_depend_on_the_world():
+    alone = run_ranks(initial, 1)[0]
+    torch.testing.assert_close(torch.cat(run_ranks(initial, 2)), alone, rtol=0, atol=0)
+    assert alone.std() == pytest.approx(1.0, abs=0.02)
+    assert not torch.equal(alone[:4096], alone[4096:8192])
+
+
+def test_untouched_rows_stay_as_they_are():
+    table = RowTable("t", ROWS, WIDTH, World(), init_std=1.0, seed=1)
+    before = table.weight.clone()
+    table.lookup(make_route(torch.tensor([4, 4, 9]), ROWS, table.world)).sum().backward()
+    table.step(lr=0.1)
+    changed = (table.weight != before).any(1).nonzero().flatten().tolist()
+    assert changed == [4, 9]
+
+
+def train_rowwise(world: World) -> dict:
+    table = RowTable("t", ROWS, WIDTH, world, init_std=0.3, seed=5, rowwise=True)
+    for step in range(STEPS):
+        ids = ids_of(world.rank, step)
+        loss_of(table.lookup(make_route(ids, ROWS, world)), ids).backward()
+        table.step(lr=0.05)
+    return {"weight": table.weight, "exp_avg_sq": table.exp_avg_sq}
+
+
+def test_rowwise_adam_keeps_one_second_moment_a_row():
+    """Against Adam written out row by row, on one rank and on two."""
+    weight = RowTable("t", ROWS, WIDTH, World(), init_std=0.3, seed=5).weight.clone()
+    avg, avg_sq = torch.zeros(ROWS, WIDTH), torch.zeros(ROWS)
+    for step in range(STEPS):
+        leaf = weight.clone().requires_grad_()
+        sum(loss_of(leaf[ids], ids) for ids in (ids_of(0, step), ids_of(1, step))).div(2).backward()
+        for row in set(ids_of(0, step).tolist()) | set(ids_of(1, step).tolist()):
+            grad = leaf.grad[row]
+            avg[row] = 0.9 * avg[row] + 0.1 * grad
+            avg_sq[row] = 0.999 * avg_sq[row] + 0.001 * grad.square().mean()
+            size = 0.05 * (1 - 0.999 ** (step + 1)) ** 0.5 / (1 - 0.9 ** (step + 1))
+            weight[row] -= size * avg[row] / (avg_sq[row].sqrt() + 1e-8)
+    results = run_ranks(train_rowwise, 2)
+    torch.testing.assert_close(torch.cat([r["weight"] for r in results]), weight)
+    torch.testing.assert_close(torch.cat([r["exp_avg_sq"] for r in results])[:, 0], avg_sq)

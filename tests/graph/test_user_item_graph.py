@@ -1,0 +1,64 @@
+"""The user-item graph against dense matrices, in blocks of any size."""
+
+import numpy as np
+import pytest
+from graphs import ITEMS, USERS, check_layout, dense, same, train_pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gtc_dist.data.scratch import Scratch
+from gtc_dist.graph import user_item_graph
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_user_item_is_the_normalised_adjacency(seed):
+    user, item = train_pairs(seed)
+    adjacency = np.zeros((USERS, ITEMS))
+    adjacency[user, item] = 1
+    degrees = np.sqrt(np.outer(adjacency.sum(1), adjacency.sum(0)))
+    expected = np.divide(adjacency, degrees, out=np.zeros_like(adjacency), where=adjacency > 0)
+    item_user, user_item = user_item_graph.user_item(user, item, USERS, ITEMS)
+    check_layout(item_user, USERS)
+    check_layout(user_item, ITEMS)
+    np.testing.assert_allclose(dense(item_user, ITEMS), expected, rtol=1e-6)
+    np.testing.assert_allclose(dense(user_item, USERS), expected.T, rtol=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.sampled_from([1, 200, 3000, 1 << 20]))
+def test_user_item_is_the_same_in_blocks_of_any_size(seed, memory):
+    user, item = train_pairs(seed)
+    expected = user_item_graph.user_item(user, item, USERS, ITEMS)
+    with Scratch(memory_bytes=memory) as scratch:
+        for graph, whole in zip(user_item_graph.user_item(user, item, USERS, ITEMS, scratch), expected, strict=True):
+            check_layout(graph, USERS if whole is expected[0] else ITEMS)
+            assert same(graph, whole)
+
+
+def test_user_item_takes_mapped_arrays_and_frees_what_it_sorted(tmp_path):
+    user, item = train_pairs(4)
+    np.save(tmp_path / "user.npy", user)
+    np.save(tmp_path / "item.npy", item)
+    mapped = [np.load(tmp_path / name, mmap_mode="r") for name in ("user.npy", "item.npy")]
+    with Scratch(memory_bytes=1000) as scratch:
+        graphs = user_item_graph.user_item(*mapped, USERS, ITEMS, scratch)
+        for graph, whole in zip(graphs, user_item_graph.user_item(user, item, USERS, ITEMS), strict=True):
+            assert same(graph, whole)
+            assert isinstance(graph.indices, np.memmap)
+        assert len(list(scratch.path.iterdir())) == 4  # indices and weights of both
+
+
+def test_user_item_without_interactions():
+    none = np.zeros(0, np.int32)
+    for graph, destinations in zip(user_item_graph.user_item(none, none, 3, 2), (3, 2), strict=True):
+        check_layout(graph, destinations)
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 25), st.integers(1, 8))
+def test_ranges_are_whole_and_bounded(degrees, most, at_most):
+    ends = np.concatenate([[0], np.cumsum(degrees, dtype=np.int64)])
+    found = user_item_graph.ranges(ends, most, at_most)
+    assert [n for part in found for n in range(part.start, part.stop)] == list(range(len(degrees)))
+    for part in found:
+        assert part.stop - part.start <= at_most
+        assert part.stop - part.start == 1 or ends[part.stop] - ends[part.start] <= most

@@ -1,0 +1,194 @@
+"""The untrained parts of an embedding: walks over co-interactions against dense matrices, alone and over ranks."""
+
+import numpy as np
+import pytest
+import torch
+from small import small_catalog, small_config
+from worlds import run_ranks
+
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.graph.csc import Graphs, both_directions
+from gtc_dist.graph.user_item_graph import user_item
+from gtc_dist.hybrid import content_profile
+from gtc_dist.hybrid.cold_start import WarmNeighbours
+from gtc_dist.hybrid.content_profile import profile_part
+from gtc_dist.hybrid.graph_filter import Walk, WalkOptions
+from gtc_dist.hybrid.score_fusion import LENGTH, MEMBERS, WALKED, Blend, unit
+from gtc_dist.hybrid.spectral import spectral_part
+from gtc_dist.model.build import build_blend, load_features, network_shape
+
+OPTIONS = WalkOptions(0.6, 0.3, 7)
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    return small_catalog(tmp_path_factory.mktemp("catalog") / "c")
+
+
+def dense(catalog) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """N [users, items], C [items, items] and degree^-q [items] of OPTIONS."""
+    users, items = catalog.interactions("train")
+    R = np.zeros((catalog.users, catalog.items))
+    R[users, items] = 1
+    of_user, of_item = R.sum(1).clip(1) ** -0.6, R.sum(0).clip(1) ** -0.3
+    N = of_user[:, None] * R * of_item
+    C = N.T @ N
+    np.fill_diagonal(C, 0)
+    return N, C, of_item
+
+
+def test_walk_is_the_dense_operator_without_its_diagonal(catalog):
+    walk = Walk(Graphs.load(catalog), World(), OPTIONS)
+    N, C, _ = dense(catalog)
+    x = torch.randn(catalog.items, 40, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(walk.to_users(x), torch.from_numpy(N).float() @ x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(walk(x), torch.from_numpy(C).float() @ x, rtol=1e-4, atol=1e-5)
+
+
+def test_spectral_scores_are_those_of_the_leading_eigenpairs(catalog):
+    users, items = spectral_part(Walk(Graphs.load(catalog), World(), OPTIONS), 3, seed=1)
+    N, C, of_item = dense(catalog)
+    values, Q = np.linalg.eigh(C)
+    values, Q = values[::-1][:3] / values.max(), Q[:, ::-1][:, :3]
+    want = N @ Q @ np.diag(values**2 + 3 * values**3) @ Q.T * of_item
+    got = users.weight @ items.weight.T
+    torch.testing.assert_close(got, torch.from_numpy(want).float(), rtol=1e-3, atol=1e-4 * float(np.abs(want).max()))
+    assert (items.weight[-3:] == 0).all()  # no train interaction
+
+
+def test_more_modes_than_the_graph_has(catalog):
+    _, items = spectral_part(Walk(Graphs.load(catalog), World(), OPTIONS), 64, seed=1)
+    values = np.linalg.eigvalsh(dense(catalog)[1])
+    assert items.width == (values > 1e-6 * values.max()).sum()
+
+
+def test_without_two_items_of_one_user_there_is_no_mode():
+    graphs = Graphs(3, 3, both_directions(*user_item(np.arange(3), np.arange(3), 3, 3)))
+    users, items = spectral_part(Walk(graphs, World(), OPTIONS), 4, seed=0)
+    assert users.weight.shape == items.weight.shape == (3, 0)
+
+
+@pytest.mark.parametrize("width", [100, 3])
+def test_profile_is_the_content_of_a_users_items_and_of_those_near_them(catalog, width, monkeypatch):
+    monkeypatch.setattr(content_profile, "BLOCK", 30)  # a few rows at once
+    features = load_features(network_shape(small_config(catalog.uri), catalog), catalog, World())["m0"]
+    users, items = profile_part(Walk(Graphs.load(catalog), World(), OPTIONS), features, width)
+    raw = features.weight.double().numpy()
+    V = raw - raw.mean(0)
+    V /= np.linalg.norm(V, axis=1, keepdims=True)
+    if width == 3:
+        V = V @ np.linalg.svd(V, full_matrices=False)[2][:3].T
+    N, C, _ = dense(catalog)
+    near, far = (P @ V @ V.T for P in (N, N @ C))
+    want = near / near.std(1, keepdims=True) + far / far.std(1, keepdims=True)
+    torch.testing.assert_close(users.weight @ items.weight.T, torch.from_numpy(want).float(), rtol=1e-3, atol=1e-3)
+
+
+def scores(world: World, uri: str, config) -> dict:
+    catalog = Catalog(uri)
+    features = load_features(network_shape(config, catalog), catalog, world)
+    graphs = Graphs.load(catalog)
+    blend = build_blend(config, graphs, features, world, WarmNeighbours(graphs, world, 9))
+    members = tuple(RowTable(n, r, 4, world, init_std=1.0) for n, r in (("u", catalog.users), ("i", catalog.items)))
+    blend.weights |= {MEMBERS: 0.5, LENGTH: 0.75, WALKED: 2.0, "m1": 0.0}
+    users, items = blend.joined(members)
+    return {"users": users.weight, "items": items.weight, "parts": list(blend.parts)}
+
+
+def test_ranks_make_the_same_scores(catalog):
+    config = small_config(catalog.uri, model={"walk": {"spectral": 3, "profile": 4}}, eval={"chunk": 9})
+    alone = run_ranks(scores, 1, catalog.uri, config)[0]
+    together = run_ranks(scores, 3, catalog.uri, config)
+    users, items = (torch.cat([part[kind] for part in together]) for kind in ("users", "items"))
+    assert alone["parts"] == ["spectral", "m0", "m1"]
+    assert users.shape[1] == 4 + 3 + 4
+    torch.testing.assert_close(users @ items.T, alone["users"] @ alone["items"].T, rtol=1e-3, atol=1e-3)
+
+
+def pair(users: list, items: list) -> tuple[RowTable, RowTable]:
+    tables = []
+    for name, rows in (("u", users), ("i", items)):
+        table = RowTable(name, len(rows), len(rows[0]), World(), trainable=False)
+        table.weight = torch.tensor(rows)
+        tables.append(table)
+    return tuple(tables)
+
+
+def test_parts_are_measured_by_their_spread():
+    part = pair([[2.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [3.0, 5.0], [-2.0, 1.0]])
+    users, items = unit(part)
+    score = part[0].weight @ part[1].weight.T
+    torch.testing.assert_close((users.weight @ items.weight.T)[0], score[0] / score[0].std(correction=0))
+    assert (users.weight[1] == 0).all()  # all items alike
+
+
+def test_weights_are_those_that_are_worth_most():
+    good, bad = pair([[1.0]], [[1.0], [0.0], [-1.0]]), pair([[1.0]], [[-1.0], [0.0], [1.0]])
+    wanted = torch.tensor([2.0, 0.0, -2.0])
+
+    def worth(part):
+        return -float((part[0].weight @ part[1].weight.T - wanted).square().sum())
+
+    blend = Blend({"spectral": good, "helps": good, "hurts": bad}, [], None)
+    blend.choose(worth)
+    assert blend.weights["spectral"] == 1
+    assert blend.weights["helps"] > 0
+    assert blend.weights["hurts"] == 0
+    before = worth(blend.joined(bad))
+    blend.choose_members(bad, worth)
+    assert blend.weights[MEMBERS] == 0.125
+    assert worth(blend.joined(bad)) > before
+
+
+def test_members_that_are_far_better_than_the_rest_are_hardly_blended():
+    good, bad = pair([[1.0]], [[1.0], [0.0], [-1.0]]), pair([[1.0]], [[-1.0], [0.0], [1.0]])
+
+    def worth(part):
+        score = (part[0].weight @ part[1].weight.T)[0]
+        return float((score[0] - score[2]) / (score.abs().sum() + 0.1))
+
+    blend = Blend({"spectral": bad}, [], None)
+    blend.choose(worth)
+    blend.choose_members(good, worth)
+    assert blend.weights[MEMBERS] == 32
+
+
+def test_length_of_members_is_taken_away_where_direction_says_more():
+    angle, length = torch.tensor([0.0, 0.7, 1.4, 2.1, 2.8, 0.3]), torch.tensor([1.0, 6.0, 0.5, 3.0, 0.2, 0.0])
+    rows = torch.stack([angle.cos(), angle.sin()], dim=1)
+    wanted = torch.where(length > 0, angle.cos(), 0.0)
+    members = pair([[1.0, 0.0]], (rows * length[:, None]).tolist())
+
+    def worth(part):
+        return float(torch.cosine_similarity(part[0].weight @ part[1].weight.T, wanted[None]))
+
+    blend = Blend({"spectral": pair([[1.0]], [[0.1], [-0.1], [0.2], [-0.2], [0.1], [0.0]])}, [], None)
+    blend.choose(worth)
+    blend.choose_members(members, worth)
+    assert blend.weights[LENGTH] == 1
+    assert worth(blend.joined(members)) > 0.99
+    once = dict(blend.weights)
+    blend.choose_members(members, worth)  # from there on nothing is better
+    assert blend.weights == once
+
+
+def test_users_also_have_what_walks_bring_them(catalog):
+    """Own and walked scores, each in its spread, with a weight for the walks; without cold items to be filled."""
+    graphs, world = Graphs.load(catalog), World()
+    walk = Walk(graphs, world, OPTIONS)
+    users = RowTable("u", catalog.users, 4, world, init_std=1.0, trainable=False)
+    items = RowTable("i", catalog.items, 4, world, init_std=1.0, trainable=False)
+    blend = Blend({"spectral": spectral_part(walk, 3, 0)}, [], None, walk)
+    blend.weights |= {MEMBERS: 1.0, WALKED: 0.5, "spectral": 0.0}
+    joined = blend.joined((users, items))
+    N, C, _ = dense(catalog)
+    warm = graphs.item_degree > 0
+    V = items.weight.double().numpy()
+    own, walked = users.weight.double().numpy() @ V.T, N @ C @ (V - V[warm].mean(0)) @ V.T
+    want = own / own.std(1, keepdims=True) + 0.5 * walked / walked.std(1, keepdims=True)
+    want /= want.std(1, keepdims=True)
+    torch.testing.assert_close(
+        joined[0].weight @ joined[1].weight.T, torch.from_numpy(want).float(), rtol=1e-3, atol=1e-3
+    )

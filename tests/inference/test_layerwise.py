@@ -1,0 +1,58 @@
+"""Layer-wise inference equals what training sees on the whole graph, in chunks and over ranks."""
+
+import pytest
+import torch
+from small import GATED, small_catalog, small_config
+from test_gtc import reference, setup
+from worlds import run_ranks
+
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.distributed.collectives import World
+from gtc_dist.inference.layerwise import embed_catalog
+from gtc_dist.model.build import build_network, load_features, load_graphs
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    return small_catalog(tmp_path_factory.mktemp("catalog") / "c")
+
+
+@pytest.mark.parametrize("chunk", [1000, 7])
+@pytest.mark.parametrize("hops", [True, False])
+@pytest.mark.parametrize("model", [{}, GATED])
+def test_matches_the_dense_reference(catalog, chunk, hops, model):
+    config, network, tables = setup(catalog, model={"item_hop": hops, "user_hop": hops, **model})
+    features = load_features(network.shape, catalog, World())
+    users, items = embed_catalog(network, tables, features, load_graphs(config, catalog), config.model.layers, chunk)
+    want_users, want_items = reference(network, tables, catalog, config)
+    torch.testing.assert_close(users.weight, want_users.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(items.weight, want_items.detach(), rtol=1e-4, atol=1e-5)
+
+
+def own_rows(world: World, uri: str, config) -> dict:
+    catalog = Catalog(uri)
+    network, tables = build_network(config, catalog, world)
+    features = load_features(network.shape, catalog, world)
+    watched: dict[str, float] = {}
+    out = embed_catalog(network, tables, features, load_graphs(config, catalog), 2, 9, watched)
+    return {"users": out[0].weight, "items": out[1].weight, "watched": watched}
+
+
+@pytest.mark.parametrize("model", [{}, GATED])
+def test_ranks_compute_their_own_rows(catalog, model):
+    config = small_config(catalog.uri, model=model)
+    alone = run_ranks(own_rows, 1, catalog.uri, config)[0]
+    together = run_ranks(own_rows, 3, catalog.uri, config)
+    for kind in ("users", "items"):
+        rows = torch.cat([result[kind] for result in together])
+        torch.testing.assert_close(rows, alone[kind], rtol=1e-5, atol=1e-6)
+    for result in together:
+        assert result["watched"] == pytest.approx(alone["watched"], rel=1e-5)
+    assert sum(v for k, v in alone["watched"].items() if k.startswith("gate/")) == pytest.approx(1, rel=1e-5)
+
+
+def test_twice_the_same_bits(catalog):
+    config = small_config(catalog.uri)
+    first, second = (own_rows(World(), catalog.uri, config) for _ in range(2))
+    assert torch.equal(first["users"], second["users"])
+    assert torch.equal(first["items"], second["items"])

@@ -1,0 +1,166 @@
+"""Items that arrive after training: they get what a cold item of the catalog with their content has."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from small import small_catalog, write_config
+from test_train import cold_items, export_embeddings, read_export, train_without_ray
+
+from gtc_dist.data import formats, storage
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.errors import InputError
+from gtc_dist.graph.csc import Graphs
+from gtc_dist.hybrid.cold_start import LIFT, OWN, REGRESSION
+from gtc_dist.inference.new_items import arrival_rows
+from gtc_dist.inference.trained_run import find, restore
+
+WALKS = ["model.walk.spectral=3", "model.walk.profile=4"]
+
+
+@pytest.fixture(scope="module", params=[[], WALKS])
+def run(tmp_path_factory, request) -> tuple[str, Catalog]:
+    """The folder of a finished run, without Ray."""
+    folder = tmp_path_factory.mktemp("run")
+    catalog = small_catalog(folder / "catalog", cold=6)
+    for name, width in catalog.modalities().items():
+        for part, array in (("mean", np.full(width, 0.5)), ("std", np.full(width, 2.0))):
+            formats.write_array(f"{catalog.uri}/features/{name}/{part}.npy", array)
+    config = write_config(folder, catalog.uri, str(folder / "runs"), epochs=1)
+    return train_without_ray(config, *request.param), catalog
+
+
+def write_items(uri: str, ids: list, content: dict[str, np.ndarray]) -> str:
+    columns = {name: pa.array(list(rows), pa.list_(pa.float64())) for name, rows in content.items()}
+    formats.write_table(uri, pa.table({"id": pa.array(ids), **columns}))
+    return uri
+
+
+def raw(catalog: Catalog, item: int) -> dict[str, np.ndarray]:
+    """The raw vectors that an item's features come from."""
+    return {name: catalog.features(name, item, item + 1).astype(np.float64) * 2 + 0.5 for name in catalog.modalities()}
+
+
+def features(catalog: Catalog) -> dict[str, np.ndarray]:
+    """Of all items, as the catalog has them."""
+    return {name: catalog.features(name) for name in catalog.modalities()}
+
+
+def test_new_items_are_exported_after_those_of_the_catalog(run, tmp_path, capsys):
+    uri, catalog = run
+    cold = np.flatnonzero(Graphs.load(catalog).item_degree == 0)
+    content = {name: np.concatenate([raw(catalog, i)[name] for i in cold]) for name in catalog.modalities()}
+    new_ids = [9000 + int(i) for i in cold]
+    file = write_items(str(tmp_path / "new.parquet"), new_ids, content)
+    export_embeddings.main(["--run", uri, "--out", str(tmp_path / "e"), "--new-items", file, "--faiss"])
+    assert f"(and {len(cold)} new ones)" in capsys.readouterr().out
+    ids, rows = read_export(str(tmp_path / "e"), "items")
+    assert ids[catalog.items :] == new_ids
+    manifest = storage.read_json(str(tmp_path / "e/manifest.json"))
+    assert manifest["new_items"] == len(cold)
+    assert manifest["files"]["items.faiss"]["rows"] == len(ids)
+    opened = restore(find(uri))
+    want = arrival_rows(opened, opened.embed()[1], {n: x[cold] for n, x in features(catalog).items()})
+    np.testing.assert_allclose(rows[catalog.items :], want, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", [0.0, 1.0])
+def test_a_new_item_has_what_a_cold_item_with_its_content_has(run, form):
+    """By regression the very same; by neighbours the mean of the nearest warm ones and its own profile."""
+    uri, catalog = run
+    opened = restore(find(uri))
+    opened.final.cold.weights |= {REGRESSION: form, OWN: 2.0, LIFT: 1.21}
+    items = opened.embed()[1]
+    warm = Graphs.load(catalog).item_degree > 0
+    cold = np.flatnonzero(~warm)
+    rows = arrival_rows(opened, items, {n: x[cold] for n, x in features(catalog).items()}).numpy()
+    in_catalog, all_rows = items.weight[cold].numpy(), items.weight.numpy()
+    own = np.zeros(rows.shape[1], bool)
+    for columns in opened.final.profiles(items.width).values():
+        own[columns] = True
+    assert own.any() == (opened.final.blend is not None)
+    np.testing.assert_allclose(rows[:, own], in_catalog[:, own], rtol=1e-2, atol=1e-3)
+    if form:
+        np.testing.assert_allclose(rows, in_catalog, rtol=1e-2, atol=1e-3)
+        return
+    units = [x.astype(np.float64) for x in features(catalog).values()]
+    similarity = sum(x @ x.T for x in (u / np.linalg.norm(u, axis=1, keepdims=True) for u in units)) / len(units)
+    for n, item in enumerate(cold):
+        order = np.argsort(-np.where(warm, similarity[item], -np.inf))[:10]
+        share = np.maximum(similarity[item, order], 0)
+        want = 1.21 * (share / share.sum()) @ all_rows[order]
+        np.testing.assert_allclose(rows[n, ~own], want[~own], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop_columns(["m1"]), "has no column 'm1'; columns found: id, m0"),
+        (lambda t: t.set_column(0, "id", pa.array(["x", "y"])), "column 'id' is string, the catalog's are int64"),
+        (lambda t: t.set_column(0, "id", pa.array([1, None])), "column 'id' has 1 nulls"),
+        (lambda t: t.set_column(0, "id", pa.array([5, 5])), "column 'id' has an id twice"),
+        (lambda t: t.set_column(0, "id", pa.array([5, 107])), "the catalog has item 107 already"),
+        (lambda t: t.set_column(1, "m0", pa.array([[1.0], [2.0]])), "'m0' has a vector of length 1"),
+        (lambda t: t.set_column(0, "id", pa.array([[1], [2]])), "column 'id' is list<"),
+        (lambda t: t.set_column(1, "m0", pa.array([[1.0] * 6, None])), "'m0' has no vector in row 1"),
+        (lambda t: t.set_column(1, "m0", pa.array([[1.0] * 6, [float("nan")] * 6])), "'m0', row 1: the vector has"),
+        (lambda t: t.set_column(1, "m0", pa.array([1.0, 2.0])), "column 'm0' is double; it must hold vectors"),
+    ],
+)
+def test_bad_files_are_refused_and_nothing_is_written(run, tmp_path, change, message):
+    uri, catalog = run
+    file = write_items(
+        str(tmp_path / "a.parquet"), [1, 2], {n: np.ones((2, w)) for n, w in catalog.modalities().items()}
+    )
+    formats.write_table(file, change(formats.read_table(file)))
+    with pytest.raises(InputError, match=r"a\.parquet") as error:
+        export_embeddings.main(["--run", uri, "--out", str(tmp_path / "e"), "--new-items", file])
+    assert message in str(error.value)
+    assert not storage.listing(str(tmp_path / "e"))
+
+
+def test_what_cold_items_get_is_shown_beside_content_alone(run, capsys):
+    uri, catalog = run
+    cold_items.main(["--run", uri, "--threads", "1"])
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    table = {name: cells for name, *cells in lines}
+    want = restore(find(uri)).evaluate("test", None)["cold"]["recall@20"]
+    assert table["**as chosen**"][0].startswith(f"{want:.4f} (")
+    assert float(table["without cold items in the lists"][2]) <= float(table["cold items' rows 1.77 as long"][2])
+
+    users, items = catalog.interactions("train")
+    unit = features(catalog)["m0"].astype(np.float64)
+    unit -= unit.mean(0)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    score = np.zeros((catalog.users, catalog.items))
+    np.add.at(score, users, unit[items] @ unit.T)
+    score[users, items] = -np.inf
+    warm = Graphs.load(catalog).item_degree > 0
+    found: dict[int, list[bool]] = {}
+    for user, item in zip(*catalog.interactions("test"), strict=True):
+        if not warm[item] and user in users:
+            found.setdefault(user, []).append(item in np.argsort(-score[user])[:20])
+    assert found
+    mean = np.mean([np.mean(hits) for hits in found.values()])
+    assert table["content, m0"][0] == f"{mean:.4f} ({len(found)} users)"
+
+
+def test_the_nearest_items_embeddings_are_shown_beside(run, capsys):
+    uri, catalog = run
+    cold_items.main(["--run", uri, "--threads", "1"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| nearest |"))
+    restored = restore(find(uri))
+    users, items = (rows.weight.numpy().copy() for rows in restored.blended())
+    hop, warm = restored.graphs.item_item, restored.graphs.item_degree > 0
+    for item in np.flatnonzero(~warm):
+        near = hop.indices[hop.indptr[item] : hop.indptr[item + 1]]
+        weight = hop.weight[hop.indptr[item] : hop.indptr[item + 1]] * warm[near]
+        items[item] = weight @ items[near] / weight.sum()
+    score = users @ items.T
+    seen = catalog.interactions("train")
+    score[seen] = -np.inf
+    hits = {}
+    for user, item in zip(*catalog.interactions("test"), strict=True):
+        if not warm[item] and user in seen[0]:
+            hits.setdefault(user, []).append(item in np.argsort(-score[user])[:20])
+    assert hits
+    assert f"{np.mean([np.mean(h) for h in hits.values()]):.4f} ({len(hits)} users)" in line

@@ -1,0 +1,187 @@
+"""What ends processes: lost ranks, killed and stopped commands. Afterwards the run ends as it would have."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from local_cluster import LocalCluster
+from small import small_catalog, write_config
+from test_train import train_without_ray
+from worlds import run_ranks
+
+from gtc_dist import train
+from gtc_dist.checkpoint import checkpoint_files
+from gtc_dist.data import storage
+from gtc_dist.distributed.collectives import World
+from gtc_dist.errors import InputError
+
+EPOCHS = 5
+LONG = [f"train.epochs={EPOCHS}", "train.batch_size=32", "train.checkpoint.minutes=0.0", "train.log_every=5"]
+LONG += ["model.propagation=sampled", "model.fanout=[3,3]", "train.refresh=4"]
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory) -> str:
+    return small_catalog(tmp_path_factory.mktemp("catalog") / "c", users=120, items=80).uri
+
+
+def command(tmp_path: Path, catalog: str, workers: int, *overrides: str) -> list[str]:
+    config = write_config(tmp_path, catalog, str(tmp_path / "runs"))
+    return ["--config", config, f"cluster.workers={workers}", *LONG, *overrides]
+
+
+def result(run: Path | str) -> dict:
+    found = storage.read_json(f"{run}/metrics.json")
+    return {name: value for name, value in found.items() if not name.startswith("seconds")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(catalog, tmp_path_factory) -> dict[int, Path]:
+    """By the number of ranks, a folder with their finished run. Without Ray."""
+    folders = {ranks: tmp_path_factory.mktemp("undisturbed") for ranks in (1, 2)}
+    for ranks, folder in folders.items():
+        _, file, *overrides = command(folder, catalog, ranks)
+        run_ranks(train_on, ranks, file, overrides)
+    return folders
+
+
+def train_on(world: World, file: str, overrides: list[str]) -> None:
+    train_without_ray(file, *overrides, world=world)
+
+
+def wait_for_states(run: Path | str, count: int, limit: float = 120) -> None:
+    """Until so many states were whole, one after the other."""
+    seen: set[str] = set()
+    deadline = time.monotonic() + limit
+    while len(seen) < count:
+        assert time.monotonic() < deadline, f"{run} has {sorted(seen)}"
+        seen |= set(checkpoint_files.names(str(run), "step-")[0])
+        time.sleep(0.02)
+
+
+def ranks_of(process: psutil.Process) -> list[psutil.Process]:
+    return [p for p in process.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+TWICE = [signal.SIGKILL, signal.SIGSTOP]
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGKILL], pytest.param(TWICE, marks=pytest.mark.long)])
+def test_a_rank_that_is_lost_is_replaced_and_the_result_is_the_same(ray_local, undisturbed, catalog, tmp_path, numbers):
+    """Killed; and, at another place, stopped: then it keeps the other waiting until that is too long."""
+    run, lost = tmp_path / "runs/r", []
+
+    def disturb() -> None:
+        for states, number in enumerate(numbers, start=2):
+            wait_for_states(run, states)
+            victim = ranks_of(psutil.Process())[-1]
+            victim.send_signal(number)
+            lost.append(victim)
+            psutil.wait_procs([victim], timeout=90)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        limit = ["cluster.wait_minutes=0.25"] if signal.SIGSTOP in numbers else []
+        train.main(command(tmp_path, catalog, 2, *limit))
+    finally:
+        thread.join()
+    assert [victim.is_running() for victim in lost] == [False] * len(numbers)
+    assert result(run) == result(undisturbed[2] / "runs/r")
+    assert (checkpoint_files.names(str(run), "step-")[1], checkpoint_files.names(str(run), "epoch-")[1]) == ([], [])
+
+
+ENDED = [(2, signal.SIGKILL, -signal.SIGKILL), (3, signal.SIGTERM, train.LEFT)]
+
+
+@pytest.mark.parametrize("endings", [ENDED[:1], pytest.param(ENDED, marks=pytest.mark.long)])
+def test_a_command_that_is_ended_goes_on_when_it_is_given_again(
+    ray_local, undisturbed, catalog, tmp_path, endings, capfd
+):
+    """In a cluster of its own, which goes with it: killed, stopped; at last in another cluster, left alone."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    arguments = [sys.executable, "-m", "gtc_dist.train", *command(tmp_path, catalog, 1)]
+    run, log = tmp_path / "runs/r", tmp_path / "log"
+    for states, number, status in endings:
+        with open(log, "ab") as out:
+            process = subprocess.Popen(arguments, stdout=out, stderr=out, env=environment)
+        wait_for_states(run, states)
+        with pytest.raises(InputError, match=rf"is being trained by process {process.pid} on"):
+            train.main(command(tmp_path, catalog, 1))
+        children = [p for p in psutil.Process(process.pid).children(recursive=True) if "Agent" not in p.name()]
+        process.send_signal(number)
+        assert process.wait(60) == status, log.read_text()
+        assert not (run / "metrics.json").exists()
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert alive == []  # no orphans; Ray's agents leave a minute later
+    assert train.main(command(tmp_path, catalog, 1)) == 0
+    assert f"going on with {run}" in capfd.readouterr().err
+    assert result(run) == result(undisturbed[1] / "runs/r")
+    assert not (run / "stop").exists()
+    assert checkpoint_files.names(str(run), "step-")[1] == []  # nor what was being written when it was killed
+
+
+@pytest.mark.long
+def test_a_job_that_is_stopped_and_submitted_again_ends_as_if_it_was_not(undisturbed, catalog, tmp_path):
+    words = ["python", "-m", "gtc_dist.train", *command(tmp_path, catalog, 1)]
+    run = tmp_path / "runs/r"
+    with LocalCluster(nodes=1, cpus=2) as cluster, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(cluster.submit, words, job="first", timeout=200)
+        wait_for_states(run, 2)
+        stopped = cluster.stop_job("first")
+        assert stopped.returncode == 0, stopped.stdout
+        assert "stopped" in first.result().stdout
+        assert not (run / "metrics.json").exists()
+        again = cluster.submit(words, job="second", timeout=200)
+        assert again.returncode == 0, again.stdout[-3000:]
+        assert "going on with" in again.stdout
+    assert result(run) == result(undisturbed[1] / "runs/r")
+    assert (checkpoint_files.names(str(run), "step-")[1], checkpoint_files.names(str(run), "epoch-")[1]) == ([], [])
+
+
+def test_given_again_a_finished_run_says_so_and_another_configuration_is_refused(undisturbed, catalog, capsys):
+    run, same = undisturbed[2] / "runs/r", command(undisturbed[2], catalog, 2)
+    written = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    assert train.main(same) == 0
+    told = capsys.readouterr()
+    assert "is finished" in told.err
+    assert f"best epoch {result(run)['best_epoch']} of" in told.out
+    assert "or more epochs to go on" in told.err
+    early = [*same, "train.epochs=99"]  # as of a run that stopped early: its settings, but not as many epochs
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(re.sub(r"epochs: \d+", "epochs: 99", config))
+    assert train.main(early) == 0
+    assert re.search(r"or an eval\.patience above \d+ to go on", capsys.readouterr().err)
+    (run / "config.yaml").write_text(config)
+    written[run / "config.yaml"] = (run / "config.yaml").stat().st_mtime_ns
+    with pytest.raises(InputError, match=r"another configuration \(train\.lr: 0\.001 there, 0\.5 here\)"):
+        train.main([*same, "train.lr=0.5"])
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == written
+    longer = EPOCHS + 1
+    assert train.main([*same, f"train.epochs={longer}", "cluster.workers=1"]) == 0
+    assert (result(run)["last_epoch"], result(run)["workers"]) == (longer, 1)
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["epochs"] == longer
+
+
+@pytest.mark.long
+def test_a_loss_that_is_not_finite_ends_the_command_with_a_step_to_replay(catalog, tmp_path):
+    module = [sys.executable, "-m", "gtc_dist.train"]
+    words = command(tmp_path, catalog, 1, "train.table_lr=1e30", "train.lr=1e30")
+    ended = subprocess.run([*module, *words], capture_output=True, text=True)
+    told = ended.stderr.splitlines()[-1]
+    assert (ended.returncode, told[:14]) == (3, "error: epoch 1"), ended.stderr
+    [file] = (tmp_path / "runs/r").glob("not-finite-*.npz")
+    assert f"--replay {file}" in told
+    again = subprocess.run([*module, "--replay", str(file)], capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout)["not_finite"]
+    assert not (tmp_path / "runs/r/failed.json").exists()

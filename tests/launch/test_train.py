@@ -1,0 +1,308 @@
+"""The commands from raw tables to exported embeddings, on local Ray, on disk and in object storage."""
+
+import json
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from small import ROOT, refused, small_catalog, write_config
+from test_resume import trainer_of
+
+from gtc_dist import evaluate, train
+from gtc_dist.checkpoint import checkpoint_files
+from gtc_dist.config import Config
+from gtc_dist.config_file import load_config
+from gtc_dist.data import formats, storage
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.distributed.collectives import World
+from gtc_dist.errors import InputError
+from gtc_dist.inference.trained_run import find, restore
+from gtc_dist.model.build import build_network
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import cold_items  # noqa: F401  (for test_arrivals)
+import export_embeddings
+import recommend
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> str:
+    """The folder of a finished run of one rank, by the trainer without Ray."""
+    folder = tmp_path_factory.mktemp("run")
+    catalog = small_catalog(folder / "catalog")
+    return train_without_ray(write_config(folder, catalog.uri, str(folder / "runs")))
+
+
+def train_without_ray(file: str, *overrides: str, world: World | None = None) -> str:
+    """Train a configuration in this process, or on the ranks of a world, and return the run folder."""
+    config = train.with_absolute_uris(load_config(file, list(overrides)))
+    run = storage.join(config.run.storage, config.run.name)
+    storage.write_bytes(f"{run}/config.yaml", yaml.safe_dump(config.model_dump()).encode())
+    trainer_of(world or World(), config, run).fit()
+    return run
+
+
+def metrics_of(run: str) -> dict:
+    return storage.read_json(storage.join(run, "metrics.json"))
+
+
+def resolved_catalog(run: str) -> str:
+    return yaml.safe_load(storage.read_bytes(f"{run}/config.yaml"))["data"]["catalog"]
+
+
+def test_a_run_folder_holds_what_is_promised(run):
+    names = storage.listing(run)
+    for name in ("config.yaml", "metrics.json", "metrics.jsonl"):
+        assert name in names
+    assert any(name.startswith("tensorboard/events.out") for name in names)
+    assert any("items" in name and name.endswith("tensors.tsv") for name in names)
+    metrics = metrics_of(run)
+    checkpoints = {name.split("/")[1] for name in names if name.startswith("checkpoints/")}
+    last = 3 * -(-storage.read_json(f"{resolved_catalog(run)}/manifest.json")["interactions"]["train"] // 64)
+    assert checkpoints == {f"epoch-{metrics['best_epoch']:05d}", f"step-{last:012d}"}  # the best, and how it ended
+    lines = [json.loads(line) for line in storage.read_bytes(f"{run}/metrics.jsonl").splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    best = max(lines, key=lambda line: line["valid"]["recall@20"])
+    assert best["epoch"] == metrics["best_epoch"]
+    assert metrics["valid"]["overall"] == pytest.approx(best["valid"])
+    resolved = yaml.safe_load(storage.read_bytes(f"{run}/config.yaml"))
+    assert resolved["model"]["width"] == 8
+    assert resolved["train"]["w_tc"] == 0.4
+
+
+def test_tensorboard_has_every_curve(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(f"{run}/tensorboard")
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    wanted = {f"loss/{part}" for part in ("bpr", "tc", "diffusion", "l2")} | {"total_correlation/bound_nats"}
+    wanted |= {f"gate/{stream}" for stream in ("id", "m0", "m1")} | {"kept_energy/m0", "kept_energy/m1"}
+    wanted |= {"lr/dense", "lr/tables", "interactions_per_second", "valid/recall@20", "valid/ndcg@5"}
+    parts = ("data", "sampling", "features", "lookup", "forward", "backward", "optimizer", "communication")
+    wanted |= {f"seconds_per_step/{part}" for part in parts}
+    assert wanted <= tags
+    for tag in wanted:
+        assert np.isfinite([event.value for event in events.Scalars(tag)]).all(), tag
+
+
+def test_evaluate_prints_what_the_run_says(run, capsys):
+    for split in ("valid", "test"):
+        capsys.readouterr()
+        evaluate.main(["--run", run, "--split", split])
+        printed = json.loads(capsys.readouterr().out)
+        expected = metrics_of(run)[split]
+        assert printed["users"] == expected["users"]
+        assert printed["cold_users"] == expected["cold_users"]
+        assert printed["overall"] == pytest.approx(expected["overall"])
+        assert printed["cold"] == pytest.approx(expected["cold"])
+        assert set(printed["overall"]) == {
+            f"{m}@{k}" for m in ("recall", "ndcg", "precision", "hitrate", "mrr") for k in (5, 10, 20, 50)
+        }
+
+
+def untrained_run(folder: str, config: Config, catalog: Catalog) -> str:
+    """A run folder whose checkpoint holds the initial weights."""
+    config = config.model_copy(update={"data": config.data.model_copy(update={"catalog": catalog.uri})})
+    storage.write_bytes(f"{folder}/config.yaml", yaml.safe_dump(config.model_dump()).encode())
+    network, tables = build_network(config, catalog, World())
+    head = {"epoch": 0, "catalog": catalog.manifest.fingerprint}
+    weights = checkpoint_files.weights_of(list(tables.all()))
+    uri = f"{folder}/checkpoints/epoch-00000"
+    checkpoint_files.save(uri, head, {"network": network.state_dict()}, weights, World())
+    return folder
+
+
+def test_evaluate_against_another_run(run, tmp_path, capsys):
+    """With itself: no difference. With one that was hardly trained: a difference that is that of the means."""
+    catalog = Catalog(find(run).config.data.catalog)
+    folder = untrained_run(str(tmp_path / "other"), find(run).config, catalog)
+    for than, same in ((run, True), (folder, False)):
+        capsys.readouterr()
+        evaluate.main(["--run", run, "--against", than])
+        printed = json.loads(capsys.readouterr().out)
+        against = printed.pop("against")
+        assert against.pop("run") == than
+        assert set(against) == set(printed["overall"])
+        for told in against.values():
+            assert told["low"] <= told["difference"] <= told["high"]
+            if same:
+                assert (told["low"], told["high"]) == (0, 0)
+        if not same:
+            capsys.readouterr()
+            evaluate.main(["--run", folder])
+            theirs = json.loads(capsys.readouterr().out)["overall"]
+            for name, told in against.items():
+                assert told["difference"] == pytest.approx(printed["overall"][name] - theirs[name], abs=1e-9)
+            assert any(told["low"] < told["high"] for told in against.values())
+
+
+def read_export(folder: str, kind: str) -> tuple[list, np.ndarray]:
+    ids, vectors = [], []
+    for name in sorted(storage.listing(storage.join(folder, kind))):
+        table = formats.read_table(storage.join(folder, kind, name))
+        ids += table["id"].to_pylist()
+        vectors.append(table["embedding"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1))
+    return ids, np.concatenate(vectors)
+
+
+def test_exported_embeddings_rank_as_evaluate_does(run, tmp_path):
+    out = str(tmp_path / "e")
+    export_embeddings.main(["--run", run, "--out", out])
+    users, user_vectors = read_export(out, "users")
+    items, item_vectors = read_export(out, "items")
+    catalog = restore(find(run)).catalog
+    assert users == catalog.ids("users").to_pylist()
+    assert items == catalog.ids("items").to_pylist()
+    train_pairs, test_pairs = catalog.interactions("train"), catalog.interactions("test")
+    hits, total = [], 0
+    for u in sorted(set(test_pairs[0].tolist()) & set(train_pairs[0].tolist())):
+        scores = item_vectors @ user_vectors[u]
+        scores[train_pairs[1][train_pairs[0] == u]] = -np.inf
+        truth = set(test_pairs[1][test_pairs[0] == u].tolist())
+        hits.append(len(truth & set(np.argsort(-scores)[:5].tolist())) / len(truth))
+        total += 1
+    assert total == metrics_of(run)["test"]["users"]
+    assert float(np.mean(hits)) == pytest.approx(metrics_of(run)["test"]["overall"]["recall@5"], abs=1e-4)
+    manifest = storage.read_json(f"{out}/manifest.json")
+    assert (manifest["users"], manifest["items"], manifest["dim"]) == (60, 40, 24)
+    assert manifest["metric"] == "dot product"
+    assert manifest["checkpoint"] == metrics_of(run)["checkpoint"]
+
+
+def test_export_is_deterministic_typed_and_in_half_precision(run, tmp_path):
+    for name in ("a", "b"):
+        export_embeddings.main(["--run", run, "--out", str(tmp_path / name), "--dtype", "float16", "--faiss"])
+    a, b = ((tmp_path / n / "items" / "part-000000000000.parquet").read_bytes() for n in ("a", "b"))
+    assert a == b
+    schema = pq.read_schema(tmp_path / "a" / "users" / "part-000000000000.parquet")
+    assert str(schema.field("embedding").type) == "fixed_size_list<element: halffloat>[24]"
+    assert str(schema.field("id").type) == "string"
+    import faiss
+
+    index = faiss.read_index(str(tmp_path / "a" / "items.faiss"))
+    assert (index.ntotal, index.d) == (40, 24)
+
+
+def test_recommend_shows_original_ids(run, tmp_path, capsys):
+    export_embeddings.main(["--run", run, "--out", str(tmp_path / "e")])
+    capsys.readouterr()
+    recommend.main(["--embeddings", str(tmp_path / "e"), "--user", "u003", "--top", "4"])
+    lines = capsys.readouterr().out.split()
+    ids = set(restore(find(run)).catalog.ids("items").to_pylist())
+    assert len(lines) == 8
+    assert all(int(item) in ids for item in lines[1::2])
+    with pytest.raises(InputError, match="holds no export"):
+        recommend.main(["--embeddings", restore(find(run)).catalog.uri, "--user", "u003"])
+    with pytest.raises(InputError, match="no user 'nobody'"):
+        recommend.main(["--embeddings", str(tmp_path / "e"), "--user", "nobody"])
+
+
+def test_ray_and_object_storage_give_the_same_run(run, ray_local, s3, tmp_path):
+    catalog = small_catalog(f"{s3}/catalog")
+    train.main(["--config", write_config(tmp_path, catalog.uri, f"{s3}/runs")])
+    there = metrics_of(f"{s3}/runs/r")
+    here = metrics_of(run)
+    for part in ("valid", "test", "popularity", "best_epoch"):
+        assert there[part] == here[part]
+    export_embeddings.main(["--run", f"{s3}/runs/r", "--out", f"{s3}/embeddings"])
+    export_embeddings.main(["--run", run, "--out", str(tmp_path / "e")])
+    assert np.array_equal(read_export(f"{s3}/embeddings", "items")[1], read_export(str(tmp_path / "e"), "items")[1])
+    names = storage.listing(f"{s3}/runs/r")
+    assert any(name.startswith("tensorboard/events.out") for name in names)
+
+
+LARGE = ["model.propagation=sampled", "model.fanout=[3,3]", "model.layer_nodes=64", "train.negatives.mode=shared"]
+LARGE += ["train.table_optimizer=rowwise_adam", "train.epoch_steps=5", "eval.users=50"]
+
+
+WALKS = ["model.walk.spectral=4", "model.walk.profile=4"]
+
+
+@pytest.fixture(scope="module", params=[LARGE, pytest.param(WALKS, marks=pytest.mark.long)])
+def run_of_two(ray_local, tmp_path_factory, request) -> tuple[str, list[str]]:
+    """The folder of a finished run of two ranks, and what was configured."""
+    folder = tmp_path_factory.mktemp("two")
+    catalog = small_catalog(folder / "catalog", users=120, items=80, seed=1)
+    assert catalog.manifest.interactions["train"] % 2 == 1  # equal shares would drop one
+    config = write_config(folder, catalog.uri, str(folder / "runs"))
+    train.main(["--config", config, "cluster.workers=2", *request.param])
+    return str(folder / "runs/r"), request.param
+
+
+def test_what_two_ranks_scored_one_process_scores(run_of_two):
+    run, _ = run_of_two
+    metrics = metrics_of(run)
+    assert metrics["workers"] == 2
+    names = storage.listing(f"{run}/{metrics['checkpoint']}")
+    assert {n for n in names if n.startswith("user.weight")} == {
+        "user.weight.000000000000-000000000060.npy",
+        "user.weight.000000000060-000000000120.npy",
+    }
+    found = find(run)
+    alone = restore(found).evaluate("test", found.config.eval.users)
+    assert alone["users"] == metrics["test"]["users"]
+    assert alone["overall"] == pytest.approx(metrics["test"]["overall"], abs=1e-6)
+    assert not [n for n in storage.listing(run) if n.startswith("ray-")]
+
+
+@pytest.mark.long
+def test_two_workers_evaluate_as_one_process(run_of_two, capsys):
+    run, _ = run_of_two
+    capsys.readouterr()
+    evaluate.main(["--run", run, "--workers", "2"])
+    together, alone = json.loads(capsys.readouterr().out), metrics_of(run)["test"]
+    assert together["users"] == alone["users"]
+    assert together["overall"] == pytest.approx(alone["overall"], abs=1e-6)
+
+
+def test_two_workers_export_as_one_process(run_of_two, tmp_path):
+    run, overrides = run_of_two
+    for name, workers in (("one", "0"), ("two", "2")):
+        export_embeddings.main(["--run", run, "--out", str(tmp_path / name), "--workers", workers])
+    assert len(storage.listing(str(tmp_path / "two/items"))) == 2
+    one, two = (
+        {kind: read_export(str(tmp_path / name), kind) for kind in ("users", "items")} for name in ("one", "two")
+    )
+    for kind in ("users", "items"):
+        assert two[kind][0] == one[kind][0]
+        # of the members; modes are found up to a rotation, so behind them vectors differ and scores do not
+        own = slice(None if overrides is not WALKS else 24)
+        np.testing.assert_allclose(two[kind][1][:, own], one[kind][1][:, own], rtol=1e-4, atol=1e-5)
+    scores = [np.asarray(out["users"][1]) @ np.asarray(out["items"][1]).T for out in (one, two)]
+    np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-4)
+    assert not [n for n in storage.listing(run) if n.startswith("ray-")]
+
+
+def test_evaluate_refuses_a_run_on_another_catalog(run, tmp_path):
+    catalog = small_catalog(tmp_path / "c", seed=5)
+    folder = untrained_run(str(tmp_path / "other"), find(run).config, catalog)
+    with pytest.raises(InputError, match="another catalog"):
+        evaluate.main(["--run", run, "--against", folder])
+
+
+def test_an_export_that_was_cut_off_is_made_anew(run, tmp_path, capsys):
+    export = ["--run", run, "--out", str(tmp_path / "e")]
+    export_embeddings.main(export)
+    whole = {p: p.read_bytes() for p in sorted((tmp_path / "e").rglob("*.parquet"))}
+    with pytest.raises(InputError, match="is not empty"):
+        export_embeddings.main(export)
+    (tmp_path / "e/manifest.json").unlink()
+    first, *_ = whole
+    first.rename(f"{first}.12345678.partial")
+    (tmp_path / "e/manifest.json.12345678.partial").write_text("{")
+    capsys.readouterr()
+    export_embeddings.main(export)
+    assert "was cut off: starting again" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in sorted((tmp_path / "e").rglob("*.p*"))} == whole
+
+
+def test_evaluate_and_export_refuse_what_is_no_run(run, tmp_path):
+    refused(["-m", "gtc_dist.evaluate", "--run", str(tmp_path)], "holds no run")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").write_text("1")
+    refused(["tools/export_embeddings.py", "--run", run, "--out", str(tmp_path / "full")], "is not empty")
+    assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["x"]

@@ -1,0 +1,380 @@
+"""The whole command: catalogs from local disk and from S3, reruns, half-written folders, refusals."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gtc_dist import progress
+from gtc_dist.config import Config, Prepare
+from gtc_dist.data import formats, storage
+from gtc_dist.data.catalog import BUILDING, GRAPHS, MANIFEST, SPLITS, Catalog
+from gtc_dist.errors import InputError
+from gtc_dist.prepare import build_catalog
+from gtc_dist.prepare.features import Transform
+
+ROOT = Path(__file__).resolve().parents[2]
+TIKTOK = ROOT.parent / "shared" / "data" / "tiktok"
+USERS, ITEMS = 60, 40
+
+
+def write_raw(folder: str, seed: int = 0) -> None:
+    """A small dataset: string users, int32 items, three splits; visual by row, textual by id with items left out."""
+    rng = np.random.default_rng(seed)
+    users, items = np.divmod(np.arange(USERS * ITEMS), ITEMS)
+    chosen = rng.permutation(USERS * ITEMS)[:600]
+    for split, rows in zip(SPLITS, np.split(chosen, [420, 500]), strict=True):
+        columns = {"user_id": [f"u{u}" for u in users[rows]], "item_id": pa.array(items[rows], pa.int32())}
+        formats.write_table(f"{folder}/{split}.parquet", pa.table(columns))
+    formats.write_array(f"{folder}/visual.npy", rng.normal(2, 3, (ITEMS, 8)).astype(np.float32))
+    with_text = rng.permutation(ITEMS)[:-3]
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(rng.normal(size=37 * 5).astype(np.float32)), 5)
+    formats.write_table(f"{folder}/textual.parquet", pa.table({"item_id": with_text, "vector": vectors}))
+
+
+def config(raw: str, catalog: str, **data) -> Config:
+    features = {"visual": {"path": "visual.npy", "pca": 4}, "textual": {"path": "textual.parquet", "weight": 2.0}}
+    tree = {"raw": str(raw), "catalog": str(catalog), "split": {"method": "given"}, "features": features, **data}
+    return Config.model_validate(
+        {"data": tree, "run": {"storage": "runs", "name": "x"}, "graph": {"item_neighbours": 4, "user_neighbours": 6}}
+    )
+
+
+@pytest.fixture
+def raw(tmp_path) -> str:
+    write_raw(str(tmp_path / "raw"))
+    return str(tmp_path / "raw")
+
+
+def contents(catalog: Catalog) -> dict:
+    """All that a catalog holds, in original ids where there are any."""
+    users, items = catalog.ids("users"), catalog.ids("items")
+    held = {"users": users.to_pylist(), "items": items.to_pylist()}
+    for split in SPLITS:
+        held[split] = [part.tolist() for part in catalog.interactions(split)]
+    for name in GRAPHS:
+        graph = catalog.graph(name)
+        held[name] = [part.tolist() for part in (graph.indptr, graph.indices, graph.weight)]
+    for name in catalog.modalities():
+        held[name] = catalog.features(name).tolist()
+    return held
+
+
+def test_catalog_holds_what_the_raw_tables_say(ray_local, tmp_path, raw):
+    manifest, built = build_catalog.prepare(config(raw, tmp_path / "catalog"))
+    assert built
+    catalog = Catalog(str(tmp_path / "catalog"), verify="checksum")
+    assert catalog.manifest == manifest
+    assert set(storage.listing(catalog.uri)) == {*manifest.files, MANIFEST}
+    users, items = catalog.ids("users"), catalog.ids("items")
+    assert users.type == pa.string()
+    assert items.type == pa.int32()
+    assert (len(users), len(items)) == (manifest.users, manifest.items)
+    for split in SPLITS:
+        table = pq.read_table(f"{raw}/{split}.parquet")
+        expected = sorted(zip(table["user_id"].to_pylist(), table["item_id"].to_pylist(), strict=True))
+        user, item = catalog.interactions(split)
+        found = zip(users.take(pa.array(user)).to_pylist(), items.take(pa.array(item)).to_pylist(), strict=True)
+        assert sorted(found) == expected
+        assert manifest.interactions[split] == len(expected)
+    trained = set(catalog.interactions("train")[1].tolist())
+    assert manifest.cold_items == manifest.items - len(trained)
+
+    visual = np.load(f"{raw}/visual.npy")[items.to_numpy()]
+    assert np.array_equal(Transform.load(catalog.uri, "visual").apply(visual), catalog.features("visual"))
+    assert (manifest.modalities["visual"].dim, manifest.modalities["visual"].raw_dim) == (4, 8)
+    assert 0 < manifest.modalities["visual"].explained_variance < 1
+    text = pq.read_table(f"{raw}/textual.parquet")
+    known = set(text["item_id"].to_pylist())
+    textual = catalog.features("textual")
+    assert np.array_equal(catalog.features("textual", 3, 9), textual[3:9])
+    missing = [index for index, item in enumerate(items.to_pylist()) if item not in known]
+    assert manifest.modalities["textual"].missing == len(missing) > 0
+    assert (textual[missing] == 0).all()
+    np.testing.assert_allclose(np.delete(textual, missing, 0).astype(float).mean(0), 0, atol=2e-3)
+    np.testing.assert_allclose(np.delete(textual, missing, 0).astype(float).std(0), 1, atol=2e-3)
+    for name in GRAPHS:
+        graph = catalog.graph(name)
+        destinations = manifest.users if name in ("item_user", "user_user") else manifest.items
+        assert len(graph.indptr) == destinations + 1
+        assert len(graph.indices) == len(graph.weight) == graph.indptr[-1] == manifest.graphs[name]
+    for name in ("item_item", "user_user"):
+        graph = catalog.graph(name)
+        sums = np.add.reduceat(graph.weight, graph.indptr[:-1][graph.degree > 0])
+        np.testing.assert_allclose(sums, 1, rtol=1e-5)
+
+
+def test_s3_gives_the_same_catalog_as_local_disk(ray_local, tmp_path, raw, s3):
+    write_raw(f"{s3}/raw")
+    local, _ = build_catalog.prepare(config(raw, tmp_path / "catalog"))
+    remote, built = build_catalog.prepare(config(f"{s3}/raw", f"{s3}/catalog"))
+    assert built
+    assert remote.model_dump(exclude={"fingerprint"}) == local.model_dump(exclude={"fingerprint"})  # with checksums
+    assert contents(Catalog(f"{s3}/catalog", verify="checksum")) == contents(Catalog(str(tmp_path / "catalog")))
+    assert set(storage.listing(f"{s3}/catalog")) == {*remote.files, MANIFEST}
+    _, built = build_catalog.prepare(config(f"{s3}/raw", f"{s3}/catalog"))
+    assert not built
+    _, built = build_catalog.prepare(config(f"{s3}/raw", f"{s3}/catalog"), force=True)
+    assert built
+
+
+@pytest.mark.parametrize("method", ["given", "ratio"])
+def test_memory_and_scratch_do_not_change_the_catalog(ray_local, tmp_path, raw, method):
+    """Every file has the same bytes, and the fingerprint does not know of them."""
+    data = {"split": {"method": method}, "interactions": {"files": ["train.parquet"], "k_core": 2}}
+    large, _ = build_catalog.prepare(config(raw, tmp_path / "large", **data))
+    tight = config(raw, tmp_path / "small", **data)
+    (tmp_path / "scratch").mkdir()
+    tight = tight.model_copy(update={"prepare": Prepare(memory_gib=1e-6, scratch=str(tmp_path / "scratch"))})
+    small, _ = build_catalog.prepare(tight)
+    assert small == large
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_intermediate_data_goes_also_after_an_error(ray_local, tmp_path, raw):
+    (tmp_path / "scratch").mkdir()
+    broken = config(raw, tmp_path / "catalog", interactions={"k_core": 50})
+    broken = broken.model_copy(update={"prepare": Prepare(scratch=str(tmp_path / "scratch"))})
+    with pytest.raises(InputError, match="k_core=50 leaves no interaction"):
+        build_catalog.prepare(broken)
+    assert not list((tmp_path / "scratch").iterdir())
+    gone = broken.model_copy(update={"prepare": Prepare(scratch=str(tmp_path / "gone"))})
+    with pytest.raises(InputError, match=r"prepare\.scratch .*gone is no folder"):
+        build_catalog.prepare(gone)
+
+
+def test_long_steps_say_how_far_they_are(ray_local, tmp_path, raw, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    build_catalog.prepare(config(raw, tmp_path / "catalog"))
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("[") for line in lines)
+    for part in (
+        "... interactions read: 600; 60 users, 40 items so far",
+        "... feature rows read: 77 of 77",
+        "... features written: visual, 40 of 40",
+    ):
+        assert any(line.endswith(part) for line in lines), lines
+
+
+def test_a_rerun_is_up_to_date_until_something_changes(ray_local, tmp_path, raw, capsys):
+    first, _ = build_catalog.prepare(config(raw, tmp_path / "catalog"))
+    again, built = build_catalog.prepare(config(raw, tmp_path / "catalog", verify="size"))
+    assert (again, built) == (first, False)
+    changed = config(raw, tmp_path / "catalog", interactions={"k_core": 2})
+    before = storage.listing(str(tmp_path / "catalog"))
+    with pytest.raises(InputError, match="another configuration or other raw files; --force"):
+        build_catalog.prepare(changed)
+    assert storage.listing(str(tmp_path / "catalog")) == before
+    write_raw(raw, seed=1)
+    with pytest.raises(InputError, match="another configuration or other raw files; --force"):
+        build_catalog.prepare(config(raw, tmp_path / "catalog"))
+    rebuilt, built = build_catalog.prepare(changed, force=True)
+    assert built
+    assert rebuilt.fingerprint != first.fingerprint
+    assert Catalog(str(tmp_path / "catalog"), verify="checksum").manifest == rebuilt
+
+
+def test_force_builds_the_same_again_and_leaves_no_old_file(ray_local, tmp_path, raw):
+    uri = str(tmp_path / "catalog")
+    build_catalog.prepare(config(raw, uri))
+    before = contents(Catalog(uri))
+    storage.write_bytes(f"{uri}/interactions/train/part-00099.parquet", b"of an earlier, larger catalog")
+    manifest, _ = build_catalog.prepare(config(raw, uri), force=True)
+    assert contents(Catalog(uri, verify="checksum")) == before
+    assert set(storage.listing(uri)) == {*manifest.files, MANIFEST}
+
+
+def test_a_half_written_catalog_is_refused_and_rebuilt(ray_local, tmp_path, raw):
+    """As a crash leaves it: the mark, some files, no manifest."""
+    uri = str(tmp_path / "catalog")
+    whole, _ = build_catalog.prepare(config(raw, uri))
+    storage.write_json(f"{uri}/{BUILDING}", {"schema_version": 1})
+    (tmp_path / "catalog" / MANIFEST).unlink()
+    with pytest.raises(InputError, match="half-written"):
+        Catalog(uri)
+    rebuilt, built = build_catalog.prepare(config(raw, uri))
+    assert built
+    assert rebuilt == whole
+    Catalog(uri, verify="checksum")
+
+
+def test_a_failure_while_writing_leaves_no_catalog(ray_local, tmp_path, raw):
+    """graph/item_user.indices.npy cannot be written, since a folder of that name stands there."""
+    blocked = tmp_path / "catalog" / "graph" / "item_user.indices.npy"
+    blocked.mkdir(parents=True)
+    with pytest.raises(OSError, match=r"item_user\.indices\.npy"):
+        build_catalog.prepare(config(raw, tmp_path / "catalog"))
+    with pytest.raises(InputError, match="half-written"):
+        Catalog(str(tmp_path / "catalog"))
+    blocked.rmdir()
+    assert build_catalog.prepare(config(raw, tmp_path / "catalog"))[1]
+
+
+def test_clearing_marks_the_folder_then_removes_the_manifest_then_the_rest(tmp_path):
+    """So a crash at any point leaves a folder that is half-written, neither foreign nor whole."""
+    uri = str(tmp_path)
+    names = ["graph/a.npy", MANIFEST, "users/part-00000.parquet"]
+    for name in names:
+        storage.write_bytes(f"{uri}/{name}", b"{}")
+    seen: list[tuple[str, str]] = []
+    watching = [True]  # an audit hook stays for good
+
+    def watch(event: str, args: tuple) -> None:
+        if watching and event in ("os.remove", "os.rename"):
+            path = str(args[0] if event == "os.remove" else args[1])
+            seen.append((event, os.path.relpath(path, uri)))
+
+    sys.addaudithook(watch)
+    build_catalog.clear(uri)
+    watching.clear()
+    assert seen[:2] == [("os.rename", BUILDING), ("os.remove", MANIFEST)]
+    assert sorted(seen[2:]) == [("os.remove", "graph/a.npy"), ("os.remove", "users/part-00000.parquet")]
+    assert list(storage.listing(uri)) == [BUILDING]
+
+
+def test_changed_files_of_a_catalog_are_named(ray_local, tmp_path, raw):
+    uri = str(tmp_path / "catalog")
+    build_catalog.prepare(config(raw, uri))
+    path = tmp_path / "catalog" / "graph" / "item_item.weight.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    Catalog(uri, verify="size")
+    with pytest.raises(InputError, match=r"graph/item_item\.weight\.npy was changed"):
+        Catalog(uri, verify="checksum")
+    path.write_bytes(data[:-4])
+    with pytest.raises(InputError, match=r"item_item\.weight\.npy has \d+ bytes, its manifest says"):
+        Catalog(uri, verify="size")
+    path.unlink()
+    with pytest.raises(InputError, match=r"item_item\.weight\.npy is missing"):
+        Catalog(uri, verify="size")
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"notes.txt": b"mine"},
+        {"users/part-00000.parquet": b"an export"},
+        {MANIFEST: b'{"metric": "dot"}', "users/part-00000.parquet": b"an export"},
+        {MANIFEST: b'{"schema_version": 1, "fingerprint": "x"}', "notes.txt": b"mine"},
+        {BUILDING: b"{}", "notes.txt": b"mine"},
+    ],
+)
+def test_a_folder_with_other_files_is_never_touched(tmp_path, raw, files, force):
+    uri = str(tmp_path / "catalog")
+    for name, data in files.items():
+        storage.write_bytes(f"{uri}/{name}", data)
+    with pytest.raises(InputError, match="name another folder"):
+        build_catalog.prepare(config(raw, uri), force)
+    assert {name: storage.read_bytes(f"{uri}/{name}") for name in storage.listing(uri)} == files
+
+
+def test_items_that_only_have_features(ray_local, tmp_path, raw):
+    few = config(raw, tmp_path / "few", interactions={"k_core": 3})
+    every = config(raw, tmp_path / "every", items="all", interactions={"k_core": 3})
+    some = formats.read_table(f"{raw}/test.parquet")
+    keep = [item < 20 for item in some["item_id"].to_pylist()]
+    for split in SPLITS:
+        table = formats.read_table(f"{raw}/{split}.parquet")
+        keep = pa.array([item < 20 for item in table["item_id"].to_pylist()])
+        formats.write_table(f"{raw}/{split}.parquet", table.filter(keep))
+    less, more = build_catalog.prepare(few)[0], build_catalog.prepare(every)[0]
+    assert (less.items, more.items) == (20, ITEMS)
+    assert more.cold_items == less.cold_items + 20
+    assert less.dropped["features/visual"] == 20
+    assert more.dropped["features/visual"] == 0
+    assert more.interactions == less.interactions
+    assert sorted(Catalog(str(tmp_path / "every")).ids("items").to_pylist()) == list(range(ITEMS))
+
+
+def bad(raw: str, catalog: Path, force: bool = False, **data) -> str:
+    """What prepare says; nothing is written."""
+    with pytest.raises(InputError) as caught:
+        build_catalog.prepare(config(raw, catalog, **data), force)
+    assert not catalog.exists()
+    return str(caught.value)
+
+
+def test_raw_files_inside_the_catalog_are_refused(tmp_path, raw):
+    with pytest.raises(InputError, match=r"raw files, such as .*train\.parquet, lie inside data\.catalog"):
+        build_catalog.prepare(config(raw, tmp_path), force=True)
+
+
+def test_bad_input_writes_nothing(ray_local, tmp_path, raw):
+    catalog = tmp_path / "catalog"
+    assert "data.features is empty" in bad(raw, catalog, features={})
+    assert "every modality has weight 0" in bad(raw, catalog, features={"v": {"path": "visual.npy", "weight": 0}})
+    assert "no column 'user'; columns found: user_id, item_id" in bad(raw, catalog, interactions={"user": "user"})
+    assert "visual.bin does not exist" in bad(raw, catalog, features={"v": {"path": "visual.bin"}})
+
+    visual = np.load(f"{raw}/visual.npy")
+    visual[7, 2] = np.nan
+    formats.write_array(f"{raw}/visual.npy", visual)
+    assert f"{raw}/visual.npy: the vector of item 7 (row 8)" in bad(raw, catalog)
+    formats.write_array(f"{raw}/visual.npy", np.nan_to_num(visual)[:-2])
+    assert f"{raw}/visual.npy has {ITEMS - 2} rows" in bad(raw, catalog)
+
+    write_raw(raw)
+    train = formats.read_table(f"{raw}/train.parquet")
+    formats.write_table(f"{raw}/test.parquet", train.slice(0, 2))
+    assert "repeats 2 interactions of train, such as user_id='u" in bad(raw, catalog)
+    formats.write_table(f"{raw}/test.parquet", train.slice(0, 0))
+    assert "the test split is empty" in bad(raw, catalog)
+
+
+def run_prepare(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "gtc_dist.prepare", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_command_on_tiktok(tmp_path):
+    """In processes of their own: the real data, a rerun, and an error as a user sees it."""
+    args = ("--config", "configs/tiktok.yaml", f"data.catalog={tmp_path / 'catalog'}")
+    first = run_prepare(*args)
+    assert first.returncode == 0, first.stderr
+    assert "users 9,308  items 6,710" in first.stdout
+    assert "train 59,541  valid 3,051  test 6,130" in first.stdout
+    assert all(line.startswith("[") for line in first.stderr.splitlines()), first.stderr  # stages and nothing else
+    catalog = Catalog(str(tmp_path / "catalog"), verify="checksum")
+    assert (catalog.users, catalog.items) == (9308, 6710)
+    assert catalog.manifest.interactions == {"train": 59541, "valid": 3051, "test": 6130}
+    assert catalog.modalities() == {"visual": 128, "acoustic": 128}
+    assert catalog.ids("items").type == pa.int32()
+    visual = np.load(TIKTOK / "visual.npy")[catalog.ids("items").to_numpy()].astype(np.float64)
+    expected = (visual - visual.mean(0)) / visual.std(0)
+    np.testing.assert_allclose(catalog.features("visual"), expected, atol=5e-3)
+
+    again = run_prepare(*args)
+    assert again.returncode == 0
+    assert "is up to date (--force rebuilds it)" in again.stdout
+    assert again.stderr == ""
+
+    broken = run_prepare(*args, "data.interactions.user=uid")
+    assert broken.returncode == 2
+    assert broken.stderr.splitlines() == [
+        f"error: {ROOT}/../shared/data/tiktok/train.parquet has no column 'uid'; columns found: user_id, item_id "
+        "(name it under data.interactions)"
+    ]
+
+
+def test_an_error_found_by_ray_is_one_line(tmp_path, raw):
+    write_raw(raw)
+    visual = np.load(f"{raw}/visual.npy")
+    visual[3, 0] = np.inf
+    formats.write_array(f"{raw}/visual.npy", visual)
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"data: {{raw: {raw}, catalog: {tmp_path}/catalog, split: {{method: given}}, "
+        "features: {visual: {path: visual.npy}}}\nrun: {storage: runs, name: x}\n"
+    )
+    found = run_prepare("--config", str(path))
+    assert found.returncode == 2
+    message = f"error: {raw}/visual.npy: the vector of item 3 (row 4) has a value that is not finite (inf, position 0)"
+    assert [line for line in found.stderr.splitlines() if not line.startswith("[")] == [message]
+    assert not (tmp_path / "catalog").exists()

@@ -1,0 +1,338 @@
+"""Raw interactions through Ray to users, items and splits; every kind of bad input that is not one file's own."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_parse import FORMATS, rows_table, write
+from test_split import slow_core
+
+from gtc_dist.config import Data
+from gtc_dist.data.catalog import SPLITS
+from gtc_dist.data.scratch import Scratch
+from gtc_dist.errors import InputError
+from gtc_dist.prepare import ids, interactions, parse
+from gtc_dist.prepare.interactions import Raw
+
+
+def data_config(raw: Path, **sections) -> Data:
+    return Data.model_validate({"raw": str(raw), "catalog": str(raw / "catalog"), **sections})
+
+
+def raw_of(rows: list[tuple], time: bool = False, split_codes: list[int] | None = None) -> Raw:
+    """Raw interactions from (user, item[, time]) rows."""
+    user_ids, user = ids.encode(pa.chunked_array([pa.array([r[0] for r in rows])]))
+    item_ids, item = ids.encode(pa.chunked_array([pa.array([r[1] for r in rows])]))
+    times = np.array([r[2] for r in rows]) if time else None
+    codes = None if split_codes is None else np.array(split_codes, np.int8)
+    return Raw(user_ids, item_ids, user, item, time=times, split=codes)
+
+
+def read(files: list[parse.RawFile], memory: int = 1 << 30) -> Raw:
+    with Scratch(memory_bytes=memory) as scratch:  # what is mapped stays readable after the folder is gone
+        return interactions.read(files, scratch)
+
+
+def build(raw: Raw, data: Data, more: pa.Array | None = None, memory: int = 1 << 30) -> interactions.Interactions:
+    with Scratch(memory_bytes=memory) as scratch:
+        return interactions.build(raw, data, scratch, more)
+
+
+def triples(found: interactions.Interactions) -> dict[str, list[tuple]]:
+    """Each split as pairs of original ids, in its order."""
+    users, items = found.users.to_pylist(), found.items.to_pylist()
+    return {name: [(users[u], items[i]) for u, i in zip(*pair, strict=True)] for name, pair in found.splits.items()}
+
+
+def test_all_formats_together_through_ray(tmp_path, ray_local):
+    """Ten files read at once give all rows, and codes that point to their ids."""
+    tables = [rows_table(seed=i) for i in range(10)]
+    names = [f"{i}.{f}{z}" for i, (f, z) in enumerate((f, z) for f in FORMATS for z in ("", ".gz"))]
+    for name, table in zip(names, tables, strict=True):
+        write(tmp_path / name, table, suffixes=name.endswith(".inter"))
+    data = data_config(
+        tmp_path, interactions={"files": ["*.*"], "time": "time", "rating": "rating"}, split={"method": "ratio"}
+    )
+    raw = read(interactions.inspect(data))
+    expected = Counter(
+        (r["user_id"], r["item_id"], r["time"], r["rating"]) for table in tables for r in table.to_pylist()
+    )
+    users, items = raw.user_ids.to_pylist(), raw.item_ids.to_pylist()
+    found = Counter(
+        (users[u], items[i], t, r) for u, i, t, r in zip(raw.user, raw.item, raw.time, raw.rating, strict=True)
+    )
+    assert found == expected
+    assert users == sorted(users)
+    assert raw.user_ids.type == pa.int64()
+
+
+def test_text_ids_that_turn_out_strings_late_in_a_file_are_strings_throughout(tmp_path, ray_local):
+    path = tmp_path / "a.csv"
+    rows = parse.BLOCK_BYTES // len("1234567,1\n") + 1000
+    path.write_text("user_id,item_id\n" + "".join(f"{1_000_000 + i},1\n" for i in range(rows)) + "abc,1\n")
+    data = data_config(tmp_path, interactions={"files": ["a.csv"]})
+    raw = read(interactions.inspect(data))
+    assert ids.is_text(raw.user_ids.type)
+    assert len(raw.user_ids) == rows + 1
+    assert raw.user_ids[0].as_py() == "1000000"
+    assert raw.item_ids.to_pylist() == [1]
+
+
+def codes_of(raw: Raw, found: interactions.Interactions) -> tuple[np.ndarray, ...]:
+    """All pairs as codes of `raw`, and their splits."""
+    user, item = (np.concatenate([pair[n] for pair in found.splits.values()]) for n in range(2))
+    codes = np.repeat(np.arange(3), list(found.counts.values()))
+    return ids.positions(found.users, raw.user_ids)[user], ids.positions(found.items, raw.item_ids)[item], codes
+
+
+@pytest.mark.parametrize("kind", [int, float])
+def test_global_time_puts_the_latest_into_test(tmp_path, kind):
+    """Against a sort of all rows; ties in time go by user and item."""
+    rng = np.random.default_rng(3)
+    pairs = [divmod(int(p), 30) for p in rng.permutation(12 * 30)[:200]]
+    time = {pair: kind(rng.integers(-5, 5)) / (1 if kind is int else 7) for pair in pairs}
+    raw = raw_of([(*pair, t) for pair, t in time.items()], time=True)
+    split = {"method": "global_time", "valid_share": 0.21, "test_share": 0.13}
+    found = build(raw, data_config(tmp_path, interactions={"time": "t"}, split=split), memory=900)
+    order = sorted(pairs, key=lambda pair: (time[pair], pair))
+    cuts = len(order) - round(200 * 0.21) - round(200 * 0.13), len(order) - round(200 * 0.13)
+    parts = order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] :]
+    assert {name: sorted(rows) for name, rows in triples(found).items()} == {
+        name: sorted(part) for name, part in zip(SPLITS, parts, strict=True)
+    }
+
+
+@pytest.mark.parametrize("method", ["ratio", "global_time", "leave_last_out", "label"])
+@pytest.mark.parametrize("memory", [1, 3000, 20_000])
+def test_result_does_not_depend_on_memory(tmp_path, monkeypatch, method, memory):
+    """Blocks of one row (one user), of some and of many; split files of many rows are shuffled in several buckets."""
+    monkeypatch.setattr(interactions, "INTERACTION_ROWS", 50)
+    rng = np.random.default_rng(2)
+    rows = [(int(u), int(i), int(t)) for u, i, t in rng.random((900, 3)) ** [1, 2, 1] * [25, 40, 20]]
+    codes = [(u + i) % 3 for u, i, _ in rows] if method == "label" else None
+    raw = raw_of(rows, time=True, split_codes=codes)
+    raw = Raw(raw.user_ids, raw.item_ids, raw.user, raw.item, raw.time, rng.random(900), raw.split)
+    columns = {"time": "t", "rating": "r", "min_rating": 0.1, "k_core": 8, "files": ["x"]}
+    data = data_config(tmp_path, interactions=columns, split={"method": method, "seed": 4})
+    large, small = build(raw, data), build(raw, data, memory=memory)
+    assert large.users.equals(small.users)
+    assert large.items.equals(small.items)
+    assert large.dropped == small.dropped
+    assert large.dropped["k_core"] > 0
+    for name in SPLITS:
+        assert all(np.array_equal(a, b) for a, b in zip(large.splits[name], small.splits[name], strict=True))
+    user, _ = large.splits["train"]
+    assert len(user) > 100
+    for part in np.array_split(user, 4):  # every part holds users from everywhere
+        assert part.max() - part.min() > len(large.users) // 2
+
+
+def test_reading_in_small_batches_gives_the_same_rows(tmp_path, ray_local):
+    """Codes are given out batch by batch while the known ids grow and change their type."""
+    tables = [pa.table({"user_id": [9, 3], "item_id": [5, 7]}), pa.table({"user_id": [2, 9], "item_id": [5, 1]})]
+    for number, (table, type) in enumerate(
+        zip(tables * 2, [pa.int32(), pa.int64(), pa.uint8(), pa.int16()], strict=True)
+    ):
+        pq.write_table(table.set_column(0, "user_id", table["user_id"].cast(type)), tmp_path / f"{number}.parquet")
+    (tmp_path / "5.csv").write_text("user_id,item_id\n" + "77,1\n" * 3 + "3,8\n")
+    files = interactions.inspect(data_config(tmp_path, interactions={"files": ["*"]}))
+    whole, small = read(files), read(files, memory=8)
+    assert whole.user_ids.type == small.user_ids.type == pa.int64()
+    for raw in (whole, small):
+        assert raw.user_ids.to_pylist() == [2, 3, 9, 77]
+        assert raw.item_ids.to_pylist() == [1, 5, 7, 8]
+        found = Counter(zip(raw.user_ids.take(pa.array(raw.user)).to_pylist(), raw.item.tolist(), strict=True))
+        assert found == {(9, 1): 2, (3, 2): 2, (2, 1): 2, (9, 0): 2, (77, 0): 3, (3, 3): 1}
+
+
+def test_times_with_fractions_in_one_file_only(tmp_path, ray_local):
+    write(tmp_path / "a.csv", pa.table({"user_id": [1, 1], "item_id": [3, 4], "time": [2**31, -7]}))
+    write(tmp_path / "b.csv", pa.table({"user_id": [2], "item_id": [3], "time": [0.5]}))
+    data = data_config(tmp_path, interactions={"files": ["*.csv"], "time": "time"})
+    for memory in (8, 1 << 30):
+        raw = read(interactions.inspect(data), memory)
+        assert raw.time.dtype == np.float64
+        assert sorted(zip(raw.user.tolist(), raw.time.tolist(), strict=True)) == [(0, -7.0), (0, 2.0**31), (1, 0.5)]
+
+
+@pytest.mark.parametrize("method", ["ratio", "global_time", "leave_last_out"])
+def test_result_does_not_depend_on_the_order_of_rows(tmp_path, method):
+    rng = np.random.default_rng(1)
+    rows = [(int(u), f"i{i}", int(t)) for u, i, t in rng.integers(0, [12, 30, 20], (300, 3))]
+    data = data_config(tmp_path, interactions={"time": "t", "k_core": 2}, split={"method": method, "seed": 4})
+    first = build(raw_of(rows, time=True), data)
+    second = build(raw_of([rows[r] for r in rng.permutation(len(rows))], time=True), data)
+    assert triples(first) == triples(second)
+    assert first.users.equals(second.users)
+    assert first.items.equals(second.items)
+    merged = {(u, i) for u, i, _ in rows}
+    kept = [pair for name in SPLITS for pair in triples(first)[name]]
+    assert len(kept) == len(set(kept))  # the splits share nothing
+    assert set(kept) == slow_core(merged, 2)  # and leave nothing out
+    assert first.dropped == {"duplicate": len(rows) - len(merged), "k_core": len(merged) - len(kept)}
+    other = data.model_copy(update={"split": data.split.model_copy(update={"seed": 5})})
+    assert build(raw_of(rows, time=True), other).users.to_pylist() != first.users.to_pylist()
+
+
+def test_indexes_are_shuffled_and_interactions_too(tmp_path):
+    rows = [(u, i) for u in range(40) for i in range(10)]
+    found = build(raw_of(rows), data_config(tmp_path))
+    assert sorted(found.users.to_pylist()) == list(range(40))
+    assert found.users.to_pylist() != list(range(40))
+    user = found.splits["train"][0]
+    assert user.dtype == np.int32
+    assert (np.diff(user) < 0).any()
+
+
+def test_rows_below_the_rating_go_before_duplicates_merge(tmp_path):
+    """A pair stays if its highest rating passes; its time is then the earliest among the rows that pass."""
+    rows = [
+        (1, 1, 5, 1.0),
+        (1, 1, 9, 4.0),
+        (1, 1, 8, 3.0),
+        (1, 2, 4, 3.0),
+        (1, 3, 2, 3.5),
+        (2, 1, 1, 5.0),
+        (2, 2, 3, 2.9),
+    ]
+    raw = raw_of(rows, time=True)
+    raw = Raw(raw.user_ids, raw.item_ids, raw.user, raw.item, raw.time, np.array([r[3] for r in rows]))
+    columns = {"rating": "r", "time": "t", "min_rating": 3.0}
+    found = build(raw, data_config(tmp_path, interactions=columns, split={"method": "leave_last_out"}))
+    assert found.dropped == {"min_rating": 2, "duplicate": 1}
+    assert triples(found)["test"] == [(1, 1)]  # at time 8, the earliest that passes
+    assert triples(found)["valid"] == [(1, 2)]
+    assert sorted(triples(found)["train"]) == [(1, 3), (2, 1)]
+    assert sorted(found.items.to_pylist()) == [1, 2, 3]
+
+
+GIVEN = [(1, 1), (1, 2), (2, 1), (2, 1), (1, 3), (2, 3), (2, 4)]
+
+
+GIVEN_CODES = [0, 0, 0, 0, 1, 2, 2]
+
+
+def test_given_splits_stay_as_they_are(tmp_path):
+    found = build(raw_of(GIVEN, split_codes=GIVEN_CODES), data_config(tmp_path, split={"method": "given"}))
+    assert {name: sorted(rows) for name, rows in triples(found).items()} == {
+        "train": [(1, 1), (1, 2), (2, 1)],
+        "valid": [(1, 3)],
+        "test": [(2, 3), (2, 4)],
+    }
+    assert found.dropped == {"duplicate": 1}
+
+
+def test_more_items_come_as_items_without_interactions(tmp_path):
+    data = data_config(tmp_path, split={"method": "given"})
+    found = build(raw_of(GIVEN, split_codes=GIVEN_CODES), data, pa.array([0, 3, 9, 100]))
+    assert sorted(found.items.to_pylist()) == [0, 1, 2, 3, 4, 9, 100]
+    assert sorted(triples(found)["test"]) == [(2, 3), (2, 4)]
+
+
+def write_given(folder: Path, train=((1, 1), (1, 2)), valid=((1, 3),), test=((1, 4),)) -> Data:
+    for name, rows in zip(SPLITS, (train, valid, test), strict=True):
+        columns = {"user_id": [r[0] for r in rows], "item_id": [r[1] for r in rows]}
+        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+    return data_config(folder, split={"method": "given"})
+
+
+def test_given_files_through_ray(tmp_path, ray_local):
+    data = write_given(tmp_path)
+    found = build(read(interactions.inspect(data)), data)
+    assert {k: sorted(v) for k, v in triples(found).items()} == {
+        "train": [(1, 1), (1, 2)],
+        "valid": [(1, 3)],
+        "test": [(1, 4)],
+    }
+
+
+def refused(data: Data) -> str:
+    """What inspecting says (no Ray)."""
+    with pytest.raises(InputError) as caught:
+        interactions.inspect(data)
+    return str(caught.value)
+
+
+def test_missing_files_are_named_with_their_key(tmp_path):
+    data = write_given(tmp_path)
+    (tmp_path / "valid.parquet").unlink()
+    assert "data.split.valid: " + str(tmp_path / "valid.parquet") + " does not exist" in refused(data)
+    message = refused(data_config(tmp_path, interactions={"files": ["part-*.csv"]}))
+    assert f"data.interactions.files: no file matches {tmp_path}/part-*.csv" in message
+    assert "data.interactions.files is empty" in refused(data_config(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["global_time", "leave_last_out"])
+def test_splits_by_time_ask_for_the_time_column(tmp_path, method):
+    write(tmp_path / "a.csv", rows_table())
+    message = refused(data_config(tmp_path, interactions={"files": ["a.csv"]}, split={"method": method}))
+    assert "set data.interactions.time" in message
+
+
+def test_files_that_disagree_on_the_id_type_are_both_named(tmp_path, ray_local):
+    data = write_given(tmp_path)
+    write(tmp_path / "test.parquet", pa.table({"user_id": ["a"], "item_id": [3]}))
+    message = refused(data)
+    assert f"{tmp_path}/train.parquet" in message
+    assert f"{tmp_path}/test.parquet" in message
+    assert "integers (int64)" in message
+    write(tmp_path / "one.csv", pa.table({"user_id": ["1"], "item_id": [3]}))  # text shows its type when it is read
+    write(tmp_path / "two.csv", pa.table({"user_id": ["x"], "item_id": [3]}))
+    files = interactions.inspect(data_config(tmp_path, interactions={"files": ["one.csv", "two.csv"]}))
+    with pytest.raises(InputError, match=r"user ids are integers \(int64\) in .*one\.csv but strings in .*two\.csv"):
+        read(files)
+
+
+def test_files_that_disagree_on_time_are_both_named(tmp_path, ray_local):
+    write(tmp_path / "a.csv", pa.table({"user_id": [1], "item_id": [3], "time": [5]}))
+    write(tmp_path / "b.csv", pa.table({"user_id": [1], "item_id": [3], "time": ["2024-05-01 10:00:00"]}))
+    data = data_config(tmp_path, interactions={"files": ["*.csv"], "time": "time"})
+    with pytest.raises(InputError, match=r"timestamps in .*b\.csv but numbers in .*a\.csv"):
+        read(interactions.inspect(data))
+
+
+def test_an_error_in_a_ray_task_arrives_as_itself(tmp_path, ray_local):
+    for name in ("a", "b", "c"):
+        write(tmp_path / f"{name}.csv", rows_table())
+    for name in ("b", "c"):
+        with (tmp_path / f"{name}.csv").open("a") as file:
+            file.write(f",,,,{name}\n")
+    files = interactions.inspect(data_config(tmp_path, interactions={"files": ["*.csv"]}))
+    with pytest.raises(InputError) as caught:
+        read(files)
+    assert str(caught.value) == f"{tmp_path}/b.csv: column 'user_id' is null or empty in row 61"
+
+
+def test_files_without_rows_are_refused(tmp_path, ray_local):
+    write(tmp_path / "a.csv", rows_table(0))
+    with pytest.raises(InputError, match=r"no interactions in .*a\.csv"):
+        read(interactions.inspect(data_config(tmp_path, interactions={"files": ["a.csv"]})))
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_an_empty_split_is_named(tmp_path, which):
+    codes = [c for c in range(3) if c != which]
+    raw = raw_of([(1, c) for c in codes], split_codes=codes)
+    with pytest.raises(InputError, match=f"the {SPLITS[which]} split is empty"):
+        build(raw, data_config(tmp_path, split={"method": "given"}))
+
+
+@pytest.mark.parametrize(("code", "name"), [(1, "valid"), (2, "test")])
+@pytest.mark.parametrize("method", ["given", "label"])
+def test_rows_repeated_in_train_are_counted_with_an_example(tmp_path, code, name, method):
+    rows = [("a", 1), ("b", 1), ("a", 2), ("a", 3), ("a", 1), ("b", 1)]
+    raw = raw_of(rows, split_codes=[0, 0, 1, 2, code, code])
+    data = data_config(tmp_path, interactions={"files": ["x.csv"]}, split={"method": method})
+    with pytest.raises(InputError, match=f"{name} .* repeats 2 interactions of train, such as user_id='a', item_id=1"):
+        build(raw, data)
+
+
+@pytest.mark.parametrize(("key", "value"), [("k_core", 50), ("min_rating", 99.0)])
+def test_filters_that_leave_nothing_are_named(tmp_path, key, value):
+    raw = raw_of([(1, 1), (2, 2)])
+    raw = Raw(raw.user_ids, raw.item_ids, raw.user, raw.item, rating=np.ones(2))
+    with pytest.raises(InputError, match=f"data.interactions.{key}={value:g} leaves no interaction"):
+        build(raw, data_config(tmp_path, interactions={key: value, "rating": "r"}))

@@ -1,0 +1,124 @@
+"""The tools that have no test file of their own."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small import small_catalog, write_config
+
+from gtc_dist.data.catalog import Catalog
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def benchmark(folder: Path, *words: str) -> tuple[list[dict], str]:
+    """The rows of the JSON file and what was printed."""
+    done = subprocess.run(
+        [sys.executable, "tools/benchmark.py", words[0], "--out", str(folder / "b.json"), *words[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((folder / "b.json").read_text())
+    assert report["machine"] in done.stdout
+    assert report["measured"] == words[0]
+    return report["rows"], done.stdout
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[str, Catalog]:
+    folder = tmp_path_factory.mktemp("benchmark")
+    catalog = small_catalog(folder / "catalog")
+    return write_config(folder, catalog.uri, str(folder / "runs")), catalog
+
+
+def test_benchmark_steps_on_one_and_two_ranks(small, tmp_path):
+    config, catalog = small
+    rows, printed = benchmark(tmp_path, "step", "--config", config, "--ranks", "1,2", "--repeats", "3", "model.width=4")
+    train_rows = len(catalog.interactions("train")[0])
+    for row in rows:
+        result = row["result"]
+        assert result["steps_per_pass"] == -(-train_rows // 64)
+        assert result["interactions_per_second"] * result["seconds_per_step"] == pytest.approx(64)
+        assert 0 <= result["waiting_for_batch"] < 1
+        inside = sum(result[f"seconds/{part}"] for part in ("lookup", "forward", "backward", "optimizer"))
+        assert inside > 0
+    assert [row["result"]["sent_bytes_per_step"] > 0 for row in rows] == [False, True]
+    assert "seconds_per_step" in printed
+    assert not Path(config).with_name("runs").exists()
+
+
+def test_benchmark_compares_with_an_earlier_file(tmp_path):
+    words = ("lookup", "--rows", "100", "--ids", "50", "--width", "4", "--ranks", "2", "--repeats", "2")
+    rows, _ = benchmark(tmp_path, *words)
+    result = rows[0]["result"]
+    # each rank asks for at most 50 different of 100 rows, about half of them the other's: ids, rows and gradients
+    assert 0 < result["sent_bytes"] < 50 * (8 + 2 * 4 * 4) + 16
+    (tmp_path / "b.json").rename(tmp_path / "earlier.json")
+    _, printed = benchmark(tmp_path, *words, "--compare", str(tmp_path / "earlier.json"))
+    assert "peak_mib  " in printed
+    assert "sent_bytes  1.000" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lookup", "--compare", "b.json"], "b.json would overwrite what it is compared with"),
+        (["lookup", "--compare", "none.json"], "no file none.json"),
+        (["lookup", "rows=5"], "lookup has no configuration to change: rows=5"),
+        (["command", "ls"], "the command to measure stands after --"),
+        (["command", "--"], "the command to measure stands after --"),
+    ],
+)
+def test_benchmark_refuses_before_it_measures(tmp_path, words, message):
+    (tmp_path / "b.json").write_text("{}")
+    command = [sys.executable, str(ROOT / "tools/benchmark.py"), words[0], "--out", "b.json", *words[1:]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert (tmp_path / "b.json").read_text() == "{}"
+
+
+@pytest.mark.long
+def test_benchmark_of_the_whole_catalog_and_of_commands(small, tmp_path):
+    config, catalog = small
+    embedded, _ = benchmark(tmp_path, "inference", "--config", config, "--export", str(tmp_path / "e"), "--ranks", "2")
+    assert embedded[0]["result"]["sent_bytes"] > 0
+    assert len(list((tmp_path / "e" / "items").iterdir())) == 2
+    ranked, _ = benchmark(tmp_path, "ranking", "--config", config, "--users", "20")
+    assert ranked[0]["result"]["items"] == catalog.items
+    sampled, _ = benchmark(
+        tmp_path, "sampling", "--nodes", "300", "--interactions", "3000", "--seeds", "50", "--repeats", "2"
+    )
+    assert [row["case"]["sampler"] for row in sampled] == ["neighbor", "labor"]
+    assert all(row["result"]["edges"] > 50 for row in sampled)
+    saved, _ = benchmark(tmp_path, "checkpoint", "--config", config, "--repeats", "2", "--ranks", "2")
+    assert saved[0]["result"]["state_mib"] > 0
+    hold = "x = bytearray(200 << 20); import time; time.sleep(2.5)"
+    ran, _ = benchmark(tmp_path, "command", "--", sys.executable, "-c", hold)
+    assert 200 < ran[0]["result"]["peak_mib_all_processes"] < 300
+
+
+@pytest.mark.long
+def test_benchmark_of_going_on(small, tmp_path):
+    words = ["train.checkpoint.minutes=0.01", "train.epochs=100000"]
+    rows, _ = benchmark(tmp_path, "resume", "--config", small[0], *words)
+    result = rows[0]["result"]
+    assert 0 < result["seconds_to_ready"] < result["seconds_to_progress"]
+    assert result["state_mib"] > 0
+
+
+def test_the_demo_leaves_a_folder_that_it_did_not_make_alone(tmp_path):
+    for name in ("tools", "configs", "gtc_dist"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "mine.txt").write_text("precious")
+    done = subprocess.run([sys.executable, "tools/demo.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "demo/ holds files that the demo did not write" in done.stderr
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["mine.txt"]

@@ -1,0 +1,152 @@
+"""The history: sampled steps that estimate what changed since a whole propagation."""
+
+import pytest
+import torch
+from small import GATED, small_catalog, small_config
+from steps import assert_same_step, global_draws, loader_of, set_away_from_start, share, whole_gradient
+from worlds import run_ranks
+
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.distributed.collectives import World
+from gtc_dist.model.build import build_network, load_features, load_graphs
+from gtc_dist.training.control_variate import History
+
+ALL = {"propagation": "sampled", "fanout": [-1, -1], "item_fanout": -1, "user_fanout": -1}
+FEW = {"propagation": "sampled", "fanout": [2, 2], "item_fanout": 2, "user_fanout": 2}
+# the condition is sampled too, and not linear; the item's own is not
+ITEM = {"diffusion": {"condition": "item", "steps": 20, "start_step": 5}}
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    return small_catalog(tmp_path_factory.mktemp("catalog") / "c")
+
+
+def move(tables, by: float, width: int) -> None:
+    """Change every item and the users' first `width` columns, wherever the rows live."""
+    for number, table in enumerate(tables.all()):
+        change = by * torch.randn(table.rows, table.width, generator=torch.Generator().manual_seed(number))
+        change[:, width:] = 0
+        table.weight += change[table.start : table.stop]
+
+
+def network_with_history(config, catalog, world, dtype=torch.float32, moved=0.0):
+    """A network whose tables have moved since its history was made."""
+    network, tables = build_network(config, catalog, world)
+    set_away_from_start(network)
+    features, graphs = load_features(network.shape, catalog, world), load_graphs(config, catalog)
+    history = History(network, tables, features, graphs, every=10**6, layers=config.model.layers, chunk=7, dtype=dtype)
+    history.refresh()
+    move(tables, moved, network.user_widths[0])
+    return network, tables, history
+
+
+def step(world: World, uri: str, config, draws, counts, moved: float) -> dict:
+    """Loss parts of the global batch and all gradients, with a history where the configuration samples."""
+    catalog = Catalog(uri)
+    network, tables, history = network_with_history(config, catalog, world, moved=moved)
+    batch = loader_of(config, catalog, world, network).assemble(share(draws, world.rank, counts))
+    rows = history.rows(batch) if config.model.propagation == "sampled" else None
+    lookups = (tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route))
+    loss, parts = network(batch, *lookups, rows)
+    loss.backward()
+    names = sorted(parts)
+    summed = world.sum(torch.stack([parts[name] for name in names]))
+    dense = {name: world.sum(p.grad) / world.size for name, p in network.named_parameters()}
+    return {
+        "parts": dict(zip(names, summed.tolist(), strict=True)),
+        "dense": dense,
+        "tables": {table.name: whole_gradient(table) for table in tables.all()},
+    }
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+@pytest.mark.parametrize("hops", [True, False])
+@pytest.mark.parametrize("content", [{}, GATED])
+def test_with_every_neighbour_it_is_the_whole_graph_however_old_the_history(catalog, layers, hops, content):
+    outcomes = []
+    for model in ({"propagation": "full"}, {**ALL, "fanout": [-1] * layers}):
+        model = {**model, **content, **ITEM, "layers": layers, "item_hop": hops, "user_hop": hops}
+        config = small_config(catalog.uri, model=model, train={"exclude_seed_edges": False, "loss": "softmax"})
+        outcomes.append(step(World(), catalog.uri, config, global_draws(config, catalog), [24], moved=0.2))
+    # a hop neighbour's stream weights get their gradient from what changed alone
+    for outcome in outcomes:
+        outcome["tables"]["user"] = outcome["tables"]["user"][:, : (2 if content else 3) * config.model.width]
+    assert_same_step(outcomes[1], outcomes[0])
+
+
+@pytest.mark.parametrize("content", [{}, GATED])
+def test_ranks_leave_out_the_edges_of_all(catalog, content):
+    model = {**ALL, **content, "correlation": {"rows": 0}}
+    config = small_config(catalog.uri, model=model)
+    draws = global_draws(config, catalog)
+    alone = run_ranks(step, 1, catalog.uri, config, draws, [24], 0.2)[0]
+    for result in run_ranks(step, 3, catalog.uri, config, draws, [15, 0, 9], 0.2):
+        assert_same_step(result, alone)
+    other = small_config(catalog.uri, model=model, train={"exclude_seed_edges": False})
+    kept = step(World(), catalog.uri, other, draws, [24], 0.2)
+    assert abs(kept["parts"]["bpr"] - alone["parts"]["bpr"]) > 1e-3
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("content", [{}, {**GATED, "item_hop": True}])
+def test_left_out_edges_are_gone_from_walks_of_one_step(catalog, layers, content):
+    outcomes = []
+    for model in ({"propagation": "full"}, {**ALL, "fanout": [-1] * layers}):
+        model = {**model, **ITEM, "layers": layers, "user_hop": False, "item_hop": False, **content}
+        config = small_config(catalog.uri, model=model)
+        outcomes.append(step(World(), catalog.uri, config, global_draws(config, catalog), [24], 0.0)["parts"]["bpr"])
+    with_edges = small_config(catalog.uri, model=model, train={"exclude_seed_edges": False})
+    kept = step(World(), catalog.uri, with_edges, global_draws(config, catalog), [24], 0.0)["parts"]["bpr"]
+    if layers == 1:
+        assert outcomes[1] == pytest.approx(outcomes[0], rel=1e-5)
+    assert abs(outcomes[1] - outcomes[0]) < abs(kept - outcomes[0]) / 2
+
+
+def embeddings(catalog, config, moved: float, with_history: bool, draws: int, dtype=torch.float32) -> torch.Tensor:
+    """[draws, rows, S * D] of a batch's users and items."""
+    network, tables, history = network_with_history(config, catalog, World(), dtype, moved)
+    loader, batch_draws, out = loader_of(config, catalog, World(), network), global_draws(config, catalog), []
+    with torch.no_grad():
+        for n in range(draws):
+            batch_draws.sampler_seed = 1000 + n
+            batch = loader.assemble(batch_draws)
+            rows = (tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route))
+            embedded = network.embed(batch, *rows, history.rows(batch) if with_history else None)
+            out.append(torch.cat([embedded["users"], embedded["items"]]))
+    return torch.stack(out)
+
+
+def test_few_neighbours_are_unbiased_and_err_by_what_changed(catalog):
+    options = {"train": {"exclude_seed_edges": False}}
+    few = small_config(catalog.uri, model={**FEW, **ITEM, "user_hop": False, "layer_nodes": 12}, **options)
+    whole = small_config(catalog.uri, model={"propagation": "full", **ITEM, "user_hop": False}, **options)
+    want = embeddings(catalog, whole, 0.02, False, 1)[0]
+    drawn = {kind: embeddings(catalog, few, 0.02, kind, 300) for kind in (False, True)}
+    error = {kind: ((out - want).square().sum() / want.square().sum() / 300).item() for kind, out in drawn.items()}
+    assert error[True] < error[False] / 10
+    assert (drawn[True].mean(0) - want).norm() < 0.05 * want.norm()
+
+
+@pytest.mark.parametrize("content", [{}, GATED])
+def test_nothing_changed_nothing_estimated(catalog, content):
+    """Right after a refresh a sample of two neighbours gives what the whole graph does, to the rounding of float16."""
+    options = {"train": {"exclude_seed_edges": False}}
+    few = small_config(catalog.uri, model={**FEW, **content, **ITEM}, **options)
+    whole = small_config(catalog.uri, model={"propagation": "full", **content, **ITEM}, **options)
+    want = embeddings(catalog, whole, 0.0, False, 1)[0]
+    torch.testing.assert_close(embeddings(catalog, few, 0.0, True, 1, torch.float16)[0], want, rtol=5e-3, atol=5e-3)
+
+
+def test_refreshes_when_it_is_time_or_forgotten(catalog):
+    config = small_config(catalog.uri, model=FEW)
+    network, _, history = network_with_history(config, catalog, World())
+    batch = loader_of(config, catalog, World(), network).assemble(global_draws(config, catalog))
+    history.every, refreshed, refresh = 32, [], history.refresh
+    history.clear()
+    history.refresh = lambda: refreshed.append(step) or refresh()
+    for step in range(110):
+        if step == 100:
+            history.clear()
+        history.rows(batch)
+    assert refreshed == [0, 2, 4, 8, 16, 32, 64, 96, 100]

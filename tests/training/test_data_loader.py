@@ -1,0 +1,268 @@
+"""Batches: every interaction once an epoch, true negatives, deterministic, errors that arrive."""
+
+import threading
+from math import comb
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import small_catalog, small_config
+from steps import loader_of
+from worlds import run_ranks
+
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.distributed.collectives import World
+from gtc_dist.errors import InputError
+from gtc_dist.graph.csc import Graphs, absent_source, both_directions, by_destination, edge_of, take
+from gtc_dist.model.build import build_network
+from gtc_dist.training import data_loader as loader_module
+from gtc_dist.training.data_loader import (
+    Loader,
+    LoaderOptions,
+    _prefetch,
+    cumulative_share,
+    deal,
+    discounted,
+    inclusion_chance,
+)
+
+CATALOG_USERS, CATALOG_ITEMS = 60, 40
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.floats(0, 1))
+def test_discounted_users_weigh_one_on_average_over_interactions(degree, power):
+    degree = np.array(degree)
+    weight = discounted(degree, power)
+    assert (weight > 0).all()
+    if degree.sum():
+        assert (weight @ degree) / degree.sum() == pytest.approx(1, rel=1e-5)
+    if power == 1 and (degree > 0).any():
+        np.testing.assert_allclose((weight * degree)[degree > 0], degree.sum() / (degree > 0).sum(), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    return small_catalog(tmp_path_factory.mktemp("catalog") / "c", CATALOG_USERS, CATALOG_ITEMS)
+
+
+def make_loader(world: World, catalog: Catalog, **sections) -> Loader:
+    config = small_config(catalog.uri, **sections)
+    network, _ = build_network(config, catalog, world)
+    return loader_of(config, catalog, world, network)
+
+
+def pairs_of(batch) -> list[tuple[int, int]]:
+    """Catalog indexes of a full-mode batch's pairs."""
+    users = batch.user_rows[batch.users]
+    return list(zip(users.tolist(), batch.item_ids[batch.positives].tolist(), strict=True))
+
+
+def test_an_epoch_holds_every_interaction_once_and_the_next_in_another_order(catalog):
+    loader = make_loader(World(), catalog)
+    epochs = [[pair for batch in loader.epoch(n) for pair in pairs_of(batch)] for n in (1, 1, 2)]
+    users, items = catalog.interactions("train")
+    assert sorted(epochs[0]) == sorted(zip(users.tolist(), items.tolist(), strict=True))
+    assert epochs[0] == epochs[1]
+    assert epochs[0] != epochs[2]
+    assert sorted(epochs[0]) == sorted(epochs[2])
+
+
+def test_batches_differ_by_one_pair_at_most(catalog):
+    loader = make_loader(World(), catalog)
+    sizes = [sum(loader.counts(step)) for step in range(loader.steps)]
+    assert loader.steps == -(-len(loader.users) // 32)
+    assert sum(sizes) == len(loader.users)
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("epoch_steps", [3, 23])
+def test_epochs_of_some_steps_go_on_where_the_last_one_stopped(catalog, epoch_steps):
+    """Three passes, cut into epochs of another length, hold every interaction three times, each pass in its order."""
+    whole = make_loader(World(), catalog)
+    want = [pairs_of(batch) for turn in (1, 2, 3) for batch in whole.epoch(turn)]
+    loader = make_loader(World(), catalog, train={"epoch_steps": epoch_steps})
+    assert loader.steps == epoch_steps
+    assert loader.pass_steps == whole.steps
+    epochs = -(-len(want) // epoch_steps)
+    got = [pairs_of(batch) for epoch in range(1, epochs + 1) for batch in loader.epoch(epoch)]
+    assert len(got) == epochs * epoch_steps
+    assert got[: len(want)] == want
+
+
+def test_crossed_tells_every_train_interaction_between_users_and_items(catalog):
+    graphs = Graphs.load(catalog)
+    users, items = np.array([5, 0, 59, 5]), np.array([7, 3, 7, 39, 0])
+    known = set(zip(*(a.tolist() for a in catalog.interactions("train")), strict=True))
+    want = [[(u, i) in known for i in items.tolist()] for u in users.tolist()]
+    assert graphs.crossed(users, items).tolist() == want
+    assert graphs.crossed(np.arange(CATALOG_USERS), np.arange(CATALOG_ITEMS)).sum() == len(known)
+    assert graphs.crossed(users, items[:0]).shape == (4, 0)
+
+
+@pytest.mark.parametrize(
+    "negatives", [{"mode": "uniform", "count": 3}, {"mode": "shared", "count": 20}, {"mode": "in_batch"}]
+)
+def test_negatives_are_never_train_positives_of_their_user(catalog, negatives):
+    loader = make_loader(World(), catalog, train={"negatives": negatives})
+    known = set(zip(*(a.tolist() for a in catalog.interactions("train")), strict=True))
+    drawn = set()
+    for batch in loader.epoch(1):
+        users = batch.user_rows[batch.users].tolist()
+        items = batch.item_ids[batch.negatives]
+        for n, user in enumerate(users):
+            if batch.negative_mask is None:
+                mine = items[n].tolist()
+            else:
+                mine = items[batch.negative_mask[n]].tolist()
+                masked = items[~batch.negative_mask[n]].tolist()
+                assert all((user, item) in known for item in masked)
+            assert not any((user, item) in known for item in mine)
+            drawn.update(mine)
+    taken = len(np.unique(catalog.interactions("train")[1]))
+    assert len(drawn) == (taken if negatives["mode"] == "in_batch" else CATALOG_ITEMS)  # else cold items too
+
+
+def test_uniform_negatives_are_uniform_over_the_others(catalog):
+    graphs = Graphs.load(catalog)
+    user = int(graphs.user_degree.argmax())
+    drawn = graphs.draw_negatives(np.full(40_000, user), np.random.default_rng(0))
+    counts = np.bincount(drawn, minlength=graphs.items)
+    mine = catalog.interactions("train")[1][catalog.interactions("train")[0] == user]
+    assert (counts[mine] == 0).all()
+    others = np.delete(counts, mine)
+    assert abs(others / 40_000 - 1 / len(others)).max() < 5 * np.sqrt(1 / len(others) / 40_000)
+
+
+def test_a_user_with_every_item_is_refused():
+    item_user = by_destination(np.array([0, 0, 1]), np.array([0, 1, 0]), 2)
+    user_item = by_destination(np.array([0, 1, 0]), np.array([0, 0, 1]), 2)
+    graphs = Graphs(2, 2, both_directions(item_user, user_item))
+    options = LoaderOptions(2, 0, "uniform", 1, 0, 1, 1, 4, 1)
+    with pytest.raises(InputError, match="index 0 interacted with all 2 items"):
+        Loader(np.array([0, 0, 1]), np.array([0, 1, 0]), graphs, None, options, World())
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sets(st.tuples(st.integers(0, 6), st.integers(0, 9))), st.integers(0, 6), st.integers(0, 9))
+def test_graph_look_ups_match_sets(pairs, destination, source):
+    d, s = (np.array([p[k] for p in sorted(pairs)], dtype=np.int64) for k in (0, 1))
+    graph = by_destination(d, s, 7)
+    found = edge_of(graph, np.array([destination]), np.array([source]))[0]
+    assert (found >= 0) == ((destination, source) in pairs)
+    if found >= 0:
+        assert graph.indices[found] == source
+    mine = sorted(item for who, item in pairs if who == destination)
+    absent = [item for item in range(10) if item not in mine]
+    got = absent_source(graph, np.full(len(absent), destination), np.arange(len(absent)))
+    assert got.tolist() == absent
+    indptr, edges = take(graph, np.array([destination, destination]))
+    assert indptr.tolist() == [0, len(mine), 2 * len(mine)]
+    assert graph.indices[edges].tolist() == mine * 2
+
+
+def deal_parts(world: World, scattered: bool) -> dict:
+    """The same 101 interactions, read by the ranks in two different ways."""
+    users, items = np.arange(101, dtype=np.int32) % 13, (np.arange(101, dtype=np.int32) * 7) % 50
+    mine = np.arange(101) % world.size == world.rank if scattered else np.full(101, world.rank == 0)
+    u, i = deal(users[mine], items[mine], 50, world)
+    return {"users": torch.from_numpy(u), "items": torch.from_numpy(i)}
+
+
+def test_who_reads_an_interaction_does_not_decide_who_trains_on_it():
+    one, other = run_ranks(deal_parts, 2, True), run_ranks(deal_parts, 2, False)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a["users"], b["users"])
+        assert torch.equal(a["items"], b["items"])
+        assert 30 < len(a["users"]) < 71
+    assert sum(len(a["users"]) for a in one) == 101
+
+
+def test_errors_of_the_prefetch_thread_are_raised_here():
+    def source():
+        yield 1
+        raise KeyError("from the thread")
+
+    results = _prefetch(source(), 2)
+    assert next(results) == 1
+    with pytest.raises(KeyError, match="from the thread"):
+        next(results)
+
+
+def test_leaving_early_ends_the_prefetch_thread():
+    produced = []
+
+    def source():
+        for n in range(10_000):
+            produced.append(n)
+            yield n
+
+    results = _prefetch(source(), 2)
+    assert next(results) == 0
+    results.close()
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+    assert len(produced) < 10
+
+
+def test_leaving_early_does_not_wait_for_a_batch_that_never_comes(monkeypatch):
+    """A rank that fails must end, though its prefetch thread waits in a collective for ranks that will not come."""
+    monkeypatch.setattr(loader_module, "LEAVE_SECONDS", 0.1)
+    released = threading.Event()
+
+    def source():
+        yield 1
+        released.wait()
+        yield 2
+
+    results = _prefetch(source(), 2)
+    assert next(results) == 1
+    results.close()  # returns
+    assert any(thread.name == "prefetch" for thread in threading.enumerate())
+    released.set()
+
+
+def test_negatives_by_popularity_follow_it_among_the_others(catalog):
+    graphs = Graphs.load(catalog)
+    user = int(graphs.user_degree.argmax())
+    share = cumulative_share(graphs.item_degree, 0.5)
+    drawn = graphs.draw_negatives(np.full(40_000, user), np.random.default_rng(0), share)
+    counts = np.bincount(drawn, minlength=graphs.items)
+    mine = catalog.interactions("train")[1][catalog.interactions("train")[0] == user]
+    want = graphs.item_degree**0.5
+    want[mine] = 0
+    want /= want.sum()
+    assert (counts[want == 0] == 0).all()
+    assert (abs(counts / 40_000 - want) < 5 * np.sqrt(want / 40_000) + 1e-9).all()
+
+
+def test_a_user_whose_draws_are_all_its_own_gets_another_item():
+    pairs = np.array([[0, 0], [1, 1]])
+    item_user = by_destination(pairs[:, 0], pairs[:, 1], 2)
+    graphs = Graphs(2, 3, both_directions(item_user, by_destination(pairs[:, 1], pairs[:, 0], 3)))
+    share = np.array([1.0, 1.0, 1.0])  # always item 0
+    drawn = graphs.draw_negatives(np.zeros(1000, np.int64), np.random.default_rng(0), share)
+    assert set(drawn) == {1, 2}
+
+
+def test_corrected_in_batch_negatives_stand_for_every_item_alike(catalog):
+    """Each item counts once on average over batches, however often it was taken."""
+    loader = make_loader(World(), catalog, train={"negatives": {"mode": "in_batch"}})
+    sums, batches = np.zeros(CATALOG_ITEMS), 0
+    for epoch in range(1, 201):
+        for batch in loader.epoch(epoch):
+            np.add.at(sums, batch.item_ids[batch.negatives].numpy(), batch.negative_weight.numpy())
+            batches += 1
+    taken = loader.item_counts > 0
+    assert (sums[~taken] == 0).all()
+    assert abs(sums[taken] / batches - 1).max() < 0.2
+    assert abs((sums[taken] / batches).mean() - 1) < 0.02
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 12), st.data())
+def test_inclusion_chance_is_the_hypergeometric_one(total, data):
+    count, drawn = data.draw(st.integers(1, total)), data.draw(st.integers(1, total))
+    want = 1 - (comb(total - count, drawn) / comb(total, drawn))
+    assert inclusion_chance(np.array([count]), total, drawn)[0] == pytest.approx(want, abs=1e-9)

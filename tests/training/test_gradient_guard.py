@@ -1,0 +1,240 @@
+"""Steps that must not reach the weights."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from small import small_catalog, small_config
+from test_resume import trainer_of
+from worlds import run_ranks
+
+from gtc_dist import train
+from gtc_dist.data import storage
+from gtc_dist.distributed.collectives import World
+from gtc_dist.errors import InputError, NotFinite, run_command
+from gtc_dist.training.gradient_guard import batch_file
+from gtc_dist.training.step_replay import read_left, replay
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    return small_catalog(tmp_path_factory.mktemp("catalog") / "c")
+
+
+def poisoned(trainer, at: int, part: str = "loss", ranks: tuple[int, ...] = (0,)):
+    """The trainer, with a loss or a gradient of one step that is not finite, on some ranks."""
+    gradients, done = trainer.gradients, 0
+
+    def bad(batch, rows):
+        nonlocal done
+        parts = gradients(batch, rows)
+        done += 1
+        if done == at and trainer.world.rank in ranks:
+            if part == "loss":
+                parts["tc"] = parts["tc"] * float("nan")
+            elif part == "table":
+                trainer.tables.item.pending[0][1][3, 2] = float("inf")
+            else:
+                trainer.network.members[0].project[0].weight.grad[0, 0] = float("nan")
+        return parts
+
+    trainer.gradients = bad
+    return trainer
+
+
+def config_of(catalog, run, **keys):
+    config = small_config(catalog.uri, str(run), train={"epochs": 2, "log_every": 3, **keys})
+    storage.write_bytes(f"{run}/small/config.yaml", config.model_dump_json().encode())
+    return config
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("loss", "loss tc"),
+        ("table", "gradient of the item table"),
+        ("dense", r"gradient of members\.0\.project\.0\.weight"),
+    ],
+)
+def test_it_ends_the_run_before_the_weights_take_it(catalog, tmp_path, part, message):
+    config = config_of(catalog, tmp_path)
+    trainer = poisoned(trainer_of(World(), config, f"{tmp_path}/small"), 5, part)
+    with pytest.raises(
+        NotFinite, match=rf"epoch 1, step 5: .*{message}\. The batch is in .*/not-finite-epoch-1-step-5"
+    ):
+        trainer.fit()
+    assert all(table.weight.isfinite().all() for table in trainer.tables.all())
+    assert all(p.isfinite().all() for p in trainer.network.parameters())
+
+
+def replayed(folder, capsys) -> dict:
+    """What --replay prints of the file that was left in the run folder."""
+    [name] = [name for name in storage.listing(str(folder)) if name.startswith("not-finite")]
+    capsys.readouterr()
+    assert train.main(["--replay", f"{folder}/{name}"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_step_is_computed_again(catalog, tmp_path, capsys):
+    config = config_of(catalog, tmp_path, checkpoint={"minutes": 0.0})
+    trainer = poisoned(trainer_of(World(), config, f"{tmp_path}/small"), 9)
+    with pytest.raises(NotFinite):
+        trainer.fit()
+    before = storage.listing(f"{tmp_path}/small")
+    told = replayed(tmp_path / "small", capsys)
+    assert (told["pairs"], told["newest_checkpoint"]) == (30, "after 3 steps")
+    assert told["not_finite"] == []  # what was wrong was put in by this test
+    assert set(told["loss"]) == {"bpr", "tc", "diffusion", "l2"}
+    assert all(np.isfinite(norm) for norm in told["gradient_norms"].values())
+    assert storage.listing(f"{tmp_path}/small") == before
+
+
+def test_with_the_weights_that_met_it(catalog, tmp_path, capsys):
+    """They were fine at the last checkpoint, and are in the file alone."""
+    trainer = trainer_of(World(), config_of(catalog, tmp_path), f"{tmp_path}/small")
+    step, done = trainer.step, 0
+
+    def broken(batch):
+        nonlocal done
+        done += 1
+        if done == 5:
+            with torch.no_grad():
+                trainer.tables.item.weight[:] = float("inf")
+                trainer.network.members[0].project[0].weight[0, 0] = float("nan")
+        return step(batch)
+
+    trainer.step = broken
+    with pytest.raises(NotFinite, match="loss bpr"):
+        trainer.fit()
+    told = replayed(tmp_path / "small", capsys)
+    assert {"loss bpr", "loss l2", "gradient of the item table"} <= set(told["not_finite"])
+    assert not np.isfinite(told["loss"]["bpr"])
+
+
+def ended_by(world: World, config, run: str) -> None:
+    with pytest.raises(NotFinite):
+        poisoned(trainer_of(world, config, run), 3, ranks=(0, 1)).fit()
+
+
+SAMPLED = {"propagation": "sampled", "fanout": [3, 3]}
+
+
+@pytest.mark.parametrize("model", [{}, SAMPLED, {**SAMPLED, "layer_nodes": 24}])
+def test_what_a_rank_among_others_left_is_computed_by_one_process(catalog, tmp_path, model):
+    config = small_config(catalog.uri, str(tmp_path), train={"epochs": 1}, model=model)
+    storage.write_bytes(f"{tmp_path}/small/config.yaml", config.model_dump_json().encode())
+    run_ranks(ended_by, 2, config, f"{tmp_path}/small")
+    for rank in range(2):
+        told = replay(f"{tmp_path}/small/not-finite-epoch-1-step-3-rank-{rank}.npz")
+        assert 0 < told["pairs"] < config.train.batch_size
+        assert told["not_finite"] == []
+        assert all(np.isfinite(value) for value in told["loss"].values())
+
+
+def test_another_network_is_told(catalog, tmp_path):
+    config = config_of(catalog, tmp_path)
+    trainer = poisoned(trainer_of(World(), config, f"{tmp_path}/small"), 2)
+    with pytest.raises(NotFinite):
+        trainer.fit()
+    wider = config.model_copy(update={"model": config.model.model_copy(update={"width": 2 * config.model.width})})
+    storage.write_bytes(f"{tmp_path}/small/config.yaml", wider.model_dump_json().encode())
+    for name in [name for name in storage.listing(f"{tmp_path}/small") if name.startswith("checkpoints")]:
+        storage.remove_tree(f"{tmp_path}/small/{name}")
+    with pytest.raises(InputError, match="another network or catalog"):
+        replay(f"{tmp_path}/small/not-finite-epoch-1-step-2-rank-0.npz")
+
+
+def test_a_command_shows_one_line_and_has_a_status_of_its_own(capsys):
+    def main():
+        try:
+            raise NotFinite("epoch 1, step 2: the loss is not finite")
+        except NotFinite as error:
+            raise RuntimeError("a rank failed") from error
+
+    with pytest.raises(SystemExit) as left:
+        run_command(main)
+    assert left.value.code == 3
+    assert capsys.readouterr().err == "error: epoch 1, step 2: the loss is not finite\n"
+
+
+def test_what_is_written_down_is_the_batch(catalog, tmp_path):
+    config = config_of(catalog, tmp_path)
+    trainer = trainer_of(World(), config, f"{tmp_path}/small")
+    order = trainer.loader._order(1)
+    draws = trainer.loader.draw(1, 0, order[trainer.loader._rows(0)])
+    batch = trainer.loader.assemble(draws)
+    rows = trainer.rows(batch)
+    storage.write_bytes(f"{tmp_path}/small/b.npz", batch_file(batch, rows, trainer.network))
+    left = read_left(f"{tmp_path}/small/b.npz")
+    again = left.draws
+    for name in ("users", "positives", "negatives", "timesteps", "noise", "dropout"):
+        assert np.array_equal(getattr(again, name), getattr(draws, name)), name
+    assert np.array_equal(left.pairs, np.stack([draws.users, draws.positives], axis=1))
+    assert left.ranks == 1
+    assert (again.seed, again.sampler_seed, again.counts) == (draws.seed, draws.sampler_seed, draws.counts)
+    assert all(torch.equal(a, b) for a, b in zip(left.rows.values(), rows, strict=True))
+    assert all(torch.equal(left.network[name], value) for name, value in trainer.network.state_dict().items())
+
+
+def test_files_that_are_no_batch(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        replay(f"{tmp_path}/none.npz")
+    (tmp_path / "x.npz").write_bytes(b"no archive")
+    with pytest.raises(InputError, match="is not a batch"):
+        replay(f"{tmp_path}/x.npz")
+    np.savez(tmp_path / "p.npz", users=np.array([{}], dtype=object))
+    with pytest.raises(InputError, match="is not a batch"):
+        replay(f"{tmp_path}/p.npz")
+
+
+def skipping(world: World, config, run: str, ranks: tuple[int, ...]) -> dict:
+    trainer = poisoned(trainer_of(world, config, run), 4, "table", ranks)
+    weights = []
+    step = trainer.step
+
+    def kept(batch):
+        parts = step(batch)
+        weights.append(trainer.tables.item.weight.clone())
+        return parts
+
+    trainer.step = kept
+    result = trainer.fit()
+    shown = train.summary(run, result).splitlines()[-1]
+    return {"weights": weights[:5], "skipped": result["skipped_steps"], "shown": shown}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_left_out_on_all_ranks_alike_and_counted(catalog, tmp_path, size):
+    config = config_of(catalog, tmp_path, not_finite="skip")
+    for result in run_ranks(skipping, size, config, f"{tmp_path}/small", (size - 1,)):
+        w = result["weights"]
+        assert result["skipped"] == 1
+        assert result["shown"] == "warning: 1 step(s) left out, as their loss or gradient was not finite"
+        assert torch.equal(w[3], w[2])
+        assert not torch.equal(w[4], w[3])
+        assert all(x.isfinite().all() for x in w)
+
+
+def clipped(world: World, config, run: str, clip: float | None) -> dict:
+    trainer = trainer_of(world, config, run)
+    trainer.health.clip = clip
+    batch = trainer.loader.assemble(trainer.loader.draw(1, 0, trainer.loader._order(1)[trainer.loader._rows(0)]))
+    rows = trainer.rows(batch)
+    trainer.health.passes(trainer.gradients(batch, rows), batch, rows, "here")
+    dense = sum(p.grad.square().sum() for p in trainer.network.parameters() if p.grad is not None)
+    own = sum(table.gradient()[1].square().sum() for table in trainer.tables.all())
+    return {"norm": float((dense + world.sum(own)).sqrt()), "row": trainer.tables.user.gradient()[1][0].clone()}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_gradients_are_clipped_together(catalog, tmp_path, size):
+    config = config_of(catalog, tmp_path)
+    free = run_ranks(clipped, size, config, f"{tmp_path}/small", None)
+    norm = free[0]["norm"]
+    cut = run_ranks(clipped, size, config, f"{tmp_path}/small", norm / 4)
+    wide = run_ranks(clipped, size, config, f"{tmp_path}/small", norm * 4)
+    for rank in range(size):
+        assert cut[rank]["norm"] == pytest.approx(norm / 4, rel=1e-4)
+        torch.testing.assert_close(cut[rank]["row"], free[rank]["row"] / 4)
+        assert torch.equal(wide[rank]["row"], free[rank]["row"])

@@ -1,0 +1,407 @@
+"""A run that is cut off goes on as if nothing had been: bit for bit on as many ranks, whole on another number."""
+
+import json
+import re
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from small import GATED, small_catalog, small_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from worlds import run_ranks
+
+from gtc_dist.checkpoint import checkpoint_files
+from gtc_dist.checkpoint.async_writer import Saver, state_name
+from gtc_dist.data import formats, storage
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.errors import InputError, Unreachable
+from gtc_dist.model.build import load_graphs
+from gtc_dist.training import trainer as trainer_module
+from gtc_dist.training.trainer import Trainer
+
+SAMPLED = {"propagation": "sampled", "fanout": [3, 3]}
+MODES = {
+    "full": {},
+    "walks, averaged, four steps a validation": {
+        "model": {**GATED, "walk": {"spectral": 3, "profile": 3}},
+        "train": {"average": 0.5, "epoch_steps": 4, "epochs": 6},
+        "eval": {"every": 2},
+    },
+    "sampled with a history": {"model": SAMPLED, "train": {"refresh": 4, "negatives": {"mode": "shared", "count": 9}}},
+    "rowwise, no history": {"model": SAMPLED, "train": {"refresh": 0, "table_optimizer": "rowwise_adam"}},
+}
+
+
+class Cut(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    return small_catalog(tmp_path_factory.mktemp("catalog") / "c")
+
+
+def config_of(catalog, mode: dict, **train):
+    always = {"epochs": 3, "log_every": 3, "checkpoint": {"minutes": 0.0}}
+    mode = {**mode, "train": {**always, **mode.get("train", {}), **train}}
+    return small_config(catalog.uri, **mode)
+
+
+def trainer_of(world: World, config, run: str, notice=lambda: "") -> Trainer:
+    catalog = Catalog(config.data.catalog)
+    users, items = catalog.interactions("train")
+    mine = slice(world.rank, None, world.size)
+    return Trainer(config, catalog, run, users[mine], items[mine], load_graphs(config, catalog), world, notice=notice)
+
+
+def cut_after(world: World, config, run: str, steps: int) -> dict:
+    """Train until the process is cut off in a step, on every rank the same."""
+    trainer = trainer_of(world, config, run)
+    done = 0
+    whole_step = trainer.step
+
+    def step(batch):
+        nonlocal done
+        done += 1
+        if trainer.saver.thread:
+            trainer.saver.thread.join()  # on a slow machine too, the state before the last one is whole
+        if done > steps:
+            raise Cut
+        return whole_step(batch)
+
+    trainer.step = step
+    try:
+        trainer.fit()
+    except Cut:
+        time.sleep(1.01 - time.time() % 1)  # names of TensorBoard's files order them by the second
+    return {"states": list(trainer.saver.states)}
+
+
+def train(world: World, config, run: str) -> dict:
+    trainer = trainer_of(world, config, run)
+    trainer.fit()
+    return {
+        "user": trainer.tables.user.weight,
+        "item": trainer.tables.item.weight,
+        "network": dict(trainer.network.state_dict()),
+        "rows": trainer.loader.rank_rows,
+    }
+
+
+def ranks(function, size: int, *args) -> list:
+    return run_ranks(function, size, *args)
+
+
+def metrics(run) -> dict:
+    found = json.loads(Path(run, "metrics.json").read_text())
+    return {name: value for name, value in found.items() if not name.startswith("seconds")}
+
+
+def curves(run) -> dict[str, list]:
+    """TensorBoard's curves of what does not measure time."""
+    events = EventAccumulator(str(Path(run, "tensorboard")), size_guidance={"scalars": 0}).Reload()
+    tags = [t for t in events.Tags()["scalars"] if not t.startswith(("seconds", "interactions"))]
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+
+
+def assert_same(one: list, other: list) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a["user"], b["user"])
+        assert torch.equal(a["item"], b["item"])
+        assert all(torch.equal(a["network"][name], b["network"][name]) for name in a["network"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_cut_off_and_continued_it_ends_where_it_would_have(catalog, tmp_path, mode):
+    config = config_of(catalog, MODES[mode])
+    whole = [train(World(), config, str(tmp_path / "whole"))]
+    for steps in (1, 5, 7, 9):
+        cut_after(World(), config, str(tmp_path / "cut"), steps)  # goes on from where the one before was cut
+    assert not Path(tmp_path, "cut/metrics.json").exists()
+    continued = [train(World(), config, str(tmp_path / "cut"))]
+    assert_same(continued, whole)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    lines = [Path(tmp_path, name, "metrics.jsonl").read_text() for name in ("cut", "whole")]
+    assert lines[0] == lines[1]
+    assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
+
+
+def test_states_are_saved_where_every_validation_comes_before_a_refresh_is_due(catalog, tmp_path):
+    config = config_of(catalog, {"model": SAMPLED}, refresh=1, epoch_steps=3, epochs=6)
+    whole = [train(World(), config, str(tmp_path / "whole"))]
+    assert trainer_of(World(), config, str(tmp_path / "new")).history.every > 6
+    cut = cut_after(World(), config, str(tmp_path / "cut"), 16)
+    assert cut["states"][-1] == state_name(9)
+    assert_same([train(World(), config, str(tmp_path / "cut"))], whole)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
+
+
+def test_states_of_runs_without_a_history_come_after_validations_too(catalog, tmp_path):
+    config = config_of(catalog, {}, epoch_steps=3, epochs=4)
+    whole = [train(World(), config, str(tmp_path / "whole"))]
+    cut = cut_after(World(), config, str(tmp_path / "cut"), 8)
+    assert cut["states"] == [state_name(3)]
+    assert_same([train(World(), config, str(tmp_path / "cut"))], whole)
+    assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
+
+
+def test_a_state_that_cannot_be_read_for_the_moment_is_not_removed(catalog, tmp_path, monkeypatch):
+    config = config_of(catalog, MODES["full"])
+    cut_after(World(), config, str(tmp_path / "cut"), 9)
+    before = storage.listing(str(tmp_path / "cut"))
+
+    def away(*args):
+        raise Unreachable("cannot reach the object store")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, "load", away)
+        with pytest.raises(Unreachable, match=r"checkpoint step-0+\d+ could not be read: cannot reach"):
+            train(World(), config, str(tmp_path / "cut"))
+    assert storage.listing(str(tmp_path / "cut")) == before
+
+
+def test_on_two_ranks_too(catalog, tmp_path):
+    config = config_of(catalog, MODES["sampled with a history"])
+    whole = ranks(train, 2, config, str(tmp_path / "whole"))
+    cut = ranks(cut_after, 2, config, str(tmp_path / "cut"), 8)
+    assert cut[0]["states"]
+    assert cut[0] == cut[1]
+    assert_same(ranks(train, 2, config, str(tmp_path / "cut")), whole)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 3)])
+def test_on_another_number_of_ranks(catalog, tmp_path, before, after, capfd):
+    config = config_of(catalog, {"train": {"average": 0.5}})
+    run = str(tmp_path / "run")
+    cut = ranks(cut_after, before, config, run, 7)
+    state = checkpoint_files.read_manifest(f"{run}/checkpoints/{cut[0]['states'][-1]}")
+    capfd.readouterr()
+    results = ranks(train, after, config, run)
+    assert f"going on from epoch {state['epoch']}, step {state['step']}" in capfd.readouterr().out
+    assert all(sum(result["rows"]) == catalog.manifest.interactions["train"] for result in results)
+    for name in ("network",):  # dense modules stay alike on all ranks
+        for result in results[1:]:
+            assert all(torch.equal(result[name][k], results[0][name][k]) for k in result[name])
+    assert metrics(run)["last_epoch"] == 3
+    steps = [step for step, _ in curves(run)["loss/bpr"]]
+    assert steps == sorted(set(steps))  # none lost, none twice
+    assert len(steps) == len(curves_of_an_undisturbed_run(config, tmp_path))
+
+
+def curves_of_an_undisturbed_run(config, tmp_path) -> list:
+    train(World(), config, str(tmp_path / "undisturbed"))
+    return curves(tmp_path / "undisturbed")["loss/bpr"]
+
+
+def test_asked_to_leave_it_saves_and_returns(catalog, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "NOTICE_SECONDS", 0.0)
+    config = config_of(catalog, {}, checkpoint={"minutes": 60.0})
+    whole = [train(World(), config, str(tmp_path / "whole"))]
+    answers = iter(["", "", "leave"])
+    trainer = trainer_of(World(), config, str(tmp_path / "left"), notice=lambda: next(answers))
+    assert trainer.fit() is None
+    states, torn = checkpoint_files.names(str(tmp_path / "left"), "step-")
+    assert (len(states), torn) == (1, [])
+    assert_same([train(World(), config, str(tmp_path / "left"))], whole)
+
+
+def test_warned_it_saves_at_once_and_goes_on(catalog, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "NOTICE_SECONDS", 0.0)
+    config = config_of(catalog, MODES["sampled with a history"], checkpoint={"minutes": 60.0})
+    answers, saved = iter(["", "save"]), []
+    trainer = trainer_of(World(), config, str(tmp_path / "r"), notice=lambda: next(answers, ""))
+    settle = trainer.saver.settle
+    trainer.saver.settle = lambda best: (
+        trainer.saver.pending and saved.append(trainer.state.progress.step),
+        settle(best),
+    )[1]
+    assert trainer.fit() is not None
+    assert saved[0] == 6  # the second time that losses were logged, whenever the history is computed anew
+    assert len(saved) == 2  # and at the end
+
+
+def test_more_epochs_go_on_from_a_finished_run(catalog, tmp_path):
+    train(World(), config_of(catalog, {}, epochs=2), str(tmp_path / "run"))
+    longer = config_of(catalog, {}, epochs=4)
+    whole = [train(World(), longer, str(tmp_path / "whole"))]
+    assert_same([train(World(), longer, str(tmp_path / "run"))], whole)
+
+
+def test_a_torn_or_changed_state_is_passed_over_with_a_warning(catalog, tmp_path, capsys):
+    config = config_of(catalog, {})
+    whole = [train(World(), config, str(tmp_path / "whole"))]
+    run = tmp_path / "run"
+    cut_after(World(), config, str(run), 11)
+    first, last = checkpoint_files.names(str(run), "step-")[0]
+    data = bytearray((run / "checkpoints" / last / "item.exp_avg.000000000000-000000000040.npy").read_bytes())
+    data[-1] ^= 1
+    (run / "checkpoints" / last / "item.exp_avg.000000000000-000000000040.npy").write_bytes(data)
+    torn = run / "checkpoints/step-000000000099"
+    torn.mkdir()
+    (torn / "dense.pt").write_bytes(b"half of it")
+    capsys.readouterr()
+    continued = [train(World(), config, str(run))]
+    told = capsys.readouterr().out
+    assert f"warning: checkpoint {last} is not used: " in told
+    assert "item.exp_avg.000000000000-000000000040.npy was changed" in told
+    assert_same(continued, whole)
+    assert not torn.exists()
+    assert first  # was there, and is what it went on from
+
+
+def test_where_no_state_is_usable_it_starts_anew(catalog, tmp_path, capsys):
+    config = config_of(catalog, {"train": {"average": 0.5}})
+    whole = [train(World(), config, str(tmp_path / "whole"))]
+    run = tmp_path / "run"
+    cut_after(World(), config, str(run), 11)
+    for name in checkpoint_files.names(str(run), "step-")[0]:
+        (run / "checkpoints" / name / "dense.pt").write_bytes(b"other")
+    assert_same([train(World(), config, str(run))], whole)
+    assert capsys.readouterr().out.count("is not used") == 2
+
+
+def test_only_the_last_states_and_the_best_weights_they_know_are_kept(catalog, tmp_path):
+    config = config_of(catalog, {}, epochs=6)
+    run = str(tmp_path / "run")
+    train(World(), config, run)
+    states, torn = checkpoint_files.names(run, "step-")
+    assert (len(states), torn) == (2, [])
+    known = {checkpoint_files.read_manifest(f"{run}/checkpoints/{name}")["best_epoch"] for name in states}
+    best = metrics(run)["best_epoch"]
+    assert set(checkpoint_files.names(run, "epoch-")[0]) == {f"epoch-{epoch:05d}" for epoch in known | {best}}
+
+
+def train_on_a_full_disk(world: World, config, run: str, full: str) -> list:
+    """Train; the second time that rank 0 writes a file of a state whose name holds `full`, its disk is full. Returns
+    what training returned and how often the disk was full."""
+    calls = []
+
+    def of(write):
+        def writes(uri, *args):
+            if world.rank == 0 and "/step-" in uri and full in uri:
+                calls.append(uri)
+                if len(calls) == 2:
+                    raise OSError(28, "No space left on device")
+            return write(uri, *args)
+
+        return writes
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((formats, "write_array"), (storage, "write_json"), (storage, "write_bytes")):
+            patch.setattr(module, name, of(getattr(module, name)))
+        return [train(world, config, run), len(calls) >= 2]
+
+
+@pytest.mark.parametrize("full", [pytest.param("user.exp_avg.", marks=pytest.mark.long), "manifest.json"])
+def test_a_state_that_cannot_be_written_is_left_out_and_training_goes_on(catalog, tmp_path, capfd, full):
+    config, run = config_of(catalog, {}), str(tmp_path / "run")
+    whole = run_ranks(train, 2, config, str(tmp_path / "whole"))
+    ranks = run_ranks(train_on_a_full_disk, 2, config, run, full)
+    assert [met for _, met in ranks] == [True, False]
+    assert_same([result for result, _ in ranks], whole)
+    told = capfd.readouterr().out
+    assert told.count("could not be written and is left out: [Errno 28] No space left on device") == 1
+    assert checkpoint_files.names(run, "step-")[1] == []
+    assert len(checkpoint_files.names(run, "step-")[0]) == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of its own that holds 2 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system takes rights that are missing here: {mounted.stderr.decode()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer
+def test_a_disk_that_is_really_full(catalog, small_disk, capfd):
+    """Full from the middle of the second epoch: states are left out, until the run ends at a file that it needs. When
+    there is room again, it goes on."""
+    config, run = config_of(catalog, {}), str(small_disk / "run")
+    whole = [train(World(), config, str(small_disk.parent / "whole"))]
+    trainer, ballast, steps = trainer_of(World(), config, run), small_disk / "ballast", []
+    step = trainer.step
+
+    def step_on_a_full_disk(batch):
+        steps.append(batch)
+        if len(steps) == trainer.loader.steps + 3:
+            with open(ballast, "wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+        return step(batch)
+
+    trainer.step = step_on_a_full_disk
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit()
+    assert re.search(r"step-0+14 could not be written and is left out: .*No space left", capfd.readouterr().out)
+    assert checkpoint_files.names(run, "step-")[1] == []
+    ballast.unlink()
+    assert_same([train(World(), config, run)], whole)
+    assert metrics(run) == metrics(small_disk.parent / "whole")
+
+
+def test_a_store_that_is_away_for_longer_leaves_out_a_state(tmp_path, monkeypatch, capfd):
+    def away(*args):
+        raise Unreachable("cannot reach the object store")
+
+    saver = Saver(str(tmp_path), World(), 0.0, 1)
+    for step in (1, 2):
+        saver.start(step, {"best_epoch": 0}, {}, [])
+        assert saver.settle(0) == ""
+    for name in ("write_files", "remove", "names"):
+        monkeypatch.setattr(checkpoint_files, name, away)
+    saver.start(3, {"best_epoch": 0}, {}, [])
+    assert "left out: cannot reach the object store" in saver.settle(0)
+    saver.prune(0)
+    told = capfd.readouterr().out
+    assert "step-000000000003 could not be removed" in told
+    assert "older checkpoints could not be listed" in told
+    assert list(saver.states) == [state_name(2)]
+
+
+def test_what_is_saved_is_what_was_when_it_began(tmp_path):
+    """Training goes on while a thread writes."""
+    table = RowTable("t", 6, 2, World(), init_std=1.0)
+    saver = Saver(str(tmp_path), World(), 0.0, 2)
+    dense = {"network": {"w": torch.ones(3)}, "betas": (0.9, 0.99)}
+    begun, write = threading.Event(), checkpoint_files.write_files
+
+    def late(*args):
+        begun.wait()
+        return write(*args)
+
+    before = table.weight.clone()
+    checkpoint_write, checkpoint_files.write_files = checkpoint_files.write_files, late
+    try:
+        saver.start(5, {"best_epoch": 0}, dense, checkpoint_files.state_of([table]))
+        table.weight += 1
+        dense["network"]["w"] += 1
+        begun.set()
+        assert saver.settle(0) == ""
+    finally:
+        checkpoint_files.write_files = checkpoint_write
+    other = RowTable("t", 6, 2, World())
+    loaded = checkpoint_files.load(str(tmp_path / "checkpoints/step-000000000005"), checkpoint_files.state_of([other]))
+    assert torch.equal(other.weight, before)
+    assert loaded == {"network": {"w": loaded["network"]["w"]}, "betas": [0.9, 0.99]}
+    assert loaded["network"]["w"].tolist() == [1, 1, 1]
+
+
+def test_a_state_of_another_model_is_refused(tmp_path):
+    checkpoint_files.save(
+        str(tmp_path / "c"), {}, {}, checkpoint_files.state_of([RowTable("t", 6, 2, World())]), World()
+    )
+    with pytest.raises(InputError, match=r"t\.weight is \(6, 2\) in the checkpoint, \(6, 3\) in this model"):
+        checkpoint_files.load(str(tmp_path / "c"), checkpoint_files.state_of([RowTable("t", 6, 3, World())]))
