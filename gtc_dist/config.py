@@ -23,7 +23,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-class Interactions(Section):
+class InteractionsConfig(Section):
     """Where the raw interactions are and what their columns mean. Paths are relative to `data.raw` or full URIs."""
 
     files: list[str] = []  # names or globs; unused by split.method=given
@@ -46,7 +46,7 @@ class Interactions(Section):
         return self
 
 
-class Split(Section):
+class SplitConfig(Section):
     """How interactions become train, valid and test."""
 
     method: Literal["given", "label", "global_time", "ratio", "leave_last_out"] = "ratio"
@@ -74,7 +74,7 @@ class Split(Section):
         return self
 
 
-class Modality(Section):
+class ModalityConfig(Section):
     """One modality's raw features: a `.npy` matrix (row = item id, or ids in a file beside it) or Parquet files."""
 
     path: Name  # relative to data.raw, or a URI; Parquet may be a glob
@@ -85,18 +85,18 @@ class Modality(Section):
     weight: Weight = 1.0  # in the item-item graph's similarity
 
 
-class Data(Section):
+class DataConfig(Section):
     raw: Name  # URI of the folder with raw tables and features
     catalog: Name  # URI of the folder that prepare writes and train reads
-    interactions: Interactions = Interactions()
-    split: Split = Split()
-    features: dict[str, Modality] = {}  # modality name -> its raw files
+    interactions: InteractionsConfig = InteractionsConfig()
+    split: SplitConfig = SplitConfig()
+    features: dict[str, ModalityConfig] = {}  # modality name -> its raw files
     items: Literal["interactions", "all"] = "interactions"  # all: also items that only have features
     verify: Literal["checksum", "size"] = "checksum"  # how train checks the catalog's files against its manifest
 
     @field_validator("features")
     @classmethod
-    def _names(cls, features: dict[str, Modality]) -> dict[str, Modality]:
+    def _names(cls, features: dict[str, ModalityConfig]) -> dict[str, ModalityConfig]:
         for name in features:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise ValueError(f"the modality name {name!r} may have letters, digits, '_' and '-' only")
@@ -105,14 +105,14 @@ class Data(Section):
         return features
 
 
-class Prepare(Section):
+class PrepareConfig(Section):
     """What prepare may use; its result does not depend on it."""
 
     memory_gib: Annotated[float, Field(gt=0, le=1e6)] = 2.0  # working memory of one blocked step in the driver
     scratch: str | None = None  # local folder for intermediate data; None: the system's temporary folder
 
 
-class Graph(Section):
+class GraphConfig(Section):
     item_neighbours: Positive = 10  # k of the item-item graph (content, cosine)
     search: Literal["auto", "exact", "approximate"] = "auto"  # of item neighbours; auto: exact up to 50,000 items
     probes: Positive = 160  # approximate: lists of about 250 alike items searched for each item; more finds more
@@ -120,7 +120,7 @@ class Graph(Section):
     hub_cap: Positive = 1000  # at most this many users of one item count as co-interacting (seeded sample beyond)
 
 
-class Run(Section):
+class RunConfig(Section):
     storage: Name  # URI of the folder that holds runs
     name: str  # the run lives at storage/name
 
@@ -131,7 +131,7 @@ class Run(Section):
         return self
 
 
-class Cluster(Section):
+class ClusterConfig(Section):
     workers: Positive = 1  # ranks
     # elastic: as many ranks as there is room for, from so many to `workers`; whenever that changes, all start again
     # from the last checkpoint, as they do after a rank was lost; null: always `workers`
@@ -149,7 +149,7 @@ class Cluster(Section):
         return self
 
 
-class Negatives(Section):
+class NegativesConfig(Section):
     """Negative items; never a train positive of the user that they are scored against."""
 
     # uniform: own ones for each pair; shared: one pool for the batch; in_batch: the items of the rank's other pairs
@@ -160,14 +160,14 @@ class Negatives(Section):
     popularity: Share = 0.0  # uniform: an item is drawn by (its train interactions)^this; 0: all alike
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     """States that training goes on from after it was cut off."""
 
     minutes: Annotated[float, Field(ge=0)] = 2.0  # from one to the next; 0: whenever losses are logged
     keep: Positive = 2  # whole ones that are kept, beside the best weights
 
 
-class Train(Section):
+class TrainConfig(Section):
     epochs: NonNegative = 50
     batch_size: Positive = 2048  # interactions a step over all ranks
     seed: NonNegative = 0
@@ -175,7 +175,7 @@ class Train(Section):
     table_lr: Annotated[float, Field(gt=0)] = 2e-3  # for the id, preference and stream-weight tables
     table_optimizer: Literal["adam", "rowwise_adam"] = "adam"  # rowwise: one second moment a row, a third less memory
     epoch_steps: Positive | None = None  # steps from one validation to the next; null: one pass over the interactions
-    negatives: Negatives = Negatives()
+    negatives: NegativesConfig = NegativesConfig()
     # of a positive against its negatives: pairwise, cross-entropy over all, or the sum of the two
     loss: Literal["bpr", "softmax", "bpr+softmax"] = "bpr"
     temperature: Annotated[float, Field(gt=0)] = 1.0  # of the ranking loss: scores are divided by it
@@ -190,14 +190,14 @@ class Train(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = None  # largest norm of all gradients together; null: any
     not_finite: Literal["stop", "skip"] = "stop"  # a step whose loss or gradient is not finite: its batch is written
     # down and the run ends; or it is left out and counted, which costs a collective a step
-    checkpoint: Checkpoint = Checkpoint()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     log_every: Positive = 10  # steps between TensorBoard points
     prefetch: Positive = 2  # batches prepared ahead
     refresh: NonNegative = 10  # sampled: times a pass that whole-catalog sums are computed, from which a step samples
     # what changed since (training/control_variate.py); 0: never, steps see sampled neighbours alone
 
 
-class Diffusion(Section):
+class DiffusionConfig(Section):
     """The content filter (paper's section on user-aware conditional diffusion): it predicts the noise."""
 
     enabled: bool = True  # false: content streams are the plain projections
@@ -224,7 +224,7 @@ class Diffusion(Section):
         return self
 
 
-class Correlation(Section):
+class CorrelationConfig(Section):
     """The total-correlation objective over all streams at once."""
 
     enabled: bool = True
@@ -236,7 +236,7 @@ class Correlation(Section):
     rows: NonNegative = 512  # items of the global batch that enter; 0: one for each interaction
 
 
-class Walk(Section):
+class HybridConfig(Section):
     """Parts of the embedding that are walked over co-interactions, not trained; their scores are added to those of the
     members, with weights that are chosen on the valid split (hybrid/score_fusion.py)."""
 
@@ -247,7 +247,7 @@ class Walk(Section):
     item_exponent: Share = 0.33  # the same for items; less of it ranks popular items higher
 
 
-class Model(Section):
+class ModelConfig(Section):
     propagation: Literal["full", "sampled"] = "full"  # whole graph as one block, or DGL mini-batches
     sampler: Literal["neighbor", "labor"] = "neighbor"
     fanout: list[int] = [10, 10]  # sampled: neighbours per user-item layer, last layer first; -1: all
@@ -267,9 +267,9 @@ class Model(Section):
     # id row under a gate that the filtered content opens, and the hop over the item-item graph gives its neighbours'
     join: Literal["concat", "sum"] = "concat"  # of the streams that leave the graph, into the embedding
     gate: bool = True  # similarity gate over the streams; false: all streams alike
-    diffusion: Diffusion = Diffusion()
-    correlation: Correlation = Correlation()
-    walk: Walk = Walk()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    correlation: CorrelationConfig = CorrelationConfig()
+    walk: HybridConfig = HybridConfig()
 
     @property
     def walks(self) -> bool:
@@ -295,7 +295,7 @@ class Model(Section):
         return self
 
 
-class Eval(Section):
+class EvalConfig(Section):
     every: Positive = 1  # epochs between validations
     metric: str = "recall@20"  # selects the best checkpoint and stops early
     patience: Positive = 10  # validations without a better metric before training stops
@@ -315,15 +315,15 @@ class Eval(Section):
 
 
 class Config(Section):
-    data: Data
-    run: Run
+    data: DataConfig
+    run: RunConfig
     dataset: dict[str, Any] = {}  # parameters of tools/make_dataset.py, which writes to data.raw; nothing else reads it
-    prepare: Prepare = Prepare()
-    graph: Graph = Graph()
-    cluster: Cluster = Cluster()
-    train: Train = Train()
-    model: Model = Model()
-    eval: Eval = Eval()
+    prepare: PrepareConfig = PrepareConfig()
+    graph: GraphConfig = GraphConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    train: TrainConfig = TrainConfig()
+    model: ModelConfig = ModelConfig()
+    eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
     def _together(self):

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from gtc_dist.config import Config, Modality, Section
+from gtc_dist.config import Config, ModalityConfig, Section
 from gtc_dist.errors import InputError
 
 
@@ -159,8 +159,8 @@ def _section_at(location: tuple) -> type[Section] | None:
         if field is None:
             continue  # the name of a modality: data.features.<name>
         annotation = field.annotation
-        if annotation == dict[str, Modality]:
-            section = Modality
+        if annotation == dict[str, ModalityConfig]:
+            section = ModalityConfig
         else:
             section = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
     return section

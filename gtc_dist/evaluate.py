@@ -18,12 +18,12 @@ import functools
 import json
 
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.evaluation import bootstrap
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.inference.trained_run import Found, find, restore
-from gtc_dist.launch.run_command import parse_run_command, run_on
+from gtc_dist.inference.trained_run import RunRef, find_run, load_run
+from gtc_dist.launch.run_command import parse_run_command, run_on_ranks_or_here
 from gtc_dist.personal.personal_filter import rerank
 
 
@@ -37,17 +37,17 @@ def main(argv: list[str] | None = None) -> None:
     if args.rerank is not None and (args.rerank < 1 or args.against):
         parser.error("--rerank takes a positive number, and no --against")
 
-    found = find(args.run)
+    found = find_run(args.run)
     users = found.config.eval.users if args.users is None else args.users or None
     work = functools.partial(score, split=args.split, users=users, depth=args.rerank)
     if args.against:
-        other = find(args.against)
+        other = find_run(args.against)
         same_catalog(found, other)
         work = functools.partial(compare, other=other, split=args.split, users=users)
-    print(json.dumps({"split": args.split, **run_on(args, found, work)}))
+    print(json.dumps({"split": args.split, **run_on_ranks_or_here(args, found, work)}))
 
 
-def same_catalog(found: Found, other: Found) -> None:
+def same_catalog(found: RunRef, other: RunRef) -> None:
     """Raises InputError where two runs cannot be compared user by user."""
     prints = [Catalog(one.config.data.catalog, verify="size").manifest.fingerprint for one in (found, other)]
     if prints[0] != prints[1]:
@@ -57,19 +57,23 @@ def same_catalog(found: Found, other: Found) -> None:
         )
 
 
-def score(world: World, graphs: Graphs | None, found: Found, split: str, users: int | None, depth: int | None) -> dict:
+def score(
+    comm: Communicator, graphs: Graphs | None, found: RunRef, split: str, users: int | None, depth: int | None
+) -> dict:
     """What each rank does."""
-    run = restore(found, world, graphs)
+    run = load_run(found, comm, graphs)
     reranked = {} if depth is None else {"rerank": rerank(run, split, depth, users)}
     return run.evaluate(split, users) | reranked
 
 
-def compare(world: World, graphs: Graphs | None, found: Found, other: Found, split: str, users: int | None) -> dict:
+def compare(
+    comm: Communicator, graphs: Graphs | None, found: RunRef, other: RunRef, split: str, users: int | None
+) -> dict:
     """What each rank does with another run to compare with."""
-    run = restore(found, world, graphs)
+    run = load_run(found, comm, graphs)
     metrics, ours = run.evaluate(split, users), run.by_user(split, users)
     # a run without a hop may have been given a catalog's graphs without the one that the other needs
-    theirs = restore(other, world).by_user(split, users)
+    theirs = load_run(other, comm).by_user(split, users)
     return {**metrics, "against": {"run": other.uri, **bootstrap.paired(ours, theirs)}}
 
 

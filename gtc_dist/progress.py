@@ -4,16 +4,16 @@ import sys
 import time
 from collections.abc import Callable
 
-Tell = Callable[[str], None]
+ProgressCallback = Callable[[str], None]
 
 SECONDS = 10.0  # between lines about the same step
 
 
-def silent(message: str) -> None:
+def no_progress(message: str) -> None:
     """Takes what there is to say where nobody watches."""
 
 
-class Progress:
+class ProgressPrinter:
     """Lines on stderr with the seconds since the start: one for each finished step, and while a step takes long, one
     every few seconds."""
 

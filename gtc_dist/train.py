@@ -20,15 +20,15 @@ from contextlib import suppress
 import yaml
 
 from gtc_dist.checkpoint import checkpoint_files
-from gtc_dist.checkpoint.run_folder import METRICS, standing
+from gtc_dist.checkpoint.run_folder import METRICS_FILE, run_status
 from gtc_dist.config import Config
 from gtc_dist.config_file import parse_command_line
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.inference.trained_run import CONFIG
-from gtc_dist.launch.run_lock import held
+from gtc_dist.inference.trained_run import CONFIG_FILE
+from gtc_dist.launch.run_lock import hold_run_lock
 from gtc_dist.model.build import load_graphs, network_shape
 
 LEFT = 143  # exit status: 128 + SIGTERM
@@ -41,23 +41,23 @@ def main(argv: list[str] | None = None) -> int:
     first.add_argument("--replay")
     replayed, _ = first.parse_known_args(argv)
     if replayed.replay:
-        from gtc_dist.training.step_replay import replay
+        from gtc_dist.training.step_replay import replay_step
 
-        print(json.dumps(replay(replayed.replay), indent=1))
+        print(json.dumps(replay_step(replayed.replay), indent=1))
         return 0
     config, _ = parse_command_line(parser, argv)
     config = with_absolute_uris(config)
     run = storage.join(config.run.storage, config.run.name)
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
     check(config, catalog)
-    if standing(config, run, catalog.manifest.fingerprint) == "finished":
-        result = storage.read_json(storage.join(run, METRICS))
+    if run_status(config, run, catalog.manifest.fingerprint) == "finished":
+        result = storage.read_json(storage.join(run, METRICS_FILE))
         stopped = result["last_epoch"] < config.train.epochs  # early
         more = f"an eval.patience above {config.eval.patience}" if stopped else "more epochs"
         print(f"{run} is finished; choose another run.name to train again, or {more} to go on", file=sys.stderr)
         print(summary(run, result))
         return 0
-    with held(run):
+    with hold_run_lock(run):
         result = train(config, catalog, run)
     if result is None:
         print(f"{run} was left as asked; the same command goes on with it", file=sys.stderr)
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(config: Config, catalog: Catalog, run: str) -> dict | None:
     """Begin or go on with a run; returns what metrics.json holds, or None where it was asked to leave before."""
-    before = standing(config, run, catalog.manifest.fingerprint)
+    before = run_status(config, run, catalog.manifest.fingerprint)
     graphs = load_graphs(config, catalog)
     check_rows(catalog, graphs)
     rows = catalog.manifest.interactions["train"]
@@ -85,12 +85,12 @@ def train(config: Config, catalog: Catalog, run: str) -> dict | None:
 
     ray_cluster.connect(min(config.cluster.workers, ray_cluster.cores()) + 1, dashboard=True, shared_bytes=graphs.bytes)
     resources = ray_train.worker_resources(config.cluster)
-    shared = ray_train.share(graphs)
+    shared = ray_train.share_graphs(graphs)
     del graphs  # the ranks of a node share the one copy in Ray's object store
-    storage.remove_tree(storage.join(run, METRICS))
-    storage.write_bytes(storage.join(run, CONFIG), yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
+    storage.remove_tree(storage.join(run, METRICS_FILE))
+    storage.write_bytes(storage.join(run, CONFIG_FILE), yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
     try:
-        return ray_train.fit(config, catalog, shared, run, resources)
+        return ray_train.train_on_ray(config, catalog, shared, run, resources)
     except BaseException:
         remove_if_nothing_was_saved(run)
         raise
@@ -131,7 +131,7 @@ def remove_if_nothing_was_saved(run: str) -> None:
     """A run that failed before its first checkpoint leaves no folder, which would only block the next try. Where the
     storage cannot be asked, everything stays."""
     with suppress(InputError, OSError):
-        if not any(checkpoint_files.names(run, prefix)[0] for prefix in ("epoch-", "step-")):
+        if not any(checkpoint_files.list_checkpoints(run, prefix)[0] for prefix in ("epoch-", "step-")):
             storage.remove_tree(run)
 
 

@@ -65,7 +65,7 @@ def small_catalog(uri: str | Path, users=60, items=40, modalities=2, seed=0, per
         writer.interactions(name, user, item)
     writer.ids("users", pa.array([f"u{n:03d}" for n in range(users)]))
     writer.ids("items", pa.array(np.arange(items, dtype=np.int64) * 7 + 100))
-    item_user, user_item = user_item_graph.user_item(*split["train"], users, items)
+    item_user, user_item = user_item_graph.build_user_item_graph(*split["train"], users, items)
     features = {}
     for m in range(modalities):
         centres = rng.normal(size=(4, 6 + m)) * 2
@@ -75,8 +75,8 @@ def small_catalog(uri: str | Path, users=60, items=40, modalities=2, seed=0, per
     graphs = {
         "item_user": item_user,
         "user_item": user_item,
-        "item_item": item_knn_graph.item_item(features, dict.fromkeys(features, 1.0), 3, 1),
-        "user_user": user_cooccurrence_graph.user_user(item_user, user_item, 5, 1000, 0),
+        "item_item": item_knn_graph.build_item_knn_graph(features, dict.fromkeys(features, 1.0), 3, 1),
+        "user_user": user_cooccurrence_graph.build_user_cooccurrence_graph(item_user, user_item, 5, 1000, 0),
     }
     for name, graph in graphs.items():
         writer.graph(name, graph)

@@ -9,30 +9,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gtc_dist.config import Config
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.distributed.collectives import World
-from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.model.build import build_loader, build_network, load_features, load_graphs
-from gtc_dist.training.data_loader import Draws, Loader
+from gtc_dist.training.data_loader import DataLoader, SampledBatch
 
 
-def loader_of(config: Config, catalog: Catalog, world: World, network) -> Loader:
+def loader_of(config: Config, catalog: Catalog, comm: Communicator, network) -> DataLoader:
     users, items = catalog.interactions("train")
-    mine = slice(world.rank, None, world.size)
-    thread_world = world.split()
-    features = load_features(network.shape, catalog, thread_world)
+    mine = slice(comm.rank, None, comm.size)
+    thread_comm = comm.new_group()
+    features = load_features(network.shape, catalog, thread_comm)
     graphs = load_graphs(config, catalog)
-    return build_loader(config, network, users[mine], items[mine], graphs, features, thread_world)
+    return build_loader(config, network, users[mine], items[mine], graphs, features, thread_comm)
 
 
-def global_draws(config: Config, catalog: Catalog) -> Draws:
+def global_draws(config: Config, catalog: Catalog) -> SampledBatch:
     """Draws of a batch of 24 pairs, as a world of one makes them."""
-    network, _ = build_network(config, catalog, World())
-    loader = loader_of(config, catalog, World(), network)
+    network, _ = build_network(config, catalog, Communicator())
+    loader = loader_of(config, catalog, Communicator(), network)
     rows = np.random.default_rng(3).permutation(len(loader.users))[:24]
     return replace(loader.draw(1, 0, rows), counts=[len(rows)])
 
 
-def share(draws: Draws, rank: int, counts: list[int]) -> Draws:
+def share(draws: SampledBatch, rank: int, counts: list[int]) -> SampledBatch:
     """A rank's contiguous part of global draws."""
     start = sum(counts[:rank])
     rows = slice(start, start + counts[rank])
@@ -58,18 +58,18 @@ def set_away_from_start(network, seed: int = 11) -> None:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
-def step(world: World, catalog_uri: str, config: Config, draws: Draws, counts: list[int]) -> dict:
+def step(comm: Communicator, catalog_uri: str, config: Config, draws: SampledBatch, counts: list[int]) -> dict:
     """Loss parts of the global batch and all gradients: dense ones as DDP leaves them, tables' as dense rows."""
     catalog = Catalog(catalog_uri)
-    network, tables = build_network(config, catalog, world)
+    network, tables = build_network(config, catalog, comm)
     set_away_from_start(network)
-    loader = loader_of(config, catalog, world, network)
-    forward = DistributedDataParallel(network, forward_sync_buffers=False) if world.size > 1 else network
-    batch = loader.assemble(share(draws, world.rank, counts))
+    loader = loader_of(config, catalog, comm, network)
+    forward = DistributedDataParallel(network, forward_sync_buffers=False) if comm.size > 1 else network
+    batch = loader.assemble(share(draws, comm.rank, counts))
     loss, parts = forward(batch, tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route))
     loss.backward()
     names = sorted(parts)
-    summed = world.sum(torch.stack([parts[name] for name in names]))
+    summed = comm.all_reduce(torch.stack([parts[name] for name in names]))
     return {
         "parts": dict(zip(names, summed.tolist(), strict=True)),
         "dense": {name: p.grad for name, p in network.named_parameters()},
@@ -77,7 +77,7 @@ def step(world: World, catalog_uri: str, config: Config, draws: Draws, counts: l
     }
 
 
-def whole_gradient(table: RowTable) -> torch.Tensor:
+def whole_gradient(table: ShardedTable) -> torch.Tensor:
     """A table's gradient over all ranks as one dense matrix."""
     rows, values = table.gradient()
     dense = torch.zeros_like(table.weight)
@@ -85,9 +85,12 @@ def whole_gradient(table: RowTable) -> torch.Tensor:
         dense += values
     else:
         dense[rows] = values
-    return table.world.gather(
+    return table.comm.all_gather(
         dense,
-        [table.world.range(table.rows, r)[1] - table.world.range(table.rows, r)[0] for r in range(table.world.size)],
+        [
+            table.comm.row_range(table.rows, r)[1] - table.comm.row_range(table.rows, r)[0]
+            for r in range(table.comm.size)
+        ],
     )
 
 

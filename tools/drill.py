@@ -134,7 +134,7 @@ def disturb(
                 finish(process, log)
             break
         started |= {process, *process.children(recursive=True)}
-        states = checkpoint_files.names(run, "step-")[0]
+        states = checkpoint_files.list_checkpoints(run, "step-")[0]
         done.append(Disturbance(kind, moment, time.monotonic() - start, states[-1] if states else "none"))
         print(f"{len(done)}: {kind} after {done[-1].second:.0f} s, {done[-1].after}", file=sys.stderr, flush=True)
         if kind not in ("command", "stop"):
@@ -155,7 +155,9 @@ def await_moment(moment: str, process: psutil.Process, run: str, log) -> str:
     """Wait until it is the moment; returns it, or "any" where it did not come."""
     deadline = time.monotonic() + PATIENCE
     while moment != "any" and time.monotonic() < deadline and process.is_running():
-        if moment == "checkpoint" and any(checkpoint_files.names(run, prefix)[1] for prefix in ("step-", "epoch-")):
+        if moment == "checkpoint" and any(
+            checkpoint_files.list_checkpoints(run, prefix)[1] for prefix in ("step-", "epoch-")
+        ):
             return moment
         if moment == "evaluation" and re.search(r"step (\d+)/\1 .*\s*\Z", tail(log)):
             return moment
@@ -238,7 +240,7 @@ def compare(out: str, scratch: str, started: set[psutil.Process]) -> list[str]:
     if manifests[0]["files"] != manifests[1]["files"]:
         problems.append("the exports differ")
     run = storage.join(out, "disturbed")
-    torn = [name for prefix in ("step-", "epoch-") for name in checkpoint_files.names(run, prefix)[1]]
+    torn = [name for prefix in ("step-", "epoch-") for name in checkpoint_files.list_checkpoints(run, prefix)[1]]
     problems += [f"checkpoint {name} has no manifest" for name in torn]
     problems += [f"{name} is an unfinished file" for name in storage.listing(out) if name.endswith(".partial")]
     _, alive = psutil.wait_procs(started, timeout=120)  # Ray's agents look for their parent once in a while

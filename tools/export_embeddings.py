@@ -23,8 +23,8 @@ import numpy as np
 from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.inference.export import export_rank
-from gtc_dist.inference.trained_run import find
-from gtc_dist.launch.run_command import parse_run_command, run_on
+from gtc_dist.inference.trained_run import find_run
+from gtc_dist.launch.run_command import parse_run_command, run_on_ranks_or_here
 
 MANIFEST = "manifest.json"
 PART = re.compile(r"((users|items)/part-(new-)?\d{12}\.parquet|items\.faiss|manifest\.json)(\..*partial)?")
@@ -41,10 +41,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--new-items works in this process alone, without --workers")
 
     out = storage.absolute(args.out)
-    found = find(args.run)
+    found = find_run(args.run)
     make_room(out, args.out)
     print(f"run {args.run}, {found.checkpoint}: computing embeddings", flush=True)
-    export = run_on(args, found, functools.partial(export_rank, out=out, dtype=args.dtype, new_items=args.new_items))
+    export = run_on_ranks_or_here(
+        args, found, functools.partial(export_rank, out=out, dtype=args.dtype, new_items=args.new_items)
+    )
     files = export["files"]
     if args.faiss:
         files["items.faiss"] = write_index([name for name in files if name.startswith("items/")], export["dim"], out)

@@ -20,14 +20,14 @@ from gtc_dist.config import Config
 from gtc_dist.config_file import load_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import CSC, Catalog
-from gtc_dist.distributed.collectives import World
-from gtc_dist.distributed.sharded_table import RowTable, make_route
-from gtc_dist.evaluation.ranking import RankingOptions, top_items
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup
+from gtc_dist.evaluation.ranking import RankingOptions, top_k_items
 from gtc_dist.graph.csc import both_directions
 from gtc_dist.inference.export import ROWS, write_part
 from gtc_dist.inference.layerwise import embed_catalog
 from gtc_dist.model.build import build_network, load_features, load_graphs
-from gtc_dist.training.run_log import Monitor, Stopwatch
+from gtc_dist.training.run_log import RunLog, Stopwatch
 from gtc_dist.training.trainer import Trainer
 
 MIB = 1 << 20
@@ -37,16 +37,16 @@ def main() -> None:
     case, rank, folder = json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(case.get("threads", 1))
     ranks, device = case.get("ranks", 1), device_of(case, rank)
-    world = World(device=device)
+    comm = Communicator(device=device)
     if ranks > 1:
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-        world = World(rank, ranks).split(device)
+        comm = Communicator(rank, ranks).split(device)
     kinds = {"sampling": sampling, "lookup": lookup, "step": step, "scale": step, "inference": inference}
     kinds |= {"checkpoint": saving, "resume": resume, "ranking": ranking, "ingest": ingest, "command": command}
-    result = kinds[case["kind"]](case, world)
+    result = kinds[case["kind"]](case, comm)
     (folder / f"{rank}.json").write_text(json.dumps(result))
-    world.barrier()
+    comm.barrier()
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -69,17 +69,17 @@ class Synchronized(Stopwatch):
         super().part(name)
 
 
-def sampling(case: dict, world: World) -> dict:
+def sampling(case: dict, comm: Communicator) -> dict:
     """Seeds a second through the layers of a batch, as the planner draws them."""
     from gtc_dist.graph.neighbor_sampler import Sampler  # slow to import
 
     graph = zipf_graph(case["nodes"], case["interactions"])
-    sampler, rng = Sampler(graph, case["sampler"], case["threads"]), np.random.default_rng(world.rank)
+    sampler, rng = Sampler(graph, case["sampler"], case["threads"]), np.random.default_rng(comm.rank)
     times, edges = [], 0
     for repeat in range(case["repeats"] + 2):
         sampler.seed(repeat)
         frontier, edges = rng.permutation(len(graph.indptr) - 1)[: case["seeds"]], 0
-        world.barrier()
+        comm.barrier()
         start = time.perf_counter()
         for fanout in case["fanout"]:
             layer = sampler.layer(frontier, fanout)
@@ -105,16 +105,16 @@ def _csc(destination: np.ndarray, source: np.ndarray, nodes: int) -> CSC:
     return CSC(indptr, source[order].astype(np.int32), np.ones(len(source), np.float32))
 
 
-def lookup(case: dict, world: World) -> dict:
+def lookup(case: dict, comm: Communicator) -> dict:
     """Route, look-up, gradient and Adam for random ids of a row-sharded table."""
-    table, rng = RowTable("t", case["rows"], case["width"], world, init_std=0.1), np.random.default_rng(world.rank)
+    table, rng = ShardedTable("t", case["rows"], case["width"], comm, init_std=0.1), np.random.default_rng(comm.rank)
     parts: dict[str, list[float]] = {"route": [], "lookup": [], "backward": [], "adam": []}
     sent = []
     for _ in range(case["repeats"] + 2):
         ids = torch.from_numpy(rng.integers(0, case["rows"], case["ids"]))
-        world.barrier()
-        before, clock = world.bytes_sent, [time.perf_counter()]
-        route = make_route(ids, case["rows"], world)
+        comm.barrier()
+        before, clock = comm.bytes_sent, [time.perf_counter()]
+        route = plan_lookup(ids, case["rows"], comm)
         clock.append(time.perf_counter())
         rows = table.lookup(route)
         clock.append(time.perf_counter())
@@ -122,7 +122,7 @@ def lookup(case: dict, world: World) -> dict:
         clock.append(time.perf_counter())
         table.step(1e-3)
         clock.append(time.perf_counter())
-        sent.append(world.bytes_sent - before)
+        sent.append(comm.bytes_sent - before)
         for name, seconds in zip(parts, np.diff(clock), strict=True):
             parts[name].append(float(seconds))
     medians = {f"seconds/{name}": statistics.median(values[2:]) for name, values in parts.items()}
@@ -130,14 +130,14 @@ def lookup(case: dict, world: World) -> dict:
     return {"seconds": total, **medians, "sent_bytes": statistics.median(sent[2:]), "peak_mib": peak_mib()}
 
 
-def step(case: dict, world: World) -> dict:
+def step(case: dict, comm: Communicator) -> dict:
     """Training steps, with the loader running ahead as in a training."""
     config = load_config(case["config"], case["overrides"])
     catalog = Catalog(config.data.catalog)
     with tempfile.TemporaryDirectory(prefix="gtc-benchmark-") as run:
-        users, items = (column[world.rank :: world.size] for column in catalog.interactions("train"))
-        trainer = Trainer(config, catalog, run, users, items, load_graphs(config, catalog), world)
-        if world.device.type != "cuda":
+        users, items = (column[comm.rank :: comm.size] for column in catalog.interactions("train"))
+        trainer = Trainer(config, catalog, run, users, items, load_graphs(config, catalog), comm)
+        if comm.device.type != "cuda":
             return measure_steps(trainer, case["repeats"])
         gpu = measure_gpu(trainer, case["repeats"])
         trainer.watch = Synchronized()
@@ -154,7 +154,7 @@ def measure_gpu(trainer: Trainer, repeats: int) -> dict:
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(count):
-            trainer.step(next(batches).to(trainer.world.device))
+            trainer.step(next(batches).to(trainer.comm.device))
         torch.cuda.synchronize()
         return (time.perf_counter() - start) / count
 
@@ -172,7 +172,7 @@ def measure_gpu(trainer: Trainer, repeats: int) -> dict:
     }
 
 
-def resume(case: dict, world: World) -> dict:
+def resume(case: dict, comm: Communicator) -> dict:
     """A training that is killed once a state of it is whole, and the same command again: seconds until it is ready to
     go on, and until the first line of progress, which comes with the first step that ends ten seconds after that."""
     times = []
@@ -180,7 +180,7 @@ def resume(case: dict, world: World) -> dict:
         with tempfile.TemporaryDirectory(prefix="gtc-benchmark-") as runs:
             overrides = [*case["overrides"], f"run.storage={runs}", "run.name=resume", "train.log_every=1"]
             words = [sys.executable, "-m", "gtc_dist.train", "--config", case["config"], *overrides]
-            states = partial(checkpoint_files.names, f"{runs}/resume", "step-")
+            states = partial(checkpoint_files.list_checkpoints, f"{runs}/resume", "step-")
             seconds_until(words, {"saved": lambda _, states=states: bool(states()[0])})
             newest = storage.listing(storage.join(runs, "resume", checkpoint_files.FOLDER, states()[0][-1]))
             times.append(
@@ -191,7 +191,7 @@ def resume(case: dict, world: World) -> dict:
 
 
 def measure_steps(trainer: Trainer, repeats: int) -> dict:
-    world, loader, dense = trainer.world, trainer.loader_world, count_dense(trainer)
+    comm, loader, dense = trainer.comm, trainer.loader_comm, count_dense(trainer)
     waits, totals, sent, nodes, parts = [], [], [], [], {}
     warm_up, cpu, epoch = max(3, repeats // 5), 0.0, 1
     trainer.network.train()
@@ -199,21 +199,21 @@ def measure_steps(trainer: Trainer, repeats: int) -> dict:
     batches = trainer.loader.epoch(epoch)
     for n in range(warm_up + repeats):
         if n == warm_up:
-            world.barrier()
+            comm.barrier()
             trainer.watch.take(), trainer.loader.planner.watch.take()
-            world.seconds = loader.seconds = 0.0
+            comm.seconds = loader.seconds = 0.0
             cpu = time.process_time()
-        before, start = world.bytes_sent + loader.bytes_sent + dense[0], time.perf_counter()
+        before, start = comm.bytes_sent + loader.bytes_sent + dense[0], time.perf_counter()
         batch = next(batches, None)
         if batch is None:
             epoch += 1
             batches = trainer.loader.epoch(epoch)
             batch = next(batches)
         fetched = time.perf_counter()
-        trainer.step(batch.to(world.device))
+        trainer.step(batch.to(comm.device))
         waits.append(fetched - start)
         totals.append(time.perf_counter() - start)
-        sent.append(world.bytes_sent + loader.bytes_sent + dense[0] - before)
+        sent.append(comm.bytes_sent + loader.bytes_sent + dense[0] - before)
         nodes.append(
             [
                 len(route.position) if route.position is not None else trainer.graphs.users
@@ -223,7 +223,7 @@ def measure_steps(trainer: Trainer, repeats: int) -> dict:
     cpu = time.process_time() - cpu
     batches.close()
     parts = trainer.watch.take() | trainer.loader.planner.watch.take()
-    parts["communication"], parts["communication_ahead"] = world.seconds, loader.seconds
+    parts["communication"], parts["communication_ahead"] = comm.seconds, loader.seconds
     waits, totals, sent = waits[warm_up:], totals[warm_up:], sent[warm_up:]
     tables = trainer.tables.all()
     table_bytes = sum(table.rows * table.width * 4 for table in tables)
@@ -240,31 +240,31 @@ def measure_steps(trainer: Trainer, repeats: int) -> dict:
         "rows_users": int(np.median([n[0] for n in nodes])),
         "rows_items": int(np.median([n[1] for n in nodes])),
         "sent_bytes_per_step": statistics.median(sent) + refresh["sent_bytes"] / refresh["every"],
-        "dense_all_reduce_bytes": table_bytes if world.size > 1 else 0,
+        "dense_all_reduce_bytes": table_bytes if comm.size > 1 else 0,
         "peak_mib": peak_mib(),
     }
     return result | {f"seconds/{name}": value / repeats for name, value in parts.items()}
 
 
-def saving(case: dict, world: World) -> dict:
+def saving(case: dict, comm: Communicator) -> dict:
     """What it costs to save the state of training: as many steps with a state being written beside them as that takes,
     against as many without. `share_every_2_minutes` is the extra time over two minutes."""
     config = load_config(case["config"], case["overrides"])
     catalog = Catalog(config.data.catalog)
     with tempfile.TemporaryDirectory(prefix="gtc-benchmark-") as run:
-        users, items = (column[world.rank :: world.size] for column in catalog.interactions("train"))
-        trainer = Trainer(config, catalog, run, users, items, load_graphs(config, catalog), world)
+        users, items = (column[comm.rank :: comm.size] for column in catalog.interactions("train"))
+        trainer = Trainer(config, catalog, run, users, items, load_graphs(config, catalog), comm)
         trainer.network.train()
-        trainer.monitor = Monitor(run, 1, 1, active=False)
+        trainer.monitor = RunLog(run, 1, 1, active=False)
         trainer.started = time.monotonic()
         batches = itertools.chain.from_iterable(trainer.loader.epoch(epoch) for epoch in itertools.count(1))
 
         def steps(count: int) -> float:
-            world.barrier()
+            comm.barrier()
             start = time.perf_counter()
             for _ in range(count):
-                trainer.step(next(batches).to(world.device))
-            world.barrier()
+                trainer.step(next(batches).to(comm.device))
+            comm.barrier()
             return time.perf_counter() - start
 
         steps(5)
@@ -274,7 +274,7 @@ def saving(case: dict, world: World) -> dict:
             trainer.state.progress.step = repeat + 1
             trainer.state.save()
             blocked, count = time.perf_counter() - start, 0
-            while world.max(int(trainer.saver.outcome == BUSY)):
+            while comm.all_reduce_max(int(trainer.saver.outcome == BUSY)):
                 steps(1)
                 count += 1
             written = time.perf_counter() - start
@@ -284,7 +284,7 @@ def saving(case: dict, world: World) -> dict:
                 results[name].append(value)
         # every rank has a folder of its own here, and only the first one removes older states
         states = len({name.split("/")[1] for name in storage.listing(run)})
-        saved = world.sum(torch.tensor(sum(storage.listing(run).values()) / states)).item()
+        saved = comm.all_reduce(torch.tensor(sum(storage.listing(run).values()) / states)).item()
         alone = steps(10) / 10
     medians = {f"seconds/{name}": statistics.median(values) for name, values in results.items()}
     share = medians["seconds/extra"] / 120
@@ -302,18 +302,18 @@ def measure_refresh(trainer: Trainer) -> dict:
     if trainer.history is None:
         return {"seconds": 0.0, "sent_bytes": 0, "every": 1}
     every, trainer.history.every, trainer.history.steps = trainer.history.every, 10**9, 10**9
-    trainer.world.barrier()
-    before, start = trainer.world.bytes_sent, time.perf_counter()
+    trainer.comm.barrier()
+    before, start = trainer.comm.bytes_sent, time.perf_counter()
     trainer.history.refresh()
-    trainer.world.barrier()
+    trainer.comm.barrier()
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "sent_bytes": trainer.world.bytes_sent - before, "every": every}
+    return {"seconds": seconds, "sent_bytes": trainer.comm.bytes_sent - before, "every": every}
 
 
 def count_dense(trainer: Trainer) -> list[int]:
     """Bytes of dense gradients that DDP reduces, counted in its hook."""
     sent = [0]
-    if trainer.world.size > 1:
+    if trainer.comm.size > 1:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
         def hook(state, bucket):
@@ -324,52 +324,52 @@ def count_dense(trainer: Trainer) -> list[int]:
     return sent
 
 
-def inference(case: dict, world: World) -> dict:
+def inference(case: dict, comm: Communicator) -> dict:
     """Layer-wise embeddings of everything, and their export; the weights are the initial ones."""
     config = load_config(case["config"], case["overrides"])
-    catalog, graphs, model, tables, features = parts_of(config, world)
+    catalog, graphs, model, tables, features = parts_of(config, comm)
     seconds, export = [], []
     for _ in range(case["repeats"]):
         with tempfile.TemporaryDirectory(prefix="gtc-benchmark-") as folder:
-            world.barrier()
+            comm.barrier()
             start = time.perf_counter()
             embedded = embed_catalog(model, tables, features, graphs, config.model.layers, config.eval.chunk)
-            world.barrier()
+            comm.barrier()
             seconds.append(time.perf_counter() - start)
             out = case["export"] or folder
             for kind, table in zip(("users", "items"), embedded, strict=True):
                 for first in range(table.start, table.stop, ROWS):
                     uri = storage.join(out, kind, f"part-{first:012d}.parquet")
                     write_part(catalog, kind, table, first, uri, "float32")
-            world.barrier()
+            comm.barrier()
             export.append(time.perf_counter() - start - seconds[-1])
     total = statistics.median(a + b for a, b in zip(seconds, export, strict=True))
     parts = {"seconds/inference": statistics.median(seconds), "seconds/export": statistics.median(export)}
-    return {"seconds": total, **parts, "sent_bytes": world.bytes_sent // case["repeats"], "peak_mib": peak_mib()}
+    return {"seconds": total, **parts, "sent_bytes": comm.bytes_sent // case["repeats"], "peak_mib": peak_mib()}
 
 
-def parts_of(config: Config, world: World) -> tuple:
+def parts_of(config: Config, comm: Communicator) -> tuple:
     catalog = Catalog(config.data.catalog)
-    model, tables = build_network(config, catalog, world, trainable=False)
-    return catalog, load_graphs(config, catalog), model, tables, load_features(model.shape, catalog, world)
+    model, tables = build_network(config, catalog, comm, trainable=False)
+    return catalog, load_graphs(config, catalog), model, tables, load_features(model.shape, catalog, comm)
 
 
-def ranking(case: dict, world: World) -> dict:
+def ranking(case: dict, comm: Communicator) -> dict:
     """Top 50 of a number of users among all items, for random embeddings of the model's width."""
     config = load_config(case["config"], case["overrides"])
     catalog = Catalog(config.data.catalog)
     graphs = load_graphs(config, catalog)
     width = config.model.width * (1 + len(catalog.modalities(config.model.modalities)))
-    users = RowTable("users", catalog.users, width, world, init_std=0.1, trainable=False)
-    items = RowTable("items", catalog.items, width, world, init_std=0.1, trainable=False)
-    mine = np.arange(users.start, users.stop)[: case["users"] // world.size]
+    users = ShardedTable("users", catalog.users, width, comm, init_std=0.1, trainable=False)
+    items = ShardedTable("items", catalog.items, width, comm, init_std=0.1, trainable=False)
+    mine = np.arange(users.start, users.stop)[: case["users"] // comm.size]
     options = RankingOptions(config.eval.item_block, config.eval.user_block)
     seconds = []
     for _ in range(max(case["repeats"] // 20, 1)):
-        world.barrier()
+        comm.barrier()
         start = time.perf_counter()
-        top_items(users, items, graphs, mine, 50, options)
-        world.barrier()
+        top_k_items(users, items, graphs, mine, 50, options)
+        comm.barrier()
         seconds.append(time.perf_counter() - start)
     return {
         "seconds": statistics.median(seconds),
@@ -379,7 +379,7 @@ def ranking(case: dict, world: World) -> dict:
     }
 
 
-def ingest(case: dict, world: World) -> dict:
+def ingest(case: dict, comm: Communicator) -> dict:
     """prepare, as its command, into the configured catalog (replacing one that is there)."""
     config = load_config(case["config"], case["overrides"])
     words = [sys.executable, "-m", "gtc_dist.prepare", "--force", "--config", case["config"], *case["overrides"]]
@@ -391,7 +391,7 @@ def ingest(case: dict, world: World) -> dict:
     return result | {"users": manifest.users, "items": manifest.items} | manifest.graph_quality
 
 
-def command(case: dict, world: World) -> dict:
+def command(case: dict, comm: Communicator) -> dict:
     results = [watched(case["command"]) for _ in range(case["repeats"])]
     return sorted(results, key=lambda r: r["seconds"])[len(results) // 2]
 

@@ -23,8 +23,8 @@ import torch
 
 from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError, run_command
-from gtc_dist.inference.trained_run import Run, find, restore
-from gtc_dist.personal.personal_filter import Personal
+from gtc_dist.inference.trained_run import TrainedRun, find_run, load_run
+from gtc_dist.personal.personal_filter import PersonalFilter
 
 DECODABLE = 0.1
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--items", type=int, default=500)
     args = parser.parse_args(argv)
 
-    run = restore(find(args.run))
+    run = load_run(find_run(args.run))
     factors = truth(args.dataset, "items", "item_id", "factors", run.catalog.ids("items"))
     tastes = truth(args.dataset, "users", "user_id", "taste", run.catalog.ids("users"))
     rng = np.random.default_rng(0)
@@ -62,9 +62,9 @@ def truth(dataset: str, kind: str, key: str, column: str, ids) -> np.ndarray:
 
 
 @torch.no_grad()
-def study(run: Run, factors: np.ndarray, tastes: np.ndarray, users: np.ndarray, items: np.ndarray) -> dict:
+def study(run: TrainedRun, factors: np.ndarray, tastes: np.ndarray, users: np.ndarray, items: np.ndarray) -> dict:
     """Figures of each modality, of the first member; factors [all items, K], tastes [len(users), K]."""
-    personal, network = Personal(run), run.network
+    personal, network = PersonalFilter(run), run.network
     member, audience = network.members[0], network.split(personal.audience.weight)[0]
     ids = network.split(run.tables.item.weight)[0]
     content = member.content({name: table.weight for name, table in run.features.items()})

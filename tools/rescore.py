@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 
 from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError, run_command
-from gtc_dist.inference.trained_run import Run, find, restore
-from gtc_dist.personal.personal_filter import Personal
+from gtc_dist.inference.trained_run import TrainedRun, find_run, load_run
+from gtc_dist.personal.personal_filter import PersonalFilter
 
 COLUMNS = {"user": "users", "item": "items"}
 
@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> None:
     if present := [name for name in ("dot", "personal") if name in table.column_names]:
         raise InputError(f"{args.candidates} has a column {present[0]!r} already; leave it out")
     storage.check_writable(posixpath.dirname(storage.absolute(args.out)))
-    run = restore(find(args.run))
+    run = load_run(find_run(args.run))
     users, items = pair_indexes(run, table, args.candidates)
-    personal = Personal(run).scores(users, items[:, None])[:, 0]
+    personal = PersonalFilter(run).scores(users, items[:, None])[:, 0]
     of_users, of_items = (embedding.weight.numpy() for embedding in run.embed())
     dot = np.einsum("nd,nd->n", of_users[users], of_items[items])
     for name, values in (("dot", dot), ("personal", personal)):
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(users):,} pairs are in {args.out}")
 
 
-def pair_indexes(run: Run, table: pa.Table, uri: str) -> tuple[np.ndarray, np.ndarray]:
+def pair_indexes(run: TrainedRun, table: pa.Table, uri: str) -> tuple[np.ndarray, np.ndarray]:
     """Catalog indexes int64 [n] of the users and items of a table's pairs.
 
     Raises:
@@ -57,7 +57,7 @@ def pair_indexes(run: Run, table: pa.Table, uri: str) -> tuple[np.ndarray, np.nd
     return _indexes(run, table, "user", uri), _indexes(run, table, "item", uri)
 
 
-def _indexes(run: Run, table: pa.Table, column: str, uri: str) -> np.ndarray:
+def _indexes(run: TrainedRun, table: pa.Table, column: str, uri: str) -> np.ndarray:
     if column not in table.column_names:
         raise InputError(f"{uri} has no column {column!r}; columns found: {', '.join(table.column_names)}")
     known = run.catalog.ids(COLUMNS[column])

@@ -18,7 +18,7 @@ import torch
 from gtc_dist.checkpoint import checkpoint_files
 from gtc_dist.checkpoint.checkpoint_files import FOLDER, Shard
 from gtc_dist.data import storage
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
 
 IDLE, BUSY, DONE, FAILED = range(4)
@@ -32,7 +32,7 @@ def epoch_name(epoch: int) -> str:
     return f"epoch-{epoch:05d}"
 
 
-class Saver:
+class AsyncCheckpointWriter:
     """One rank's part.
 
     Args:
@@ -40,8 +40,8 @@ class Saver:
         keep: whole states that are kept.
     """
 
-    def __init__(self, run: str, world: World, seconds: float, keep: int):
-        self.run, self.world, self.seconds, self.keep = run, world, seconds, keep
+    def __init__(self, run: str, comm: Communicator, seconds: float, keep: int):
+        self.run, self.comm, self.seconds, self.keep = run, comm, seconds, keep
         self.since = time.monotonic()
         self.states: dict[str, int] = {}  # whole ones, oldest first -> the best epoch that they know
         self.thread: threading.Thread | None = None
@@ -70,7 +70,7 @@ class Saver:
             dense: of rank 0; copied here.
         """
         copies = [replace(shard, tensor=shard.tensor.detach().to("cpu", copy=True)) for shard in shards]
-        dense = _copied(dense) if self.world.rank == 0 else None
+        dense = _copied(dense) if self.comm.rank == 0 else None
         self.pending, self.error, self.files = (state_name(step), head, copies), None, {}
         uri = storage.join(self.run, FOLDER, state_name(step))
 
@@ -94,10 +94,10 @@ class Saver:
             return ""
         self.thread.join()
         name, head, shards = self.pending
-        errors = [text for text in self.world.gather_json(str(self.error or "")) if text]
+        errors = [text for text in self.comm.all_gather_json(str(self.error or "")) if text]
         if not errors:
             try:
-                checkpoint_files.commit(storage.join(self.run, FOLDER, name), head, shards, self.files, self.world)
+                checkpoint_files.commit(storage.join(self.run, FOLDER, name), head, shards, self.files, self.comm)
                 self.states[name] = head["best_epoch"]
             except OSError as error:
                 errors = [str(error)]
@@ -114,9 +114,9 @@ class Saver:
             self.states.pop(name)
             self._remove(name)
         referred = {best_epoch, *self.states.values()} | ({self.pending[1]["best_epoch"]} if self.pending else set())
-        if self.world.rank == 0:
+        if self.comm.rank == 0:
             try:
-                whole, torn = checkpoint_files.names(self.run, "epoch-")
+                whole, torn = checkpoint_files.list_checkpoints(self.run, "epoch-")
             except (OSError, InputError) as error:  # the next one removes them
                 print(f"warning: older checkpoints could not be listed: {error}", flush=True)
                 return
@@ -125,12 +125,12 @@ class Saver:
 
     def forget(self, step: int) -> None:
         """Remove states beyond `step`, and unfinished ones: training goes on from there. Rank 0 alone does it."""
-        whole, torn = checkpoint_files.names(self.run, "step-")
+        whole, torn = checkpoint_files.list_checkpoints(self.run, "step-")
         for name in torn + [name for name in whole if name > state_name(step)]:
             self._remove(name)
 
     def _remove(self, name: str) -> None:
-        if self.world.rank:
+        if self.comm.rank:
             return
         try:
             checkpoint_files.remove(self.run, name)

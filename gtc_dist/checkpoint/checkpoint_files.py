@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from gtc_dist.data import formats, storage
-from gtc_dist.distributed.collectives import World
-from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -38,17 +38,17 @@ class Shard:
         return [self.rows, self.tensor.shape[1]]
 
 
-def weights_of(tables: list[RowTable]) -> list[Shard]:
+def weight_shards(tables: list[ShardedTable]) -> list[Shard]:
     return [Shard(f"{table.name}.weight", table.weight, table.start, table.rows) for table in tables]
 
 
-def state_of(tables: list[RowTable]) -> list[Shard]:
+def state_shards(tables: list[ShardedTable]) -> list[Shard]:
     """Weights and the optimizer's state."""
     parts = [(table, part, tensor) for table in tables for part, tensor in table.state().items()]
     return [Shard(f"{table.name}.{part}", tensor, table.start, table.rows) for table, part, tensor in parts]
 
 
-def save(uri: str, head: dict, dense: dict, shards: list[Shard], world: World) -> None:
+def save(uri: str, head: dict, dense: dict, shards: list[Shard], comm: Communicator) -> None:
     """Write a checkpoint folder. A collective; the manifest appears when every rank's files are there.
 
     Args:
@@ -56,7 +56,7 @@ def save(uri: str, head: dict, dense: dict, shards: list[Shard], world: World) -
         dense: tensors, plain values, lists and dictionaries of them, by name; rank 0's are kept.
         shards: the same names on every rank.
     """
-    commit(uri, head, shards, write_files(uri, dense if world.rank == 0 else None, shards), world)
+    commit(uri, head, shards, write_files(uri, dense if comm.rank == 0 else None, shards), comm)
 
 
 def write_files(uri: str, dense: dict | None, shards: list[Shard]) -> dict[str, dict]:
@@ -75,22 +75,22 @@ def write_files(uri: str, dense: dict | None, shards: list[Shard]) -> dict[str, 
     return files
 
 
-def commit(uri: str, head: dict, shards: list[Shard], files: dict[str, dict], world: World) -> None:
+def commit(uri: str, head: dict, shards: list[Shard], files: dict[str, dict], comm: Communicator) -> None:
     """Make a checkpoint whole: its manifest, of the files of all ranks. A collective.
 
     Raises:
         OSError: on every rank alike, where it could not be written.
     """
     merged, error = {}, ""
-    for rank_files in world.gather_json(files):
+    for rank_files in comm.all_gather_json(files):
         merged |= rank_files
-    if world.rank == 0:
+    if comm.rank == 0:
         manifest = {**head, "tensors": {shard.name: shard.shape for shard in shards}, "files": merged}
         try:
             storage.write_json(storage.join(uri, MANIFEST), manifest)
         except Exception as problem:
             error = str(problem) or type(problem).__name__
-    errors = [text for text in world.gather_json(error) if text]
+    errors = [text for text in comm.all_gather_json(error) if text]
     if errors:
         raise OSError(errors[0])
 
@@ -126,7 +126,7 @@ def load(uri: str, shards: list[Shard]) -> dict:
     return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
 
 
-def names(run: str, prefix: str) -> tuple[list[str], list[str]]:
+def list_checkpoints(run: str, prefix: str) -> tuple[list[str], list[str]]:
     """Checkpoints of a run whose name starts with `prefix` (`epoch-` or `step-`), oldest first: whole ones, and those
     without a manifest."""
     found = storage.listing(storage.join(run, FOLDER))

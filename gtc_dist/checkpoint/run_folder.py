@@ -7,7 +7,7 @@ from gtc_dist.config import Config
 from gtc_dist.config_file import read_config
 from gtc_dist.data import storage
 from gtc_dist.errors import InputError
-from gtc_dist.inference.trained_run import CONFIG
+from gtc_dist.inference.trained_run import CONFIG_FILE
 
 # what a run may be continued with another value of: it changes how long, where or how it is watched, not what is
 # learnt, or it gets a run beyond a step whose loss was not finite
@@ -34,11 +34,11 @@ FREE = (
     "eval.user_block",
     "eval.chunk",
 )
-METRICS = "metrics.json"
-LEASE = "lease.json"  # of the command that trains (gtc_dist/launch/run_lock.py)
+METRICS_FILE = "metrics.json"
+LOCK_FILE = "lease.json"  # of the command that trains (gtc_dist/launch/run_lock.py)
 
 
-def standing(config: Config, run: str, fingerprint: str) -> Literal["new", "begun", "finished"]:
+def run_status(config: Config, run: str, fingerprint: str) -> Literal["new", "begun", "finished"]:
     """How far the run at `run` is.
 
     Args:
@@ -47,12 +47,12 @@ def standing(config: Config, run: str, fingerprint: str) -> Literal["new", "begu
     Raises:
         InputError: the folder holds something else, or a run with another configuration or catalog.
     """
-    found = storage.listing(run).keys() - {LEASE}
+    found = storage.listing(run).keys() - {LOCK_FILE}
     if not found:
         return "new"
-    if CONFIG not in found:
+    if CONFIG_FILE not in found:
         raise InputError(f"the run folder {run} is not empty; choose another run.name, or remove it")
-    path = storage.join(run, CONFIG)
+    path = storage.join(run, CONFIG_FILE)
     before = read_config(storage.read_bytes(path), path)
     other = differences(before, config)
     if other:
@@ -60,7 +60,7 @@ def standing(config: Config, run: str, fingerprint: str) -> Literal["new", "begu
         raise InputError(
             f"{run} holds a run with another configuration ({shown}); choose another run.name, or remove it"
         )
-    for name in (name for prefix in ("epoch-", "step-") for name in checkpoint_files.names(run, prefix)[0]):
+    for name in (name for prefix in ("epoch-", "step-") for name in checkpoint_files.list_checkpoints(run, prefix)[0]):
         if (
             checkpoint_files.read_manifest(storage.join(run, checkpoint_files.FOLDER, name)).get("catalog")
             != fingerprint
@@ -69,7 +69,7 @@ def standing(config: Config, run: str, fingerprint: str) -> Literal["new", "begu
                 f"{config.data.catalog} was rebuilt after the run {run} was begun on it; choose another run.name"
             )
     as_long = (before.train.epochs, before.eval.patience) == (config.train.epochs, config.eval.patience)
-    return "finished" if METRICS in found and as_long else "begun"
+    return "finished" if METRICS_FILE in found and as_long else "begun"
 
 
 def differences(before: Config, now: Config) -> dict[str, tuple]:

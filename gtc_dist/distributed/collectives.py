@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 
 @dataclass
-class Pulse:
+class CollectiveProgress:
     """How far a process group is on one rank: the collectives that were begun, and whether one is under way. Stands
     around each of them as a context."""
 
@@ -29,7 +29,7 @@ class Pulse:
 
 
 @dataclass
-class World:
+class Communicator:
     """This process among its peers. `seconds` and `bytes_sent` count what its collectives took; `pulses` are of this
     process group and of all that were split from the same one."""
 
@@ -39,36 +39,36 @@ class World:
     group: dist.ProcessGroup | None = None
     seconds: float = field(default=0.0, compare=False)
     bytes_sent: int = field(default=0, compare=False)
-    pulses: list[Pulse] = field(default_factory=list, compare=False)
+    pulses: list[CollectiveProgress] = field(default_factory=list, compare=False)
 
     def __post_init__(self):
-        self.pulse = Pulse()
+        self.pulse = CollectiveProgress()
         self.pulses.append(self.pulse)
 
-    def split(self, device: torch.device | None = None) -> "World":
+    def new_group(self, device: torch.device | None = None) -> "Communicator":
         """The same ranks over a process group of their own, for a thread that runs beside the main one."""
         device = device or self.device
         group = dist.new_group(backend="gloo" if device.type == "cpu" else None) if self.size > 1 else None
-        return World(self.rank, self.size, device, group, pulses=self.pulses)
+        return Communicator(self.rank, self.size, device, group, pulses=self.pulses)
 
-    def range(self, rows: int, rank: int | None = None) -> tuple[int, int]:
+    def row_range(self, rows: int, rank: int | None = None) -> tuple[int, int]:
         """The contiguous rows [start, stop) of `rows` that a rank (default: this one) owns."""
         rank = self.rank if rank is None else rank
         return rows * rank // self.size, rows * (rank + 1) // self.size
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place."""
         if self.size > 1:
             with self._counted(values.numel() * values.element_size()):
                 dist.all_reduce(values, group=self.group)
         return values
 
-    def max(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         if self.size == 1:
             return value
-        return max(self.counts(value))
+        return max(self.all_gather_int(value))
 
-    def counts(self, value: int) -> list[int]:
+    def all_gather_int(self, value: int) -> list[int]:
         """One integer of each rank."""
         if self.size == 1:
             return [value]
@@ -78,7 +78,7 @@ class World:
             dist.all_gather(out, mine, group=self.group)
         return [int(t) for t in out]
 
-    def gather(self, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    def all_gather(self, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """Rows of all ranks one after the other, [sum(counts), ...], without gradient."""
         if self.size == 1:
             return rows
@@ -90,15 +90,15 @@ class World:
             dist.all_gather(out, padded, group=self.group)
         return torch.cat([part[:n] for part, n in zip(out, counts, strict=True)])
 
-    def gather_json(self, value) -> list:
+    def all_gather_json(self, value) -> list:
         """One JSON value of each rank."""
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        counts = self.counts(len(data))
-        everything = self.gather(data, counts).cpu().numpy().tobytes()
+        counts = self.all_gather_int(len(data))
+        everything = self.all_gather(data, counts).cpu().numpy().tobytes()
         ends = itertools.accumulate(counts)
         return [json.loads(everything[end - n : end]) for end, n in zip(ends, counts, strict=True)]
 
-    def exchange(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+    def all_to_all(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
         """All-to-all: the first send[0] rows go to rank 0, and so on. Returns [sum(receive), ...], by source rank."""
         if self.size == 1:
             return rows
@@ -110,9 +110,9 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all ranks; on a GPU the host waits too."""
-        self.sum(torch.zeros(1, device=self.device)).item()
+        self.all_reduce(torch.zeros(1, device=self.device)).item()
 
-    def meeting(self) -> Pulse:
+    def tracked(self) -> CollectiveProgress:
         """A context around what waits for the other ranks without being one of the collectives here."""
         return self.pulse
 
@@ -122,36 +122,36 @@ class World:
 
 
 class _Counted:
-    def __init__(self, world: World):
-        self.world = world
+    def __init__(self, comm: Communicator):
+        self.comm = comm
 
     def __enter__(self):
-        self.world.pulse.__enter__()
+        self.comm.pulse.__enter__()
         self.start = time.perf_counter()
 
     def __exit__(self, *_):
-        self.world.pulse.__exit__()
-        self.world.seconds += time.perf_counter() - self.start
+        self.comm.pulse.__exit__()
+        self.comm.seconds += time.perf_counter() - self.start
 
 
 class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, world, counts):
-        ctx.world, ctx.counts = world, counts
-        return world.gather(rows, counts)
+    def forward(ctx, rows, comm, counts):
+        ctx.comm, ctx.counts = comm, counts
+        return comm.all_gather(rows, counts)
 
     @staticmethod
     def backward(ctx, grad):
-        start = sum(ctx.counts[: ctx.world.rank])
-        total = ctx.world.sum(grad.contiguous().clone())
-        return total[start : start + ctx.counts[ctx.world.rank]], None, None
+        start = sum(ctx.counts[: ctx.comm.rank])
+        total = ctx.comm.all_reduce(grad.contiguous().clone())
+        return total[start : start + ctx.counts[ctx.comm.rank]], None, None
 
 
-def gather_with_gradient(rows: torch.Tensor, world: World, counts: list[int]) -> torch.Tensor:
+def all_gather_with_gradient(rows: torch.Tensor, comm: Communicator, counts: list[int]) -> torch.Tensor:
     """Rows of all ranks one after the other; the gradient of a row is the sum over the ranks that used it.
 
     Args:
         rows: [counts[rank], ...] of this rank.
         counts: rows of each rank, known to all.
     """
-    return rows if world.size == 1 else _GatherWithGradient.apply(rows, world, counts)
+    return rows if comm.size == 1 else _GatherWithGradient.apply(rows, comm, counts)

@@ -4,7 +4,7 @@
 Adam to the touched rows alone. So traffic is touched rows x width, whatever N and the world's size are, and no rank
 ever holds a gradient of the whole table. Tables stay outside DDP.
 
-Which rows go where is a `Route`, made once and used for several tables with the same rows, forward and backward.
+Which rows go where is a `LookupPlan`, made once and used for several tables with the same rows, forward and backward.
 """
 
 import hashlib
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 
 INIT_ROWS = 4096  # rows that share a random stream at initialisation, whatever the world's size
 
 
 @dataclass
-class Route:
+class LookupPlan:
     """Where the rows for a list of ids come from.
 
     position: [n] place of each asked id among the received rows; None when they come in the asked order
@@ -31,38 +31,38 @@ class Route:
     send: list[int]
     receive: list[int]
 
-    def to(self, device: torch.device) -> "Route":
+    def to(self, device: torch.device) -> "LookupPlan":
         moved = [t if t is None else t.to(device, non_blocking=True) for t in (self.position, self.serve)]
-        return Route(*moved, self.send, self.receive)
+        return LookupPlan(*moved, self.send, self.receive)
 
 
-def make_route(ids: torch.Tensor, rows: int, world: World) -> Route:
+def plan_lookup(ids: torch.Tensor, rows: int, comm: Communicator) -> LookupPlan:
     """Ask the owners of `ids` (int64 [n], repeats allowed, of a table with `rows` rows). A collective."""
     unique, position = torch.unique(ids, return_inverse=True)  # sorted, hence grouped by owner
-    bounds = torch.tensor([world.range(rows, r)[0] for r in range(world.size)] + [rows], device=ids.device)
+    bounds = torch.tensor([comm.row_range(rows, r)[0] for r in range(comm.size)] + [rows], device=ids.device)
     if len(unique) and (unique[0] < 0 or unique[-1] >= rows):
         raise IndexError(f"row ids must be in [0, {rows}), found {int(unique[0])} to {int(unique[-1])}")
     receive = torch.searchsorted(unique, bounds).diff().tolist()
-    if world.size == 1:
-        return Route(position, unique, receive, receive)
+    if comm.size == 1:
+        return LookupPlan(position, unique, receive, receive)
     asked = torch.tensor(receive, dtype=torch.int64, device=ids.device)
-    one_each = [1] * world.size
-    send = world.exchange(asked, one_each, one_each).tolist()
-    serve = world.exchange(unique, receive, send) - world.range(rows)[0]
-    return Route(position, serve, send, receive)
+    one_each = [1] * comm.size
+    send = comm.all_to_all(asked, one_each, one_each).tolist()
+    serve = comm.all_to_all(unique, receive, send) - comm.row_range(rows)[0]
+    return LookupPlan(position, serve, send, receive)
 
 
-def whole_route(rows: int, world: World) -> Route:
+def plan_whole_table(rows: int, comm: Communicator) -> LookupPlan:
     """The route of all rows in order, to every rank: full-graph propagation. Not a collective."""
-    start, stop = world.range(rows)
-    receive = [world.range(rows, r)[1] - world.range(rows, r)[0] for r in range(world.size)]
+    start, stop = comm.row_range(rows)
+    receive = [comm.row_range(rows, r)[1] - comm.row_range(rows, r)[0] for r in range(comm.size)]
     serve = None
-    if world.size > 1:
-        serve = torch.arange(stop - start, device=world.device).repeat(world.size)
-    return Route(None, serve, [stop - start] * world.size, receive)
+    if comm.size > 1:
+        serve = torch.arange(stop - start, device=comm.device).repeat(comm.size)
+    return LookupPlan(None, serve, [stop - start] * comm.size, receive)
 
 
-class RowTable:
+class ShardedTable:
     """Rows [start, stop) of a table with `rows` x `width` entries, on this rank.
 
     Args:
@@ -79,7 +79,7 @@ class RowTable:
         name: str,
         rows: int,
         width: int,
-        world: World,
+        comm: Communicator,
         *,
         init_std: float | torch.Tensor = 0.0,
         seed: int = 0,
@@ -87,9 +87,9 @@ class RowTable:
         trainable: bool = True,
         rowwise: bool = False,
     ):
-        self.name, self.rows, self.width, self.world, self.trainable = name, rows, width, world, trainable
-        self.start, self.stop = world.range(rows)
-        self.weight = torch.zeros(self.stop - self.start, width, dtype=dtype, device=world.device)
+        self.name, self.rows, self.width, self.comm, self.trainable = name, rows, width, comm, trainable
+        self.start, self.stop = comm.row_range(rows)
+        self.weight = torch.zeros(self.stop - self.start, width, dtype=dtype, device=comm.device)
         if torch.as_tensor(init_std).any():
             self._initialise(init_std, seed)
         self.pending: list[tuple[torch.Tensor | None, torch.Tensor]] = []
@@ -97,15 +97,15 @@ class RowTable:
         self.exp_avg = torch.zeros_like(self.weight) if trainable else None
         self.rowwise = rowwise
         self.exp_avg_sq = torch.zeros_like(self.weight[:, :1] if rowwise else self.weight) if trainable else None
-        self._anchor = torch.zeros((), device=world.device, requires_grad=trainable)
+        self._anchor = torch.zeros((), device=comm.device, requires_grad=trainable)
 
-    def holding(self, rows: torch.Tensor) -> "RowTable":
+    def holding(self, rows: torch.Tensor) -> "ShardedTable":
         """A frozen table over the same ranks with other values for this rank's rows, [n, any width]."""
-        table = RowTable(self.name, self.rows, 0, self.world, dtype=rows.dtype, trainable=False)
+        table = ShardedTable(self.name, self.rows, 0, self.comm, dtype=rows.dtype, trainable=False)
         table.width, table.weight = rows.shape[1], rows
         return table
 
-    def lookup(self, route: Route) -> torch.Tensor:
+    def lookup(self, route: LookupPlan) -> torch.Tensor:
         """Rows of a route, [n, width]; differentiable if trainable. A collective, and so is its backward."""
         return _Lookup.apply(self._anchor, self, route)
 
@@ -117,13 +117,13 @@ class RowTable:
         if not self.pending:
             return None
         if len(self.pending) == 1 and self.pending[0][0] is None:
-            return None, self.pending[0][1] / self.world.size
+            return None, self.pending[0][1] / self.comm.size
         everything = torch.arange(len(self.weight), device=self.weight.device)
         ids = torch.cat([everything if rows is None else rows for rows, _ in self.pending])
         values = torch.cat([grad for _, grad in self.pending])
         unique, position = torch.unique(ids, return_inverse=True)
         summed = values.new_zeros(len(unique), self.width).index_add_(0, position, values)
-        return unique, summed / self.world.size
+        return unique, summed / self.comm.size
 
     @torch.no_grad()
     def step(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
@@ -173,7 +173,7 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx, anchor, table, route):
         ctx.table, ctx.route = table, route
         served = table.weight if route.serve is None else table.weight.index_select(0, route.serve)
-        rows = table.world.exchange(served, route.send, route.receive)
+        rows = table.comm.all_to_all(served, route.send, route.receive)
         if route.position is not None:
             return rows.index_select(0, route.position)
         return rows.clone() if rows is table.weight else rows  # the optimizer changes weights in place
@@ -183,9 +183,9 @@ class _Lookup(torch.autograd.Function):
         table, route = ctx.table, ctx.route
         if route.position is not None:
             grad = grad.new_zeros(sum(route.receive), table.width).index_add_(0, route.position, grad)
-        back = table.world.exchange(grad, route.receive, route.send)
-        if route.position is None and table.world.size > 1:  # every rank asked for the whole range: sum here
-            back = back.view(table.world.size, -1, table.width).sum(0)
+        back = table.comm.all_to_all(grad, route.receive, route.send)
+        if route.position is None and table.comm.size > 1:  # every rank asked for the whole range: sum here
+            back = back.view(table.comm.size, -1, table.width).sum(0)
             table.pending.append((None, back))
         else:
             table.pending.append((route.serve, back))

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from gtc_dist.data.catalog import CSC, Catalog
-from gtc_dist.distributed.collectives import World
-from gtc_dist.distributed.sharded_table import RowTable, make_route
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup
 from gtc_dist.graph.csc import Graphs, by_destination, edge_of, take
 
-CUTS = (5, 10, 20, 50)
-METRICS = ("recall", "ndcg", "precision", "hitrate", "mrr")
+K_VALUES = (5, 10, 20, 50)
+METRIC_NAMES = ("recall", "ndcg", "precision", "hitrate", "mrr")
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,24 @@ class RankingOptions:
 
 @torch.no_grad()
 def evaluate(
-    users: RowTable, items: RowTable, graphs: Graphs, truth: CSC, options: RankingOptions | None = None
+    users: ShardedTable, items: ShardedTable, graphs: Graphs, truth: CSC, options: RankingOptions | None = None
 ) -> dict:
     """Metrics of a split: {"users": n, "overall": {"recall@5": ...}, "cold_users": n, "cold": {...}}. A collective.
 
     Args:
         users, items: embeddings, row-sharded over the same ranks.
-        truth: the split's items of this rank's users (`split_truth`).
+        truth: the split's items of this rank's users (`load_ground_truth`).
     """
-    overall, cold = by_user(users, items, graphs, truth, options or RankingOptions())
-    n, values = mean_metrics(overall, users.world)
-    n_cold, cold_values = mean_metrics(cold, users.world)
+    overall, cold = metrics_by_user(users, items, graphs, truth, options or RankingOptions())
+    n, values = mean_over_users(overall, users.comm)
+    n_cold, cold_values = mean_over_users(cold, users.comm)
     return {"users": n, "overall": values, "cold_users": n_cold, "cold": cold_values}
 
 
 @torch.no_grad()
-def evaluate_among(
-    users: RowTable,
-    items: RowTable,
+def evaluate_on_items(
+    users: ShardedTable,
+    items: ShardedTable,
     graphs: Graphs,
     truth: CSC,
     options: RankingOptions,
@@ -60,39 +60,41 @@ def evaluate_among(
     """Metrics where only some of the items, bool [items], count as positives, over the users that have one; None: all
     of them. A collective."""
     mine = ranked_users(users, graphs, truth, options)
-    top, _ = top_items(users, items, graphs, mine, max(CUTS), options)
+    top, _ = top_k_items(users, items, graphs, mine, max(K_VALUES), options)
     own, hit = mine - users.start, _hits(top, mine - users.start, truth)
-    by_user = user_metrics(hit, truth.degree[own]) if counted is None else _among(hit, top, own, truth, counted)
-    return mean_metrics(by_user, users.world)[1]
+    metrics_by_user = user_metrics(hit, truth.degree[own]) if counted is None else _among(hit, top, own, truth, counted)
+    return mean_over_users(metrics_by_user, users.comm)[1]
 
 
 @torch.no_grad()
-def by_user(
-    users: RowTable, items: RowTable, graphs: Graphs, truth: CSC, options: RankingOptions
+def metrics_by_user(
+    users: ShardedTable, items: ShardedTable, graphs: Graphs, truth: CSC, options: RankingOptions
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Metrics of each of this rank's users that are ranked, and on cold items of those that have one:
     name@K -> float64 [users], by user index. A collective."""
     mine = ranked_users(users, graphs, truth, options)
-    top, _ = top_items(users, items, graphs, mine, max(CUTS), options)
-    return metrics_of(top, mine - users.start, graphs, truth)
+    top, _ = top_k_items(users, items, graphs, mine, max(K_VALUES), options)
+    return metrics_of_lists(top, mine - users.start, graphs, truth)
 
 
-def ranked_users(users: RowTable, graphs: Graphs, truth: CSC, options: RankingOptions) -> np.ndarray:
+def ranked_users(users: ShardedTable, graphs: Graphs, truth: CSC, options: RankingOptions) -> np.ndarray:
     """Indexes of this rank's users that are ranked. A collective."""
     mine = np.arange(users.start, users.stop)
     mine = mine[(truth.degree > 0) & (graphs.user_degree[users.start : users.stop] > 0)]
-    return _sample(mine, options, users.world)
+    return _sample(mine, options, users.comm)
 
 
-def metrics_of(
+def metrics_of_lists(
     top: np.ndarray, own: np.ndarray, graphs: Graphs, truth: CSC
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What `by_user` returns, of ranked items int64 [n, k], best first (-1: none), of users `own`, rows of `truth`."""
+    """What `metrics_by_user` returns, of ranked items int64 [n, k], best first (-1: none), of users `own`, rows of `truth`."""
     hit = _hits(top, own, truth)
     return user_metrics(hit, truth.degree[own]), _among(hit, top, own, truth, graphs.item_degree == 0)
 
 
-def metrics_among(top: np.ndarray, own: np.ndarray, truth: CSC, counted: np.ndarray) -> dict[str, np.ndarray]:
+def metrics_of_lists_on_items(
+    top: np.ndarray, own: np.ndarray, truth: CSC, counted: np.ndarray
+) -> dict[str, np.ndarray]:
     """Metrics where only some of the items count as positives, of the users that have one: name@K -> float64 [users].
 
     Args:
@@ -117,7 +119,7 @@ def _among(hit: np.ndarray, top: np.ndarray, own: np.ndarray, truth: CSC, counte
     return user_metrics(hit[count > 0], count[count > 0])
 
 
-def split_truth(catalog: Catalog, split: str, start: int = 0, stop: int | None = None) -> CSC:
+def load_ground_truth(catalog: Catalog, split: str, start: int = 0, stop: int | None = None) -> CSC:
     """A split's items of users [start, stop), by user less `start`; read file by file."""
     stop = catalog.users if stop is None else stop
     parts = [(np.empty(0, np.int32), np.empty(0, np.int32))]
@@ -128,47 +130,47 @@ def split_truth(catalog: Catalog, split: str, start: int = 0, stop: int | None =
     return by_destination(users, items, stop - start)
 
 
-def _sample(users: np.ndarray, options: RankingOptions, world: World) -> np.ndarray:
+def _sample(users: np.ndarray, options: RankingOptions, comm: Communicator) -> np.ndarray:
     """About `options.users` of the users of all ranks. A user is in by a hash of its index, whatever rank owns it."""
-    total = sum(world.counts(len(users)))
+    total = sum(comm.all_gather_int(len(users)))
     if options.users is None or total <= options.users:
         return users
-    mixed = hashed(users, options.seed)
+    mixed = hash_index(users, options.seed)
     return users[(mixed >> np.uint64(11)).astype(np.float64) < options.users / total * 2.0**53]
 
 
-def hashed(index: np.ndarray, seed: int = 0) -> np.ndarray:
+def hash_index(index: np.ndarray, seed: int = 0) -> np.ndarray:
     """64 mixed bits for each index below 2^32, uint64: the same whatever rank has it."""
     mixed = (index.astype(np.uint64) + np.uint64((seed % 2**32) << 32)) * np.uint64(0x9E3779B97F4A7C15)
     return (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
 
 
-def popularity(graphs: Graphs, world: World) -> tuple[RowTable, RowTable]:
+def popularity(graphs: Graphs, comm: Communicator) -> tuple[ShardedTable, ShardedTable]:
     """Embeddings of width 1 that rank every item by its train interactions: the baseline. Ties go to the lower index:
     the score is the place in that order, exact in float32 up to 16 M items."""
-    users = RowTable("popularity", graphs.users, 1, world, trainable=False)
-    items = RowTable("popularity", graphs.items, 1, world, trainable=False)
+    users = ShardedTable("popularity", graphs.users, 1, comm, trainable=False)
+    items = ShardedTable("popularity", graphs.items, 1, comm, trainable=False)
     users.weight.fill_(1)
     score = np.empty(graphs.items, np.float32)
     score[np.argsort(-graphs.item_degree, kind="stable")] = np.arange(graphs.items, 0, -1)
-    items.weight[:, 0] = torch.from_numpy(score[items.start : items.stop]).to(world.device)
+    items.weight[:, 0] = torch.from_numpy(score[items.start : items.stop]).to(comm.device)
     return users, items
 
 
-def top_items(
-    users: RowTable, items: RowTable, graphs: Graphs, mine: np.ndarray, k: int, options: RankingOptions
+def top_k_items(
+    users: ShardedTable, items: ShardedTable, graphs: Graphs, mine: np.ndarray, k: int, options: RankingOptions
 ) -> tuple[np.ndarray, np.ndarray]:
     """Best k items of some of this rank's users by dot product, train positives left out: int64 [n, k], best first, -1
     where there are fewer; and their scores, float32 [n, k]. Of equal scores across blocks the lower index stays. A
     collective."""
-    device, world = users.world.device, users.world
+    device, comm = users.comm.device, users.comm
     best = torch.full((len(mine), k), float("-inf"), device=device)
     index = torch.full((len(mine), k), -1, dtype=torch.int64, device=device)
     rows = torch.from_numpy(mine - users.start).to(device)
     for first in range(0, items.rows, options.item_block):
         last = min(first + options.item_block, items.rows)
         ids = torch.arange(first, last, device=device)
-        block = items.lookup(make_route(ids, items.rows, world)).float()
+        block = items.lookup(plan_lookup(ids, items.rows, comm)).float()
         for start in range(0, len(mine), options.user_block):
             part = slice(start, min(start + options.user_block, len(mine)))
             scores = users.weight[rows[part]].float() @ block.T
@@ -213,13 +215,13 @@ def user_metrics(hit: np.ndarray, positives: np.ndarray) -> dict[str, np.ndarray
     Returns:
         name@K -> float64 [n].
     """
-    discount = 1 / np.log2(np.arange(2, max(CUTS) + 2))
+    discount = 1 / np.log2(np.arange(2, max(K_VALUES) + 2))
     ideal = np.cumsum(discount)
     hits = np.cumsum(hit, axis=1)
     gain = np.cumsum(hit * discount[: hit.shape[1]], axis=1)
     first = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1.0, np.inf)
     out = {}
-    for k in CUTS:
+    for k in K_VALUES:
         out[f"recall@{k}"] = hits[:, k - 1] / positives
         out[f"ndcg@{k}"] = gain[:, k - 1] / ideal[np.minimum(positives, k) - 1]
         out[f"precision@{k}"] = hits[:, k - 1] / k
@@ -237,9 +239,9 @@ def _seen(graphs: Graphs, users: np.ndarray, first: int, last: int) -> tuple[tor
     return torch.from_numpy(row[inside]), torch.from_numpy(items[inside].astype(np.int64) - first)
 
 
-def mean_metrics(values: dict[str, np.ndarray], world: World) -> tuple[int, dict[str, float]]:
+def mean_over_users(values: dict[str, np.ndarray], comm: Communicator) -> tuple[int, dict[str, float]]:
     """Users of all ranks, and the mean of each metric over them. A collective."""
-    names = [f"{metric}@{k}" for metric in METRICS for k in CUTS]
+    names = [f"{metric}@{k}" for metric in METRIC_NAMES for k in K_VALUES]
     local = [float(values[name].sum()) for name in names] + [float(len(values[names[0]]))]
-    *sums, n = world.sum(torch.tensor(local, dtype=torch.float64, device=world.device)).tolist()
+    *sums, n = comm.all_reduce(torch.tensor(local, dtype=torch.float64, device=comm.device)).tolist()
     return int(n), {name: total / max(n, 1) for name, total in zip(names, sums, strict=True)}

@@ -10,7 +10,7 @@ Up to `EXACT_ITEMS` items all pairs are compared. Beyond, with FAISS:
 4. ranking: the candidates' exact similarities, in float32, decide
 
 The work is linear in the items at a fixed number of probes, but for finding the nearest lists. Items are asked for list
-by list, so that what one needs is still in the cache from the one before. `recall` measures what the shortcut costs.
+by list, so that what one needs is still in the cache from the one before. `graph_recall` measures what the shortcut costs.
 Blocks are of fixed sizes wherever a sum of floats could depend on them.
 """
 
@@ -26,7 +26,7 @@ from gtc_dist.data.scratch import Scratch
 from gtc_dist.graph.user_item_graph import in_memory
 
 EXACT_ITEMS = 50_000  # `auto` compares all pairs up to here
-BLOCK = 1 << 13  # items at once
+ITEM_BLOCK = 1 << 13  # items at once
 LIST_ITEMS = 250
 SAMPLE = 50  # items of the sample for each list
 LEAST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 17
@@ -37,10 +37,10 @@ ROUNDS = 8  # of k-means
 ROW_BYTES = 8  # of a value of a candidate while it is ranked
 ROUNDING = 1e-5  # of a similarity
 
-Progress = Callable[[int, int], None]
+SearchProgress = Callable[[int, int], None]
 
 
-def item_item(
+def build_item_knn_graph(
     content: dict[str, np.ndarray],
     weights: dict[str, float],
     k: int,
@@ -50,7 +50,7 @@ def item_item(
     probes: int = 160,
     seed: int = 0,
     scratch: Scratch | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: SearchProgress = lambda done, total: None,
 ) -> CSC:
     """k nearest items by content, each item's weights adding to one.
 
@@ -68,7 +68,7 @@ def item_item(
     if scratch is None:
         with Scratch() as scratch:
             options = {"search": search, "probes": probes, "seed": seed, "scratch": scratch, "progress": progress}
-            return in_memory(item_item(content, weights, k, threads, **options))
+            return in_memory(build_item_knn_graph(content, weights, k, threads, **options))
     faiss.omp_set_num_threads(threads)
     joint = Joint(content, weights, threads, scratch)
     k = max(min(k, joint.items - 1), 0)
@@ -81,7 +81,7 @@ def item_item(
     for items, neighbour, similarity in found if k else ():
         order = np.argsort(neighbour, axis=1)
         indices[items] = np.take_along_axis(neighbour, order, 1)
-        weight[items] = np.take_along_axis(shares(similarity), order, 1)
+        weight[items] = np.take_along_axis(similarity_weights(similarity), order, 1)
         scratch.release()
         done += len(neighbour)
         progress(done, joint.items)
@@ -92,7 +92,7 @@ def approximates(search: str, items: int) -> bool:
     return search == "approximate" or (search == "auto" and items > EXACT_ITEMS)
 
 
-def recall(
+def graph_recall(
     graph: CSC,
     content: dict[str, np.ndarray],
     weights: dict[str, float],
@@ -105,7 +105,7 @@ def recall(
     """Share of the neighbours that are as near as the k-th nearest of all items, over a sample of the items."""
     if scratch is None:
         with Scratch() as scratch:
-            return recall(graph, content, weights, threads, seed=seed, sample=sample, scratch=scratch)
+            return graph_recall(graph, content, weights, threads, seed=seed, sample=sample, scratch=scratch)
     faiss.omp_set_num_threads(threads)
     joint = Joint(content, weights, threads, scratch)
     k = len(graph.indices) // joint.items
@@ -167,11 +167,11 @@ class Joint:
             column += matrix.shape[1]
 
 
-def _blocks(total: int, size: int = BLOCK) -> Iterator[slice]:
+def _blocks(total: int, size: int = ITEM_BLOCK) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-def shares(similarity: np.ndarray) -> np.ndarray:
+def similarity_weights(similarity: np.ndarray) -> np.ndarray:
     """Weights of the neighbours [n, k], adding to one; zeros where none is similar."""
     weight = np.maximum(similarity.astype(np.float64), 0)
     total = weight.sum(axis=1, keepdims=True)

@@ -24,7 +24,7 @@ BLOCK_PAIRS = 1 << 22  # more at a time would only leave the processor's cache
 EVERYONE = np.uint64(2**64 - 1)  # threshold of an item that is no hub
 
 
-def user_user(
+def build_user_cooccurrence_graph(
     item_user: CSC,
     user_item: CSC,
     k: int,
@@ -49,7 +49,7 @@ def user_user(
     if scratch is None:
         with Scratch() as scratch:
             arguments = (item_user, user_item, k, hub_cap, seed, threads, scratch, progress, block_pairs)
-            return in_memory(user_user(*arguments))
+            return in_memory(build_user_cooccurrence_graph(*arguments))
     users = len(item_user.indptr) - 1
     shared = _Shared(item_user, user_item, hub_cap, seed, scratch)
     blocks = shared.blocks(min(block_pairs, scratch.rows(PAIR_BYTES * threads)))

@@ -14,7 +14,7 @@ from gtc_dist.data.scratch import Buckets, Scratch
 EDGE_BYTES = 64  # of an edge while its block is sorted
 
 
-def user_item(
+def build_user_item_graph(
     user: np.ndarray, item: np.ndarray, users: int, items: int, scratch: Scratch | None = None
 ) -> tuple[CSC, CSC]:
     """Both directions of the interactions, weighted 1/sqrt(user's degree * item's degree).
@@ -28,7 +28,7 @@ def user_item(
     """
     if scratch is None:
         with Scratch() as scratch:
-            return tuple(in_memory(graph) for graph in user_item(user, item, users, items, scratch))
+            return tuple(in_memory(graph) for graph in build_user_item_graph(user, item, users, items, scratch))
     user_degree, item_degree = _degrees(user, users, scratch), _degrees(item, items, scratch)
     return (
         _by_destination(item, user, item_degree, user_degree, scratch),

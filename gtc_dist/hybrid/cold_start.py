@@ -23,20 +23,20 @@ import numpy as np
 import torch
 
 from gtc_dist.data.catalog import CSC
-from gtc_dist.distributed.collectives import World
-from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.content_regression import ContentRegression, numbered
-from gtc_dist.hybrid.coordinate_search import Pair, nearby, nearest
-from gtc_dist.inference.layerwise import Incoming
+from gtc_dist.hybrid.coordinate_search import Embeddings, grid_neighbours, nearest_step
+from gtc_dist.inference.layerwise import ShardedSpMM
 
 # what embeddings are worth on the valid split; with bool [items], counting only these as positives. A collective.
-Worth = Callable[[Pair, np.ndarray | None], float]
+Objective = Callable[[Embeddings, np.ndarray | None], float]
 REGRESSION = "regression"  # 1 or 0: neighbours
-OWN = "own"  # of an item's own profile
-LIFT = "lift"  # of the whole row
-OWN_STEPS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-LIFT_STEPS = (0.0, *(round(1.1**n, 3) for n in range(-12, 13)))
+CONTENT_WEIGHT = "own"  # of an item's own profile
+NORM_SCALE = "lift"  # of the whole row
+CONTENT_WEIGHT_STEPS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+NORM_SCALE_STEPS = (0.0, *(round(1.1**n, 3) for n in range(-12, 13)))
 
 SHARE = 0.1  # of the items that are cold, or stand for cold ones, while the length is chosen
 
@@ -44,35 +44,35 @@ SHARE = 0.1  # of the items that are cold, or stand for cold ones, while the len
 class WarmNeighbours:
     """Means over items' warm neighbours in the item-item graph, for this rank's rows. A collective to make."""
 
-    def __init__(self, graphs: Graphs, world: World, chunk: int):
+    def __init__(self, graphs: Graphs, comm: Communicator, chunk: int):
         self.graph, self.warm, self.chunk = graphs.item_item, graphs.item_degree > 0, chunk
-        items = RowTable("items", graphs.items, 0, world, trainable=False)
-        self.cold = torch.from_numpy(~self.warm[items.start : items.stop])[:, None].to(world.device)
+        items = ShardedTable("items", graphs.items, 0, comm, trainable=False)
+        self.cold = torch.from_numpy(~self.warm[items.start : items.stop])[:, None].to(comm.device)
         self.edges = self._into(items, ~self.warm)
 
-    def of_all(self, items: RowTable) -> torch.Tensor:
+    def of_all(self, items: ShardedTable) -> torch.Tensor:
         """Of each of this rank's items, float32 [items, width]; zero where no similar one is warm. A collective."""
         return self._means(self._into(items, np.ones_like(self.warm)), items)
 
-    def of_cold(self, items: RowTable) -> torch.Tensor:
+    def of_cold(self, items: ShardedTable) -> torch.Tensor:
         """The same, zero for warm items too. A collective."""
         return self._means(self.edges, items)
 
-    def filled(self, items: RowTable) -> RowTable:
+    def filled(self, items: ShardedTable) -> ShardedTable:
         """The table with the rows of cold items taken from their neighbours. A collective."""
         return items.holding(torch.where(self.cold, self.of_cold(items), items.weight.float()))
 
-    def _into(self, items: RowTable, wanted: np.ndarray) -> Incoming:
+    def _into(self, items: ShardedTable, wanted: np.ndarray) -> ShardedSpMM:
         """The edges from warm items into those of this rank's that are wanted."""
         near = warm_neighbours(self.graph, self.warm, wanted[items.start : items.stop], items.start)
-        return Incoming(near.indptr, near.indices, near.weight, -items.start, items, items, self.chunk)
+        return ShardedSpMM(near.indptr, near.indices, near.weight, -items.start, items, items, self.chunk)
 
     @staticmethod
-    def _means(edges: Incoming, items: RowTable) -> torch.Tensor:
+    def _means(edges: ShardedSpMM, items: ShardedTable) -> torch.Tensor:
         return torch.cat([values for _, _, values in edges.sums(items)])
 
 
-class ColdItems:
+class ColdStart:
     """What cold items have in the final embeddings.
 
     Args:
@@ -97,22 +97,22 @@ class ColdItems:
     @staticmethod
     def of(
         graphs: Graphs,
-        features: dict[str, RowTable],
-        world: World,
+        features: dict[str, ShardedTable],
+        comm: Communicator,
         chunk: int,
         neighbours: WarmNeighbours | None,
         loss: float = 0.01,
-    ) -> "ColdItems | None":
+    ) -> "ColdStart | None":
         """None where nothing is known of an item but its interactions."""
         cold = graphs.item_degree == 0
         regression = ContentRegression(features, ~cold, chunk) if features and not cold.all() else None
-        return None if neighbours is None and regression is None else ColdItems(cold, neighbours, regression, loss)
+        return None if neighbours is None and regression is None else ColdStart(cold, neighbours, regression, loss)
 
     def start(self) -> dict[str, float]:
         """The weights before anything is chosen."""
-        return {REGRESSION: float(self.neighbours is None), OWN: 1.0, LIFT: 1.0}
+        return {REGRESSION: float(self.neighbours is None), CONTENT_WEIGHT: 1.0, NORM_SCALE: 1.0}
 
-    def filled(self, pair: Pair, profiles: dict[str, slice]) -> Pair:
+    def filled(self, pair: Embeddings, profiles: dict[str, slice]) -> Embeddings:
         """Embeddings with the rows of cold items told by their content. A collective.
 
         Args:
@@ -125,10 +125,10 @@ class ColdItems:
             told = self.regression.told(self.regression.fit(items), self._own(self.cold, items))
         else:
             told = self.neighbours.of_cold(items)
-        told = self._with_profiles(told, items, profiles, self.weights[OWN])
-        return users, self._replaced(items, told, self.cold, self.weights[LIFT])
+        told = self._with_profiles(told, items, profiles, self.weights[CONTENT_WEIGHT])
+        return users, self._replaced(items, told, self.cold, self.weights[NORM_SCALE])
 
-    def choose(self, pair: Pair, profiles: dict[str, slice], worth: Worth) -> None:
+    def choose(self, pair: Embeddings, profiles: dict[str, slice], worth: Objective) -> None:
         """The weights, from what was chosen before. A collective."""
         users, items = pair
         told: dict[float, torch.Tensor] = {}  # by form, one at a time: it is as large as the embeddings
@@ -140,23 +140,23 @@ class ColdItems:
                 told.clear()
                 regression, neighbours = self.regression, self.neighbours
                 told[form] = regression.told(regression.fit(items)) if form else neighbours.of_all(items)
-            return self._with_profiles(told[form], items, profiles, weights[OWN])
+            return self._with_profiles(told[form], items, profiles, weights[CONTENT_WEIGHT])
 
         def alone(weights: dict[str, float]) -> float:
-            key = weights[REGRESSION], weights[OWN]
+            key = weights[REGRESSION], weights[CONTENT_WEIGHT]
             if key not in tried:
                 tried[key] = worth((users, items.holding(tell(weights))), None)
             return tried[key]
 
         forms = [float(form) for form, has in enumerate((self.neighbours, self.regression)) if has is not None]
-        choices = {REGRESSION: tuple(forms)} | ({OWN: OWN_STEPS} if profiles else {})
+        choices = {REGRESSION: tuple(forms)} | ({CONTENT_WEIGHT: CONTENT_WEIGHT_STEPS} if profiles else {})
         for _ in range(2 if profiles else 1):  # once more, as the one may change the other
             for name, steps in choices.items():
-                while (best := max(nearby(self.weights, name, steps), key=alone)) != self.weights:
+                while (best := max(grid_neighbours(self.weights, name, steps), key=alone)) != self.weights:
                     self.weights = best
         self._choose_lift(pair, tell(self.weights), worth)
 
-    def _choose_lift(self, pair: Pair, told: torch.Tensor, worth: Worth) -> None:
+    def _choose_lift(self, pair: Embeddings, told: torch.Tensor, worth: Objective) -> None:
         """The largest that costs no more than it may, from the last choice on. Rows of zeros score zero, which is not
         in a list as long as there are enough items that score more."""
         users, items = pair
@@ -164,37 +164,39 @@ class ColdItems:
 
         def value(at: int) -> float:
             if at not in tried:
-                lifted = self._replaced(items, told, self.lacking, LIFT_STEPS[at])
+                lifted = self._replaced(items, told, self.lacking, NORM_SCALE_STEPS[at])
                 tried[at] = worth((users, lifted), ~self.lacking)
             return tried[at]
 
         least = (1 - self.loss) * value(0)
         if not least > 0:
             return  # warm items are not found at all: there is nothing to measure a loss by
-        at = nearest(LIFT_STEPS, self.weights[LIFT])
+        at = nearest_step(NORM_SCALE_STEPS, self.weights[NORM_SCALE])
         while value(at) < least:
             at -= 1
-        while at + 1 < len(LIFT_STEPS) and value(at + 1) >= least:
+        while at + 1 < len(NORM_SCALE_STEPS) and value(at + 1) >= least:
             at += 1
-        self.weights = {**self.weights, LIFT: LIFT_STEPS[at]}
+        self.weights = {**self.weights, NORM_SCALE: NORM_SCALE_STEPS[at]}
 
     @staticmethod
-    def _with_profiles(told: torch.Tensor, items: RowTable, profiles: dict[str, slice], weight: float) -> torch.Tensor:
+    def _with_profiles(
+        told: torch.Tensor, items: ShardedTable, profiles: dict[str, slice], weight: float
+    ) -> torch.Tensor:
         """The rows with an item's own profiles in their columns, in place."""
         for columns in profiles.values():
             torch.mul(items.weight[:, columns], weight, out=told[:, columns])
         return told
 
-    def _replaced(self, items: RowTable, told: torch.Tensor, which: np.ndarray, lift: float) -> RowTable:
+    def _replaced(self, items: ShardedTable, told: torch.Tensor, which: np.ndarray, lift: float) -> ShardedTable:
         """The table with some of the rows, bool [items], told by content."""
         rows, own = items.weight.float().clone(), self._own(which, items)
         rows[own] = lift * told[own]
         return items.holding(rows)
 
     @staticmethod
-    def _own(which: np.ndarray, items: RowTable) -> torch.Tensor:
+    def _own(which: np.ndarray, items: ShardedTable) -> torch.Tensor:
         """Those of this rank's rows that are in bool [items], int64 [n]."""
-        return torch.from_numpy(np.flatnonzero(which[items.start : items.stop])).to(items.world.device)
+        return torch.from_numpy(np.flatnonzero(which[items.start : items.stop])).to(items.comm.device)
 
 
 def warm_neighbours(graph: CSC, warm: np.ndarray, wanted: np.ndarray, start: int = 0) -> CSC:

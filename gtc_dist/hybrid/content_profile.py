@@ -9,14 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from gtc_dist.distributed.sharded_table import RowTable
-from gtc_dist.hybrid.graph_filter import Walk, pair
+from gtc_dist.distributed.sharded_table import ShardedTable
+from gtc_dist.hybrid.graph_filter import CooccurrenceOperator, pair
 
-BLOCK = 1 << 24  # values at once
+ROW_BLOCK = 1 << 24  # values at once
 
 
 @torch.no_grad()
-def profile_part(walk: Walk, features: RowTable, width: int) -> tuple[RowTable, RowTable]:
+def content_profile_scores(
+    walk: CooccurrenceOperator, features: ShardedTable, width: int
+) -> tuple[ShardedTable, ShardedTable]:
     """Tables of users [users, k] and items [items, k], k = min(width, features' width). A collective."""
     items = ContentMap.of(features, width).apply(features.weight)
     near = walk.to_users(items)
@@ -33,20 +35,20 @@ class ContentMap:
     directions: torch.Tensor | None  # float64 [d, k]; None: all
 
     @staticmethod
-    def of(features: RowTable, width: int, chosen: torch.Tensor | None = None) -> "ContentMap":
+    def of(features: ShardedTable, width: int, chosen: torch.Tensor | None = None) -> "ContentMap":
         """A collective.
 
         Args:
             chosen: int64 [n], those of this rank's rows that mean and directions are taken from; None: all.
         """
-        world, rows = features.world, features.weight if chosen is None else features.weight[chosen]
+        comm, rows = features.comm, features.weight if chosen is None else features.weight[chosen]
         blocks = in_blocks(rows)
-        count = sum(world.counts(len(rows)))
-        mean = world.sum(sum(block.double().sum(0) for block in blocks)) / max(count, 1)
+        count = sum(comm.all_gather_int(len(rows)))
+        mean = comm.all_reduce(sum(block.double().sum(0) for block in blocks)) / max(count, 1)
         if width >= features.width:
             return ContentMap(mean, None)
         units = (torch.nn.functional.normalize(block.double() - mean, dim=1) for block in blocks)
-        second = world.sum(sum(rows.T @ rows for rows in units))
+        second = comm.all_reduce(sum(rows.T @ rows for rows in units))
         return ContentMap(mean, torch.linalg.eigh((second + second.T) / 2)[1][:, -width:])
 
     def apply(self, features: torch.Tensor) -> torch.Tensor:
@@ -59,16 +61,16 @@ class ContentMap:
 
 
 def in_blocks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The rows [n, w] in blocks of about `BLOCK` values, at least one block."""
-    return rows.split(max(BLOCK // max(rows.shape[1], 1), 1))
+    """The rows [n, w] in blocks of about `WARM_BLOCK` values, at least one block."""
+    return rows.split(max(ROW_BLOCK // max(rows.shape[1], 1), 1))
 
 
-def item_moments(items: RowTable) -> torch.Tensor:
+def item_moments(items: ShardedTable) -> torch.Tensor:
     """Covariance of the columns over all items, float64 [k, k]. A collective."""
-    world, blocks = items.world, in_blocks(items.weight)
-    mean = world.sum(sum(block.double().sum(0) for block in blocks)) / items.rows
+    comm, blocks = items.comm, in_blocks(items.weight)
+    mean = comm.all_reduce(sum(block.double().sum(0) for block in blocks)) / items.rows
     apart = (block.double() - mean for block in blocks)
-    return world.sum(sum(rows.T @ rows for rows in apart)) / items.rows
+    return comm.all_reduce(sum(rows.T @ rows for rows in apart)) / items.rows
 
 
 def inverse_spread(users: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from gtc_dist.distributed.sharded_table import RowTable
-from gtc_dist.evaluation.ranking import hashed
+from gtc_dist.distributed.sharded_table import ShardedTable
+from gtc_dist.evaluation.ranking import hash_index
 from gtc_dist.hybrid.content_profile import ContentMap
 
 FOLDS = 10
@@ -32,15 +32,15 @@ class ContentRegression:
         chunk: rows of a rank at once.
     """
 
-    def __init__(self, features: dict[str, RowTable], warm: np.ndarray, chunk: int):
+    def __init__(self, features: dict[str, ShardedTable], warm: np.ndarray, chunk: int):
         self.features, self.chunk = features, chunk
         table = next(iter(features.values()))
-        self.world, own = table.world, slice(table.start, table.stop)
+        self.comm, own = table.comm, slice(table.start, table.stop)
         fitted = warm[own] & (numbered(table.start, table.stop, 1 << 30) < (1 << 30) * MOST_ITEMS / max(warm.sum(), 1))
-        self.fitted = torch.from_numpy(np.flatnonzero(fitted)).to(self.world.device)
+        self.fitted = torch.from_numpy(np.flatnonzero(fitted)).to(self.comm.device)
         # cold items are told by the fit of all
         fold = np.where(warm[own], numbered(table.start, table.stop, FOLDS), FOLDS)
-        self.fold = torch.from_numpy(fold).to(self.world.device)
+        self.fold = torch.from_numpy(fold).to(self.comm.device)
 
     @cached_property
     def maps(self) -> dict[str, ContentMap]:
@@ -56,7 +56,7 @@ class ContentRegression:
         penalty = total.diagonal()[:-1].mean().clamp(min=1e-12) * torch.eye(len(total), device=total.device)
         return torch.linalg.cholesky(torch.cat([total - moments, total[None]]) + penalty)
 
-    def fit(self, items: RowTable) -> torch.Tensor:
+    def fit(self, items: ShardedTable) -> torch.Tensor:
         """Weights [FOLDS + 1, content, width of `items`], float32: without each fold, and of all. A collective."""
         moments = self._by_fold(lambda rows, x: items.weight[rows].double())
         total = moments.sum(0)
@@ -91,7 +91,7 @@ class ContentRegression:
             for k in range(FOLDS):
                 own = self.fold[rows] == k
                 sums[k] += x[own].T @ y[own]
-        return self.world.sum(sums)
+        return self.comm.all_reduce(sums)
 
     def _content(self, rows: torch.Tensor) -> torch.Tensor:
         return self._joint({name: table.weight[rows] for name, table in self.features.items()})
@@ -107,4 +107,4 @@ class ContentRegression:
 
 def numbered(start: int, stop: int, below: int) -> np.ndarray:
     """A number below `below` for each index from `start` to `stop`, int64: by a hash, whatever rank has the index."""
-    return ((hashed(np.arange(start, stop)) >> np.uint64(32)) % np.uint64(below)).astype(np.int64)
+    return ((hash_index(np.arange(start, stop)) >> np.uint64(32)) % np.uint64(below)).astype(np.int64)

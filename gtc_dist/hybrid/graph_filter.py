@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gtc_dist.distributed.collectives import World
-from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.inference.layerwise import Incoming
+from gtc_dist.inference.layerwise import ShardedSpMM
 
 COLUMNS = 32  # that are walked at once
 
@@ -25,17 +25,17 @@ class WalkOptions:
     chunk: int  # rows of a rank at once
 
 
-class Walk:
+class CooccurrenceOperator:
     """N and C over this rank's rows. A collective to make, and to use."""
 
-    def __init__(self, graphs: Graphs, world: World, options: WalkOptions):
+    def __init__(self, graphs: Graphs, comm: Communicator, options: WalkOptions):
         nodes = (graphs.nodes.indptr, graphs.nodes.indices, graphs.nodes.weight)
-        users = RowTable("users", graphs.users, 0, world, trainable=False)
-        items = RowTable("items", graphs.items, 0, world, trainable=False)
+        users = ShardedTable("users", graphs.users, 0, comm, trainable=False)
+        items = ShardedTable("items", graphs.items, 0, comm, trainable=False)
         self.users, self.items = users, items
-        self.into_users = Incoming(*nodes, 0, users, items, options.chunk, base=graphs.users)
-        self.into_items = Incoming(*nodes, graphs.users, items, users, options.chunk)
-        self.warm = torch.from_numpy(graphs.item_degree[items.start : items.stop] > 0).to(world.device)[:, None]
+        self.into_users = ShardedSpMM(*nodes, 0, users, items, options.chunk, base=graphs.users)
+        self.into_items = ShardedSpMM(*nodes, graphs.users, items, users, options.chunk)
+        self.warm = torch.from_numpy(graphs.item_degree[items.start : items.stop] > 0).to(comm.device)[:, None]
         # the graph's own weights are (degree of user * degree of item)^-1/2
         self.user_scale = _power(graphs.user_degree, users, 0.5 - options.user_exponent)
         self.rest = _power(graphs.item_degree, items, 0.5 - options.item_exponent)
@@ -55,11 +55,11 @@ class Walk:
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """Mean over all items that have interactions, [1, b], for x [items of this rank, b]. A collective."""
-        sums = self.items.world.sum(torch.cat([x.double() * self.warm, self.warm.double()], dim=1).sum(0))
+        sums = self.items.comm.all_reduce(torch.cat([x.double() * self.warm, self.warm.double()], dim=1).sum(0))
         return (sums[:-1] / sums[-1].clamp(min=1))[None].to(x.dtype)
 
     @staticmethod
-    def _sums(edges: Incoming, like: RowTable, x: torch.Tensor) -> torch.Tensor:
+    def _sums(edges: ShardedSpMM, like: ShardedTable, x: torch.Tensor) -> torch.Tensor:
         out = []
         for columns in x.float().split(COLUMNS, dim=1):
             sources = like.holding(columns.contiguous())
@@ -67,12 +67,12 @@ class Walk:
         return torch.cat(out, dim=1)
 
 
-def _power(degree: np.ndarray, like: RowTable, exponent: float) -> torch.Tensor:
+def _power(degree: np.ndarray, like: ShardedTable, exponent: float) -> torch.Tensor:
     """degree^exponent of this rank's rows, [n, 1]; rows without edges get 1, which nothing multiplies."""
     own = np.maximum(degree[like.start : like.stop], 1).astype(np.float64) ** exponent
-    return torch.from_numpy(own.astype(np.float32)).to(like.world.device)[:, None]
+    return torch.from_numpy(own.astype(np.float32)).to(like.comm.device)[:, None]
 
 
-def pair(walk: Walk, users: torch.Tensor, items: torch.Tensor) -> tuple[RowTable, RowTable]:
+def pair(walk: CooccurrenceOperator, users: torch.Tensor, items: torch.Tensor) -> tuple[ShardedTable, ShardedTable]:
     """Frozen tables of this rank's rows of users and items, whose dot product is a score."""
     return walk.users.holding(users.float()), walk.items.holding(items.float())

@@ -12,9 +12,9 @@ taken. Nothing is learned from a loss: it costs some passes over the graph, once
 
 import torch
 
-from gtc_dist.distributed.collectives import World
-from gtc_dist.distributed.sharded_table import RowTable
-from gtc_dist.hybrid.graph_filter import Walk, pair
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable
+from gtc_dist.hybrid.graph_filter import CooccurrenceOperator, pair
 
 OVERSAMPLE = 24  # columns that are iterated beside the wanted ones: the further the next mode, the faster it settles
 ITERATIONS = 60  # at most, of C over the block
@@ -22,49 +22,49 @@ SETTLED = 1e-5  # change of the leading eigenvalues in an iteration, of the larg
 
 
 @torch.no_grad()
-def spectral_part(walk: Walk, width: int, seed: int) -> tuple[RowTable, RowTable]:
+def graph_filter_scores(walk: CooccurrenceOperator, width: int, seed: int) -> tuple[ShardedTable, ShardedTable]:
     """Tables of users [users, k] and items [items, k], k <= width modes; rows without a train interaction are zero. A
     collective."""
     values, modes = _leading_modes(walk, width, seed)
     return pair(walk, walk.to_users(modes) * (values**2 + 3 * values**3), modes * walk.item_scale)
 
 
-def _leading_modes(walk: Walk, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _leading_modes(walk: CooccurrenceOperator, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues of C relative to the largest, positive ones only, [k <= width], and this rank's rows of their
     eigenvectors [n, k]: block power iteration with Rayleigh-Ritz. A collective."""
-    world, rows = walk.items.world, walk.items.rows
+    comm, rows = walk.items.comm, walk.items.rows
     block = min(width + OVERSAMPLE, rows)
     # Starting where the edges are: rows without any would never leave zero, but count in the Gram matrix.
-    start = RowTable("spectral", rows, block, world, init_std=1.0, seed=seed, trainable=False)
-    x = _orthonormal(walk(start.weight), world)
+    start = ShardedTable("spectral", rows, block, comm, init_std=1.0, seed=seed, trainable=False)
+    x = _orthonormal(walk(start.weight), comm)
     previous = None
     for _ in range(ITERATIONS):
         if not x.shape[1]:  # no two items share a user
             return x.new_zeros(0), x
         image = walk(x)
-        values, rotation = torch.linalg.eigh(_gram(x, image, world))
+        values, rotation = torch.linalg.eigh(_gram(x, image, comm))
         values, rotation = values.flip(0)[:width], rotation.flip(1)[:, :width]
         modes = x @ rotation.float()
         comparable = previous is not None and len(previous) == len(values)
         if comparable and (values - previous).abs().max().item() <= SETTLED * values.abs().max().item():
             break
-        previous, x = values, _orthonormal(image, world)
+        previous, x = values, _orthonormal(image, comm)
     kept = values > 1e-6 * values.abs().max()
     return (values[kept] / values[0]).float(), modes[:, kept]
 
 
-def _gram(x: torch.Tensor, y: torch.Tensor, world: World) -> torch.Tensor:
+def _gram(x: torch.Tensor, y: torch.Tensor, comm: Communicator) -> torch.Tensor:
     """Symmetric part of x^T y over all ranks' rows, float64, the same bits on every rank."""
-    product = world.sum(x.double().T @ y.double())
+    product = comm.all_reduce(x.double().T @ y.double())
     return (product + product.T) / 2
 
 
-def _orthonormal(x: torch.Tensor, world: World) -> torch.Tensor:
+def _orthonormal(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
     """Columns that span those of x [n, b] and are orthonormal over all ranks; as many as x has independent ones."""
     for _ in range(2):  # the second time takes away what rounding left
         if not x.shape[1]:
             break
-        values, vectors = torch.linalg.eigh(_gram(x, x, world))
+        values, vectors = torch.linalg.eigh(_gram(x, x, comm))
         kept = values > 1e-9 * values.max().clamp(min=1e-30)
         x = (x.double() @ (vectors[:, kept] * values[kept].rsqrt())).float()
     return x

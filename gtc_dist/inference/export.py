@@ -7,30 +7,30 @@ import torch
 
 from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.distributed.collectives import World
-from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.inference.new_items import arrival_rows, read_arrivals
-from gtc_dist.inference.trained_run import Found, restore
+from gtc_dist.inference.new_items import embed_new_items, read_new_items
+from gtc_dist.inference.trained_run import RunRef, load_run
 
 ROWS = 1 << 17  # rows of a file
 
 
 def export_rank(
-    world: World, graphs: Graphs | None, found: Found, out: str, dtype: str, new_items: str | None = None
+    comm: Communicator, graphs: Graphs | None, found: RunRef, out: str, dtype: str, new_items: str | None = None
 ) -> dict:
     """Compute and write this rank's rows; returns what the manifest says of the files of all ranks. A collective.
 
     Args:
         new_items: file of items that arrived after training (`arrivals.read_arrivals`); of a world of one.
     """
-    run = restore(found, world, graphs)
-    ids, content = read_arrivals(run, new_items) if new_items else (None, None)
+    run = load_run(found, comm, graphs)
+    ids, content = read_new_items(run, new_items) if new_items else (None, None)
     tables = dict(zip(("users", "items"), run.embed(), strict=True))
-    arrived = arrival_rows(run, tables["items"], content) if new_items else None
+    arrived = embed_new_items(run, tables["items"], content) if new_items else None
     for kind, rows in [(kind, table.weight) for kind, table in tables.items()] + [("new items", arrived)]:
-        if world.max(int(rows is not None and not _fits(rows, dtype))):
+        if comm.all_reduce_max(int(rows is not None and not _fits(rows, dtype))):
             raise InputError(f"embeddings of {kind} are not finite in {dtype}; export them as float32")
     files = {}
     for kind, table in tables.items():
@@ -42,7 +42,7 @@ def export_rank(
         own = slice(first, first + ROWS)
         files[name] = write_rows(ids[own], arrived[own], storage.join(out, name), dtype)
     merged = {}
-    for rank_files in world.gather_json(files):
+    for rank_files in comm.all_gather_json(files):
         merged |= rank_files
     sizes = {kind: table.rows for kind, table in tables.items()}
     if ids is not None:
@@ -50,7 +50,7 @@ def export_rank(
     return {**sizes, "dim": tables["items"].width, "streams": run.network.shape.streams, "files": merged}
 
 
-def write_part(catalog: Catalog, kind: str, table: RowTable, first: int, uri: str, dtype: str) -> dict:
+def write_part(catalog: Catalog, kind: str, table: ShardedTable, first: int, uri: str, dtype: str) -> dict:
     """Write up to ROWS of this rank's rows from `first` on, with their ids."""
     own = table.weight[first - table.start :][:ROWS]
     return write_rows(catalog.ids(kind, first, first + len(own)), own, uri, dtype)

@@ -11,18 +11,18 @@ import pyarrow.compute as pc
 import torch
 
 from gtc_dist.data import formats
-from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import InputError
-from gtc_dist.graph.item_knn_graph import shares
-from gtc_dist.hybrid.cold_start import LIFT, OWN, REGRESSION
+from gtc_dist.graph.item_knn_graph import similarity_weights
+from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, NORM_SCALE, REGRESSION
 from gtc_dist.hybrid.content_profile import ContentMap
-from gtc_dist.inference.trained_run import Run
-from gtc_dist.prepare.features import Transform
+from gtc_dist.inference.trained_run import TrainedRun
+from gtc_dist.prepare.features import FeatureTransform
 
-BLOCK = 1 << 16  # warm items compared at once
+WARM_BLOCK = 1 << 16  # warm items compared at once
 
 
-def read_arrivals(run: Run, uri: str) -> tuple[pa.Array, dict[str, np.ndarray]]:
+def read_new_items(run: TrainedRun, uri: str) -> tuple[pa.Array, dict[str, np.ndarray]]:
     """Ids, in the catalog's type, and each modality's features float16 [n, width] as the catalog has them.
 
     Args:
@@ -53,7 +53,7 @@ def read_arrivals(run: Run, uri: str) -> tuple[pa.Array, dict[str, np.ndarray]]:
     return ids, {name: _vectors(run, uri, table, name) for name in run.features}
 
 
-def _vectors(run: Run, uri: str, table: pa.Table, name: str) -> np.ndarray:
+def _vectors(run: TrainedRun, uri: str, table: pa.Table, name: str) -> np.ndarray:
     column = table[name].combine_chunks()
     width = run.catalog.manifest.modalities[name].raw_dim
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
@@ -70,11 +70,11 @@ def _vectors(run: Run, uri: str, table: pa.Table, name: str) -> np.ndarray:
     if not np.isfinite(raw).all():
         row = int(np.flatnonzero(~np.isfinite(raw).all(axis=1))[0])
         raise InputError(f"{uri}: column {name!r}, row {row}: the vector has a value that is not finite")
-    return Transform.load(run.catalog.uri, name).apply(raw)
+    return FeatureTransform.load(run.catalog.uri, name).apply(raw)
 
 
 @torch.no_grad()
-def arrival_rows(run: Run, items: RowTable, content: dict[str, np.ndarray]) -> torch.Tensor:
+def embed_new_items(run: TrainedRun, items: ShardedTable, content: dict[str, np.ndarray]) -> torch.Tensor:
     """Embeddings of new items, float32 [n, width of `items`].
 
     Args:
@@ -87,24 +87,26 @@ def arrival_rows(run: Run, items: RowTable, content: dict[str, np.ndarray]) -> t
         rows = cold.regression.new(cold.regression.fit(items), features)
     else:
         warm = np.flatnonzero(run.graphs.item_degree > 0)
-        neighbour, similarity = nearest(run, warm, content)
-        share = torch.from_numpy(shares(similarity))
+        neighbour, similarity = nearest_warm_items(run, warm, content)
+        share = torch.from_numpy(similarity_weights(similarity))
         rows = torch.einsum("nk,nkd->nd", share, items.weight[torch.from_numpy(warm[neighbour])])
     for name, columns in run.final.profiles(items.width).items():
         own = ContentMap.of(run.features[name], run.config.model.walk.profile)
-        rows[:, columns] = own.apply(features[name]) * cold.weights[OWN]
-    return rows * cold.weights[LIFT]
+        rows[:, columns] = own.apply(features[name]) * cold.weights[CONTENT_WEIGHT]
+    return rows * cold.weights[NORM_SCALE]
 
 
-def nearest(run: Run, warm: np.ndarray, content: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def nearest_warm_items(
+    run: TrainedRun, warm: np.ndarray, content: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     """The nearest of the items `warm` to each new one, best first: place in `warm` int64 [n, k], similarity [n, k]."""
     k = min(run.config.graph.item_neighbours, len(warm))
     configured = run.config.data.features
     weights = {name: configured[name].weight if name in configured else 1.0 for name in content}
     new = _joint({name: torch.from_numpy(rows) for name, rows in content.items()}, weights)
     found, place = np.empty((len(new), 0), np.float32), np.empty((len(new), 0), np.int64)
-    for first in range(0, len(warm), BLOCK):
-        block = torch.from_numpy(warm[first : first + BLOCK])
+    for first in range(0, len(warm), WARM_BLOCK):
+        block = torch.from_numpy(warm[first : first + WARM_BLOCK])
         theirs = _joint({name: run.features[name].weight[block] for name in content}, weights)
         similarity, at = faiss.knn(new, theirs, min(k, len(block)), faiss.METRIC_INNER_PRODUCT)
         found, place = np.concatenate([found, similarity], axis=1), np.concatenate([place, at + first], axis=1)

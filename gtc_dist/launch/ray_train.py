@@ -19,22 +19,22 @@ from ray import train
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from gtc_dist.checkpoint.run_folder import METRICS
-from gtc_dist.config import Cluster, Config
+from gtc_dist.checkpoint.run_folder import METRICS_FILE
+from gtc_dist.config import ClusterConfig, Config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.data.ray_tasks import EveryRow, read_rows
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError, NotFinite
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.inference.trained_run import CONFIG
+from gtc_dist.inference.trained_run import CONFIG_FILE
 from gtc_dist.launch.ray_cluster import cores
-from gtc_dist.launch.watchdog import Stalls, watched
+from gtc_dist.launch.watchdog import Watchdog, watch_rank
 from gtc_dist.training.trainer import Trainer
 
-RAY = "ray"  # Ray Train's own folder in a run
-STOP = "stop"  # stands in a run folder where its training is asked to leave
-FAILED = "failed.json"  # what a rank met that another try would meet again
+RAY_FOLDER = "ray"  # Ray Train's own folder in a run
+STOP_FILE = "stop"  # stands in a run folder where its training is asked to leave
+FAILURE_FILE = "failed.json"  # what a rank met that another try would meet again
 READER_CPUS = 0.25  # of a Ray Data task: it also fits where the ranks take nearly all of every node
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 KEPT_BYTES = 2**30  # blocks of up to this size, and free memory of up to this size, stay with a rank
@@ -42,7 +42,7 @@ KEPT_BYTES = 2**30  # blocks of up to this size, and free memory of up to this s
 FATAL = {error.__name__: error for error in (InputError, NotFinite)}
 
 
-def worker_resources(cluster: Cluster) -> dict[str, float]:
+def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
     """Resources of a rank. Raises InputError, instead of hanging, where the cluster cannot give them.
 
     Ray Data needs a share of a CPU beside the ranks. On a cluster with just as many CPUs as ranks each rank asks for a
@@ -75,12 +75,14 @@ def worker_resources(cluster: Cluster) -> dict[str, float]:
     return {"CPU": each, "GPU": 1} if cluster.gpu else {"CPU": each}
 
 
-def share(graphs: Graphs) -> ray.ObjectRef:
+def share_graphs(graphs: Graphs) -> ray.ObjectRef:
     """One copy of the graphs a node, in Ray's object store; ranks wrap its arrays without a copy."""
     return ray.put(graphs)
 
 
-def fit(config: Config, catalog: Catalog, graphs: ray.ObjectRef, run: str, resources: dict[str, float]) -> dict | None:
+def train_on_ray(
+    config: Config, catalog: Catalog, graphs: ray.ObjectRef, run: str, resources: dict[str, float]
+) -> dict | None:
     """Train on the ranks to the end and return what metrics.json holds, or None where SIGTERM asked to leave before.
 
     After a rank was lost, or its node, all of them start again from the last checkpoint, `cluster.retries` times for
@@ -91,11 +93,13 @@ def fit(config: Config, catalog: Catalog, graphs: ray.ObjectRef, run: str, resou
     rows = rows.map_batches(read_rows, batch_size=1, batch_format="pyarrow", num_cpus=READER_CPUS)
     settings = {"config": config, "run": run, "graphs": graphs}
     datasets = {"datasets": {"train": rows}, "dataset_config": EveryRow()}
-    for name in (RAY, STOP, FAILED):  # of a process that is gone
+    for name in (RAY_FOLDER, STOP_FILE, FAILURE_FILE):  # of a process that is gone
         storage.remove_tree(storage.join(run, name))
-    with leaving_on_sigterm(run):
-        _trainer(train_rank, settings, config.cluster, run, RAY, resources, config.cluster.retries, **datasets).fit()
-    failed, metrics = storage.join(run, FAILED), storage.join(run, METRICS)
+    with stop_file_on_sigterm(run):
+        _trainer(
+            train_rank, settings, config.cluster, run, RAY_FOLDER, resources, config.cluster.retries, **datasets
+        ).fit()
+    failed, metrics = storage.join(run, FAILURE_FILE), storage.join(run, METRICS_FILE)
     if storage.exists(failed):
         problem = storage.read_json(failed)
         storage.remove_tree(failed)
@@ -104,9 +108,9 @@ def fit(config: Config, catalog: Catalog, graphs: ray.ObjectRef, run: str, resou
 
 
 @contextmanager
-def leaving_on_sigterm(run: str) -> Iterator[None]:
+def stop_file_on_sigterm(run: str) -> Iterator[None]:
     """Turn SIGTERM into a note in the run folder, which the ranks look for; a second one ends the process."""
-    stop = storage.join(run, STOP)
+    stop = storage.join(run, STOP_FILE)
 
     def ask(number, frame) -> None:
         signal.signal(signal.SIGTERM, before)
@@ -121,9 +125,9 @@ def leaving_on_sigterm(run: str) -> Iterator[None]:
         storage.remove_tree(stop)
 
 
-def on_ranks(
-    work: Callable[[World, Graphs], dict],
-    cluster: Cluster,
+def run_on_ranks(
+    work: Callable[[Communicator, Graphs], dict],
+    cluster: ClusterConfig,
     graphs: ray.ObjectRef,
     run: str,
     resources: dict[str, float],
@@ -143,11 +147,11 @@ def on_ranks(
 
 
 def _trainer(
-    function, settings: dict, cluster: Cluster, run: str, name: str, resources: dict, retries: int = 0, **datasets
+    function, settings: dict, cluster: ClusterConfig, run: str, name: str, resources: dict, retries: int = 0, **datasets
 ):
     filesystem, path = storage.arrow_filesystem(run)
     seconds = 60 * cluster.wait_minutes
-    stalls = ray.remote(num_cpus=0)(Stalls).remote(seconds) if cluster.workers > 1 else None
+    stalls = ray.remote(num_cpus=0)(Watchdog).remote(seconds) if cluster.workers > 1 else None
     backend = "nccl" if cluster.gpu else "gloo"
     workers = (cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers
     return TorchTrainer(
@@ -169,54 +173,54 @@ def _trainer(
 def train_rank(settings: dict) -> None:
     """What every rank of a training runs (a Ray Train worker)."""
     config: Config = settings["config"]
-    if not storage.exists(storage.join(settings["run"], CONFIG)):
+    if not storage.exists(storage.join(settings["run"], CONFIG_FILE)):
         raise InputError(
             f"{settings['run']} cannot be seen from node {ray.util.get_node_ip_address()}; "
             "on several nodes run.storage must be shared or object storage"
         )
-    run, world = settings["run"], _world(config.cluster)
+    run, comm = settings["run"], _world(config.cluster)
     users, items = read_shard(train.get_dataset_shard("train"))
     graphs = ray.get(settings["graphs"])
-    if storage.exists(storage.join(run, FAILED)):
+    if storage.exists(storage.join(run, FAILURE_FILE)):
         return  # trying again would not help
     try:
-        with watched(world, settings["stalls"], 60 * config.cluster.wait_minutes):
-            catalog, notice = Catalog(config.data.catalog), Notice(run, world)
-            Trainer(config, catalog, run, users, items, graphs, world, train.report, notice).fit()
+        with watch_rank(comm, settings["stalls"], 60 * config.cluster.wait_minutes):
+            catalog, notice = Catalog(config.data.catalog), StopRequest(run, comm)
+            Trainer(config, catalog, run, users, items, graphs, comm, train.report, notice).fit()
     except tuple(FATAL.values()) as error:
         kind = next(name for name, one in FATAL.items() if isinstance(error, one))
-        storage.write_json(storage.join(run, FAILED), {"kind": kind, "message": str(error)})
+        storage.write_json(storage.join(run, FAILURE_FILE), {"kind": kind, "message": str(error)})
         raise
 
 
-class Notice:
+class StopRequest:
     """Whether a training is to leave (someone ended the command) or to save now (the cluster takes a node back, and
     will start the ranks again elsewhere). Called by all ranks at once."""
 
-    def __init__(self, run: str, world: World):
-        self.stop, self.world, self.preempted = storage.join(run, STOP), world, False
+    def __init__(self, run: str, comm: Communicator):
+        self.stop, self.comm, self.preempted = storage.join(run, STOP_FILE), comm, False
 
     def __call__(self) -> str:
         told = 0
         with suppress(OSError, InputError):  # no object store for the moment is no reason to stop
-            told = int(self.world.rank == 0 and storage.exists(self.stop))
-        if self.world.max(told):
+            told = int(self.comm.rank == 0 and storage.exists(self.stop))
+        if self.comm.all_reduce_max(told):
             return "leave"
         before, self.preempted = self.preempted, train.get_preemption_info() is not None
         return "save" if self.preempted and not before else ""
 
 
 def work_rank(settings: dict) -> None:
-    """What every rank of `on_ranks` runs."""
-    cluster: Cluster = settings["cluster"]
-    world = _world(cluster)
-    with watched(world, settings["stalls"], 60 * cluster.wait_minutes):
-        result = settings["work"](world, ray.get(settings["graphs"]))
-    if world.rank == 0:
+    """What every rank of `run_on_ranks` runs."""
+    cluster: ClusterConfig = settings["cluster"]
+    comm = _world(cluster)
+    with watch_rank(comm, settings["stalls"], 60 * cluster.wait_minutes):
+        result = settings["work"](comm, ray.get(settings["graphs"]))
+    if comm.rank == 0:
         storage.write_json(settings["result"], result)
 
 
-def _world(cluster: Cluster) -> World:
+def _world(cluster: ClusterConfig) -> Communicator:
     """This Ray Train worker among its peers, with its threads set."""
     logging.disable(logging.INFO)  # Ray would print every reported metric
     context = train.get_context()
@@ -224,7 +228,7 @@ def _world(cluster: Cluster) -> World:
     torch.set_num_threads(cluster.threads or max(1, cores() // context.get_local_world_size() - 1))
     _keep_memory()
     device = train.torch.get_device() if cluster.gpu else torch.device("cpu")
-    return World(context.get_world_rank(), context.get_world_size()).split(device)
+    return Communicator(context.get_world_rank(), context.get_world_size()).split(device)
 
 
 def _keep_memory() -> None:

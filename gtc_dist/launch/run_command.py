@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 
-from gtc_dist.config import Cluster
+from gtc_dist.config import ClusterConfig
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.distributed.collectives import World
-from gtc_dist.inference.trained_run import Found
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.inference.trained_run import RunRef
 from gtc_dist.model.build import load_graphs
 
 
@@ -29,12 +29,12 @@ def parse_run_command(parser: argparse.ArgumentParser, argv: list[str] | None):
     return args
 
 
-def run_on(args, found: Found, work: Callable[..., dict]) -> dict:
+def run_on_ranks_or_here(args, found: RunRef, work: Callable[..., dict]) -> dict:
     """Run `work(world, graphs, found=...)` in this process, or on the ranks that the command line asks for."""
     work = functools.partial(work, found=found)
     if not args.workers:
         torch.set_num_threads(args.threads or torch.get_num_threads())
-        return work(World(), None)
+        return work(Communicator(), None)
 
     from gtc_dist.launch import (
         ray_cluster,
@@ -43,8 +43,8 @@ def run_on(args, found: Found, work: Callable[..., dict]) -> dict:
 
     graphs = load_graphs(found.config, Catalog(found.config.data.catalog))
     ray_cluster.connect(min(args.workers, ray_cluster.cores()) + 1, dashboard=True, shared_bytes=graphs.bytes)
-    wanted = Cluster(workers=args.workers, gpu=args.gpu, threads=args.threads)
+    wanted = ClusterConfig(workers=args.workers, gpu=args.gpu, threads=args.threads)
     resources = ray_train.worker_resources(wanted)
-    shared = ray_train.share(graphs)
+    shared = ray_train.share_graphs(graphs)
     del graphs
-    return ray_train.on_ranks(work, wanted, shared, found.uri, resources)
+    return ray_train.run_on_ranks(work, wanted, shared, found.uri, resources)

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from gtc_dist.checkpoint.run_folder import LEASE
+from gtc_dist.checkpoint.run_folder import LOCK_FILE
 from gtc_dist.data import storage
 from gtc_dist.errors import InputError
 
@@ -27,13 +27,13 @@ SETTLE_SECONDS = 2.0  # from the first write to the first look at who has it: tw
 
 
 @contextmanager
-def held(run: str) -> Iterator[None]:
+def hold_run_lock(run: str) -> Iterator[None]:
     """Hold the lease of the run folder `run`; the process ends where another command has taken it.
 
     Raises:
         InputError: another command holds it.
     """
-    uri = storage.join(run, LEASE)
+    uri = storage.join(run, LOCK_FILE)
     _await(run, uri)
     made = storage.missing_parents(run)
     mine = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}

@@ -1,7 +1,7 @@
 """A limit on how long ranks wait for each other, which names the one that is missing.
 
 A rank that hangs (a stuck disk or device, a stopped process, a node that is off the network) would keep the others in
-a collective for ever. Every rank tells an actor now and then how far its process groups are (`World.pulses`). When one
+a collective for ever. Every rank tells an actor now and then how far its process groups are (`Communicator.pulses`). When one
 has waited longer than allowed, the actor says for whom, and the ranks that wait end themselves, so that Ray Train
 starts all of them again from the last checkpoint. A rank that is slow, but not by that much, is waited for.
 """
@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 if TYPE_CHECKING:  # the actor's process does without torch
-    from gtc_dist.distributed.collectives import World
+    from gtc_dist.distributed.collectives import Communicator
 
 BEAT_SECONDS = 5.0  # at most, between two looks
 
@@ -32,7 +32,7 @@ class _Rank:
     since: list[float] = field(default_factory=list)  # when each became what it is
 
 
-class Stalls:
+class Watchdog:
     """How far the ranks of a world are.
 
     Args:
@@ -83,28 +83,28 @@ class Stalls:
 
 
 @contextmanager
-def watched(world: "World", stalls: ray.actor.ActorHandle | None, seconds: float) -> Iterator[None]:
+def watch_rank(comm: "Communicator", stalls: ray.actor.ActorHandle | None, seconds: float) -> Iterator[None]:
     """End this process, a rank, when it has waited too long for others. A collective.
 
     Args:
-        stalls: a `Stalls` actor, None for a world of one; seconds: its limit.
+        stalls: a `Watchdog` actor, None for a world of one; seconds: its limit.
     """
-    if world.size == 1:
+    if comm.size == 1:
         yield
         return
     name = f"pid {os.getpid()} on {socket.gethostname()}"
-    start = world.gather_json([name, time.time()])
+    start = comm.all_gather_json([name, time.time()])
     over = threading.Event()
 
     def look() -> None:
         while not over.wait(min(BEAT_SECONDS, seconds / 4)):
-            pulses = [(pulse.begun, pulse.inside > 0) for pulse in list(world.pulses)]
+            pulses = [(pulse.begun, pulse.inside > 0) for pulse in list(comm.pulses)]
             try:
-                said = ray.get(stalls.beat.remote(str(start), world.rank, name, pulses), timeout=60)
+                said = ray.get(stalls.beat.remote(str(start), comm.rank, name, pulses), timeout=60)
             except RayError:
                 continue  # the actor is gone with its node, or busy: ranks that are lost show in other ways
             if said and not over.is_set():
-                print(f"{said}; rank {world.rank} gives up, to start again from the last checkpoint", flush=True)
+                print(f"{said}; rank {comm.rank} gives up, to start again from the last checkpoint", flush=True)
                 time.sleep(1)  # Ray takes the line up
                 os._exit(1)
 

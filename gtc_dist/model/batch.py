@@ -6,22 +6,22 @@ import numpy as np
 import torch
 
 from gtc_dist.distributed.message_passing import Block
-from gtc_dist.distributed.sharded_table import Route
+from gtc_dist.distributed.sharded_table import LookupPlan
 
 
 @dataclass
-class HistoryPlan:
+class HistoryLookup:
     """Where a batch's rows of the history are, and the edges that the history holds and the batch must not see."""
 
-    user_route: Route  # of the batch's users
-    item_route: Route  # of the batch's items
-    left_user_route: Route  # of the users at edges that are left out
-    left_item_route: Route  # of the items at edges that are left out
+    user_route: LookupPlan  # of the batch's users
+    item_route: LookupPlan  # of the batch's items
+    left_user_route: LookupPlan  # of the users at edges that are left out
+    left_item_route: LookupPlan  # of the items at edges that are left out
     left_out_of_users: Block | None  # left-out items -> batch users, weights as in the graph
     left_out_of_items: Block | None  # left-out users -> batch items
 
-    def to(self, device: torch.device) -> "HistoryPlan":
-        return HistoryPlan(*(_move(getattr(self, f.name), device) for f in fields(self)))
+    def to(self, device: torch.device) -> "HistoryLookup":
+        return HistoryLookup(*(_move(getattr(self, f.name), device) for f in fields(self)))
 
 
 @dataclass
@@ -40,8 +40,8 @@ class Batch:
     convolution gives an output for (seed users first, then seed items)."""
 
     # rows
-    user_route: Route  # of the in-users
-    item_route: Route  # of the in-items
+    user_route: LookupPlan  # of the in-users
+    item_route: LookupPlan  # of the in-items
     features: dict[str, torch.Tensor]  # modality -> [in-items, d]
     # graph
     audience: Block | None  # in-users -> in-items, weights sum to one: mean preference of an item's users
@@ -76,7 +76,7 @@ class Batch:
     permutation_seed: int
     sampler_seed: int  # what the neighbours were sampled with
     # sampled, with a history (training/control_variate.py)
-    history: "HistoryPlan | None"
+    history: "HistoryLookup | None"
     # sizes over ranks
     counts: list[int]  # pairs of each rank
     correlation_counts: list[int]  # rows of each rank in the total correlation
@@ -92,4 +92,4 @@ def _move(value, device):
         return [moved[id(block)] for block in value]
     if isinstance(value, dict):
         return {key: tensor.to(device, non_blocking=True) for key, tensor in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor | Block | Route | HistoryPlan) else value
+    return value.to(device) if isinstance(value, torch.Tensor | Block | LookupPlan | HistoryLookup) else value

@@ -4,18 +4,18 @@ import torch
 
 from gtc_dist.config import Config
 from gtc_dist.data.catalog import FEATURE_ROWS, Catalog
-from gtc_dist.distributed.collectives import World
-from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.evaluation.ranking import RankingOptions
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.cold_start import WarmNeighbours
-from gtc_dist.hybrid.content_profile import profile_part
-from gtc_dist.hybrid.graph_filter import Walk, WalkOptions
-from gtc_dist.hybrid.score_fusion import Blend
-from gtc_dist.hybrid.spectral import spectral_part
+from gtc_dist.hybrid.content_profile import content_profile_scores
+from gtc_dist.hybrid.graph_filter import CooccurrenceOperator, WalkOptions
+from gtc_dist.hybrid.score_fusion import ScoreFusion
+from gtc_dist.hybrid.spectral import graph_filter_scores
 from gtc_dist.model.gtc import GTC, Shape, Tables
-from gtc_dist.training.data_loader import Loader, LoaderOptions
-from gtc_dist.training.subgraph import FullPlanner, PlannerOptions, SampledPlanner
+from gtc_dist.training.data_loader import DataLoader, LoaderOptions
+from gtc_dist.training.subgraph import FullGraphBuilder, PlannerOptions, SampledGraphBuilder
 
 
 def network_shape(config: Config, catalog: Catalog) -> Shape:
@@ -54,7 +54,7 @@ def network_shape(config: Config, catalog: Catalog) -> Shape:
     )
 
 
-def build_network(config: Config, catalog: Catalog, world: World, trainable: bool = True) -> tuple[GTC, Tables]:
+def build_network(config: Config, catalog: Catalog, comm: Communicator, trainable: bool = True) -> tuple[GTC, Tables]:
     """The dense network and the tables, with the same initial values for any world size.
 
     Args:
@@ -62,39 +62,43 @@ def build_network(config: Config, catalog: Catalog, world: World, trainable: boo
     """
     shape = network_shape(config, catalog)
     torch.manual_seed(config.train.seed)
-    network = GTC(shape, world).to(world.device)
+    network = GTC(shape, comm).to(comm.device)
     sizes = (catalog.users, catalog.items)
     options = {"trainable": trainable, "rowwise": config.train.table_optimizer == "rowwise_adam"}
-    return network, Tables.build(network, *sizes, config.model.init_std, world, config.train.seed, **options)
+    return network, Tables.build(network, *sizes, config.model.init_std, comm, config.train.seed, **options)
 
 
 def build_blend(
-    config: Config, graphs: Graphs, features: dict[str, RowTable], world: World, neighbours: WarmNeighbours | None
-) -> Blend | None:
+    config: Config,
+    graphs: Graphs,
+    features: dict[str, ShardedTable],
+    comm: Communicator,
+    neighbours: WarmNeighbours | None,
+) -> ScoreFusion | None:
     """The untrained parts of the embedding, None where there are none. A collective.
 
     Args:
-        features: of the modalities, over `world`.
+        features: of the modalities, over `comm`.
         neighbours: of cold items, None where there is no item-item graph.
     """
     walks = config.model.walk
     if not config.model.walks:
         return None
-    walk = Walk(graphs, world, WalkOptions(walks.user_exponent, walks.item_exponent, config.eval.chunk))
+    walk = CooccurrenceOperator(graphs, comm, WalkOptions(walks.user_exponent, walks.item_exponent, config.eval.chunk))
     parts = {}
     if walks.spectral:
-        parts["spectral"] = spectral_part(walk, walks.spectral, config.train.seed)
+        parts["spectral"] = graph_filter_scores(walk, walks.spectral, config.train.seed)
     for name, table in features.items() if walks.profile else ():
-        parts[name] = profile_part(walk, table, walks.profile)
+        parts[name] = content_profile_scores(walk, table, walks.profile)
     profiles = list(features) if walks.profile else []
-    return Blend(parts, profiles, neighbours, walk)
+    return ScoreFusion(parts, profiles, neighbours, walk)
 
 
-def load_features(shape: Shape, catalog: Catalog, world: World) -> dict[str, RowTable]:
+def load_features(shape: Shape, catalog: Catalog, comm: Communicator) -> dict[str, ShardedTable]:
     """Frozen float16 tables of the modalities' features; each rank reads just its own rows, a block at a time."""
     tables = {}
     for name, width in shape.modalities.items():
-        table = RowTable(name, catalog.items, width, world, dtype=torch.float16, trainable=False)
+        table = ShardedTable(name, catalog.items, width, comm, dtype=torch.float16, trainable=False)
         for first in range(table.start, table.stop, FEATURE_ROWS):
             rows = catalog.features(name, first, min(first + FEATURE_ROWS, table.stop))
             at = first - table.start
@@ -103,14 +107,14 @@ def load_features(shape: Shape, catalog: Catalog, world: World) -> dict[str, Row
     return tables
 
 
-def over_world(tables: dict[str, RowTable], world: World) -> dict[str, RowTable]:
+def with_communicator(tables: dict[str, ShardedTable], comm: Communicator) -> dict[str, ShardedTable]:
     """The same rows (shared, not copied) looked up through another process group, or copied to its device."""
     moved = {}
     for name, table in tables.items():
-        moved[name] = RowTable(name, 0, table.width, World(), dtype=table.weight.dtype, trainable=False)
-        moved[name].rows, moved[name].world = table.rows, world
+        moved[name] = ShardedTable(name, 0, table.width, Communicator(), dtype=table.weight.dtype, trainable=False)
+        moved[name].rows, moved[name].comm = table.rows, comm
         moved[name].start, moved[name].stop = table.start, table.stop
-        moved[name].weight = table.weight.to(world.device)
+        moved[name].weight = table.weight.to(comm.device)
     return moved
 
 
@@ -127,9 +131,9 @@ def load_graphs(config: Config, catalog: Catalog) -> Graphs:
 
 
 def build_loader(
-    config: Config, network: GTC, users, items, graphs: Graphs, features: dict[str, RowTable], world: World
-) -> Loader:
-    """The loader of one rank; `world` and the features' tables belong to the prefetch thread."""
+    config: Config, network: GTC, users, items, graphs: Graphs, features: dict[str, ShardedTable], comm: Communicator
+) -> DataLoader:
+    """The loader of one rank; `comm` and the features' tables belong to the prefetch thread."""
     model, train = config.model, config.train
     shape, audience = network.shape, network.needs_audience
     plan = PlannerOptions(
@@ -139,16 +143,16 @@ def build_loader(
         fanout=tuple(model.fanout),
         item_fanout=model.item_fanout,
         user_fanout=model.user_fanout,
-        layer_nodes=None if model.layer_nodes is None else -(-model.layer_nodes // world.size),
+        layer_nodes=None if model.layer_nodes is None else -(-model.layer_nodes // comm.size),
         sampler=model.sampler,
         threads=1,
         history=has_history(config),
         hops_first=network.hops_first,
     )
     if model.propagation == "full":
-        planner = FullPlanner(graphs, features, plan, network.world.device)
+        planner = FullGraphBuilder(graphs, features, plan, network.comm.device)
     else:
-        planner = SampledPlanner(graphs, features, plan)
+        planner = SampledGraphBuilder(graphs, features, plan)
     options = LoaderOptions(
         batch_size=train.batch_size,
         seed=train.seed,
@@ -164,4 +168,4 @@ def build_loader(
         negative_popularity=train.negatives.popularity,
         negatives_correct=train.negatives.correct,
     )
-    return Loader(users, items, graphs, planner, options, world)
+    return DataLoader(users, items, graphs, planner, options, comm)

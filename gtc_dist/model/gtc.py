@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.message_passing import Block, convolve, weighted_sum
-from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.model.batch import Batch, HistoryRows
-from gtc_dist.model.item_encoder import MOST_LOG_SCALE, ItemsIn, ItemStreams, Shape
+from gtc_dist.model.item_encoder import MOST_LOG_SCALE, EncodedItems, ItemEncoder, Shape
 from gtc_dist.model.total_correlation import total_correlation
 
 USER_DROPOUT = 0.5  # share of the denoising loss's pairs without their user: embeddings are made without one
@@ -31,22 +31,24 @@ USER_DROPOUT = 0.5  # share of the denoising loss's pairs without their user: em
 class Tables:
     """The trainable row-sharded tables."""
 
-    user: RowTable
-    item: RowTable
+    user: ShardedTable
+    item: ShardedTable
 
     @staticmethod
-    def build(network: "GTC", users: int, items: int, std: float, world: World, seed: int, **options: bool) -> "Tables":
-        """`options`: `trainable` and `rowwise` of `RowTable`."""
+    def build(
+        network: "GTC", users: int, items: int, std: float, comm: Communicator, seed: int, **options: bool
+    ) -> "Tables":
+        """`options`: `trainable` and `rowwise` of `ShardedTable`."""
         # columns: preferences, then the stream weights, which start at zero (all alike)
         preferences, weights = network.user_widths
         per_column = torch.cat([torch.full((preferences,), std), torch.zeros(weights)])
         width = network.M * network.D
         return Tables(
-            RowTable("user", users, preferences + weights, world, init_std=per_column, seed=seed, **options),
-            RowTable("item", items, width, world, init_std=std, seed=seed, **options),
+            ShardedTable("user", users, preferences + weights, comm, init_std=per_column, seed=seed, **options),
+            ShardedTable("item", items, width, comm, init_std=std, seed=seed, **options),
         )
 
-    def all(self) -> tuple[RowTable, RowTable]:
+    def all(self) -> tuple[ShardedTable, ShardedTable]:
         return self.user, self.item
 
 
@@ -58,13 +60,13 @@ class GTC(nn.Module):
         world: the ranks, for the total correlation over the global batch.
     """
 
-    def __init__(self, shape: Shape, world: World):
+    def __init__(self, shape: Shape, comm: Communicator):
         super().__init__()
-        self.shape, self.world = shape, world
+        self.shape, self.comm = shape, comm
         self.S, self.G, self.D = len(shape.streams), len(shape.graph_streams), shape.width
         self.M = shape.members
         self.T = self.M * self.G  # streams of all members in the graph
-        self.members = nn.ModuleList(ItemStreams(shape) for _ in range(self.M))
+        self.members = nn.ModuleList(ItemEncoder(shape) for _ in range(self.M))
         if not shape.unit_rows and shape.content == "vector":
             self.common = nn.Parameter(torch.zeros(self.T * self.D))  # what all users prefer
 
@@ -132,7 +134,7 @@ class GTC(nn.Module):
 
     def items_in(
         self, rows: torch.Tensor, features: dict[str, torch.Tensor], audience: torch.Tensor | None
-    ) -> tuple[torch.Tensor, list[ItemsIn]]:
+    ) -> tuple[torch.Tensor, list[EncodedItems]]:
         """What enters the graph for items, [n, T * D], and on the way to it, for each member.
 
         Args:
@@ -145,7 +147,7 @@ class GTC(nn.Module):
             filtered = member.filtered(ids, content, liked)
             streams = member.streams(ids, filtered)
             nodes.append(member.items_in(streams, ids))
-            ways.append(ItemsIn(ids, liked, content, filtered, streams))
+            ways.append(EncodedItems(ids, liked, content, filtered, streams))
         return (nodes[0] if self.M == 1 else torch.cat(nodes, dim=1)), ways
 
     @property
@@ -179,7 +181,7 @@ class GTC(nn.Module):
 
     def embed(
         self, batch: Batch, user_rows: torch.Tensor, item_rows: torch.Tensor, history: HistoryRows | None = None
-    ) -> dict[str, torch.Tensor | list[ItemsIn]]:
+    ) -> dict[str, torch.Tensor | list[EncodedItems]]:
         """Streams of the batch's users [u, T * D] and items [i, T * D], with what the losses need on the way.
 
         Args:
@@ -241,7 +243,7 @@ class GTC(nn.Module):
         shape = self.shape
         weights = {shape.loss: 1.0, "tc": shape.w_tc, "diffusion": shape.w_diff, "l2": shape.w_reg}
         weights["personal"] = shape.w_personal
-        loss = self.world.size * sum(weights[name] * value for name, value in parts.items())
+        loss = self.comm.size * sum(weights[name] * value for name, value in parts.items())
         return loss, {name: value.detach() for name, value in parts.items()}
 
     def _ranking(self, users: torch.Tensor, items: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -289,7 +291,7 @@ class GTC(nn.Module):
         of items in equal parts, as they are scored.
         """
         counts = batch.correlation_counts
-        chosen = slice(0, counts[self.world.rank])
+        chosen = slice(0, counts[self.comm.rank])
         items, users = batch.positives[chosen], batch.users[chosen]
         generator = torch.Generator().manual_seed(batch.permutation_seed)
         of_items, of_users = self.split(e["items"]), self.split(e["users"])
@@ -305,7 +307,7 @@ class GTC(nn.Module):
                 ]
             for streams, ids in sides:
                 streams = F.normalize(streams, dim=2)
-                args = (streams, ids, scale, generator, self.world, counts, self.shape.critic)
+                args = (streams, ids, scale, generator, self.comm, counts, self.shape.critic)
                 losses.append(total_correlation(*args))
         return torch.stack(losses).mean() / max(sum(counts), 1)
 
@@ -363,7 +365,7 @@ class GTC(nn.Module):
 
     # --- what is watched --------------------------------------------------------------------------------------------
 
-    def watch(self, ways: list[ItemsIn]) -> dict[str, torch.Tensor]:
-        """What `ItemStreams.watch` tells of each item, mean over members."""
+    def watch(self, ways: list[EncodedItems]) -> dict[str, torch.Tensor]:
+        """What `ItemEncoder.watch` tells of each item, mean over members."""
         told = [m.watch(way.streams, way.content, way.filtered) for m, way in zip(self.members, ways, strict=True)]
         return {name: sum(one[name] for one in told) / self.M for name in told[0]}

@@ -65,7 +65,7 @@ class Shape:
 
 
 @dataclass
-class ItemsIn:
+class EncodedItems:
     """One member's way from id rows and features to the graph."""
 
     ids: torch.Tensor  # [n, D]
@@ -81,7 +81,7 @@ class ItemsIn:
         return self.ids.detach().index_select(0, rows), content, audience
 
 
-class ItemStreams(nn.Module):
+class ItemEncoder(nn.Module):
     """The streams of items: project, filter, gate."""
 
     def __init__(self, shape: Shape):

@@ -13,7 +13,7 @@ is large for vectors of which no two agree. For two streams both are the same.
 
 import torch
 
-from gtc_dist.distributed.collectives import World, gather_with_gradient
+from gtc_dist.distributed.collectives import Communicator, all_gather_with_gradient
 
 
 def multilinear_product(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -35,7 +35,7 @@ def total_correlation(
     items: torch.Tensor,
     scale: torch.Tensor,
     generator: torch.Generator,
-    world: World,
+    comm: Communicator,
     counts: list[int],
     critic: str = "multilinear",
 ) -> torch.Tensor:
@@ -53,9 +53,9 @@ def total_correlation(
         Scalar sum; divide by sum(counts) over all ranks for the loss of the global batch. A collective.
     """
     _, S, D = streams.shape
-    pool = gather_with_gradient(streams, world, counts)  # [N, S, D]
-    pool_items = world.gather(items, counts)
-    N, first = len(pool), sum(counts[: world.rank])
+    pool = all_gather_with_gradient(streams, comm, counts)  # [N, S, D]
+    pool_items = comm.all_gather(items, counts)
+    N, first = len(pool), sum(counts[: comm.rank])
     rows = torch.arange(len(streams), device=streams.device)
     total = streams.new_zeros(())
     for anchor in range(S):

@@ -25,7 +25,7 @@ from gtc_dist.data.scratch import Scratch
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.graph import item_knn_graph, user_cooccurrence_graph, user_item_graph
 from gtc_dist.prepare import feature_files, features, interactions
-from gtc_dist.progress import Progress, Tell, silent
+from gtc_dist.progress import ProgressCallback, ProgressPrinter, no_progress
 
 OWN_FILES = ("users/", "items/", "interactions/", "features/", "graph/", MANIFEST, BUILDING)
 
@@ -50,8 +50,8 @@ def prepare(config: Config, force: bool = False) -> tuple[Manifest, bool]:
     Raises:
         InputError: bad input, or a folder at data.catalog that this must not overwrite; nothing is written then.
     """
-    uri, say = config.data.catalog, Progress()
-    files, sources = inspect(config)
+    uri, say = config.data.catalog, ProgressPrinter()
+    files, sources = inspect_raw_data(config)
     mark = fingerprint(config, files, sources)
     current = existing(uri, mark, force)
     if current is not None:
@@ -67,18 +67,20 @@ def prepare(config: Config, force: bool = False) -> tuple[Manifest, bool]:
     return manifest, True
 
 
-def build_catalog(config: Config, mark: str, files: list, sources: dict, scratch: Scratch, say: Progress) -> Manifest:
+def build_catalog(
+    config: Config, mark: str, files: list, sources: dict, scratch: Scratch, say: ProgressPrinter
+) -> Manifest:
     """Read, check and write everything; `mark` is the catalog's fingerprint."""
     from gtc_dist.launch import ray_cluster
 
     data, uri = config.data, config.data.catalog
-    raw = interactions.read(files, scratch, say.often)
+    raw = interactions.read_interactions(files, scratch, say.often)
     say(f"interactions read: {len(raw.user):,}")
     more = features.item_ids(sources, raw.item_ids.type) if data.items == "all" else None
     found = interactions.build(raw, data, scratch, more, say.often)
     counts = ", ".join(f"{split} {rows:,}" for split, rows in found.counts.items())
     say(f"interactions: {len(found.users):,} users, {len(found.items):,} items, {counts}")
-    gathered = features.gather(sources, found.items, scratch, say.often)
+    gathered = features.gather_features(sources, found.items, scratch, say.often)
     say("features read and checked: " + ", ".join(f"{name} {g.vectors.shape[1]}" for name, g in gathered.items()))
     clear(uri)
     writer = CatalogWriter(uri)
@@ -105,7 +107,7 @@ def build_catalog(config: Config, mark: str, files: list, sources: dict, scratch
     return manifest
 
 
-def inspect(config: Config) -> tuple[list, dict[str, feature_files.Source]]:
+def inspect_raw_data(config: Config) -> tuple[list, dict[str, feature_files.Source]]:
     """Check all raw files, without Ray."""
     modalities = config.data.features
     if not modalities:
@@ -114,8 +116,10 @@ def inspect(config: Config) -> tuple[list, dict[str, feature_files.Source]]:
         raise InputError("data.features: 'id' is the name of the id stream; choose another name")
     if not any(modality.weight for modality in modalities.values()):
         raise InputError("data.features: every modality has weight 0; the item-item graph needs one above")
-    files = interactions.inspect(config.data)
-    sources = {name: feature_files.inspect(name, modality, config.data.raw) for name, modality in modalities.items()}
+    files = interactions.inspect_interactions(config.data)
+    sources = {
+        name: feature_files.inspect_features(name, modality, config.data.raw) for name, modality in modalities.items()
+    }
     folder = posixpath.normpath(storage.absolute(config.data.catalog))
     inside = [uri for uri in raw_uris(files, sources) if posixpath.normpath(uri).startswith(f"{folder}/")]
     if inside:
@@ -190,18 +194,22 @@ def clear(uri: str) -> None:
 
 
 def write_features(
-    writer: CatalogWriter, config: Config, gathered: dict[str, features.Gathered], scratch: Scratch, tell: Tell
+    writer: CatalogWriter,
+    config: Config,
+    gathered: dict[str, features.Gathered],
+    scratch: Scratch,
+    tell: ProgressCallback,
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Write all modalities; returns their manifest entries and their features in scratch."""
     entries, content = {}, {}
     for name, raw in gathered.items():
-        transform = features.fit(raw, config.data.features[name].pca)
-        entries[name], content[name] = features.write(writer, name, raw, transform, scratch, tell)
+        transform = features.fit_feature_transform(raw, config.data.features[name].pca)
+        entries[name], content[name] = features.write_features(writer, name, raw, transform, scratch, tell)
         scratch.discard(raw.vectors)
     return entries, content
 
 
-def cold_items(found: interactions.Interactions, scratch: Scratch) -> int:
+def cold_items(found: interactions.SplitInteractions, scratch: Scratch) -> int:
     """Items without a train interaction."""
     _, item = found.splits["train"]
     cold = np.ones(len(found.items), bool)
@@ -213,11 +221,11 @@ def cold_items(found: interactions.Interactions, scratch: Scratch) -> int:
 def write_graphs(
     writer: CatalogWriter,
     config: Config,
-    found: interactions.Interactions,
+    found: interactions.SplitInteractions,
     content: dict[str, np.ndarray],
     scratch: Scratch,
     threads: int,
-    tell: Tell = silent,
+    tell: ProgressCallback = no_progress,
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Build and write the graphs, one after the other; returns their numbers of edges and measures of their quality."""
     settings, edges, quality = config.graph, {}, {}
@@ -232,19 +240,19 @@ def write_graphs(
 
     weights = {name: modality.weight for name, modality in config.data.features.items()}
     items, search = len(found.items), {"search": settings.search, "probes": settings.probes}
-    graph = item_knn_graph.item_item(
+    graph = item_knn_graph.build_item_knn_graph(
         content, weights, settings.item_neighbours, threads, **search, scratch=scratch, progress=progress("item_item")
     )
     write("item_item", graph)
     if item_knn_graph.approximates(settings.search, items):
-        quality["item_item_recall"] = item_knn_graph.recall(graph, content, weights, threads, scratch=scratch)
+        quality["item_item_recall"] = item_knn_graph.graph_recall(graph, content, weights, threads, scratch=scratch)
     scratch.discard(graph.indices, graph.weight)
 
-    both = user_item_graph.user_item(*found.splits["train"], len(found.users), items, scratch)
+    both = user_item_graph.build_user_item_graph(*found.splits["train"], len(found.users), items, scratch)
     for name, graph in zip(GRAPHS[:2], both, strict=True):
         write(name, graph)
     seed, report = config.data.split.seed, progress("user_user")
-    graph = user_cooccurrence_graph.user_user(
+    graph = user_cooccurrence_graph.build_user_cooccurrence_graph(
         *both, settings.user_neighbours, settings.hub_cap, seed, threads, scratch=scratch, progress=report
     )
     write("user_user", graph)

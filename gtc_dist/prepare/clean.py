@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from gtc_dist.config import Data
+from gtc_dist.config import DataConfig
 from gtc_dist.data.scratch import Buckets, Scratch
 from gtc_dist.errors import InputError
 from gtc_dist.prepare import split
-from gtc_dist.progress import Tell
+from gtc_dist.progress import ProgressCallback
 
 ROW_BYTES = 128  # that a row takes while it is merged or split: its columns, a sort key, a permutation, temporaries
 
@@ -67,7 +67,7 @@ class Rows:
             scratch.release()
 
 
-def clean(raw: Raw, data: Data, scratch: Scratch, tell: Tell) -> tuple[Rows, dict[str, int]]:
+def clean(raw: Raw, data: DataConfig, scratch: Scratch, tell: ProgressCallback) -> tuple[Rows, dict[str, int]]:
     """Rows that stay, and how many went for which reason: `min_rating`, `duplicate`, `k_core`, in this order.
 
     Args:
@@ -102,7 +102,7 @@ def clean(raw: Raw, data: Data, scratch: Scratch, tell: Tell) -> tuple[Rows, dic
     return Rows(columns["user"], columns["item"], columns.get("time"), columns.get("split"), users, items), dropped
 
 
-def _by_user(raw: Raw, minimum: float | None, scratch: Scratch, tell: Tell) -> Buckets:
+def _by_user(raw: Raw, minimum: float | None, scratch: Scratch, tell: ProgressCallback) -> Buckets:
     """Rows with at least the minimum rating, dealt to ranges of users that fit memory."""
     users = np.zeros(len(raw.user_ids), np.int64)
     for block in scratch.blocks(len(raw.user), 32):
@@ -120,7 +120,7 @@ def _by_user(raw: Raw, minimum: float | None, scratch: Scratch, tell: Tell) -> B
     return buckets
 
 
-def _merged(buckets: Buckets, names: list[str], scratch: Scratch, tell: Tell) -> dict[str, np.ndarray]:
+def _merged(buckets: Buckets, names: list[str], scratch: Scratch, tell: ProgressCallback) -> dict[str, np.ndarray]:
     """The buckets' rows without duplicates, in canonical order."""
     out = {name: scratch.growing(column.dtype) for name, column in zip(names, buckets.columns, strict=True)}
     for number in range(len(buckets)):

@@ -1,6 +1,6 @@
 """Raw feature files of one modality -> chunks of rows, streamed and checked.
 
-`inspect` reads headers and ids (before Ray starts) and cuts the files into chunks; `read` is what a Ray task runs on
+`inspect_features` reads headers and ids (before Ray starts) and cuts the files into chunks; `read_feature_chunk` is what a Ray task runs on
 one chunk. A `.npy` is read by byte range, so that a task touches just its rows, local or in object storage.
 
 The rows of a source are numbered through all its files from 0: row r of a `.npy` without a list of ids belongs to item
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gtc_dist.config import Modality
+from gtc_dist.config import ModalityConfig
 from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
 from gtc_dist.prepare import ids as id_columns
@@ -74,7 +74,7 @@ class Source:
         return pa.array(np.arange(self.rows)) if self.ids is None else self.ids
 
 
-def inspect(name: str, modality: Modality, raw: str) -> Source:
+def inspect_features(name: str, modality: ModalityConfig, raw: str) -> Source:
     """Check one modality's files. Raises InputError: missing file or column, wrong type or shape, bad ids."""
     try:
         uris = storage.glob(storage.join(raw, modality.path))
@@ -108,7 +108,7 @@ class _BadRow(Exception):
         self.row, self.problem = row, problem
 
 
-def read(chunk: Chunk) -> Iterator[pa.Table]:
+def read_feature_chunk(chunk: Chunk) -> Iterator[pa.Table]:
     """Yield tables of row:int64 (its number in the source) and vector:fixed_size_list[width]; rows without a vector
     are left out. The first unusable row ends the chunk with a table of bad_row and problem."""
     try:
@@ -126,7 +126,7 @@ def read(chunk: Chunk) -> Iterator[pa.Table]:
         yield pa.table({"bad_row": [int(bad.row)], "problem": [bad.problem]})
 
 
-def _inspect_npy(name: str, modality: Modality, raw: str, uris: list[str]) -> Source:
+def _inspect_npy(name: str, modality: ModalityConfig, raw: str, uris: list[str]) -> Source:
     if len(uris) > 1:
         raise InputError(f"data.features.{name}.path names {len(uris)} .npy files ({uris[0]}, ...); one is expected")
     uri = uris[0]
@@ -203,7 +203,7 @@ def _read_ids(uri: str, column: str, key: str) -> pa.Array:
         raise InputError(f"{key}: {error}") from error
 
 
-def _inspect_parquet(name: str, modality: Modality, uris: list[str]) -> Source:
+def _inspect_parquet(name: str, modality: ModalityConfig, uris: list[str]) -> Source:
     if modality.ids is not None:
         raise InputError(f"data.features.{name}.ids goes with .npy; Parquet has its ids in id_column")
     with ThreadPoolExecutor(8) as pool:
@@ -226,7 +226,7 @@ def _inspect_parquet(name: str, modality: Modality, uris: list[str]) -> Source:
     return Source(name, uris, rows, width, kept, ids, parts)
 
 
-def _parquet_head(uri: str, modality: Modality) -> tuple[pa.Array, pa.DataType, int | None]:
+def _parquet_head(uri: str, modality: ModalityConfig) -> tuple[pa.Array, pa.DataType, int | None]:
     """A file's ids, the type of its vectors' values, and the vectors' width (None: it has no vector)."""
     id_column, vector_column = modality.id_column, modality.vector_column
     with storage.open_input(uri) as stream, _parquet_file(uri, stream, id_column, vector_column) as file:

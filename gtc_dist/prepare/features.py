@@ -1,8 +1,8 @@
 """Raw features -> standardised float16 features of the catalog's items.
 
-The chain: `vectors.inspect` (before Ray) -> `gather` (Ray tasks read and check chunks; the driver puts each row at its
-item's index in scratch, so memory does not grow with the catalog) -> `fit` (one pass over the scratch, in index order,
-so that the result does not depend on which task ended first) -> `write` (`Transform.apply`, block by block).
+The chain: `vectors.inspect` (before Ray) -> `gather_features` (Ray tasks read and check chunks; the driver puts each row at its
+item's index in scratch, so memory does not grow with the catalog) -> `train_on_ray` (one pass over the scratch, in index order,
+so that the result does not depend on which task ended first) -> `write_features` (`FeatureTransform.apply`, block by block).
 
 Without PCA each dimension gets mean 0 and variance 1 over the items that have a vector. With PCA the centred vectors
 are turned to the leading principal axes and divided by one common scale, chosen so that the variances of the kept
@@ -23,14 +23,14 @@ from gtc_dist.data.scratch import Buckets, Scratch
 from gtc_dist.errors import InputError
 from gtc_dist.prepare import feature_files, ids
 from gtc_dist.prepare.feature_files import Source
-from gtc_dist.progress import Tell, silent
+from gtc_dist.progress import ProgressCallback, no_progress
 
 FLOAT16_MAX = 65504.0
 BLOCK_BYTES = 32 << 20  # of float64 at once in the driver; fixed, so that sums are the same whatever the memory
 
 
 @dataclass(frozen=True)
-class Transform:
+class FeatureTransform:
     """What raw vectors of a modality go through: (x - mean), times components if there are any, over std.
 
     mean float64 [raw width]; std float64 [width], 0 where there is no variance; components float64 [width, raw width]
@@ -61,7 +61,7 @@ class Transform:
             writer.array(f"features/{modality}/components.npy", self.components)
 
     @classmethod
-    def load(cls, catalog_uri: str, modality: str) -> "Transform":
+    def load(cls, catalog_uri: str, modality: str) -> "FeatureTransform":
         """The transform that a catalog's features went through, for new raw vectors."""
         folder = storage.join(catalog_uri, "features", modality)
         parts = [storage.join(folder, f"{part}.npy") for part in ("mean", "std", "components")]
@@ -97,7 +97,7 @@ def item_ids(sources: dict[str, Source], like: pa.DataType) -> pa.Array:
     return ids.sorted_unique(pa.chunked_array(parts, like))
 
 
-def match(source: Source, items: pa.Array) -> np.ndarray:
+def match_rows(source: Source, items: pa.Array) -> np.ndarray:
     """Catalog index of each raw row (int32, -1: no item of the catalog).
 
     Raises:
@@ -121,19 +121,21 @@ def match(source: Source, items: pa.Array) -> np.ndarray:
     return index
 
 
-def gather(sources: dict[str, Source], items: pa.Array, scratch: Scratch, tell: Tell = silent) -> dict[str, Gathered]:
+def gather_features(
+    sources: dict[str, Source], items: pa.Array, scratch: Scratch, tell: ProgressCallback = no_progress
+) -> dict[str, Gathered]:
     """Read all modalities with Ray Data into scratch.
 
     Args:
         tell: takes a line about how far it is, often.
 
     Raises:
-        InputError: as `match`, or a row that is not finite or of another width (file and item named).
+        InputError: as `match_rows`, or a row that is not finite or of another width (file and item named).
     """
-    places = {name: _Places(source, match(source, items), len(items), scratch) for name, source in sources.items()}
+    places = {name: _Places(source, match_rows(source, items), len(items), scratch) for name, source in sources.items()}
     chunks = [chunk for source in sources.values() for chunk in source.chunks]
     total, done = sum(source.rows for source in sources.values()), 0
-    for position, table in ray_tasks.map_tables(feature_files.read, chunks):
+    for position, table in ray_tasks.map_tables(feature_files.read_feature_chunk, chunks):
         name = chunks[position].source
         if "bad_row" in table.column_names:
             row, problem = table["bad_row"][0].as_py(), table["problem"][0].as_py()
@@ -192,7 +194,7 @@ class _Places:
         return Gathered(vectors, self.present, int(np.sum(self.index < 0)), self.scratch)
 
 
-def fit(gathered: Gathered, pca: int | None = None) -> Transform:
+def fit_feature_transform(gathered: Gathered, pca: int | None = None) -> FeatureTransform:
     """Statistics over the items that have a vector, in float64, from one pass.
 
     Sums are taken around the first vector: this keeps digits where the mean is large, and makes the variance of a
@@ -209,17 +211,17 @@ def fit(gathered: Gathered, pca: int | None = None) -> Transform:
         squares += x.T @ x if pca else np.einsum("nd,nd->d", x, x)
     mean = total / count
     if not pca:
-        return Transform(shift + mean, np.sqrt(np.maximum(squares / count - mean**2, 0)))
+        return FeatureTransform(shift + mean, np.sqrt(np.maximum(squares / count - mean**2, 0)))
     return _principal(shift + mean, squares / count - np.outer(mean, mean), pca)
 
 
-def write(
+def write_features(
     writer: CatalogWriter,
     name: str,
     gathered: Gathered,
-    transform: Transform,
+    transform: FeatureTransform,
     scratch: Scratch,
-    tell: Tell = silent,
+    tell: ProgressCallback = no_progress,
 ) -> tuple[ModalityEntry, np.ndarray]:
     """Write a modality's files; also returns its features, float16 [items, width], in scratch."""
     items = len(gathered.present)
@@ -242,7 +244,7 @@ def write(
     return entry, out
 
 
-def _principal(mean: np.ndarray, covariance: np.ndarray, width: int) -> Transform:
+def _principal(mean: np.ndarray, covariance: np.ndarray, width: int) -> FeatureTransform:
     """Leading axes of a covariance, by falling variance; each with its largest part positive, so signs are fixed."""
     variance, axes = np.linalg.eigh(covariance)
     variance = np.maximum(variance[::-1], 0)
@@ -251,7 +253,9 @@ def _principal(mean: np.ndarray, covariance: np.ndarray, width: int) -> Transfor
     components = components * np.sign(components[np.arange(width), peak])[:, None]
     kept, everything = variance[:width].sum(), variance.sum()
     scale = np.full(width, np.sqrt(kept / width))
-    return Transform(mean, scale, np.ascontiguousarray(components), float(kept / everything) if everything else 1.0)
+    return FeatureTransform(
+        mean, scale, np.ascontiguousarray(components), float(kept / everything) if everything else 1.0
+    )
 
 
 def _ids_like(source: Source, like: pa.DataType) -> pa.Array:

@@ -1,6 +1,6 @@
 """Raw interactions -> users, items and the three splits under catalog indexes.
 
-The chain: `inspect` (before Ray: files, columns, types) -> `read` (Ray Data parses the files, the driver appends
+The chain: `inspect_features` (before Ray: files, columns, types) -> `read_feature_chunk` (Ray Data parses the files, the driver appends
 columns of codes to scratch: 8 bytes an interaction, plus time and rating where used) -> `build` (clean, split, index,
 shuffle). The driver holds the ids and a few numbers for each user and item; rows lie in scratch and are handled in
 blocks that fit `prepare.memory_gib`. The result depends neither on the blocks nor on the order of files or rows.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from gtc_dist.config import Data
+from gtc_dist.config import DataConfig
 from gtc_dist.data import ray_tasks, storage
 from gtc_dist.data.catalog import INTERACTION_ROWS, SPLITS
 from gtc_dist.data.scratch import Buckets, Growing, Scratch
@@ -24,13 +24,13 @@ from gtc_dist.errors import InputError
 from gtc_dist.prepare import ids, parse, split
 from gtc_dist.prepare.clean import Raw, Rows, clean
 from gtc_dist.prepare.parse import RawFile
-from gtc_dist.progress import Tell, silent
+from gtc_dist.progress import ProgressCallback, no_progress
 
 MOST_PENDING = 1 << 30  # bytes of tables at most whose ids are looked up together
 
 
 @dataclass(frozen=True)
-class Interactions:
+class SplitInteractions:
     """What goes into the catalog.
 
     users, items: original ids in index order; splits: name -> (user int32, item int32), shuffled, in scratch;
@@ -47,7 +47,7 @@ class Interactions:
         return {name: len(user) for name, (user, _) in self.splits.items()}
 
 
-def inspect(data: Data) -> list[RawFile]:
+def inspect_interactions(data: DataConfig) -> list[RawFile]:
     """Find and check all raw interaction files; no Ray. Raises InputError for what cannot be read."""
     columns, method = data.interactions, data.split.method
     roles = {"user": columns.user, "item": columns.item}
@@ -70,7 +70,7 @@ def inspect(data: Data) -> list[RawFile]:
     else:
         wanted = [(uri, None) for uri in _find(data, None)]
     with ThreadPoolExecutor(8) as pool:
-        jobs = [pool.submit(parse.inspect, uri, roles, columns.format, code, labels) for uri, code in wanted]
+        jobs = [pool.submit(parse.inspect_tables, uri, roles, columns.format, code, labels) for uri, code in wanted]
         files = [job.result() for job in jobs]
     for role in ("user", "item"):  # text files show their type only when they are read
         typed = {file.uri: file.types[role] for file in files if file.format in ("parquet", "jsonl")}
@@ -79,7 +79,7 @@ def inspect(data: Data) -> list[RawFile]:
     return files
 
 
-def read(files: list[RawFile], scratch: Scratch, tell: Tell = silent) -> Raw:
+def read_interactions(files: list[RawFile], scratch: Scratch, tell: ProgressCallback = no_progress) -> Raw:
     """Parse the files in Ray tasks and gather their columns in scratch.
 
     Args:
@@ -90,7 +90,7 @@ def read(files: list[RawFile], scratch: Scratch, tell: Tell = silent) -> Raw:
     """
     users, items, times = ids.Vocabulary("user ids"), ids.Vocabulary("item ids"), _Times(scratch)
     columns = {"user": scratch.growing(np.int32), "item": scratch.growing(np.int32)}
-    tables = ((files[position].uri, table) for position, table in ray_tasks.map_tables(parse.read, files))
+    tables = ((files[position].uri, table) for position, table in ray_tasks.map_tables(parse.read_table_file, files))
     for batch in _batches(tables, min(scratch.memory_bytes // 8, MOST_PENDING)):
         columns["user"].append(users.add([(file, table["user"]) for file, table in batch]))
         columns["item"].append(items.add([(file, table["item"]) for file, table in batch]))
@@ -116,11 +116,11 @@ def read(files: list[RawFile], scratch: Scratch, tell: Tell = silent) -> Raw:
 
 def build(
     raw: Raw,
-    data: Data,
+    data: DataConfig,
     scratch: Scratch,
     more_items: pa.Array | None = None,
-    tell: Tell = silent,
-) -> Interactions:
+    tell: ProgressCallback = no_progress,
+) -> SplitInteractions:
     """Clean, split and index the interactions. Takes the columns of `raw` away from scratch.
 
     Args:
@@ -142,10 +142,10 @@ def build(
         chosen = _chosen(rows, codes, which, user_index, item_index, scratch)
         splits[name] = _shuffled(chosen, counts[which], [seed, 4, which], [seed, 2, which], scratch)
     scratch.discard(rows.user, rows.item, rows.time, codes)
-    return Interactions(users, items, splits, dropped)
+    return SplitInteractions(users, items, splits, dropped)
 
 
-def _find(data: Data, name: str | None) -> list[str]:
+def _find(data: DataConfig, name: str | None) -> list[str]:
     """Absolute URIs of one split's files (None: of data.interactions.files), each once."""
     key = "data.interactions.files" if name is None else f"data.split.{name}"
     patterns = data.interactions.files if name is None else getattr(data.split, name)
@@ -212,7 +212,7 @@ class _Times:
         return time.view(np.float64)
 
 
-def _split(rows: Rows, data: Data, scratch: Scratch) -> np.ndarray:
+def _split(rows: Rows, data: DataConfig, scratch: Scratch) -> np.ndarray:
     """Each row's split, int8."""
     method, shares = data.split.method, (data.split.valid_share, data.split.test_share)
     if rows.split is not None:
@@ -234,7 +234,7 @@ def _split(rows: Rows, data: Data, scratch: Scratch) -> np.ndarray:
     return codes
 
 
-def _check_splits(raw: Raw, data: Data, rows: Rows, codes: np.ndarray, scratch: Scratch) -> np.ndarray:
+def _check_splits(raw: Raw, data: DataConfig, rows: Rows, codes: np.ndarray, scratch: Scratch) -> np.ndarray:
     """Rows of each split. Raises InputError for an empty one, and for pairs of valid or test that are also in train."""
     counts = np.zeros(len(SPLITS), np.int64)
     repeated: dict[int, list] = {split.VALID: [0, None], split.TEST: [0, None]}  # how many, and the first
@@ -264,7 +264,7 @@ def _check_splits(raw: Raw, data: Data, rows: Rows, codes: np.ndarray, scratch: 
     return counts
 
 
-def _mend_empty(data: Data, name: str) -> str:
+def _mend_empty(data: DataConfig, name: str) -> str:
     """What to do about an empty split."""
     method, asked = data.split.method, data.split
     if method == "given":

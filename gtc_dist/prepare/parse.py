@@ -1,6 +1,6 @@
 """One raw interaction file -> normalised Arrow tables, streamed.
 
-`inspect` looks at a file's name and head (before Ray starts) and fixes how to read it; `read` then yields tables with
+`inspect_features` looks at a file's name and head (before Ray starts) and fixes how to read it; `read_feature_chunk` then yields tables with
 the columns user, item and, as far as asked for, time, rating and split, whatever the file's format:
 
     Parquet, CSV, TSV (.tsv, .inter), JSON lines; each plain or gzipped (.gz), local or in object storage.
@@ -68,7 +68,7 @@ class RawFile:
         return self.format != "parquet"
 
 
-def inspect(
+def inspect_tables(
     uri: str,
     roles: dict[str, str],
     format: str = "auto",
@@ -101,7 +101,7 @@ def inspect(
     return RawFile(uri, format, gzipped, columns, types, split, labels or {})
 
 
-def read(file: RawFile) -> Iterator[pa.Table]:
+def read_table_file(file: RawFile) -> Iterator[pa.Table]:
     """Yield the file's rows as tables: user, item (integer or string), time (int64, float64 or timestamp[us]), split
     (int8) and rating (float64). Raises InputError for a null or unusable value (named by row) and a broken file."""
     first_row, batches = 1, _batches(file)

@@ -13,7 +13,7 @@ import numpy as np
 
 EXACT_ITEMS = 1 << 14  # up to so many items are all weighed for every user; beyond, candidates are drawn first
 DRAWS, DRAWS_EACH = 1024, 32  # candidates of a user, and more for each wanted item
-BLOCK = 1 << 18  # pairs of a user and a candidate weighed at once; of fewer than 65,536 users
+PAIR_BLOCK = 1 << 18  # pairs of a user and a candidate weighed at once; of fewer than 65,536 users
 SLAB = 1 << 16  # items whose factors are gathered at once
 
 
@@ -54,7 +54,7 @@ class Pool:
         for start in range(0, self.size, SLAB):
             slab = slice(start, start + SLAB)
             rows = slab if self.items is None else self.items[slab]
-            liking = self.strength * dot(self.factors[rows][:, relevant], taste[relevant])
+            liking = self.strength * dot_rows(self.factors[rows][:, relevant], taste[relevant])
             shared[slab] = self.log_popularity[rows] + liking
         return shared
 
@@ -63,7 +63,7 @@ class Pool:
         factors = (self.factors if self.items is None else self.factors[self.items])[:, relevant]
         for rows in _blocks(np.full(len(count), self.size)):
             own = self.strength * deviation[rows][:, relevant]
-            keys = shared + dot(own, factors) + _gumbel(rng, (len(own), self.size))
+            keys = shared + dot_rows(own, factors) + _gumbel(rng, (len(own), self.size))
             best = _descending(keys, min(int(count[rows].max()), self.size))
             row, column = np.nonzero(np.arange(best.shape[1]) < count[rows][:, None])
             yield row + rows.start, best[row, column]
@@ -101,12 +101,12 @@ def _blocks(width: np.ndarray) -> Iterator[slice]:
     start = 0
     while start < len(ends):
         before = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + BLOCK, "right")))
+        stop = max(start + 1, int(np.searchsorted(ends, before + PAIR_BLOCK, "right")))
         yield slice(start, stop)
         start = stop
 
 
-def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def dot_rows(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Inner products of rows. Not BLAS, whose rounding may depend on its number of threads."""
     return np.einsum("ik,k->i", a, b) if b.ndim == 1 else np.einsum("ik,jk->ij", a, b)
 

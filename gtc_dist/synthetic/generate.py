@@ -39,7 +39,7 @@ import pyarrow as pa
 
 from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
-from gtc_dist.synthetic.choice import Pool, dot
+from gtc_dist.synthetic.choice import Pool, dot_rows
 from gtc_dist.synthetic.spec import Spec
 
 DATASET = "dataset.json"  # written last
@@ -49,7 +49,7 @@ START, SPAN = 1_600_000_000, 2 * 365 * 86_400  # timestamps: seconds from START
 SLAB = 1 << 13  # items whose features are computed at once
 
 
-class World:
+class PlantedWorld:
     """The planted truth that all chunks share.
 
     factors float32 [items, K]; log_popularity float32 [items]; cold bool [items]; item_ids int64 [items];
@@ -93,7 +93,7 @@ def tasks(spec: Spec) -> list[tuple[str, int]]:
     return [("truth", 0), *(("items", c) for c in items), *features, *(("users", c) for c in users)]
 
 
-def write_part(world: World, uri: str, kind: str, chunk: int) -> dict[str, int]:
+def write_part(world: PlantedWorld, uri: str, kind: str, chunk: int) -> dict[str, int]:
     """Make and write one part that `tasks` names; returns what it counted."""
     spec = world.spec
     if kind == "truth":
@@ -155,7 +155,7 @@ def generate(spec: Spec, uri: str, force: bool = False, progress=None, parallel:
 
 
 def _in_process(spec: Spec, uri: str, parts: list[tuple[str, int]]) -> Iterator[dict[str, int]]:
-    world = World(spec)
+    world = PlantedWorld(spec)
     for part in parts:
         yield _make(world, uri, *part)
 
@@ -174,12 +174,12 @@ def _make_in_worker(part: tuple[str, int], parameters: str, uri: str) -> Iterato
 
 
 @functools.lru_cache(maxsize=1)
-def _worker_world(parameters: str) -> World:
+def _worker_world(parameters: str) -> PlantedWorld:
     """Every worker derives the world for itself, once: seconds for millions of items."""
-    return World(Spec(**json.loads(parameters)))
+    return PlantedWorld(Spec(**json.loads(parameters)))
 
 
-def _make(world: World, uri: str, kind: str, chunk: int) -> dict[str, int]:
+def _make(world: PlantedWorld, uri: str, kind: str, chunk: int) -> dict[str, int]:
     try:
         return write_part(world, uri, kind, chunk)
     except OSError as error:  # such as a full disk
@@ -223,7 +223,7 @@ def finish(spec: Spec, uri: str, counts: dict[str, int]) -> dict:
     return dataset
 
 
-def features(world: World, modality: str, chunk: int, dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
+def features(world: PlantedWorld, modality: str, chunk: int, dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
     """Raw features of a chunk of items: `dtype` [n, d], and which items have one: bool [n].
 
     Signal and nuisance are scaled to variance 1 and `noise` per dimension, white noise has a tenth of the signal's.
@@ -246,9 +246,9 @@ def features(world: World, modality: str, chunk: int, dtype=np.float32) -> tuple
         spread = spread.T.astype(np.float32)
     out = np.empty((n, width), dtype)
     for slab in _chunks(n, SLAB):
-        vectors = dot(world.factors[rows][slab][:, seen], signal.T) + offset
+        vectors = dot_rows(world.factors[rows][slab][:, seen], signal.T) + offset
         if nuisance is not None:
-            vectors += dot(nuisance[slab], spread)
+            vectors += dot_rows(nuisance[slab], spread)
         out[slab] = vectors + np.float32(np.sqrt(0.1)) * rng.standard_normal(vectors.shape, np.float32)
     return out, rng.random(n) >= spec.missing_share
 
@@ -262,7 +262,7 @@ def visible(spec: Spec) -> dict[str, np.ndarray]:
     return {modality: np.flatnonzero(row) for modality, row in zip(spec.modalities, shown, strict=True)}
 
 
-def _write_users(world: World, uri: str, chunk: int) -> dict[str, int]:
+def _write_users(world: PlantedWorld, uri: str, chunk: int) -> dict[str, int]:
     """Users of a chunk: their truth and their interactions."""
     spec = world.spec
     rows = _slice(spec.users, spec.user_chunk, chunk)
@@ -306,7 +306,7 @@ def _write_users(world: World, uri: str, chunk: int) -> dict[str, int]:
     return counts
 
 
-def _choose_all(world: World, pool: Pool, rng, group, deviation, wanted) -> tuple[np.ndarray, np.ndarray]:
+def _choose_all(world: PlantedWorld, pool: Pool, rng, group, deviation, wanted) -> tuple[np.ndarray, np.ndarray]:
     """Choices of all users: group by group, users of like activity side by side."""
     order = np.lexsort((wanted, group))
     order = order[wanted[order] > 0]
@@ -320,7 +320,7 @@ def _choose_all(world: World, pool: Pool, rng, group, deviation, wanted) -> tupl
     return np.concatenate(users), np.concatenate(items)
 
 
-def _write_npy(world: World, uri: str, modality: str) -> dict[str, int]:
+def _write_npy(world: PlantedWorld, uri: str, modality: str) -> dict[str, int]:
     """A modality as one matrix with an id file, in an order of its own."""
     spec = world.spec
     parts = [features(world, modality, chunk) for chunk in range(len(list(_chunks(spec.items, spec.item_chunk))))]

@@ -19,7 +19,7 @@ move most at the start, so the first intervals are short: each as long as all be
 import torch
 
 from gtc_dist.distributed.message_passing import weighted_sum
-from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.inference import layerwise
 from gtc_dist.model.batch import Batch, HistoryRows
@@ -28,7 +28,7 @@ from gtc_dist.model.gtc import GTC, Tables
 FIRST = 16  # the first interval is this part of the later ones
 
 
-class History:
+class HistoricalEmbeddings:
     """The rows of one rank.
 
     Args:
@@ -41,7 +41,7 @@ class History:
         self,
         model: GTC,
         tables: Tables,
-        features: dict[str, RowTable],
+        features: dict[str, ShardedTable],
         graphs: Graphs,
         *,
         every: int,
@@ -86,7 +86,7 @@ class History:
         """Propagate the whole catalog with the weights of now. A collective."""
         self.clear()
         model, graphs = self.model, self.graphs
-        self.user_inputs, self.item_inputs = layerwise.inputs(
+        self.user_inputs, self.item_inputs = layerwise.graph_inputs(
             model, self.tables, self.features, graphs, self.chunk, self.dtype
         )
         self.users, self.items = self._like(self.user_inputs), self._like(self.item_inputs)
@@ -94,14 +94,16 @@ class History:
         self.item_nodes = self._like(self.item_inputs) if model.hops_first else self.item_inputs
         if graphs.user_user is not None:
             self.user_hop = self._like(self.user_inputs)
-        edges = layerwise.Edges(graphs, self.users, self.items, self.chunk * self.users.width // layerwise.COLUMNS)
+        edges = layerwise.GraphOperators(
+            graphs, self.users, self.items, self.chunk * self.users.width // layerwise.COLUMNS
+        )
         for columns in layerwise.column_groups(model):
             x_user, x_item = edges.entering(model, self.user_inputs, self.item_inputs, columns)
             if model.hops_first:
                 self.item_nodes.weight[:, columns] = x_item.weight
             users, items = edges.convolved(x_user, x_item, self.layers)
             self.users.weight[:, columns], self.items.weight[:, columns] = users.weight, items.weight
-            layerwise.weigh(users, model, self.tables.user, columns)
+            layerwise.apply_view_weights(users, model, self.tables.user, columns)
             for low, high, hop in edges.user_user.sums(users) if edges.user_user else ():
                 self.user_hop.weight[low:high, columns] = hop
             item_hop = None if model.hops_first else edges.item_item
@@ -109,5 +111,5 @@ class History:
                 self.items.weight[low:high, columns] = items.weight[low:high] + hop
         self.age = 0
 
-    def _like(self, table: RowTable) -> RowTable:
-        return RowTable(table.name, table.rows, table.width, table.world, dtype=self.dtype, trainable=False)
+    def _like(self, table: ShardedTable) -> ShardedTable:
+        return ShardedTable(table.name, table.rows, table.width, table.comm, dtype=self.dtype, trainable=False)

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from scipy.special import gammaln
 
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.batch import Batch
 
 
 @dataclass
-class Draws:
+class SampledBatch:
     """A step's pairs and its randomness; catalog indexes."""
 
     users: np.ndarray  # int64 [B]
@@ -57,7 +57,7 @@ class LoaderOptions:
     user_discount: float = 0.0  # a pair of a user with n interactions counts n^-user_discount, times a constant
 
 
-class Loader:
+class DataLoader:
     """Batches of one rank.
 
     Args:
@@ -67,10 +67,10 @@ class Loader:
         world: a world whose process group is the prefetch thread's own.
     """
 
-    def __init__(self, users, items, graphs: Graphs, planner, options: LoaderOptions, world: World):
-        self.graphs, self.planner, self.options, self.world = graphs, planner, options, world
-        self.users, self.items = deal(users, items, graphs.items, world)
-        self.rank_rows = world.counts(len(self.users))
+    def __init__(self, users, items, graphs: Graphs, planner, options: LoaderOptions, comm: Communicator):
+        self.graphs, self.planner, self.options, self.comm = graphs, planner, options, comm
+        self.users, self.items = repartition_by_hash(users, items, graphs.items, comm)
+        self.rank_rows = comm.all_gather_int(len(self.users))
         self.item_counts = np.bincount(self.items, minlength=graphs.items)
         self.pass_steps = max(1, -(-sum(self.rank_rows) // options.batch_size))
         self.steps = options.epoch_steps or self.pass_steps  # of an epoch
@@ -90,16 +90,16 @@ class Loader:
     def correlation_counts(self, counts: list[int]) -> list[int]:
         """Of a step's pairs of each rank, those whose items enter the total correlation."""
         rows = self.options.correlation_rows
-        return [min(n, -(-rows // self.world.size)) if rows else n for n in counts]
+        return [min(n, -(-rows // self.comm.size)) if rows else n for n in counts]
 
     def epoch(self, epoch: int, done: int = 0) -> Iterator[Batch]:
         """The batches of an epoch after the first `done`; one thread prepares them ahead, whose errors are raised."""
         return _prefetch(self._batches(epoch, done), self.options.prefetch)
 
-    def draw(self, turn: int, step: int, rows: np.ndarray) -> Draws:
+    def draw(self, turn: int, step: int, rows: np.ndarray) -> SampledBatch:
         """The randomness of a step of a pass (`turn`, from 1) for the interactions `rows` of this rank."""
         o = self.options
-        rng = np.random.default_rng([o.seed, turn, step, self.world.rank])
+        rng = np.random.default_rng([o.seed, turn, step, self.comm.rank])
         users, positives = self.users[rows].astype(np.int64), self.items[rows].astype(np.int64)
         if o.negatives == "uniform":
             negatives = self.graphs.draw_negatives(np.repeat(users, o.negative_count), rng, self.negative_share)
@@ -108,7 +108,7 @@ class Loader:
             negatives = rng.integers(0, self.graphs.items, o.negative_count)
         else:
             negatives = np.unique(positives)
-        return Draws(
+        return SampledBatch(
             users,
             positives,
             negatives,
@@ -130,7 +130,7 @@ class Loader:
 
     def _order(self, turn: int) -> np.ndarray:
         """The permutation of a pass over this rank's interactions."""
-        return np.random.default_rng([self.options.seed, turn, self.world.rank, 1]).permutation(len(self.users))
+        return np.random.default_rng([self.options.seed, turn, self.comm.rank, 1]).permutation(len(self.users))
 
     def _rows(self, step: int) -> slice:
         """Where a step's pairs stand in the permutation."""
@@ -138,7 +138,7 @@ class Loader:
         start = step * size + min(step, larger)
         return slice(start, start + size + (step < larger))
 
-    def assemble(self, draws: Draws, pairs: np.ndarray | None = None) -> Batch:
+    def assemble(self, draws: SampledBatch, pairs: np.ndarray | None = None) -> Batch:
         """The batch of some draws. A collective where the planner looks rows up.
 
         Args:
@@ -172,37 +172,39 @@ class Loader:
             correlation_counts=self.correlation_counts(draws.counts),
         )
 
-    def _negative_weight(self, draws: Draws) -> torch.Tensor | None:
+    def _negative_weight(self, draws: SampledBatch) -> torch.Tensor | None:
         """1 / the chance that a negative of the batch is in it."""
         if self.options.negatives != "in_batch" or not self.options.negatives_correct:
             return None
         chance = inclusion_chance(self.item_counts[draws.negatives], len(self.users), len(draws.users))
         return torch.from_numpy((1 / chance).astype(np.float32))
 
-    def _global_pairs(self, draws: Draws) -> np.ndarray:
+    def _global_pairs(self, draws: SampledBatch) -> np.ndarray:
         """Interactions of all ranks in this step, int64 [n, 2]: a step's result must not depend on how many ranks
         share its batch, so each leaves out the edges of all."""
         mine = torch.from_numpy(np.stack([draws.users, draws.positives], axis=1))
-        return self.world.gather(mine.to(self.world.device), draws.counts).cpu().numpy()
+        return self.comm.all_gather(mine.to(self.comm.device), draws.counts).cpu().numpy()
 
 
-def deal(users: np.ndarray, items: np.ndarray, items_total: int, world: World) -> tuple[np.ndarray, np.ndarray]:
+def repartition_by_hash(
+    users: np.ndarray, items: np.ndarray, items_total: int, comm: Communicator
+) -> tuple[np.ndarray, np.ndarray]:
     """Give every interaction to the rank that a hash of it names, each rank's sorted: int32 [n], int32 [n].
 
     Ray Data hands out blocks by demand, so which rank reads what differs from run to run; after this it does not.
     A collective.
     """
     key = np.sort(users.astype(np.int64) * items_total + items)
-    if world.size > 1:
+    if comm.size > 1:
         mixed = (key.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)
-        owner = (mixed % np.uint64(world.size)).astype(np.int64)
+        owner = (mixed % np.uint64(comm.size)).astype(np.int64)
         order = np.argsort(owner, kind="stable")
-        receive = np.bincount(owner, minlength=world.size).tolist()
-        one_each = [1] * world.size
-        send = torch.tensor(receive, dtype=torch.int64, device=world.device)
-        incoming = world.exchange(send, one_each, one_each).tolist()
-        rows = torch.from_numpy(key[order]).to(world.device)
-        key = np.sort(world.exchange(rows, receive, incoming).cpu().numpy())
+        receive = np.bincount(owner, minlength=comm.size).tolist()
+        one_each = [1] * comm.size
+        send = torch.tensor(receive, dtype=torch.int64, device=comm.device)
+        incoming = comm.all_to_all(send, one_each, one_each).tolist()
+        rows = torch.from_numpy(key[order]).to(comm.device)
+        key = np.sort(comm.all_to_all(rows, receive, incoming).cpu().numpy())
     return (key // items_total).astype(np.int32), (key % items_total).astype(np.int32)
 
 

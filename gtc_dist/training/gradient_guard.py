@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from gtc_dist.data import storage
-from gtc_dist.distributed.collectives import World
-from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import NotFinite
 from gtc_dist.model.batch import Batch
 
@@ -22,7 +22,7 @@ SHOWN = 6  # of what is not finite, in the message
 Rows = tuple[torch.Tensor, torch.Tensor]  # of the batch's in-users and in-items
 
 
-class Health:
+class GradientGuard:
     """One rank's look at every step.
 
     Args:
@@ -31,9 +31,15 @@ class Health:
     """
 
     def __init__(
-        self, network: nn.Module, tables: tuple[RowTable, ...], world: World, run: str, skip: bool, clip: float | None
+        self,
+        network: nn.Module,
+        tables: tuple[ShardedTable, ...],
+        comm: Communicator,
+        run: str,
+        skip: bool,
+        clip: float | None,
     ):
-        self.network, self.tables, self.world, self.run, self.skip, self.clip = network, tables, world, run, skip, clip
+        self.network, self.tables, self.comm, self.run, self.skip, self.clip = network, tables, comm, run, skip, clip
         self.skipped = 0  # steps left out so far
 
     def passes(self, parts: dict[str, torch.Tensor], batch: Batch, rows: Rows, place: str) -> bool:
@@ -50,17 +56,17 @@ class Health:
         """
         bad = []
         if not self._finite(parts):
-            bad = not_finite(parts, self.network, self.tables) or ["the sum of all"]
+            bad = non_finite_names(parts, self.network, self.tables) or ["the sum of all"]
         if bad and not self.skip:
-            name = f"not-finite-{place.replace(', ', '-').replace(' ', '-')}-rank-{self.world.rank}.npz"
+            name = f"not-finite-{place.replace(', ', '-').replace(' ', '-')}-rank-{self.comm.rank}.npz"
             uri = storage.join(self.run, name)
-            storage.write_bytes(uri, batch_file(batch, rows, self.network))
+            storage.write_bytes(uri, dump_step(batch, rows, self.network))
             shown = ", ".join(bad[:SHOWN]) + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
             raise NotFinite(
                 f"{place}: the loss is not finite, or its gradient: {shown}. The batch is in {uri}; "
                 f"`python -m gtc_dist.train --replay {uri}` computes it again"
             )
-        if self.skip and self.world.max(int(bool(bad))):
+        if self.skip and self.comm.all_reduce_max(int(bool(bad))):
             self.skipped += 1
             for table in self.tables:
                 table.pending.clear()
@@ -80,14 +86,14 @@ class Health:
         """Scale all gradients so that their norm, over all ranks, is at most `clip`."""
         dense = [p.grad for p in self.network.parameters() if p.grad is not None]
         own = [gradient[1].square().sum() for table in self.tables if (gradient := table.gradient()) is not None]
-        zero = torch.zeros((), device=self.world.device)
-        square = sum((g.square().sum() for g in dense), zero) + self.world.sum(sum(own, zero.clone()))
+        zero = torch.zeros((), device=self.comm.device)
+        square = sum((g.square().sum() for g in dense), zero) + self.comm.all_reduce(sum(own, zero.clone()))
         scale = (self.clip / square.sqrt().clamp(min=1e-12)).clamp(max=1.0)
         for gradient in [*dense, *(values for table in self.tables for _, values in table.pending)]:
             gradient.mul_(scale)
 
 
-def not_finite(parts: dict[str, torch.Tensor], network: nn.Module, tables: tuple[RowTable, ...]) -> list[str]:
+def non_finite_names(parts: dict[str, torch.Tensor], network: nn.Module, tables: tuple[ShardedTable, ...]) -> list[str]:
     """Names of the loss parts and gradients that are not finite."""
     bad = [f"loss {name}" for name, value in parts.items() if not value.isfinite()]
     for name, parameter in network.named_parameters():
@@ -103,7 +109,7 @@ FIELDS = ("timesteps", "noise", "dropout")
 NETWORK = "network."  # before the name of a parameter or buffer
 
 
-def batch_file(batch: Batch, rows: Rows, network: nn.Module) -> bytes:
+def dump_step(batch: Batch, rows: Rows, network: nn.Module) -> bytes:
     """A batch's pairs and those of all ranks, by catalog index, its randomness, and the weights that it was computed
     with, as .npz."""
     users, items = batch.user_ids[batch.users], batch.item_ids

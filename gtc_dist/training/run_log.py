@@ -34,7 +34,7 @@ class Stopwatch:
         return taken
 
 
-class Monitor:
+class RunLog:
     """Writes a run's logs; on ranks other than 0 every method does nothing.
 
     Args:

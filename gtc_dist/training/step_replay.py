@@ -13,20 +13,20 @@ from gtc_dist.config import Config
 from gtc_dist.config_file import read_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
-from gtc_dist.inference.trained_run import CONFIG
+from gtc_dist.inference.trained_run import CONFIG_FILE
 from gtc_dist.model.build import load_graphs
-from gtc_dist.training.data_loader import Draws
-from gtc_dist.training.gradient_guard import FIELDS, NETWORK, Rows, not_finite
+from gtc_dist.training.data_loader import SampledBatch
+from gtc_dist.training.gradient_guard import FIELDS, NETWORK, Rows, non_finite_names
 from gtc_dist.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class Left:
+class DumpedStep:
     """What `health.batch_file` wrote."""
 
-    draws: Draws
+    draws: SampledBatch
     pairs: np.ndarray  # of all ranks, int64 [n, 2]
     ranks: int
     negative_weight: torch.Tensor | None  # as in `Batch`
@@ -34,20 +34,22 @@ class Left:
     network: dict[str, torch.Tensor]  # its state
 
 
-def replay(uri: str) -> dict:
+def replay_step(uri: str) -> dict:
     """Loss parts, norms of the gradients and what is not finite, of the step in a file that a run left.
 
     Raises:
         InputError: no such file, no run around it, or a run of another network.
     """
     run, _, _ = uri.rpartition("/")
-    left = read_left(uri)
-    path = storage.join(run or ".", CONFIG)
+    left = read_dumped_step(uri)
+    path = storage.join(run or ".", CONFIG_FILE)
     if not storage.exists(path):
         raise InputError(f"{uri} is in no run folder (there is no {path}); replay it from where it was written")
     config = of_one_rank(read_config(storage.read_bytes(path), path), left.ranks)
     catalog = Catalog(config.data.catalog, verify="size")
-    trainer = Trainer(config, catalog, run, *catalog.interactions("train"), load_graphs(config, catalog), World())
+    trainer = Trainer(
+        config, catalog, run, *catalog.interactions("train"), load_graphs(config, catalog), Communicator()
+    )
     found = trainer.state.resume()
     batch = replace(trainer.loader.assemble(left.draws, left.pairs), negative_weight=left.negative_weight)
     rows = trainer.rows(batch)
@@ -59,7 +61,7 @@ def replay(uri: str) -> dict:
         "pairs": len(left.draws.users),
         "newest_checkpoint": f"after {found.steps} steps" if found else None,
         "loss": {name: float(value) for name, value in parts.items()},
-        "not_finite": not_finite(parts, trainer.network, trainer.tables.all()),
+        "not_finite": non_finite_names(parts, trainer.network, trainer.tables.all()),
         "gradient_norms": {name: float(gradient.norm()) for name, gradient in norms.items()},
     }
 
@@ -74,7 +76,7 @@ def of_one_rank(config: Config, ranks: int) -> Config:
     )
 
 
-def restore(trainer: Trainer, rows: Rows, left: Left, uri: str) -> None:
+def restore(trainer: Trainer, rows: Rows, left: DumpedStep, uri: str) -> None:
     """Put the weights of the step into the network, and its rows into those that were looked up."""
     saved = tuple(left.rows.values())
     fits = [r.shape for r in rows] == [r.shape for r in saved]
@@ -86,7 +88,7 @@ def restore(trainer: Trainer, rows: Rows, left: Left, uri: str) -> None:
         row.data.copy_(value)  # behind autograd's back: gradients go to the tables all the same
 
 
-def read_left(uri: str) -> Left:
+def read_dumped_step(uri: str) -> DumpedStep:
     """Raises InputError where it is not such a file."""
     if not storage.exists(uri):
         raise InputError(f"{uri} does not exist")
@@ -102,5 +104,5 @@ def read_left(uri: str) -> Left:
         raise InputError(f"{uri} is not a batch that a run left behind: {error}") from error
     permutation, sampler = (int(seed) for seed in arrays.pop("seeds"))
     pairs, ranks = arrays.pop("pairs"), int(arrays.pop("ranks"))
-    draws = Draws(**arrays, seed=permutation, sampler_seed=sampler, counts=[len(arrays["users"])])
-    return Left(draws, pairs, ranks, weight, rows, state)
+    draws = SampledBatch(**arrays, seed=permutation, sampler_seed=sampler, counts=[len(arrays["users"])])
+    return DumpedStep(draws, pairs, ranks, weight, rows, state)

@@ -11,10 +11,10 @@ import torch
 
 from gtc_dist.data.catalog import CSC
 from gtc_dist.distributed.message_passing import Block
-from gtc_dist.distributed.sharded_table import RowTable, make_route, whole_route
+from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup, plan_whole_table
 from gtc_dist.graph.csc import Graphs, edge_of, take
 from gtc_dist.graph.neighbor_sampler import Layer, Sampler, thin
-from gtc_dist.model.batch import HistoryPlan
+from gtc_dist.model.batch import HistoryLookup
 from gtc_dist.training.run_log import Stopwatch
 
 
@@ -33,21 +33,23 @@ class PlannerOptions:
     hops_first: bool  # the hop over the item-item graph is of what enters the graph, not of what leaves it
 
 
-class FullPlanner:
+class FullGraphBuilder:
     """The whole graph as one block; only the hops are cut to the batch.
 
     Args:
         features: tables of the modalities' features, float16; read once, whole.
     """
 
-    def __init__(self, graphs: Graphs, features: dict[str, RowTable], options: PlannerOptions, device: torch.device):
+    def __init__(
+        self, graphs: Graphs, features: dict[str, ShardedTable], options: PlannerOptions, device: torch.device
+    ):
         self.graphs, self.options = graphs, options
-        world = next(iter(features.values())).world
+        comm = next(iter(features.values())).comm
         self.watch = Stopwatch()
         users, items = graphs.users, graphs.items
-        whole_items = whole_route(items, world)
+        whole_items = plan_whole_table(items, comm)
         self.features = {name: table.lookup(whole_items).float().to(device) for name, table in features.items()}
-        self.routes = {"user_route": whole_route(users, world).to(device), "item_route": whole_items.to(device)}
+        self.routes = {"user_route": plan_whole_table(users, comm).to(device), "item_route": whole_items.to(device)}
         nodes = graphs.nodes
         self.block = Block.build(nodes.indptr, nodes.indices, nodes.weight, users + items).to(device)
         self.audience = whole_audience(graphs).to(device) if options.audience else None
@@ -98,7 +100,7 @@ class FullPlanner:
         return fields
 
 
-class SampledPlanner:
+class SampledGraphBuilder:
     """DGL blocks around the batch; feature rows are looked up here, in the prefetch thread.
 
     Nothing here is linear in the catalog: a plan costs what its batch, its fanouts and `layer_nodes` ask for.
@@ -107,9 +109,9 @@ class SampledPlanner:
         features: tables whose world is the prefetch thread's.
     """
 
-    def __init__(self, graphs: Graphs, features: dict[str, RowTable], options: PlannerOptions):
+    def __init__(self, graphs: Graphs, features: dict[str, ShardedTable], options: PlannerOptions):
         self.graphs, self.options, self.features = graphs, options, features
-        self.world = next(iter(features.values())).world
+        self.comm = next(iter(features.values())).comm
         self.watch = Stopwatch()
         self.nodes, self.item_item, self.user_user = (
             None if graph is None else Sampler(graph, options.sampler, options.threads)
@@ -142,9 +144,9 @@ class SampledPlanner:
         order[frontier < U] = np.arange((frontier < U).sum())
         order[frontier >= U] += len(in_users)  # which may have grown by an audience
         self.watch.part("features")
-        item_route = make_route(torch.from_numpy(in_items), self.graphs.items, self.world)
+        item_route = plan_lookup(torch.from_numpy(in_items), self.graphs.items, self.comm)
         fields = {
-            "user_route": make_route(torch.from_numpy(in_users), U, self.world),
+            "user_route": plan_lookup(torch.from_numpy(in_users), U, self.comm),
             "item_route": item_route,
             "features": {name: table.lookup(item_route).float() for name, table in self.features.items()},
             "audience": audience,
@@ -164,7 +166,7 @@ class SampledPlanner:
         self.watch.part(None)
         return fields
 
-    def _history(self, users: np.ndarray, items: np.ndarray, pairs: np.ndarray) -> HistoryPlan:
+    def _history(self, users: np.ndarray, items: np.ndarray, pairs: np.ndarray) -> HistoryLookup:
         """Routes of the batch's rows of a history, and the edges of `pairs` that end in them. A collective."""
         graphs, options = self.graphs, self.options
         if not options.exclude_seed_edges or not options.layers:
@@ -173,8 +175,8 @@ class SampledPlanner:
         of_users, left_items = _left_out(users, pairs[:, 0], pairs[:, 1], weight)
         of_items, left_users = _left_out(items, pairs[:, 1], pairs[:, 0], weight)
         rows = ((users, graphs.users), (items, graphs.items), (left_users, graphs.users), (left_items, graphs.items))
-        routes = [make_route(torch.from_numpy(ids), total, self.world) for ids, total in rows]
-        return HistoryPlan(*routes, of_users, of_items)
+        routes = [plan_lookup(torch.from_numpy(ids), total, self.comm) for ids, total in rows]
+        return HistoryLookup(*routes, of_users, of_items)
 
     def _hop(self, sampler: Sampler | None, batch: np.ndarray, fanout: int) -> tuple[Block | None, np.ndarray]:
         """One hop to the batch's rows and the seeds that it needs, the batch first."""

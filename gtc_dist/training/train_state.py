@@ -7,18 +7,18 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from gtc_dist.checkpoint import checkpoint_files
-from gtc_dist.checkpoint.async_writer import Saver, epoch_name
+from gtc_dist.checkpoint.async_writer import AsyncCheckpointWriter, epoch_name
 from gtc_dist.data import storage
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError, Unreachable
-from gtc_dist.hybrid.scorer import Final
+from gtc_dist.hybrid.scorer import HybridScorer
 from gtc_dist.model.gtc import GTC, Tables
-from gtc_dist.training.control_variate import History
-from gtc_dist.training.weight_averaging import Average
+from gtc_dist.training.control_variate import HistoricalEmbeddings
+from gtc_dist.training.weight_averaging import WeightAverage
 
 
 @dataclass
-class Progress:
+class TrainProgress:
     """How far a run is; alike on every rank."""
 
     epoch_steps: int  # steps of an epoch
@@ -39,7 +39,7 @@ class Progress:
 
 
 @dataclass
-class Meter:
+class LossMeter:
     """Losses since the last logged step, of this rank."""
 
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -52,38 +52,38 @@ class Meter:
             self.sums[name] = self.sums.get(name, 0) + value
         self.steps, self.seen = self.steps + 1, self.seen + seen
 
-    def over(self, world: World) -> dict:
+    def over(self, comm: Communicator) -> dict:
         """What a state keeps of it. A collective."""
         own = {name: float(value) for name, value in self.sums.items()}
-        return {"sums": world.gather_json(own), "steps": self.steps, "seen": self.seen}
+        return {"sums": comm.all_gather_json(own), "steps": self.steps, "seen": self.seen}
 
     @staticmethod
-    def of_rank(kept: dict, world: World) -> "Meter":
+    def of_rank(kept: dict, comm: Communicator) -> "LossMeter":
         """This rank's part of it; on another number of ranks the first one takes the sums of all."""
         sums = kept["sums"]
-        if len(sums) != world.size:
+        if len(sums) != comm.size:
             total = {name: sum(one[name] for one in sums) for name in sums[0]}
-            sums = [total] + [dict.fromkeys(total, 0.0)] * (world.size - 1)
-        own = {name: torch.tensor(value, device=world.device) for name, value in sums[world.rank].items()}
-        return Meter(own, kept["steps"], kept["seen"])
+            sums = [total] + [dict.fromkeys(total, 0.0)] * (comm.size - 1)
+        own = {name: torch.tensor(value, device=comm.device) for name, value in sums[comm.rank].items()}
+        return LossMeter(own, kept["steps"], kept["seen"])
 
 
 @dataclass
-class State:
+class TrainState:
     """What one rank trains; `saver` writes it."""
 
     run: str
     catalog: str  # fingerprint
-    world: World
+    comm: Communicator
     network: GTC
     tables: Tables
     optimizer: torch.optim.Optimizer
-    average: Average | None
-    final: Final
-    history: History | None
-    saver: Saver
-    progress: Progress
-    meter: Meter = field(default_factory=Meter)
+    average: WeightAverage | None
+    final: HybridScorer
+    history: HistoricalEmbeddings | None
+    saver: AsyncCheckpointWriter
+    progress: TrainProgress
+    meter: LossMeter = field(default_factory=LossMeter)
 
     def uri(self, name: str) -> str:
         return storage.join(self.run, checkpoint_files.FOLDER, name)
@@ -92,7 +92,7 @@ class State:
         """Keep the weights that were ranked: those that stand in the tables and the network now. A collective."""
         dense = {"network": self.network.state_dict()} | self.final.state()
         head = {"epoch": epoch, "catalog": self.catalog, "metrics": metrics}
-        checkpoint_files.save(self.uri(epoch_name(epoch)), head, dense, self._weights(), self.world)
+        checkpoint_files.save(self.uri(epoch_name(epoch)), head, dense, self._weights(), self.comm)
 
     def load_best(self) -> None:
         """The weights of the best epoch, in place of those in training."""
@@ -110,12 +110,12 @@ class State:
             "average": None if self.average is None else self.average.dense(),
             "history_steps": 0 if self.history is None else self.history.steps,
             "progress": asdict(at),
-            "meter": self.meter.over(self.world),
+            "meter": self.meter.over(self.comm),
         } | self.final.state()
         head = {"epoch": at.epoch, "step": at.step, "best_epoch": at.best_epoch, "catalog": self.catalog}
         self.saver.start(at.steps, head, dense, self._shards())
 
-    def resume(self) -> Progress | None:
+    def resume(self) -> TrainProgress | None:
         """Take up the newest whole state, and forget what came after it; None where there is none, and everything is as
         it starts. A collective.
 
@@ -123,8 +123,10 @@ class State:
             OSError: on all ranks, where one could not read a state. It may be whole, so it must not be passed over, and
                 then removed.
         """
-        world, found = self.world, None
-        whole = world.gather_json(checkpoint_files.names(self.run, "step-")[0] if world.rank == 0 else [])[0]
+        comm, found = self.comm, None
+        whole = comm.all_gather_json(checkpoint_files.list_checkpoints(self.run, "step-")[0] if comm.rank == 0 else [])[
+            0
+        ]
         start = [table.weight.clone() for table in self.tables.all()] if whole else []
         while whole and found is None:
             name, problem, unread = whole.pop(), "", ""
@@ -135,12 +137,12 @@ class State:
                 problem = str(error)
             except OSError as error:
                 unread = str(error)
-            problems, unreads = ([text for text in world.gather_json(said) if text] for said in (problem, unread))
+            problems, unreads = ([text for text in comm.all_gather_json(said) if text] for said in (problem, unread))
             if unreads:
                 raise Unreachable(f"checkpoint {name} could not be read: {unreads[0]}")
             if not problems:
                 found = self._take(loaded)
-            elif world.rank == 0:
+            elif comm.rank == 0:
                 print(f"warning: checkpoint {name} is not used: {problems[0]}", flush=True)
         if found is None:
             for table, weight in zip(self.tables.all() if start else [], start, strict=True):
@@ -150,19 +152,19 @@ class State:
                 self.average.restore([])
         return found
 
-    def clean(self, found: Progress | None) -> None:
+    def clean(self, found: TrainProgress | None) -> None:
         """Remove what came after the state that was taken up, or all of an earlier start. A collective."""
-        if self.world.rank == 0:
+        if self.comm.rank == 0:
             self.saver.forget(found.steps if found else 0)
             for name in () if found else ("tensorboard", "metrics.jsonl"):
                 storage.remove_tree(storage.join(self.run, name))
-        self.world.barrier()
+        self.comm.barrier()
         if found:
-            for name in checkpoint_files.names(self.run, "step-")[0]:
+            for name in checkpoint_files.list_checkpoints(self.run, "step-")[0]:
                 self.saver.states[name] = checkpoint_files.read_manifest(self.uri(name))["best_epoch"]
             self.saver.prune(found.best_epoch)
 
-    def _take(self, loaded: dict) -> Progress:
+    def _take(self, loaded: dict) -> TrainProgress:
         """What is not in the tables of a state that was loaded."""
         self.network.load_state_dict(loaded["network"])
         self.network.keep_bounds()
@@ -174,13 +176,13 @@ class State:
         self.final.load(loaded)
         if self.history is not None:
             self.history.steps = loaded["history_steps"]
-        self.meter = Meter.of_rank(loaded["meter"], self.world)
-        self.progress = Progress(**loaded["progress"])
+        self.meter = LossMeter.of_rank(loaded["meter"], self.comm)
+        self.progress = TrainProgress(**loaded["progress"])
         return self.progress
 
     def _weights(self) -> list[checkpoint_files.Shard]:
-        return checkpoint_files.weights_of(list(self.tables.all()))
+        return checkpoint_files.weight_shards(list(self.tables.all()))
 
     def _shards(self) -> list[checkpoint_files.Shard]:
-        shards = checkpoint_files.state_of(list(self.tables.all()))
+        shards = checkpoint_files.state_shards(list(self.tables.all()))
         return shards if self.average is None else shards + self.average.shards()

@@ -1,6 +1,6 @@
 """The training loop of one rank: steps, validation, early stopping, checkpoints, the final test.
 
-Nothing here knows of Ray: a rank is a `World`, and `report` is called by every rank after each validation (with Ray
+Nothing here knows of Ray: a rank is a `Communicator`, and `report` is called by every rank after each validation (with Ray
 Train it is a barrier, so all ranks call it equally often).
 
 A run that was cut off goes on from the state that was saved last. All randomness of a step comes from (seed, pass,
@@ -18,24 +18,31 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from gtc_dist.checkpoint.async_writer import DONE, FAILED, Saver, epoch_name
+from gtc_dist.checkpoint.async_writer import DONE, FAILED, AsyncCheckpointWriter, epoch_name
 from gtc_dist.checkpoint.checkpoint_files import FOLDER
 from gtc_dist.config import Config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.distributed.collectives import World
-from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.evaluation import ranking
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.hybrid.scorer import Final
+from gtc_dist.hybrid.scorer import HybridScorer
 from gtc_dist.inference.layerwise import embed_catalog
 from gtc_dist.model.batch import Batch
-from gtc_dist.model.build import build_loader, build_network, has_history, load_features, over_world, ranking_options
-from gtc_dist.training.control_variate import History
-from gtc_dist.training.gradient_guard import Health, Rows
-from gtc_dist.training.run_log import Monitor, Stopwatch
-from gtc_dist.training.train_state import Meter, Progress, State
-from gtc_dist.training.weight_averaging import Average
+from gtc_dist.model.build import (
+    build_loader,
+    build_network,
+    has_history,
+    load_features,
+    ranking_options,
+    with_communicator,
+)
+from gtc_dist.training.control_variate import HistoricalEmbeddings
+from gtc_dist.training.gradient_guard import GradientGuard, Rows
+from gtc_dist.training.run_log import RunLog, Stopwatch
+from gtc_dist.training.train_state import LossMeter, TrainProgress, TrainState
+from gtc_dist.training.weight_averaging import WeightAverage
 
 # of a step; sampling and features run ahead in the prefetch thread, communication is part of the others
 PARTS = ("data", "sampling", "features", "history", "lookup", "forward", "backward", "optimizer", "communication")
@@ -65,17 +72,17 @@ class Trainer:
         users: np.ndarray,
         items: np.ndarray,
         graphs: Graphs,
-        world: World,
+        comm: Communicator,
         report: Callable[[dict], None] = lambda metrics: None,
         notice: Callable[[], str] = lambda: "",
     ):
-        self.config, self.catalog, self.run, self.graphs, self.world = config, catalog, run, graphs, world
+        self.config, self.catalog, self.run, self.graphs, self.comm = config, catalog, run, graphs, comm
         self.report, self.notice = report, notice
-        self.network, self.tables = build_network(config, catalog, world)
-        self.loader_world = world.split(torch.device("cpu"))
-        features = load_features(self.network.shape, catalog, self.loader_world)
-        self.features = over_world(features, world)
-        self.loader = build_loader(config, self.network, users, items, graphs, features, self.loader_world)
+        self.network, self.tables = build_network(config, catalog, comm)
+        self.loader_comm = comm.new_group(torch.device("cpu"))
+        features = load_features(self.network.shape, catalog, self.loader_comm)
+        self.features = with_communicator(features, comm)
+        self.loader = build_loader(config, self.network, users, items, graphs, features, self.loader_comm)
         if sum(self.loader.rank_rows) != catalog.manifest.interactions["train"]:
             raise RuntimeError(
                 f"the ranks hold {sum(self.loader.rank_rows)} train interactions, the catalog "
@@ -85,29 +92,29 @@ class Trainer:
         if has_history(config):
             every = max(1, self.loader.pass_steps // config.train.refresh)
             options = {"every": every, "layers": config.model.layers, "chunk": config.eval.chunk}
-            self.history = History(self.network, self.tables, self.features, graphs, **options)
-        self.final = Final.of(config, graphs, self.features, world)
+            self.history = HistoricalEmbeddings(self.network, self.tables, self.features, graphs, **options)
+        self.final = HybridScorer.of(config, graphs, self.features, comm)
         share = config.train.average
-        self.average = Average(self.network, self.tables, share) if share else None
+        self.average = WeightAverage(self.network, self.tables, share) if share else None
         self.forward = self.network
-        if world.size > 1:
-            devices = [world.device] if world.device.type == "cuda" else None
+        if comm.size > 1:
+            devices = [comm.device] if comm.device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.network, device_ids=devices, forward_sync_buffers=False)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.train.lr)
         self.table_lr = config.train.table_lr
         self.truth = {
-            split: ranking.split_truth(catalog, split, self.tables.user.start, self.tables.user.stop)
+            split: ranking.load_ground_truth(catalog, split, self.tables.user.start, self.tables.user.stop)
             for split in ("valid", "test")
         }
         self.watch = Stopwatch()
         self.logged: dict[str, float] = {}  # seconds by part of a step, over all logged steps
         saved, train = config.train.checkpoint, config.train
-        self.saver = Saver(run, world, 60 * saved.minutes, saved.keep)
+        self.saver = AsyncCheckpointWriter(run, comm, 60 * saved.minutes, saved.keep)
         trained = (self.network, self.tables, self.optimizer, self.average, self.final, self.history)
         fingerprint = catalog.manifest.fingerprint
-        self.state = State(run, fingerprint, world, *trained, self.saver, Progress(self.loader.steps))
+        self.state = TrainState(run, fingerprint, comm, *trained, self.saver, TrainProgress(self.loader.steps))
         skip = train.not_finite == "skip"
-        self.health = Health(self.network, self.tables.all(), world, run, skip, train.clip_norm)
+        self.health = GradientGuard(self.network, self.tables.all(), comm, run, skip, train.clip_norm)
         self.asked = time.monotonic()  # whether to leave
         self.wanted = False  # a state is to be saved at the next step where that can be
         self.told = ""  # by the last notice
@@ -122,8 +129,8 @@ class Trainer:
         if resumed:
             self._say(f"going on from epoch {at.epoch}, step {at.step} of {self.loader.steps}")
         self.started, self.health.skipped = started - at.seconds, at.skipped
-        active = self.world.rank == 0
-        self.monitor = Monitor(self.run, config.train.epochs, self.loader.steps, active, at.lines, at.steps)
+        active = self.comm.rank == 0
+        self.monitor = RunLog(self.run, config.train.epochs, self.loader.steps, active, at.lines, at.steps)
         if not resumed:
             self.final.start(self._worth)
             self._validate(0)
@@ -176,12 +183,12 @@ class Trainer:
         loss, parts = self.forward(batch, *rows, history)
         self.watch.part("backward")
         self.optimizer.zero_grad(set_to_none=True)
-        with self.world.meeting():  # DDP sums gradients over the ranks
+        with self.comm.tracked():  # DDP sums gradients over the ranks
             loss.backward()
         self.watch.part(None)
         return parts
 
-    def embed(self, watched: dict[str, float] | None = None) -> tuple[RowTable, RowTable]:
+    def embed(self, watched: dict[str, float] | None = None) -> tuple[ShardedTable, ShardedTable]:
         """The members' embeddings of the whole catalog with the current weights."""
         if self.history is not None:
             self.history.clear()  # its memory is needed
@@ -196,12 +203,12 @@ class Trainer:
         self.watch.part("data")
         with closing(self.loader.epoch(epoch, done)) as batches:
             for step, batch in enumerate(batches, start=done + 1):
-                parts = self.step(batch.to(self.world.device))
+                parts = self.step(batch.to(self.comm.device))
                 self.state.meter.add(parts, sum(batch.counts))
                 self.state.progress.step = step
                 if step % self.config.train.log_every == 0 or step == self.loader.steps:
                     self._log(epoch, step, batch)
-                    self.state.meter = Meter()
+                    self.state.meter = LossMeter()
                 if self.wanted and self._can_save():
                     self.watch.part(None)
                     self._save_state(wait=self.told != "")
@@ -214,7 +221,7 @@ class Trainer:
         steps, seen = self.state.meter.steps, self.state.meter.seen
         elapsed = time.perf_counter() - self.state.meter.since
         means = torch.stack(list(self.state.meter.sums.values())) / steps
-        together = self.world.sum(torch.cat([means, self._signals()])).tolist()
+        together = self.comm.all_reduce(torch.cat([means, self._signals()])).tolist()
         values, signals = together[: len(means)], together[len(means) :]
         self._heed(*signals)
         losses = dict(zip(self.state.meter.sums, values, strict=True))
@@ -222,8 +229,8 @@ class Trainer:
         if "tc" in losses:
             scalars["total_correlation/bound_nats"] = math.log(max(sum(batch.correlation_counts), 1)) - losses["tc"]
         seconds = dict.fromkeys(PARTS, 0.0) | self.watch.take() | self.loader.planner.watch.take()
-        seconds["communication"] = self.world.seconds + self.loader_world.seconds
-        self.world.seconds = self.loader_world.seconds = 0.0
+        seconds["communication"] = self.comm.seconds + self.loader_comm.seconds
+        self.comm.seconds = self.loader_comm.seconds = 0.0
         for part, value in seconds.items():
             self.logged[part] = self.logged.get(part, 0.0) + value
         scalars |= {f"seconds_per_step/{part}": value / steps for part, value in seconds.items()}
@@ -262,11 +269,11 @@ class Trainer:
             self.saver.prune(epoch)
         note = f"best so far ({self.config.eval.metric})" if better else f"best was epoch {at.best_epoch}"
         self.monitor.evaluation(epoch, metrics, note, watched)
-        with self.world.meeting():
+        with self.comm.tracked():
             self.report({"epoch": epoch, **metrics["overall"]})
         return better
 
-    def _choose_cold(self, blended: tuple[RowTable, RowTable], metrics: dict) -> dict:
+    def _choose_cold(self, blended: tuple[ShardedTable, ShardedTable], metrics: dict) -> dict:
         """Choose what cold items get, for an epoch that is the best so far with the last choice; returns the metrics
         with the new one, which decide: with the last one cold items may cost more than they may."""
         before = self.final.state()
@@ -276,7 +283,7 @@ class Trainer:
         final = self.final.filled(blended)
         return metrics if final is blended else self.rank(final, "valid")
 
-    def rank(self, embeddings: tuple[RowTable, RowTable], split: str) -> dict:
+    def rank(self, embeddings: tuple[ShardedTable, ShardedTable], split: str) -> dict:
         """Metrics of a split."""
         return ranking.evaluate(*embeddings, self.graphs, self.truth[split], ranking_options(self.config))
 
@@ -284,7 +291,7 @@ class Trainer:
         """What selects epochs."""
         return metrics["overall"][self.config.eval.metric]
 
-    def _worth(self, embeddings: tuple[RowTable, RowTable], counted: np.ndarray | None) -> float:
+    def _worth(self, embeddings: tuple[ShardedTable, ShardedTable], counted: np.ndarray | None) -> float:
         """What weights of the final embeddings are chosen by: the geometric mean of the metric that selects epochs and
         NDCG@20, so that a hundredth more of one weighs like a hundredth more of the other.
 
@@ -293,7 +300,7 @@ class Trainer:
         """
         options = ranking_options(self.config)
         options = replace(options, users=min(options.users or CHOICE_USERS, CHOICE_USERS))
-        overall = ranking.evaluate_among(*embeddings, self.graphs, self.truth["valid"], options, counted)
+        overall = ranking.evaluate_on_items(*embeddings, self.graphs, self.truth["valid"], options, counted)
         return (overall[self.config.eval.metric] * overall["ndcg@20"]) ** 0.5
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -326,16 +333,16 @@ class Trainer:
 
     def _signals(self) -> torch.Tensor:
         """What ranks tell each other with every logged step, float32 [4], for `_heed`."""
-        first, outcome = self.world.rank == 0, self.saver.outcome
+        first, outcome = self.comm.rank == 0, self.saver.outcome
         wanted = first and self.saver.due()
         ask = first and time.monotonic() - self.asked >= NOTICE_SECONDS
         told = [wanted, ask, outcome == DONE, outcome == FAILED]
-        return torch.tensor(told, dtype=torch.float32, device=self.world.device)
+        return torch.tensor(told, dtype=torch.float32, device=self.comm.device)
 
     def _heed(self, wanted: float, ask: float, done: float, failed: float) -> None:
         """Act on the number of ranks that say: a state is due, ask whether to leave, this rank's files of the pending
         state are written, or could not be. A collective."""
-        if failed or done == self.world.size:
+        if failed or done == self.comm.size:
             self._settle()
         self.wanted |= bool(wanted)
         if ask:
@@ -349,7 +356,7 @@ class Trainer:
         at = self.state.progress
         self._say(f"left at epoch {at.epoch}, step {at.step}, as asked; the same command goes on from there")
         self.monitor.close()
-        self.world.barrier()
+        self.comm.barrier()
 
     def _finish(self, last: int) -> dict:
         """Score the best checkpoint on valid and test, once, and write metrics.json."""
@@ -362,22 +369,22 @@ class Trainer:
             "checkpoint": f"{FOLDER}/{epoch_name(at.best_epoch)}",
             "valid": self.rank(embeddings, "valid"),
             "test": self.rank(embeddings, "test"),
-            "popularity": self.rank(ranking.popularity(self.graphs, self.world), "test")["overall"],
+            "popularity": self.rank(ranking.popularity(self.graphs, self.comm), "test")["overall"],
             "seconds": round(time.monotonic() - self.started, 2),
             "seconds_per_epoch": round(at.trained / max(last, 1), 3),
-            "workers": self.world.size,
+            "workers": self.comm.size,
             "skipped_steps": self.health.skipped,
         }
         self._project(embeddings[1])
-        if self.world.rank == 0:
+        if self.comm.rank == 0:
             storage.write_json(storage.join(self.run, "metrics.json"), result)
         self.monitor.close()
-        self.world.barrier()
+        self.comm.barrier()
         return result
 
-    def _project(self, items: RowTable) -> None:
+    def _project(self, items: ShardedTable) -> None:
         """Show the most popular of rank 0's items in the projector, under their original ids."""
-        if self.world.rank:
+        if self.comm.rank:
             return
         degree = self.graphs.item_degree[items.start : items.stop]
         chosen = np.argsort(-degree, kind="stable")[:PROJECTED]
@@ -387,5 +394,5 @@ class Trainer:
         )
 
     def _say(self, text: str) -> None:
-        if self.world.rank == 0:
+        if self.comm.rank == 0:
             print(text, flush=True)

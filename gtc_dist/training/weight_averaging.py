@@ -14,7 +14,7 @@ from gtc_dist.checkpoint.checkpoint_files import Shard
 from gtc_dist.model.gtc import GTC, Tables
 
 
-class Average:
+class WeightAverage:
     """Average of the weights of one rank: its rows of the tables, and the dense modules.
 
     Args:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import run_ranks
+from ranks import run_ranks
 
-from gtc_dist.distributed.collectives import World
-from gtc_dist.distributed.sharded_table import RowTable, make_route, whole_route
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup, plan_whole_table
 
 ROWS, WIDTH, STEPS = 37, 5, 4
 
@@ -22,12 +22,12 @@ def loss_of(rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return (rows * (ids[:, None] + torch.arange(WIDTH))).sin().sum() + rows.square().sum()
 
 
-def train_table(world: World, whole: bool) -> dict:
-    table = RowTable("t", ROWS, WIDTH, world, init_std=0.3, seed=5)
+def train_table(comm: Communicator, whole: bool) -> dict:
+    table = ShardedTable("t", ROWS, WIDTH, comm, init_std=0.3, seed=5)
     first = None
     for step in range(STEPS):
-        ids = torch.arange(ROWS) if whole else ids_of(world.rank, step)
-        route = whole_route(ROWS, world) if whole else make_route(ids, ROWS, world)
+        ids = torch.arange(ROWS) if whole else ids_of(comm.rank, step)
+        route = plan_whole_table(ROWS, comm) if whole else plan_lookup(ids, ROWS, comm)
         rows = table.lookup(route)
         if step == 0:
             first = rows.detach().clone()
@@ -37,7 +37,7 @@ def train_table(world: World, whole: bool) -> dict:
 
 
 def reference(size: int, whole: bool) -> tuple[torch.nn.Embedding, torch.Tensor]:
-    table = RowTable("t", ROWS, WIDTH, World(), init_std=0.3, seed=5)
+    table = ShardedTable("t", ROWS, WIDTH, Communicator(), init_std=0.3, seed=5)
     embedding = torch.nn.Embedding(ROWS, WIDTH, sparse=True, _weight=table.weight.clone())
     optimizer = torch.optim.SparseAdam(embedding.parameters(), lr=0.05)
     start = embedding.weight.detach().clone()
@@ -64,19 +64,19 @@ def test_lookup_backward_and_adam_match_embedding_and_sparse_adam(size):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, ROWS - 1), max_size=50))
 def test_lookup_returns_the_asked_rows_in_order(ids):
-    table = RowTable("t", ROWS, WIDTH, World(), init_std=1.0, seed=1)
+    table = ShardedTable("t", ROWS, WIDTH, Communicator(), init_std=1.0, seed=1)
     ids = torch.tensor(ids, dtype=torch.int64)
-    torch.testing.assert_close(table.lookup(make_route(ids, ROWS, table.world)), table.weight[ids], rtol=0, atol=0)
+    torch.testing.assert_close(table.lookup(plan_lookup(ids, ROWS, table.comm)), table.weight[ids], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("bad", [-1, ROWS])
 def test_ids_outside_the_table_are_refused(bad):
     with pytest.raises(IndexError, match="37"):
-        make_route(torch.tensor([3, bad]), ROWS, World())
+        plan_lookup(torch.tensor([3, bad]), ROWS, Communicator())
 
 
-def initial(world: World) -> torch.Tensor:
-    return RowTable("t", 9000, 3, world, init_std=1.0, seed=2).weight
+def initial(comm: Communicator) -> torch.Tensor:
+    return ShardedTable("t", 9000, 3, comm, init_std=1.0, seed=2).weight
 
 
 def test_initial_values_do_not_depend_on_the_world():
@@ -87,26 +87,26 @@ def test_initial_values_do_not_depend_on_the_world():
 
 
 def test_untouched_rows_stay_as_they_are():
-    table = RowTable("t", ROWS, WIDTH, World(), init_std=1.0, seed=1)
+    table = ShardedTable("t", ROWS, WIDTH, Communicator(), init_std=1.0, seed=1)
     before = table.weight.clone()
-    table.lookup(make_route(torch.tensor([4, 4, 9]), ROWS, table.world)).sum().backward()
+    table.lookup(plan_lookup(torch.tensor([4, 4, 9]), ROWS, table.comm)).sum().backward()
     table.step(lr=0.1)
     changed = (table.weight != before).any(1).nonzero().flatten().tolist()
     assert changed == [4, 9]
 
 
-def train_rowwise(world: World) -> dict:
-    table = RowTable("t", ROWS, WIDTH, world, init_std=0.3, seed=5, rowwise=True)
+def train_rowwise(comm: Communicator) -> dict:
+    table = ShardedTable("t", ROWS, WIDTH, comm, init_std=0.3, seed=5, rowwise=True)
     for step in range(STEPS):
-        ids = ids_of(world.rank, step)
-        loss_of(table.lookup(make_route(ids, ROWS, world)), ids).backward()
+        ids = ids_of(comm.rank, step)
+        loss_of(table.lookup(plan_lookup(ids, ROWS, comm)), ids).backward()
         table.step(lr=0.05)
     return {"weight": table.weight, "exp_avg_sq": table.exp_avg_sq}
 
 
 def test_rowwise_adam_keeps_one_second_moment_a_row():
     """Against Adam written out row by row, on one rank and on two."""
-    weight = RowTable("t", ROWS, WIDTH, World(), init_std=0.3, seed=5).weight.clone()
+    weight = ShardedTable("t", ROWS, WIDTH, Communicator(), init_std=0.3, seed=5).weight.clone()
     avg, avg_sq = torch.zeros(ROWS, WIDTH), torch.zeros(ROWS)
     for step in range(STEPS):
         leaf = weight.clone().requires_grad_()

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from small import small_catalog
-from worlds import run_ranks
 
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.distributed.collectives import World
-from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.evaluation import ranking
 from gtc_dist.evaluation.ranking import RankingOptions
 from gtc_dist.graph.csc import Graphs, by_destination
@@ -21,26 +21,28 @@ def catalog(tmp_path_factory):
     return small_catalog(tmp_path_factory.mktemp("catalog") / "c", users=80, items=70, per_user=10, cold=8)
 
 
-def embeddings(world: World, catalog: Catalog) -> tuple[RowTable, RowTable]:
+def embeddings(comm: Communicator, catalog: Catalog) -> tuple[ShardedTable, ShardedTable]:
     generator = torch.Generator().manual_seed(0)
     tables = []
     for rows in (catalog.users, catalog.items):
-        table = RowTable("x", rows, 6, world, trainable=False)
+        table = ShardedTable("x", rows, 6, comm, trainable=False)
         table.weight.copy_(torch.randn(rows, 6, generator=generator)[table.start : table.stop])
         tables.append(table)
     return tuple(tables)
 
 
-def score(world: World, uri: str, item_block: int, user_block: int, users: int | None = None, seed: int = 0) -> dict:
+def score(
+    comm: Communicator, uri: str, item_block: int, user_block: int, users: int | None = None, seed: int = 0
+) -> dict:
     catalog = Catalog(uri)
-    tables = embeddings(world, catalog)
-    truth = ranking.split_truth(catalog, "test", tables[0].start, tables[0].stop)
+    tables = embeddings(comm, catalog)
+    truth = ranking.load_ground_truth(catalog, "test", tables[0].start, tables[0].stop)
     options = RankingOptions(item_block, user_block, users, seed)
     return ranking.evaluate(*tables, Graphs.load(catalog), truth, options)
 
 
 def reference(catalog: Catalog) -> dict:
-    users, items = (t.weight.numpy() for t in embeddings(World(), catalog))
+    users, items = (t.weight.numpy() for t in embeddings(Communicator(), catalog))
     train, test = ({}, {})
     for split, store in (("train", train), ("test", test)):
         for u, i in zip(*(a.tolist() for a in catalog.interactions(split)), strict=True):
@@ -55,7 +57,7 @@ def reference(catalog: Catalog) -> dict:
         for part, positives in (("overall", test[u]), ("cold", test[u] - warm)):
             if not positives:
                 continue
-            for k in ranking.CUTS:
+            for k in ranking.K_VALUES:
                 hits = [n for n, i in enumerate(ranked[:k]) if i in positives]
                 ideal = sum(1 / math.log2(n + 2) for n in range(min(k, len(positives))))
                 values = {
@@ -80,7 +82,7 @@ def reference(catalog: Catalog) -> dict:
 def test_metrics_match_the_reference_whatever_the_blocks(catalog, blocks):
     want = reference(catalog)
     assert want["cold_users"] > 0
-    assert score(World(), catalog.uri, *blocks) == want
+    assert score(Communicator(), catalog.uri, *blocks) == want
 
 
 def test_ranks_share_the_work_and_agree(catalog):
@@ -92,34 +94,34 @@ def test_ranks_share_the_work_and_agree(catalog):
 def test_users_without_a_train_interaction_do_not_count(catalog):
     truth = by_destination(np.arange(catalog.users), np.zeros(catalog.users, int), catalog.users)
     graphs = Graphs.load(catalog)
-    users = ranking.evaluate(*embeddings(World(), catalog), graphs, truth)["users"]
+    users = ranking.evaluate(*embeddings(Communicator(), catalog), graphs, truth)["users"]
     assert users == int((graphs.user_degree > 0).sum())
 
 
 def test_a_sample_of_users_is_the_same_over_ranks_and_another_for_another_seed(catalog):
-    everyone = score(World(), catalog.uri, 16, 7)["users"]
-    alone = score(World(), catalog.uri, 16, 7, 30)
+    everyone = score(Communicator(), catalog.uri, 16, 7)["users"]
+    alone = score(Communicator(), catalog.uri, 16, 7, 30)
     assert 15 <= alone["users"] <= 45 < everyone
     for result in run_ranks(score, 3, catalog.uri, 16, 7, 30):
         assert result["users"] == alone["users"]
         assert result["overall"] == pytest.approx(alone["overall"])
-    assert score(World(), catalog.uri, 16, 7, 30, 1)["overall"] != alone["overall"]
-    assert score(World(), catalog.uri, 16, 7, everyone) == score(World(), catalog.uri, 16, 7)
+    assert score(Communicator(), catalog.uri, 16, 7, 30, 1)["overall"] != alone["overall"]
+    assert score(Communicator(), catalog.uri, 16, 7, everyone) == score(Communicator(), catalog.uri, 16, 7)
 
 
 def test_truth_is_read_for_a_range_of_users(catalog):
-    whole = ranking.split_truth(catalog, "test")
-    part = ranking.split_truth(catalog, "test", 20, 50)
+    whole = ranking.load_ground_truth(catalog, "test")
+    part = ranking.load_ground_truth(catalog, "test", 20, 50)
     for user in range(20, 50):
         items = [g.indices[g.indptr[u] : g.indptr[u + 1]].tolist() for g, u in ((whole, user), (part, user - 20))]
         assert items[0] == items[1]
 
 
 def test_train_positives_and_padding_are_never_recommended(catalog):
-    users, items = embeddings(World(), catalog)
+    users, items = embeddings(Communicator(), catalog)
     graphs = Graphs.load(catalog)
     everyone = np.arange(catalog.users)
-    top, _ = ranking.top_items(users, items, graphs, everyone, catalog.items, RankingOptions(16, 7))
+    top, _ = ranking.top_k_items(users, items, graphs, everyone, catalog.items, RankingOptions(16, 7))
     for u in everyone:
         listed = top[u][top[u] >= 0]
         assert len(listed) == catalog.items - graphs.user_degree[u]
@@ -128,10 +130,10 @@ def test_train_positives_and_padding_are_never_recommended(catalog):
 
 def test_popularity_ranks_by_train_interactions(catalog):
     graphs = Graphs.load(catalog)
-    tables = ranking.popularity(graphs, World())
-    top, _ = ranking.top_items(*tables, graphs, np.arange(5), 10, RankingOptions(16, 7))
+    tables = ranking.popularity(graphs, Communicator())
+    top, _ = ranking.top_k_items(*tables, graphs, np.arange(5), 10, RankingOptions(16, 7))
     for blocks in ((1, 1), (7, 3), (1000, 1000)):  # ties are everywhere, and must not hang on the blocks
-        assert np.array_equal(ranking.top_items(*tables, graphs, np.arange(5), 10, RankingOptions(*blocks))[0], top)
+        assert np.array_equal(ranking.top_k_items(*tables, graphs, np.arange(5), 10, RankingOptions(*blocks))[0], top)
     for u in range(5):
         degree = graphs.item_degree[top[u]]
         assert (np.diff(degree) <= 0).all()

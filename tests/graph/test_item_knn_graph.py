@@ -34,7 +34,7 @@ def test_item_item_is_the_top_of_the_dense_cosines(k):
     }
     features["b"][3] = 0  # an item without a vector in one modality
     weights = {"a": 1.0, "b": 2.5}
-    graph = item_knn_graph.item_item(features, weights, k, threads=1)
+    graph = item_knn_graph.build_item_knn_graph(features, weights, k, threads=1)
     check_layout(graph, ITEMS)
     assert (graph.degree == min(k, ITEMS - 1)).all()
     np.testing.assert_allclose(dense(graph, ITEMS), slow_item_item(features, weights, k), atol=2e-5)
@@ -43,8 +43,8 @@ def test_item_item_is_the_top_of_the_dense_cosines(k):
 def test_item_item_weight_zero_leaves_a_modality_out():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, ITEMS, 5)).astype(np.float16)
-    both = item_knn_graph.item_item({"a": a, "b": b}, {"a": 1.0, "b": 0.0}, 4, threads=1)
-    alone = item_knn_graph.item_item({"a": a}, {"a": 1.0}, 4, threads=1)
+    both = item_knn_graph.build_item_knn_graph({"a": a, "b": b}, {"a": 1.0, "b": 0.0}, 4, threads=1)
+    alone = item_knn_graph.build_item_knn_graph({"a": a}, {"a": 1.0}, 4, threads=1)
     assert both.indices.tolist() == alone.indices.tolist()
     np.testing.assert_allclose(both.weight, alone.weight, atol=1e-5)
 
@@ -52,7 +52,7 @@ def test_item_item_weight_zero_leaves_a_modality_out():
 def test_item_item_among_more_twins_than_neighbours():
     """An item is never its own neighbour, also where many items are alike and it does not find itself."""
     features = {"a": np.ones((50, 4), np.float16)}
-    graph = item_knn_graph.item_item(features, {"a": 1.0}, 3, threads=1)
+    graph = item_knn_graph.build_item_knn_graph(features, {"a": 1.0}, 3, threads=1)
     check_layout(graph, 50)
     own = np.repeat(np.arange(50), 3)
     assert (graph.indices != own).all()
@@ -62,7 +62,7 @@ def test_item_item_among_more_twins_than_neighbours():
 def test_an_item_that_is_similar_to_none_has_nothing_of_others():
     """Zeros (no vector) and opposed vectors: weights of zero, with no NaN."""
     features = {"a": np.array([[0, 0], [1, 0], [-1, 0], [0, 0], [1, 1]], np.float16)}
-    graph = item_knn_graph.item_item(features, {"a": 1.0}, 2, threads=1)
+    graph = item_knn_graph.build_item_knn_graph(features, {"a": 1.0}, 2, threads=1)
     check_layout(graph, 5)
     weights = dense(graph, 5)
     assert weights.sum(axis=1).tolist() == [0, 1, 0, 0, 1]
@@ -71,14 +71,14 @@ def test_an_item_that_is_similar_to_none_has_nothing_of_others():
 
 @pytest.mark.parametrize("items", [1, 2, 3])
 def test_item_item_of_a_tiny_catalog(items):
-    graph = item_knn_graph.item_item({"a": np.eye(items, 4).astype(np.float16)}, {"a": 1.0}, 10, threads=1)
+    graph = item_knn_graph.build_item_knn_graph({"a": np.eye(items, 4).astype(np.float16)}, {"a": 1.0}, 10, threads=1)
     check_layout(graph, items)
     assert (graph.degree == items - 1).all()
 
 
 def test_item_item_is_the_same_again_and_with_other_threads():
     features = {"a": np.random.default_rng(5).normal(size=(300, 8)).astype(np.float16)}
-    runs = [item_knn_graph.item_item(features, {"a": 1.0}, 5, threads=t) for t in (1, 1, 2)]
+    runs = [item_knn_graph.build_item_knn_graph(features, {"a": 1.0}, 5, threads=t) for t in (1, 1, 2)]
     for other in runs[1:]:
         assert np.array_equal(runs[0].indices, other.indices)
         assert np.array_equal(runs[0].weight, other.weight)
@@ -100,7 +100,7 @@ WEIGHTS = {"a": 1.0, "b": 0.5}
 
 def approximate(content: dict, k: int = 10, probes: int = 8, **options):
     options = {"search": "approximate", "probes": probes, "threads": 1} | options
-    return item_knn_graph.item_item(content, WEIGHTS, k, **options)
+    return item_knn_graph.build_item_knn_graph(content, WEIGHTS, k, **options)
 
 
 def test_auto_search_is_exact_for_few_items():
@@ -112,9 +112,9 @@ def test_auto_search_is_exact_for_few_items():
 
 def test_exact_search_in_several_blocks():
     """More items than a block, with twins in different ones: ties go to the lower index."""
-    items = item_knn_graph.BLOCK + 300
+    items = item_knn_graph.ITEM_BLOCK + 300
     content = {"a": np.random.default_rng(0).integers(-2, 3, (items, 6)).astype(np.float16)}
-    graph = item_knn_graph.item_item(content, {"a": 1.0}, 5, threads=1, search="exact")
+    graph = item_knn_graph.build_item_knn_graph(content, {"a": 1.0}, 5, threads=1, search="exact")
     check_layout(graph, items)
     x = content["a"].astype(np.float64)
     x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
@@ -124,30 +124,30 @@ def test_exact_search_in_several_blocks():
         near = np.argsort(-np.round(similarity, 5), kind="stable")[:5]
         found = graph.indices[graph.indptr[i] : graph.indptr[i + 1]]
         np.testing.assert_allclose(np.sort(similarity[found]), np.sort(similarity[near]), atol=1e-6)
-    assert item_knn_graph.recall(graph, content, {"a": 1.0}, 1) == 1.0
+    assert item_knn_graph.graph_recall(graph, content, {"a": 1.0}, 1) == 1.0
 
 
 def test_approximate_search_is_exact_when_all_lists_are_searched():
     content = clustered(3000, widths=(10, 6))  # narrow enough to be searched in all directions
-    exact = item_knn_graph.item_item(content, WEIGHTS, 10, threads=1)
+    exact = item_knn_graph.build_item_knn_graph(content, WEIGHTS, 10, threads=1)
     graph = approximate(content, probes=3000 // item_knn_graph.LIST_ITEMS)
     check_layout(graph, 3000)
     assert np.array_equal(graph.indices, exact.indices)
     np.testing.assert_allclose(graph.weight, exact.weight, atol=1e-6)
-    assert item_knn_graph.recall(graph, content, WEIGHTS, 1) == 1.0
+    assert item_knn_graph.graph_recall(graph, content, WEIGHTS, 1) == 1.0
 
 
 def test_approximate_search_finds_most_and_more_with_more_probes():
     content = clustered(10_000, groups=10, widths=(10, 6))
-    exact = item_knn_graph.item_item(content, WEIGHTS, 10, threads=1)
+    exact = item_knn_graph.build_item_knn_graph(content, WEIGHTS, 10, threads=1)
     recalls = []
     for probes in (1, 3, 12):
         graph = approximate(content, probes=probes)
         check_layout(graph, 10_000)
         same_edges = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(*_rows(graph, exact, 10), strict=True)])
-        recalls.append(item_knn_graph.recall(graph, content, WEIGHTS, 1, sample=10_000))
+        recalls.append(item_knn_graph.graph_recall(graph, content, WEIGHTS, 1, sample=10_000))
         assert recalls[-1] == pytest.approx(same_edges, abs=0.002)  # measured as an outsider would
-        sampled = item_knn_graph.recall(graph, content, WEIGHTS, 1, sample=1000)
+        sampled = item_knn_graph.graph_recall(graph, content, WEIGHTS, 1, sample=1000)
         assert sampled == pytest.approx(recalls[-1], abs=0.03)
     assert recalls == sorted(recalls)
     assert recalls[0] < 0.95
@@ -181,8 +181,8 @@ def test_approximate_search_takes_mapped_content_and_reports_progress(tmp_path):
         graph = approximate(mapped, scratch=scratch, progress=lambda *done: seen.append(done))
         assert isinstance(graph.indices, np.memmap)
         assert same(graph, approximate(content))
-        assert item_knn_graph.recall(graph, mapped, WEIGHTS, 1, scratch=scratch) > 0.9
-    assert seen == [(item_knn_graph.BLOCK, 9000), (9000, 9000)]
+        assert item_knn_graph.graph_recall(graph, mapped, WEIGHTS, 1, scratch=scratch) > 0.9
+    assert seen == [(item_knn_graph.ITEM_BLOCK, 9000), (9000, 9000)]
 
 
 def test_approximate_search_of_items_without_a_vector():
@@ -192,7 +192,7 @@ def test_approximate_search_of_items_without_a_vector():
     for matrix in content.values():
         matrix[without] = 0
     content["a"][5] = 0  # has a vector in the other modality
-    exact = item_knn_graph.item_item(content, WEIGHTS, 4, threads=1)
+    exact = item_knn_graph.build_item_knn_graph(content, WEIGHTS, 4, threads=1)
     graph = approximate(content, k=4)
     check_layout(graph, 2000)
     found, expected = graph.indices.reshape(-1, 4), exact.indices.reshape(-1, 4)
@@ -215,7 +215,7 @@ def test_approximate_search_of_a_tiny_catalog(items, empty):
     sums = dense(graph, items).sum(axis=1)
     assert (sums[:empty] == 0).all()
     assert (np.isclose(sums, 0) | np.isclose(sums, 1)).all()
-    exact = item_knn_graph.item_item(content, WEIGHTS, 10, threads=1)
+    exact = item_knn_graph.build_item_knn_graph(content, WEIGHTS, 10, threads=1)
     np.testing.assert_allclose(dense(graph, items), dense(exact, items), atol=1e-6)
 
 

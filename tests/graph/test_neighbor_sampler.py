@@ -10,7 +10,7 @@ from small import GATED, small_catalog, small_config
 from steps import assert_same_step, global_draws, loader_of, set_away_from_start, step
 
 from gtc_dist.data.catalog import CSC
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.graph.neighbor_sampler import Sampler, inclusion, thin
 from gtc_dist.model.build import build_network
 
@@ -42,7 +42,7 @@ def test_fanout_minus_one_equals_the_whole_graph(catalog, kind, excluded, condit
             train={"exclude_seed_edges": excluded},
         )
         draws = global_draws(config, catalog)
-        outcomes.append(step(World(), catalog.uri, config, draws, [24]))
+        outcomes.append(step(Communicator(), catalog.uri, config, draws, [24]))
     assert_same_step(outcomes[1], outcomes[0])
 
 
@@ -50,7 +50,7 @@ def test_leaving_out_seed_edges_changes_the_result(catalog):
     outcomes = []
     for excluded in (False, True):
         config = small_config(catalog.uri, train={"exclude_seed_edges": excluded})
-        outcomes.append(step(World(), catalog.uri, config, global_draws(config, catalog), [24]))
+        outcomes.append(step(Communicator(), catalog.uri, config, global_draws(config, catalog), [24]))
     assert abs(outcomes[0]["parts"]["bpr"] - outcomes[1]["parts"]["bpr"]) > 1e-3
 
 
@@ -66,9 +66,9 @@ def test_mean_of_many_draws_converges_to_whole_propagation(catalog, kind, layer_
         config = small_config(
             catalog.uri, model={**model, **content, "diffusion": {"condition": "item", "steps": 20, "start_step": 5}}
         )
-        network, tables = build_network(config, catalog, World())
+        network, tables = build_network(config, catalog, Communicator())
         set_away_from_start(network)
-        loader = loader_of(config, catalog, World(), network)
+        loader = loader_of(config, catalog, Communicator(), network)
         total, batch_draws = 0, global_draws(config, catalog)
         with torch.no_grad():
             for n in range(draws):
@@ -162,7 +162,9 @@ def test_the_rows_of_a_step_do_not_grow_with_the_catalog(tmp_path):
             model = {"propagation": "sampled", "fanout": [10, 10], "layer_nodes": limit}
             negatives = {"mode": "shared", "count": 16}
             config = small_config(small.uri, model=model, train={"negatives": negatives})
-            batch = next(loader_of(config, small, World(), build_network(config, small, World())[0]).epoch(1))
+            batch = next(
+                loader_of(config, small, Communicator(), build_network(config, small, Communicator())[0]).epoch(1)
+            )
             rows[limit, users] = len(batch.user_route.position) + len(batch.item_route.position)
     assert rows[None, 1600] > 1.5 * rows[None, 400]
     assert rows[40, 1600] < 1.2 * rows[40, 400]

@@ -28,8 +28,10 @@ def slow_user_user(user, item, users: int, k: int) -> np.ndarray:
 @given(st.integers(0, 10_000), st.integers(1, 45), st.sampled_from([1, 7, 60, 1 << 24]), st.integers(1, 3))
 def test_user_user_is_the_top_of_the_dense_counts(seed, k, block_pairs, threads):
     user, item = train_pairs(seed)
-    both = user_item_graph.user_item(user, item, USERS, ITEMS)
-    graph = user_cooccurrence_graph.user_user(*both, k, hub_cap=USERS, seed=0, threads=threads, block_pairs=block_pairs)
+    both = user_item_graph.build_user_item_graph(user, item, USERS, ITEMS)
+    graph = user_cooccurrence_graph.build_user_cooccurrence_graph(
+        *both, k, hub_cap=USERS, seed=0, threads=threads, block_pairs=block_pairs
+    )
     check_layout(graph, USERS)
     assert graph.degree.max(initial=0) <= k
     np.testing.assert_allclose(dense(graph, USERS), slow_user_user(user, item, USERS, k), rtol=1e-5, atol=1e-7)
@@ -46,8 +48,8 @@ def test_user_user_of_many_users_with_few_shared_items(k, sorted_by_group):
     user, item = np.unique(np.stack([user, item], 1), axis=0).astype(np.int32).T
     if not sorted_by_group:
         user = rng.permutation(users).astype(np.int32)[user]
-    both = user_item_graph.user_item(user, item, users, items)
-    graph = user_cooccurrence_graph.user_user(*both, k, hub_cap=users, seed=0)
+    both = user_item_graph.build_user_item_graph(user, item, users, items)
+    graph = user_cooccurrence_graph.build_user_cooccurrence_graph(*both, k, hub_cap=users, seed=0)
     interactions = np.zeros((users, items), np.int32)
     interactions[user, item] = 1
     counts = interactions @ interactions.T
@@ -62,10 +64,14 @@ def test_user_user_of_many_users_with_few_shared_items(k, sorted_by_group):
 @given(st.integers(0, 1000), st.integers(1, 6), st.sampled_from([1, 300, 5000]), st.sampled_from([1, 50, 1 << 20]))
 def test_user_user_with_hubs_does_not_depend_on_blocks(seed, hub_cap, memory, block_pairs):
     user, item = train_pairs(seed)
-    whole = user_cooccurrence_graph.user_user(*user_item_graph.user_item(user, item, USERS, ITEMS), 5, hub_cap, seed)
+    whole = user_cooccurrence_graph.build_user_cooccurrence_graph(
+        *user_item_graph.build_user_item_graph(user, item, USERS, ITEMS), 5, hub_cap, seed
+    )
     with Scratch(memory_bytes=memory) as scratch:
-        both = user_item_graph.user_item(user, item, USERS, ITEMS, scratch)
-        blocked = user_cooccurrence_graph.user_user(*both, 5, hub_cap, seed, 2, scratch, block_pairs=block_pairs)
+        both = user_item_graph.build_user_item_graph(user, item, USERS, ITEMS, scratch)
+        blocked = user_cooccurrence_graph.build_user_cooccurrence_graph(
+            *both, 5, hub_cap, seed, 2, scratch, block_pairs=block_pairs
+        )
         assert same(blocked, whole)
 
 
@@ -73,9 +79,11 @@ def test_user_user_reports_its_progress_and_frees_its_scratch():
     user, item = train_pairs(2)
     seen = []
     with Scratch() as scratch:
-        both = user_item_graph.user_item(user, item, USERS, ITEMS, scratch)
+        both = user_item_graph.build_user_item_graph(user, item, USERS, ITEMS, scratch)
         before = len(list(scratch.path.iterdir()))
-        user_cooccurrence_graph.user_user(*both, 3, 10, 0, 1, scratch, lambda *done: seen.append(done), block_pairs=50)
+        user_cooccurrence_graph.build_user_cooccurrence_graph(
+            *both, 3, 10, 0, 1, scratch, lambda *done: seen.append(done), block_pairs=50
+        )
         assert len(list(scratch.path.iterdir())) == before + 2
     assert len(seen) > 1
     assert seen == sorted(seen)
@@ -84,7 +92,9 @@ def test_user_user_reports_its_progress_and_frees_its_scratch():
 
 def test_user_user_without_shared_items_is_empty():
     user = np.arange(5, dtype=np.int32)
-    graph = user_cooccurrence_graph.user_user(*user_item_graph.user_item(user, user, 6, 6), 3, hub_cap=10, seed=0)
+    graph = user_cooccurrence_graph.build_user_cooccurrence_graph(
+        *user_item_graph.build_user_item_graph(user, user, 6, 6), 3, hub_cap=10, seed=0
+    )
     assert graph.indptr.tolist() == [0] * 7
     assert len(graph.indices) == 0
 
@@ -94,10 +104,10 @@ def test_a_hub_counts_for_a_sample_of_its_users_only():
     users, cap = 30, 4
     user = np.r_[np.arange(users), 0, 1].astype(np.int32)
     item = np.r_[np.zeros(users), 1, 1].astype(np.int32)
-    both = user_item_graph.user_item(user, item, users, 2)
+    both = user_item_graph.build_user_item_graph(user, item, users, 2)
 
     def neighbours(seed: int) -> list[set[int]]:
-        graph = user_cooccurrence_graph.user_user(*both, users, cap, seed)
+        graph = user_cooccurrence_graph.build_user_cooccurrence_graph(*both, users, cap, seed)
         return [set(graph.indices[graph.indptr[u] : graph.indptr[u + 1]].tolist()) for u in range(users)]
 
     found = neighbours(3)
@@ -112,7 +122,7 @@ def test_a_hub_counts_for_a_sample_of_its_users_only():
 @pytest.mark.parametrize("memory", [1, 1 << 20])
 def test_hub_cap_is_exact_for_each_item(memory):
     user, item = train_pairs(1)
-    both = user_item_graph.user_item(user, item, USERS, ITEMS)
+    both = user_item_graph.build_user_item_graph(user, item, USERS, ITEMS)
     with Scratch(memory_bytes=memory) as scratch:
         shared = user_cooccurrence_graph._Shared(*both, hub_cap=3, seed=0, scratch=scratch)
         capped = shared.by_user(slice(0, USERS))
@@ -128,7 +138,7 @@ def test_hub_cap_is_exact_for_each_item(memory):
 
 def test_every_user_of_a_hub_is_as_likely_in_its_sample():
     users, cap = 60, 15
-    both = user_item_graph.user_item(np.arange(users, dtype=np.int32), np.zeros(users, np.int32), users, 1)
+    both = user_item_graph.build_user_item_graph(np.arange(users, dtype=np.int32), np.zeros(users, np.int32), users, 1)
     hits = np.zeros(users)
     for seed in range(400):
         with Scratch() as scratch:

@@ -17,7 +17,7 @@ def test_user_item_is_the_normalised_adjacency(seed):
     adjacency[user, item] = 1
     degrees = np.sqrt(np.outer(adjacency.sum(1), adjacency.sum(0)))
     expected = np.divide(adjacency, degrees, out=np.zeros_like(adjacency), where=adjacency > 0)
-    item_user, user_item = user_item_graph.user_item(user, item, USERS, ITEMS)
+    item_user, user_item = user_item_graph.build_user_item_graph(user, item, USERS, ITEMS)
     check_layout(item_user, USERS)
     check_layout(user_item, ITEMS)
     np.testing.assert_allclose(dense(item_user, ITEMS), expected, rtol=1e-6)
@@ -28,9 +28,11 @@ def test_user_item_is_the_normalised_adjacency(seed):
 @given(st.integers(0, 10_000), st.sampled_from([1, 200, 3000, 1 << 20]))
 def test_user_item_is_the_same_in_blocks_of_any_size(seed, memory):
     user, item = train_pairs(seed)
-    expected = user_item_graph.user_item(user, item, USERS, ITEMS)
+    expected = user_item_graph.build_user_item_graph(user, item, USERS, ITEMS)
     with Scratch(memory_bytes=memory) as scratch:
-        for graph, whole in zip(user_item_graph.user_item(user, item, USERS, ITEMS, scratch), expected, strict=True):
+        for graph, whole in zip(
+            user_item_graph.build_user_item_graph(user, item, USERS, ITEMS, scratch), expected, strict=True
+        ):
             check_layout(graph, USERS if whole is expected[0] else ITEMS)
             assert same(graph, whole)
 
@@ -41,8 +43,8 @@ def test_user_item_takes_mapped_arrays_and_frees_what_it_sorted(tmp_path):
     np.save(tmp_path / "item.npy", item)
     mapped = [np.load(tmp_path / name, mmap_mode="r") for name in ("user.npy", "item.npy")]
     with Scratch(memory_bytes=1000) as scratch:
-        graphs = user_item_graph.user_item(*mapped, USERS, ITEMS, scratch)
-        for graph, whole in zip(graphs, user_item_graph.user_item(user, item, USERS, ITEMS), strict=True):
+        graphs = user_item_graph.build_user_item_graph(*mapped, USERS, ITEMS, scratch)
+        for graph, whole in zip(graphs, user_item_graph.build_user_item_graph(user, item, USERS, ITEMS), strict=True):
             assert same(graph, whole)
             assert isinstance(graph.indices, np.memmap)
         assert len(list(scratch.path.iterdir())) == 4  # indices and weights of both
@@ -50,7 +52,7 @@ def test_user_item_takes_mapped_arrays_and_frees_what_it_sorted(tmp_path):
 
 def test_user_item_without_interactions():
     none = np.zeros(0, np.int32)
-    for graph, destinations in zip(user_item_graph.user_item(none, none, 3, 2), (3, 2), strict=True):
+    for graph, destinations in zip(user_item_graph.build_user_item_graph(none, none, 3, 2), (3, 2), strict=True):
         check_layout(graph, destinations)
 
 

@@ -3,18 +3,26 @@
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from small import small_catalog, small_config
-from worlds import run_ranks
 
 from gtc_dist.data.catalog import CSC, Catalog
-from gtc_dist.distributed.collectives import World
-from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs, by_destination
 from gtc_dist.hybrid import content_regression
-from gtc_dist.hybrid.cold_start import LIFT, LIFT_STEPS, OWN, REGRESSION, ColdItems, WarmNeighbours, warm_neighbours
+from gtc_dist.hybrid.cold_start import (
+    CONTENT_WEIGHT,
+    NORM_SCALE,
+    NORM_SCALE_STEPS,
+    REGRESSION,
+    ColdStart,
+    WarmNeighbours,
+    warm_neighbours,
+)
 from gtc_dist.hybrid.content_regression import FOLDS, ContentRegression, numbered
-from gtc_dist.hybrid.score_fusion import MEMBERS, Blend
-from gtc_dist.hybrid.scorer import Final
+from gtc_dist.hybrid.score_fusion import MEMBERS, ScoreFusion
+from gtc_dist.hybrid.scorer import HybridScorer
 from gtc_dist.model.build import load_features, network_shape
 
 
@@ -23,17 +31,17 @@ def catalog(tmp_path_factory):
     return small_catalog(tmp_path_factory.mktemp("catalog") / "c", users=80, items=90, cold=9)
 
 
-def loaded(catalog: Catalog, world: World) -> tuple[Graphs, dict[str, RowTable]]:
-    return Graphs.load(catalog), load_features(network_shape(small_config(catalog.uri), catalog), catalog, world)
+def loaded(catalog: Catalog, comm: Communicator) -> tuple[Graphs, dict[str, ShardedTable]]:
+    return Graphs.load(catalog), load_features(network_shape(small_config(catalog.uri), catalog), catalog, comm)
 
 
-def cold_items(catalog: Catalog, world: World) -> ColdItems:
-    graphs, features = loaded(catalog, world)
-    return ColdItems.of(graphs, features, world, 7, WarmNeighbours(graphs, world, 7))
+def cold_items(catalog: Catalog, comm: Communicator) -> ColdStart:
+    graphs, features = loaded(catalog, comm)
+    return ColdStart.of(graphs, features, comm, 7, WarmNeighbours(graphs, comm, 7))
 
 
-def table(catalog: Catalog, world: World, kind: str = "items", width: int = 4) -> RowTable:
-    return RowTable(kind, getattr(catalog, kind), width, world, init_std=1.0, trainable=False)
+def table(catalog: Catalog, comm: Communicator, kind: str = "items", width: int = 4) -> ShardedTable:
+    return ShardedTable(kind, getattr(catalog, kind), width, comm, init_std=1.0, trainable=False)
 
 
 # --- what content says ---
@@ -42,10 +50,10 @@ def table(catalog: Catalog, world: World, kind: str = "items", width: int = 4) -
 @pytest.mark.parametrize("directions", [256, 4])
 def test_regression_tells_an_item_by_all_warm_ones_but_its_fold(catalog, monkeypatch, directions):
     monkeypatch.setattr(content_regression, "DIRECTIONS", directions)
-    graphs, features = loaded(catalog, World())
+    graphs, features = loaded(catalog, Communicator())
     features["m1"].weight[5] = 0  # an item without this content
     warm = graphs.item_degree > 0
-    items = table(catalog, World())
+    items = table(catalog, Communicator())
     told = ContentRegression(features, warm, 7)
     rows = told.told(told.fit(items))
 
@@ -70,24 +78,24 @@ def test_regression_tells_an_item_by_all_warm_ones_but_its_fold(catalog, monkeyp
 
 
 def test_regression_is_fitted_to_so_many_items_at_most(catalog, monkeypatch):
-    graphs, features = loaded(catalog, World())
+    graphs, features = loaded(catalog, Communicator())
     warm = graphs.item_degree > 0
     monkeypatch.setattr(content_regression, "MOST_ITEMS", 40)
     told = ContentRegression(features, warm, 7)
     assert 20 < len(told.fitted) < 60
-    items = table(catalog, World())
+    items = table(catalog, Communicator())
     rows = told.told(told.fit(items))
     others = np.setdiff1d(np.flatnonzero(warm), told.fitted.numpy())
     items.weight[others] = 100.0
     assert torch.equal(told.told(told.fit(items)), rows)
 
 
-def told_by_ranks(world: World, uri: str) -> dict:
+def told_by_ranks(comm: Communicator, uri: str) -> dict:
     catalog = Catalog(uri)
-    cold = cold_items(catalog, world)
-    pair = table(catalog, world, "users"), table(catalog, world)
+    cold = cold_items(catalog, comm)
+    pair = table(catalog, comm, "users"), table(catalog, comm)
     profiles = {"m0": slice(2, 4)}
-    cold.weights |= {REGRESSION: 1.0, OWN: 2.0, LIFT: 1.1}
+    cold.weights |= {REGRESSION: 1.0, CONTENT_WEIGHT: 2.0, NORM_SCALE: 1.1}
     out = {"regression": cold.filled(pair, profiles)[1].weight}
     cold.weights |= {REGRESSION: 0.0}
     return out | {"neighbours": cold.filled(pair, profiles)[1].weight}
@@ -97,7 +105,7 @@ def test_ranks_tell_the_same(catalog):
     alone = run_ranks(told_by_ranks, 1, catalog.uri)[0]
     together = run_ranks(told_by_ranks, 3, catalog.uri)
     warm = Graphs.load(catalog).item_degree > 0
-    rows = table(catalog, World()).weight
+    rows = table(catalog, Communicator()).weight
     for form, want in alone.items():
         torch.testing.assert_close(torch.cat([part[form] for part in together]), want, rtol=1e-4, atol=1e-5)
         assert torch.equal(want[warm], rows[warm])
@@ -107,8 +115,8 @@ def test_ranks_tell_the_same(catalog):
 
 def test_cold_items_have_what_their_warm_neighbours_have(catalog):
     graphs = Graphs.load(catalog)
-    items = table(catalog, World())
-    filled = WarmNeighbours(graphs, World(), 7).filled(items).weight
+    items = table(catalog, Communicator())
+    filled = WarmNeighbours(graphs, Communicator(), 7).filled(items).weight
     warm = graphs.item_degree > 0
     assert not warm.all()
     assert torch.equal(filled[warm], items.weight[warm])
@@ -142,24 +150,24 @@ def nearness(wanted: torch.Tensor):
 
 
 def test_the_form_that_tells_warm_items_best_is_chosen(catalog):
-    cold = cold_items(catalog, World())
-    users, items = table(catalog, World(), "users"), table(catalog, World())
+    cold = cold_items(catalog, Communicator())
+    users, items = table(catalog, Communicator(), "users"), table(catalog, Communicator())
     by_map = cold.regression.told(cold.regression.fit(items))
     by_near = cold.neighbours.of_all(items)
     for wanted, form in ((by_map, 1.0), (by_near, 0.0), (by_map, 1.0)):
         cold.choose((users, items), {}, nearness(wanted))
         assert cold.weights[REGRESSION] == form
-        assert cold.weights[OWN] == 1  # there is no profile
+        assert cold.weights[CONTENT_WEIGHT] == 1  # there is no profile
     profiles = {"m0": slice(2, 4)}
     wanted = torch.cat([by_near[:, :2], 4 * items.weight[:, 2:]], dim=1)
     cold.choose((users, items), profiles, nearness(wanted))
-    assert (cold.weights[REGRESSION], cold.weights[OWN]) == (0.0, 4.0)
+    assert (cold.weights[REGRESSION], cold.weights[CONTENT_WEIGHT]) == (0.0, 4.0)
 
 
 def test_cold_rows_are_as_long_as_costs_little(catalog):
     """Worth falls with the length of the rows of cold items and of those that stand for more; only others count."""
-    cold = cold_items(catalog, World())
-    users, items = table(catalog, World(), "users"), table(catalog, World())
+    cold = cold_items(catalog, Communicator())
+    users, items = table(catalog, Communicator(), "users"), table(catalog, Communicator())
     by_near, by_map = cold.neighbours.of_all(items), cold.regression.told(cold.regression.fit(items))
     lacking = cold.lacking
     assert (cold.cold <= lacking).all()
@@ -174,44 +182,44 @@ def test_cold_rows_are_as_long_as_costs_little(catalog):
 
         return value
 
-    for each, lift in ((0.0071, 1.331), (0.012, 0.826), (0.0099, 1.0), (0.0, LIFT_STEPS[-1]), (5.0, 0.0)):
+    for each, lift in ((0.0071, 1.331), (0.012, 0.826), (0.0099, 1.0), (0.0, NORM_SCALE_STEPS[-1]), (5.0, 0.0)):
         cold.choose((users, items), {}, worth(each))
-        assert cold.weights[LIFT] == lift
+        assert cold.weights[NORM_SCALE] == lift
     filled = cold.filled((users, items), {})[1].weight
     assert (filled[cold.cold] == 0).all()
     cold.choose((users, items), {}, lambda pair, counted: 0.0)  # nothing is found: nothing to choose by
-    assert cold.weights[LIFT] == 0
+    assert cold.weights[NORM_SCALE] == 0
     assert torch.equal(filled[~cold.cold], items.weight[~cold.cold])
 
 
 def test_a_run_of_before_lengths_goes_on_with_what_it_has(catalog):
-    users, items = table(catalog, World(), "users"), table(catalog, World())
-    blend = Blend({"m0": (users, items)}, ["m0"], None)
-    final = Final(blend, cold_items(catalog, World()))
+    users, items = table(catalog, Communicator(), "users"), table(catalog, Communicator())
+    blend = ScoreFusion({"m0": (users, items)}, ["m0"], None)
+    final = HybridScorer(blend, cold_items(catalog, Communicator()))
     final.load({"network": {}, "blend": {MEMBERS: 2.0, "cold": 3.5}})
-    assert final.state()["cold"] == {REGRESSION: 0.0, OWN: 3.5, LIFT: 1.0}
+    assert final.state()["cold"] == {REGRESSION: 0.0, CONTENT_WEIGHT: 3.5, NORM_SCALE: 1.0}
     pair = final((users, items))
     profile = pair[1].weight[final.cold.cold, 4:]
     torch.testing.assert_close(profile, 3.5 * items.weight[final.cold.cold])
     final.choose_cold(blend.joined((users, items)), lambda pair, counted: 1.0)  # nothing is better
-    assert final.cold.weights[OWN] == 3.5
+    assert final.cold.weights[CONTENT_WEIGHT] == 3.5
 
 
 @pytest.mark.parametrize(("few", "more"), [(0, 100), (40, 60), (200, 0)])
 def test_warm_items_stand_for_as_many_cold_ones_as_are_missing(few, more):
     cold = np.arange(1000) < few
-    stands = ColdItems(cold, None, None, 0.01).lacking
+    stands = ColdStart(cold, None, None, 0.01).lacking
     assert stands[:few].all()
     assert stands[few:].sum() == pytest.approx(more, abs=25 if more else 0)
 
 
 def test_without_an_item_graph_or_content_there_is_less_to_choose(catalog):
-    graphs, features = loaded(catalog, World())
-    cold = ColdItems.of(graphs, features, World(), 7, None)
-    users, items = table(catalog, World(), "users"), table(catalog, World())
+    graphs, features = loaded(catalog, Communicator())
+    cold = ColdStart.of(graphs, features, Communicator(), 7, None)
+    users, items = table(catalog, Communicator(), "users"), table(catalog, Communicator())
     cold.choose((users, items), {}, nearness(torch.randn(catalog.items, 4)))
     assert cold.weights[REGRESSION] == 1
-    cold = ColdItems.of(graphs, {}, World(), 7, WarmNeighbours(graphs, World(), 7))
+    cold = ColdStart.of(graphs, {}, Communicator(), 7, WarmNeighbours(graphs, Communicator(), 7))
     cold.choose((users, items), {}, nearness(torch.randn(catalog.items, 4)))
     assert cold.weights[REGRESSION] == 0
-    assert ColdItems.of(graphs, {}, World(), 7, None) is None
+    assert ColdStart.of(graphs, {}, Communicator(), 7, None) is None

@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from small import small_catalog, small_config
-from worlds import run_ranks
 
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.distributed.collectives import World
-from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs, both_directions
-from gtc_dist.graph.user_item_graph import user_item
+from gtc_dist.graph.user_item_graph import build_user_item_graph
 from gtc_dist.hybrid import content_profile
 from gtc_dist.hybrid.cold_start import WarmNeighbours
-from gtc_dist.hybrid.content_profile import profile_part
-from gtc_dist.hybrid.graph_filter import Walk, WalkOptions
-from gtc_dist.hybrid.score_fusion import LENGTH, MEMBERS, WALKED, Blend, unit
-from gtc_dist.hybrid.spectral import spectral_part
+from gtc_dist.hybrid.content_profile import content_profile_scores
+from gtc_dist.hybrid.graph_filter import CooccurrenceOperator, WalkOptions
+from gtc_dist.hybrid.score_fusion import MEMBERS, NEIGHBOR_SMOOTHING, NORM_DAMPING, ScoreFusion, unit_variance
+from gtc_dist.hybrid.spectral import graph_filter_scores
 from gtc_dist.model.build import build_blend, load_features, network_shape
 
 OPTIONS = WalkOptions(0.6, 0.3, 7)
@@ -40,7 +40,7 @@ def dense(catalog) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def test_walk_is_the_dense_operator_without_its_diagonal(catalog):
-    walk = Walk(Graphs.load(catalog), World(), OPTIONS)
+    walk = CooccurrenceOperator(Graphs.load(catalog), Communicator(), OPTIONS)
     N, C, _ = dense(catalog)
     x = torch.randn(catalog.items, 40, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(walk.to_users(x), torch.from_numpy(N).float() @ x, rtol=1e-4, atol=1e-5)
@@ -48,7 +48,7 @@ def test_walk_is_the_dense_operator_without_its_diagonal(catalog):
 
 
 def test_spectral_scores_are_those_of_the_leading_eigenpairs(catalog):
-    users, items = spectral_part(Walk(Graphs.load(catalog), World(), OPTIONS), 3, seed=1)
+    users, items = graph_filter_scores(CooccurrenceOperator(Graphs.load(catalog), Communicator(), OPTIONS), 3, seed=1)
     N, C, of_item = dense(catalog)
     values, Q = np.linalg.eigh(C)
     values, Q = values[::-1][:3] / values.max(), Q[:, ::-1][:, :3]
@@ -59,22 +59,24 @@ def test_spectral_scores_are_those_of_the_leading_eigenpairs(catalog):
 
 
 def test_more_modes_than_the_graph_has(catalog):
-    _, items = spectral_part(Walk(Graphs.load(catalog), World(), OPTIONS), 64, seed=1)
+    _, items = graph_filter_scores(CooccurrenceOperator(Graphs.load(catalog), Communicator(), OPTIONS), 64, seed=1)
     values = np.linalg.eigvalsh(dense(catalog)[1])
     assert items.width == (values > 1e-6 * values.max()).sum()
 
 
 def test_without_two_items_of_one_user_there_is_no_mode():
-    graphs = Graphs(3, 3, both_directions(*user_item(np.arange(3), np.arange(3), 3, 3)))
-    users, items = spectral_part(Walk(graphs, World(), OPTIONS), 4, seed=0)
+    graphs = Graphs(3, 3, both_directions(*build_user_item_graph(np.arange(3), np.arange(3), 3, 3)))
+    users, items = graph_filter_scores(CooccurrenceOperator(graphs, Communicator(), OPTIONS), 4, seed=0)
     assert users.weight.shape == items.weight.shape == (3, 0)
 
 
 @pytest.mark.parametrize("width", [100, 3])
 def test_profile_is_the_content_of_a_users_items_and_of_those_near_them(catalog, width, monkeypatch):
-    monkeypatch.setattr(content_profile, "BLOCK", 30)  # a few rows at once
-    features = load_features(network_shape(small_config(catalog.uri), catalog), catalog, World())["m0"]
-    users, items = profile_part(Walk(Graphs.load(catalog), World(), OPTIONS), features, width)
+    monkeypatch.setattr(content_profile, "ROW_BLOCK", 30)  # a few rows at once
+    features = load_features(network_shape(small_config(catalog.uri), catalog), catalog, Communicator())["m0"]
+    users, items = content_profile_scores(
+        CooccurrenceOperator(Graphs.load(catalog), Communicator(), OPTIONS), features, width
+    )
     raw = features.weight.double().numpy()
     V = raw - raw.mean(0)
     V /= np.linalg.norm(V, axis=1, keepdims=True)
@@ -86,13 +88,13 @@ def test_profile_is_the_content_of_a_users_items_and_of_those_near_them(catalog,
     torch.testing.assert_close(users.weight @ items.weight.T, torch.from_numpy(want).float(), rtol=1e-3, atol=1e-3)
 
 
-def scores(world: World, uri: str, config) -> dict:
+def scores(comm: Communicator, uri: str, config) -> dict:
     catalog = Catalog(uri)
-    features = load_features(network_shape(config, catalog), catalog, world)
+    features = load_features(network_shape(config, catalog), catalog, comm)
     graphs = Graphs.load(catalog)
-    blend = build_blend(config, graphs, features, world, WarmNeighbours(graphs, world, 9))
-    members = tuple(RowTable(n, r, 4, world, init_std=1.0) for n, r in (("u", catalog.users), ("i", catalog.items)))
-    blend.weights |= {MEMBERS: 0.5, LENGTH: 0.75, WALKED: 2.0, "m1": 0.0}
+    blend = build_blend(config, graphs, features, comm, WarmNeighbours(graphs, comm, 9))
+    members = tuple(ShardedTable(n, r, 4, comm, init_std=1.0) for n, r in (("u", catalog.users), ("i", catalog.items)))
+    blend.weights |= {MEMBERS: 0.5, NORM_DAMPING: 0.75, NEIGHBOR_SMOOTHING: 2.0, "m1": 0.0}
     users, items = blend.joined(members)
     return {"users": users.weight, "items": items.weight, "parts": list(blend.parts)}
 
@@ -107,10 +109,10 @@ def test_ranks_make_the_same_scores(catalog):
     torch.testing.assert_close(users @ items.T, alone["users"] @ alone["items"].T, rtol=1e-3, atol=1e-3)
 
 
-def pair(users: list, items: list) -> tuple[RowTable, RowTable]:
+def pair(users: list, items: list) -> tuple[ShardedTable, ShardedTable]:
     tables = []
     for name, rows in (("u", users), ("i", items)):
-        table = RowTable(name, len(rows), len(rows[0]), World(), trainable=False)
+        table = ShardedTable(name, len(rows), len(rows[0]), Communicator(), trainable=False)
         table.weight = torch.tensor(rows)
         tables.append(table)
     return tuple(tables)
@@ -118,7 +120,7 @@ def pair(users: list, items: list) -> tuple[RowTable, RowTable]:
 
 def test_parts_are_measured_by_their_spread():
     part = pair([[2.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [3.0, 5.0], [-2.0, 1.0]])
-    users, items = unit(part)
+    users, items = unit_variance(part)
     score = part[0].weight @ part[1].weight.T
     torch.testing.assert_close((users.weight @ items.weight.T)[0], score[0] / score[0].std(correction=0))
     assert (users.weight[1] == 0).all()  # all items alike
@@ -131,7 +133,7 @@ def test_weights_are_those_that_are_worth_most():
     def worth(part):
         return -float((part[0].weight @ part[1].weight.T - wanted).square().sum())
 
-    blend = Blend({"spectral": good, "helps": good, "hurts": bad}, [], None)
+    blend = ScoreFusion({"spectral": good, "helps": good, "hurts": bad}, [], None)
     blend.choose(worth)
     assert blend.weights["spectral"] == 1
     assert blend.weights["helps"] > 0
@@ -149,7 +151,7 @@ def test_members_that_are_far_better_than_the_rest_are_hardly_blended():
         score = (part[0].weight @ part[1].weight.T)[0]
         return float((score[0] - score[2]) / (score.abs().sum() + 0.1))
 
-    blend = Blend({"spectral": bad}, [], None)
+    blend = ScoreFusion({"spectral": bad}, [], None)
     blend.choose(worth)
     blend.choose_members(good, worth)
     assert blend.weights[MEMBERS] == 32
@@ -164,10 +166,10 @@ def test_length_of_members_is_taken_away_where_direction_says_more():
     def worth(part):
         return float(torch.cosine_similarity(part[0].weight @ part[1].weight.T, wanted[None]))
 
-    blend = Blend({"spectral": pair([[1.0]], [[0.1], [-0.1], [0.2], [-0.2], [0.1], [0.0]])}, [], None)
+    blend = ScoreFusion({"spectral": pair([[1.0]], [[0.1], [-0.1], [0.2], [-0.2], [0.1], [0.0]])}, [], None)
     blend.choose(worth)
     blend.choose_members(members, worth)
-    assert blend.weights[LENGTH] == 1
+    assert blend.weights[NORM_DAMPING] == 1
     assert worth(blend.joined(members)) > 0.99
     once = dict(blend.weights)
     blend.choose_members(members, worth)  # from there on nothing is better
@@ -176,12 +178,12 @@ def test_length_of_members_is_taken_away_where_direction_says_more():
 
 def test_users_also_have_what_walks_bring_them(catalog):
     """Own and walked scores, each in its spread, with a weight for the walks; without cold items to be filled."""
-    graphs, world = Graphs.load(catalog), World()
-    walk = Walk(graphs, world, OPTIONS)
-    users = RowTable("u", catalog.users, 4, world, init_std=1.0, trainable=False)
-    items = RowTable("i", catalog.items, 4, world, init_std=1.0, trainable=False)
-    blend = Blend({"spectral": spectral_part(walk, 3, 0)}, [], None, walk)
-    blend.weights |= {MEMBERS: 1.0, WALKED: 0.5, "spectral": 0.0}
+    graphs, comm = Graphs.load(catalog), Communicator()
+    walk = CooccurrenceOperator(graphs, comm, OPTIONS)
+    users = ShardedTable("u", catalog.users, 4, comm, init_std=1.0, trainable=False)
+    items = ShardedTable("i", catalog.items, 4, comm, init_std=1.0, trainable=False)
+    blend = ScoreFusion({"spectral": graph_filter_scores(walk, 3, 0)}, [], None, walk)
+    blend.weights |= {MEMBERS: 1.0, NEIGHBOR_SMOOTHING: 0.5, "spectral": 0.0}
     joined = blend.joined((users, items))
     N, C, _ = dense(catalog)
     warm = graphs.item_degree > 0

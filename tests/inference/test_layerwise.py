@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from ranks import run_ranks
 from small import GATED, small_catalog, small_config
 from test_gtc import reference, setup
-from worlds import run_ranks
 
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.inference.layerwise import embed_catalog
 from gtc_dist.model.build import build_network, load_features, load_graphs
 
@@ -22,17 +22,17 @@ def catalog(tmp_path_factory):
 @pytest.mark.parametrize("model", [{}, GATED])
 def test_matches_the_dense_reference(catalog, chunk, hops, model):
     config, network, tables = setup(catalog, model={"item_hop": hops, "user_hop": hops, **model})
-    features = load_features(network.shape, catalog, World())
+    features = load_features(network.shape, catalog, Communicator())
     users, items = embed_catalog(network, tables, features, load_graphs(config, catalog), config.model.layers, chunk)
     want_users, want_items = reference(network, tables, catalog, config)
     torch.testing.assert_close(users.weight, want_users.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(items.weight, want_items.detach(), rtol=1e-4, atol=1e-5)
 
 
-def own_rows(world: World, uri: str, config) -> dict:
+def own_rows(comm: Communicator, uri: str, config) -> dict:
     catalog = Catalog(uri)
-    network, tables = build_network(config, catalog, world)
-    features = load_features(network.shape, catalog, world)
+    network, tables = build_network(config, catalog, comm)
+    features = load_features(network.shape, catalog, comm)
     watched: dict[str, float] = {}
     out = embed_catalog(network, tables, features, load_graphs(config, catalog), 2, 9, watched)
     return {"users": out[0].weight, "items": out[1].weight, "watched": watched}
@@ -53,6 +53,6 @@ def test_ranks_compute_their_own_rows(catalog, model):
 
 def test_twice_the_same_bits(catalog):
     config = small_config(catalog.uri)
-    first, second = (own_rows(World(), catalog.uri, config) for _ in range(2))
+    first, second = (own_rows(Communicator(), catalog.uri, config) for _ in range(2))
     assert torch.equal(first["users"], second["users"])
     assert torch.equal(first["items"], second["items"])

@@ -10,9 +10,9 @@ from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.hybrid.cold_start import LIFT, OWN, REGRESSION
-from gtc_dist.inference.new_items import arrival_rows
-from gtc_dist.inference.trained_run import find, restore
+from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, NORM_SCALE, REGRESSION
+from gtc_dist.inference.new_items import embed_new_items
+from gtc_dist.inference.trained_run import find_run, load_run
 
 WALKS = ["model.walk.spectral=3", "model.walk.profile=4"]
 
@@ -58,8 +58,8 @@ def test_new_items_are_exported_after_those_of_the_catalog(run, tmp_path, capsys
     manifest = storage.read_json(str(tmp_path / "e/manifest.json"))
     assert manifest["new_items"] == len(cold)
     assert manifest["files"]["items.faiss"]["rows"] == len(ids)
-    opened = restore(find(uri))
-    want = arrival_rows(opened, opened.embed()[1], {n: x[cold] for n, x in features(catalog).items()})
+    opened = load_run(find_run(uri))
+    want = embed_new_items(opened, opened.embed()[1], {n: x[cold] for n, x in features(catalog).items()})
     np.testing.assert_allclose(rows[catalog.items :], want, rtol=1e-2, atol=1e-3)
 
 
@@ -67,12 +67,12 @@ def test_new_items_are_exported_after_those_of_the_catalog(run, tmp_path, capsys
 def test_a_new_item_has_what_a_cold_item_with_its_content_has(run, form):
     """By regression the very same; by neighbours the mean of the nearest warm ones and its own profile."""
     uri, catalog = run
-    opened = restore(find(uri))
-    opened.final.cold.weights |= {REGRESSION: form, OWN: 2.0, LIFT: 1.21}
+    opened = load_run(find_run(uri))
+    opened.final.cold.weights |= {REGRESSION: form, CONTENT_WEIGHT: 2.0, NORM_SCALE: 1.21}
     items = opened.embed()[1]
     warm = Graphs.load(catalog).item_degree > 0
     cold = np.flatnonzero(~warm)
-    rows = arrival_rows(opened, items, {n: x[cold] for n, x in features(catalog).items()}).numpy()
+    rows = embed_new_items(opened, items, {n: x[cold] for n, x in features(catalog).items()}).numpy()
     in_catalog, all_rows = items.weight[cold].numpy(), items.weight.numpy()
     own = np.zeros(rows.shape[1], bool)
     for columns in opened.final.profiles(items.width).values():
@@ -123,7 +123,7 @@ def test_what_cold_items_get_is_shown_beside_content_alone(run, capsys):
     cold_items.main(["--run", uri, "--threads", "1"])
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
     table = {name: cells for name, *cells in lines}
-    want = restore(find(uri)).evaluate("test", None)["cold"]["recall@20"]
+    want = load_run(find_run(uri)).evaluate("test", None)["cold"]["recall@20"]
     assert table["**as chosen**"][0].startswith(f"{want:.4f} (")
     assert float(table["without cold items in the lists"][2]) <= float(table["cold items' rows 1.77 as long"][2])
 
@@ -148,7 +148,7 @@ def test_the_nearest_items_embeddings_are_shown_beside(run, capsys):
     uri, catalog = run
     cold_items.main(["--run", uri, "--threads", "1"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| nearest |"))
-    restored = restore(find(uri))
+    restored = load_run(find_run(uri))
     users, items = (rows.weight.numpy().copy() for rows in restored.blended())
     hop, warm = restored.graphs.item_item, restored.graphs.item_degree > 0
     for item in np.flatnonzero(~warm):

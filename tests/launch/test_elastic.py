@@ -39,7 +39,9 @@ def test_training_goes_on_with_the_nodes_that_there_are(s3_server, tmp_path):
         finally:
             job.kill()
     # the rest of the epochs would take long; the whole cluster is gone now, and one process ends the run
-    newest = checkpoint_files.read_manifest(f"{run}/checkpoints/{checkpoint_files.names(run, 'step-')[0][-1]}")
+    newest = checkpoint_files.read_manifest(
+        f"{run}/checkpoints/{checkpoint_files.list_checkpoints(run, 'step-')[0][-1]}"
+    )
     last = newest["epoch"] + 1
     assert 1 < last < EPOCHS
     train_without_ray(config, *keys, f"train.epochs={last}")
@@ -54,7 +56,7 @@ def wait_for(run: str, ranks: int, job: subprocess.Popen, log: Path, limit: floa
     while True:
         assert job.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
-        for name in checkpoint_files.names(run, "step-")[0][-1:]:
+        for name in checkpoint_files.list_checkpoints(run, "step-")[0][-1:]:
             try:
                 files = checkpoint_files.read_manifest(f"{run}/checkpoints/{name}")["files"]
             except (ValueError, OSError):

@@ -15,14 +15,14 @@ import psutil
 import pytest
 import yaml
 from local_cluster import LocalCluster
+from ranks import run_ranks
 from small import small_catalog, write_config
 from test_train import train_without_ray
-from worlds import run_ranks
 
 from gtc_dist import train
 from gtc_dist.checkpoint import checkpoint_files
 from gtc_dist.data import storage
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
 
 EPOCHS = 5
@@ -55,8 +55,8 @@ def undisturbed(catalog, tmp_path_factory) -> dict[int, Path]:
     return folders
 
 
-def train_on(world: World, file: str, overrides: list[str]) -> None:
-    train_without_ray(file, *overrides, world=world)
+def train_on(comm: Communicator, file: str, overrides: list[str]) -> None:
+    train_without_ray(file, *overrides, comm=comm)
 
 
 def wait_for_states(run: Path | str, count: int, limit: float = 120) -> None:
@@ -65,7 +65,7 @@ def wait_for_states(run: Path | str, count: int, limit: float = 120) -> None:
     deadline = time.monotonic() + limit
     while len(seen) < count:
         assert time.monotonic() < deadline, f"{run} has {sorted(seen)}"
-        seen |= set(checkpoint_files.names(str(run), "step-")[0])
+        seen |= set(checkpoint_files.list_checkpoints(str(run), "step-")[0])
         time.sleep(0.02)
 
 
@@ -98,7 +98,10 @@ def test_a_rank_that_is_lost_is_replaced_and_the_result_is_the_same(ray_local, u
         thread.join()
     assert [victim.is_running() for victim in lost] == [False] * len(numbers)
     assert result(run) == result(undisturbed[2] / "runs/r")
-    assert (checkpoint_files.names(str(run), "step-")[1], checkpoint_files.names(str(run), "epoch-")[1]) == ([], [])
+    assert (
+        checkpoint_files.list_checkpoints(str(run), "step-")[1],
+        checkpoint_files.list_checkpoints(str(run), "epoch-")[1],
+    ) == ([], [])
 
 
 ENDED = [(2, signal.SIGKILL, -signal.SIGKILL), (3, signal.SIGTERM, train.LEFT)]
@@ -128,7 +131,9 @@ def test_a_command_that_is_ended_goes_on_when_it_is_given_again(
     assert f"going on with {run}" in capfd.readouterr().err
     assert result(run) == result(undisturbed[1] / "runs/r")
     assert not (run / "stop").exists()
-    assert checkpoint_files.names(str(run), "step-")[1] == []  # nor what was being written when it was killed
+    assert (
+        checkpoint_files.list_checkpoints(str(run), "step-")[1] == []
+    )  # nor what was being written when it was killed
 
 
 @pytest.mark.long
@@ -146,7 +151,10 @@ def test_a_job_that_is_stopped_and_submitted_again_ends_as_if_it_was_not(undistu
         assert again.returncode == 0, again.stdout[-3000:]
         assert "going on with" in again.stdout
     assert result(run) == result(undisturbed[1] / "runs/r")
-    assert (checkpoint_files.names(str(run), "step-")[1], checkpoint_files.names(str(run), "epoch-")[1]) == ([], [])
+    assert (
+        checkpoint_files.list_checkpoints(str(run), "step-")[1],
+        checkpoint_files.list_checkpoints(str(run), "epoch-")[1],
+    ) == ([], [])
 
 
 def test_given_again_a_finished_run_says_so_and_another_configuration_is_refused(undisturbed, catalog, capsys):

@@ -143,7 +143,7 @@ def test_a_training_goes_through_an_outage(server, folder, tmp_path):
     Outage(server).over()
     assert process.wait(240) == 0, (tmp_path / "log").read_text()
     assert result(f"{runs['disturbed']}/r") == result(f"{runs['whole']}/r")
-    assert checkpoint_files.names(f"{runs['disturbed']}/r", "step-")[1] == []
+    assert checkpoint_files.list_checkpoints(f"{runs['disturbed']}/r", "step-")[1] == []
     export = [sys.executable, "tools/export_embeddings.py", "--run", f"{runs['whole']}/r", "--out", f"{folder}/e"]
     process = subprocess.Popen(export, stdout=subprocess.DEVNULL)
     time.sleep(4)

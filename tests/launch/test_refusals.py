@@ -76,7 +76,9 @@ def test_a_user_with_every_item_is_refused_by_id(tmp_path):
     writer.files.update(catalog.manifest.files)
     everything = (np.r_[users, [3] * 6], np.r_[items, np.arange(6)])
     everything = np.unique(np.stack(everything), axis=1)
-    for name, graph in zip(("item_user", "user_item"), user_item_graph.user_item(*everything, 5, 6), strict=True):
+    for name, graph in zip(
+        ("item_user", "user_item"), user_item_graph.build_user_item_graph(*everything, 5, 6), strict=True
+    ):
         writer.graph(name, graph)
     fields = catalog.manifest.model_dump(exclude={"files", "schema_version"})
     writer.finish(**fields)

@@ -12,7 +12,7 @@ import pytest
 from gtc_dist.data import storage
 from gtc_dist.errors import InputError, Unreachable
 from gtc_dist.launch import run_lock
-from gtc_dist.launch.run_lock import held
+from gtc_dist.launch.run_lock import hold_run_lock
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -34,24 +34,24 @@ def elsewhere(run: str, renewed: int = 0) -> None:
 
 
 def test_a_second_command_is_refused_and_nothing_is_left(run, quick):
-    with held(run):
+    with hold_run_lock(run):
         with pytest.raises(InputError, match=rf"is being trained by process {os.getpid()} on .*choose another"):
-            with held(run):
+            with hold_run_lock(run):
                 pass
         time.sleep(0.5)
         assert storage.read_json(f"{run}/lease.json")["renewed"] >= 1
     assert storage.listing(run) == {}
-    with held(run):
+    with hold_run_lock(run):
         storage.write_bytes(f"{run}/config.yaml", b"x")
     assert set(storage.listing(run)) == {"config.yaml"}
 
 
 def test_folders_that_nothing_came_into_are_not_left(tmp_path):
     (tmp_path / "there").mkdir()
-    with held(str(tmp_path / "there/runs/deep/run")):
+    with hold_run_lock(str(tmp_path / "there/runs/deep/run")):
         assert (tmp_path / "there/runs/deep/run/lease.json").exists()
     assert list((tmp_path / "there").iterdir()) == []
-    with held(str(tmp_path / "there/runs/deep/run")):
+    with hold_run_lock(str(tmp_path / "there/runs/deep/run")):
         (tmp_path / "there/runs/other").mkdir()
         (tmp_path / "there/runs/other/config.yaml").write_bytes(b"x")
     assert (tmp_path / "there/runs/other/config.yaml").exists()
@@ -66,25 +66,25 @@ def test_the_lease_of_a_dead_process_is_taken_over_at_once(tmp_path):
         time.sleep(0.02)
     while psutil.Process(killed.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.02)
-    with held(str(tmp_path)):  # not waited for yet: a zombie
+    with hold_run_lock(str(tmp_path)):  # not waited for yet: a zombie
         pass
     killed.wait()
     found = {"id": "x", "host": run_lock.socket.gethostname(), "pid": os.getpid(), "began": 1.0}
     storage.write_json(f"{tmp_path}/lease.json", found)
-    with held(str(tmp_path)):
+    with hold_run_lock(str(tmp_path)):
         assert storage.read_json(f"{tmp_path}/lease.json")["id"] != "x"
 
 
 def test_a_lease_of_another_machine_is_watched(run, quick, capsys):
     elsewhere(run)
-    with held(run):  # nobody renews it
+    with hold_run_lock(run):  # nobody renews it
         pass
     assert "was being trained by process 1 on elsewhere; waiting 2 s" in capsys.readouterr().err
     elsewhere(run)
     renewal = threading.Timer(0.5, elsewhere, (run, 1))
     renewal.start()
     with pytest.raises(InputError, match="is being trained by process 1 on elsewhere"):
-        with held(run):
+        with hold_run_lock(run):
             pass
     renewal.join()
     assert storage.read_json(f"{run}/lease.json")["renewed"] == 1
@@ -97,7 +97,7 @@ def test_who_lost_its_lease_ends_and_leaves_the_other_s(run, quick, monkeypatch,
     monkeypatch.setattr(run_lock, "_end", lost.set)
     monkeypatch.setattr(run_lock, "SETTLE_SECONDS", 0.5)
     monkeypatch.setattr(run_lock, "RENEW_SECONDS", 0.1 if settled else 60)
-    with held(run):
+    with hold_run_lock(run):
         if settled:
             while not storage.read_json(f"{run}/lease.json")["renewed"]:
                 time.sleep(0.02)
@@ -119,7 +119,7 @@ def test_renewals_go_on_after_the_store_was_away(tmp_path, quick, monkeypatch, p
         return write(*args)
 
     monkeypatch.setattr(storage, "write_json", away)
-    with held(str(tmp_path)):
+    with hold_run_lock(str(tmp_path)):
         deadline = time.monotonic() + 20
         while storage.read_json(f"{tmp_path}/lease.json")["renewed"] < 5:
             assert time.monotonic() < deadline
@@ -129,5 +129,5 @@ def test_renewals_go_on_after_the_store_was_away(tmp_path, quick, monkeypatch, p
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"id": 1}', b"\xff"])
 def test_a_lease_that_cannot_be_read_is_none(tmp_path, content):
     storage.write_bytes(f"{tmp_path}/lease.json", content)
-    with held(str(tmp_path)):
+    with hold_run_lock(str(tmp_path)):
         assert storage.read_json(f"{tmp_path}/lease.json")["pid"] == os.getpid()

@@ -16,9 +16,9 @@ from gtc_dist.config import Config
 from gtc_dist.config_file import load_config
 from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
-from gtc_dist.inference.trained_run import find, restore
+from gtc_dist.inference.trained_run import find_run, load_run
 from gtc_dist.model.build import build_network
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -36,12 +36,12 @@ def run(tmp_path_factory) -> str:
     return train_without_ray(write_config(folder, catalog.uri, str(folder / "runs")))
 
 
-def train_without_ray(file: str, *overrides: str, world: World | None = None) -> str:
+def train_without_ray(file: str, *overrides: str, comm: Communicator | None = None) -> str:
     """Train a configuration in this process, or on the ranks of a world, and return the run folder."""
     config = train.with_absolute_uris(load_config(file, list(overrides)))
     run = storage.join(config.run.storage, config.run.name)
     storage.write_bytes(f"{run}/config.yaml", yaml.safe_dump(config.model_dump()).encode())
-    trainer_of(world or World(), config, run).fit()
+    trainer_of(comm or Communicator(), config, run).fit()
     return run
 
 
@@ -108,18 +108,18 @@ def untrained_run(folder: str, config: Config, catalog: Catalog) -> str:
     """A run folder whose checkpoint holds the initial weights."""
     config = config.model_copy(update={"data": config.data.model_copy(update={"catalog": catalog.uri})})
     storage.write_bytes(f"{folder}/config.yaml", yaml.safe_dump(config.model_dump()).encode())
-    network, tables = build_network(config, catalog, World())
+    network, tables = build_network(config, catalog, Communicator())
     head = {"epoch": 0, "catalog": catalog.manifest.fingerprint}
-    weights = checkpoint_files.weights_of(list(tables.all()))
+    weights = checkpoint_files.weight_shards(list(tables.all()))
     uri = f"{folder}/checkpoints/epoch-00000"
-    checkpoint_files.save(uri, head, {"network": network.state_dict()}, weights, World())
+    checkpoint_files.save(uri, head, {"network": network.state_dict()}, weights, Communicator())
     return folder
 
 
 def test_evaluate_against_another_run(run, tmp_path, capsys):
     """With itself: no difference. With one that was hardly trained: a difference that is that of the means."""
-    catalog = Catalog(find(run).config.data.catalog)
-    folder = untrained_run(str(tmp_path / "other"), find(run).config, catalog)
+    catalog = Catalog(find_run(run).config.data.catalog)
+    folder = untrained_run(str(tmp_path / "other"), find_run(run).config, catalog)
     for than, same in ((run, True), (folder, False)):
         capsys.readouterr()
         evaluate.main(["--run", run, "--against", than])
@@ -154,7 +154,7 @@ def test_exported_embeddings_rank_as_evaluate_does(run, tmp_path):
     export_embeddings.main(["--run", run, "--out", out])
     users, user_vectors = read_export(out, "users")
     items, item_vectors = read_export(out, "items")
-    catalog = restore(find(run)).catalog
+    catalog = load_run(find_run(run)).catalog
     assert users == catalog.ids("users").to_pylist()
     assert items == catalog.ids("items").to_pylist()
     train_pairs, test_pairs = catalog.interactions("train"), catalog.interactions("test")
@@ -192,11 +192,11 @@ def test_recommend_shows_original_ids(run, tmp_path, capsys):
     capsys.readouterr()
     recommend.main(["--embeddings", str(tmp_path / "e"), "--user", "u003", "--top", "4"])
     lines = capsys.readouterr().out.split()
-    ids = set(restore(find(run)).catalog.ids("items").to_pylist())
+    ids = set(load_run(find_run(run)).catalog.ids("items").to_pylist())
     assert len(lines) == 8
     assert all(int(item) in ids for item in lines[1::2])
     with pytest.raises(InputError, match="holds no export"):
-        recommend.main(["--embeddings", restore(find(run)).catalog.uri, "--user", "u003"])
+        recommend.main(["--embeddings", load_run(find_run(run)).catalog.uri, "--user", "u003"])
     with pytest.raises(InputError, match="no user 'nobody'"):
         recommend.main(["--embeddings", str(tmp_path / "e"), "--user", "nobody"])
 
@@ -242,8 +242,8 @@ def test_what_two_ranks_scored_one_process_scores(run_of_two):
         "user.weight.000000000000-000000000060.npy",
         "user.weight.000000000060-000000000120.npy",
     }
-    found = find(run)
-    alone = restore(found).evaluate("test", found.config.eval.users)
+    found = find_run(run)
+    alone = load_run(found).evaluate("test", found.config.eval.users)
     assert alone["users"] == metrics["test"]["users"]
     assert alone["overall"] == pytest.approx(metrics["test"]["overall"], abs=1e-6)
     assert not [n for n in storage.listing(run) if n.startswith("ray-")]
@@ -279,7 +279,7 @@ def test_two_workers_export_as_one_process(run_of_two, tmp_path):
 
 def test_evaluate_refuses_a_run_on_another_catalog(run, tmp_path):
     catalog = small_catalog(tmp_path / "c", seed=5)
-    folder = untrained_run(str(tmp_path / "other"), find(run).config, catalog)
+    folder = untrained_run(str(tmp_path / "other"), find_run(run).config, catalog)
     with pytest.raises(InputError, match="another catalog"):
         evaluate.main(["--run", run, "--against", folder])
 

@@ -3,10 +3,10 @@
 import threading
 import time
 
-from worlds import run_ranks
+from ranks import run_ranks
 
-from gtc_dist.distributed.collectives import World
-from gtc_dist.launch.watchdog import Stalls
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.launch.watchdog import Watchdog
 
 LIMIT = 10.0
 
@@ -16,7 +16,7 @@ class Ranks:
 
     def __init__(self):
         self.now = 0.0
-        self.stalls = Stalls(LIMIT, lambda: self.now)
+        self.stalls = Watchdog(LIMIT, lambda: self.now)
 
     def tell(self, second: float, **pulses: tuple[int, bool]) -> list[str]:
         """What each of the named ranks hears."""
@@ -70,29 +70,29 @@ def test_computing_without_an_end_is_no_waiting():
         assert ranks.tell(second, r0=(5, False), r1=(5, False), r2=(5, False)) == ["", "", ""]
 
 
-def wait_for_a_late_rank(world: World) -> list:
+def wait_for_a_late_rank(comm: Communicator) -> list:
     """What rank 0's process groups show while it waits for rank 1 in the second of them, and afterwards."""
-    other, seen = world.split(), []
+    other, seen = comm.new_group(), []
 
     def look() -> None:
         deadline = time.monotonic() + 60
         while not other.pulse.inside and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.2)
-        seen.extend([pulse.begun, pulse.inside] for pulse in world.pulses)
+        seen.extend([pulse.begun, pulse.inside] for pulse in comm.pulses)
 
-    world.barrier()
-    if world.rank == 0:
+    comm.barrier()
+    if comm.rank == 0:
         thread = threading.Thread(target=look)
         thread.start()
-        other.counts(1)
+        other.all_gather_int(1)
         thread.join()
     else:
         time.sleep(2)
-        other.counts(1)
-    with world.meeting():
-        world.barrier()
-    return [*seen, *([pulse.begun, pulse.inside] for pulse in world.pulses)]
+        other.all_gather_int(1)
+    with comm.tracked():
+        comm.barrier()
+    return [*seen, *([pulse.begun, pulse.inside] for pulse in comm.pulses)]
 
 
 def test_a_world_shows_where_it_waits():

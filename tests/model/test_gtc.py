@@ -8,7 +8,7 @@ from small import small_catalog, small_config
 from steps import global_draws, loader_of, set_away_from_start
 
 from gtc_dist.data.catalog import CSC, Catalog
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
 from gtc_dist.graph import csc
 from gtc_dist.graph.csc import Graphs
@@ -144,7 +144,7 @@ def setup(catalog, **sections):
     sections.setdefault("train", {})
     sections["train"] = {"exclude_seed_edges": False, **sections["train"]}
     config = small_config(catalog.uri, **sections)
-    network, tables = build_network(config, catalog, World())
+    network, tables = build_network(config, catalog, Communicator())
     set_away_from_start(network)
     tables.user.weight += 0.3 * torch.randn(tables.user.weight.shape, generator=torch.Generator().manual_seed(1))
     return config, network, tables
@@ -155,7 +155,7 @@ def test_embeddings_match_the_dense_reference(catalogs, name):
     catalog = catalogs[2]
     config, network, tables = setup(catalog, model=VARIANTS[name])
     users, items = reference(network, tables, catalog, config)
-    batch = loader_of(config, catalog, World(), network).assemble(global_draws(config, catalog))
+    batch = loader_of(config, catalog, Communicator(), network).assemble(global_draws(config, catalog))
     out = network.embed(batch, tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route))
     torch.testing.assert_close(network.joined(out["users"]), users[batch.user_ids], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(network.joined(out["items"]), items[batch.item_ids], rtol=1e-4, atol=1e-5)
@@ -166,7 +166,7 @@ def test_any_number_of_modalities(catalogs, modalities):
     catalog = catalogs[modalities]
     config, network, tables = setup(catalog)
     users, items = reference(network, tables, catalog, config)
-    batch = loader_of(config, catalog, World(), network).assemble(global_draws(config, catalog))
+    batch = loader_of(config, catalog, Communicator(), network).assemble(global_draws(config, catalog))
     out = network.embed(batch, tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route))
     assert modalities + 1 == network.S
     torch.testing.assert_close(out["items"], items[batch.item_ids], rtol=1e-4, atol=1e-5)
@@ -192,7 +192,7 @@ def test_a_chosen_modality_alone(catalogs):
 def test_ranking_and_l2_losses_by_loops(catalogs, negatives, loss):
     options = {"negatives": negatives, "loss": loss, "temperature": 0.5, "user_discount": 0.5}
     config, network, tables = setup(catalogs[2], train=options)
-    batch = loader_of(config, catalogs[2], World(), network).assemble(global_draws(config, catalogs[2]))
+    batch = loader_of(config, catalogs[2], Communicator(), network).assemble(global_draws(config, catalogs[2]))
     user_rows, item_rows = tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route)
     e = network.embed(batch, user_rows, item_rows)
     _, parts = network(batch, user_rows, item_rows)
@@ -225,7 +225,7 @@ def test_the_denoisers_are_trained_and_the_diffusion_loss_leaves_the_content_alo
     config, network, tables = setup(catalogs[2], train={"w_diff": 1.0})
     names = dict(network.named_parameters())
     assert any(name.startswith("members.0.filters.0.denoiser") for name in names)
-    batch = loader_of(config, catalogs[2], World(), network).assemble(global_draws(config, catalogs[2]))
+    batch = loader_of(config, catalogs[2], Communicator(), network).assemble(global_draws(config, catalogs[2]))
     user_rows, item_rows = tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route)
     e = network.embed(batch, user_rows, item_rows)
     loss = network._diffusion(e, batch).sum()
@@ -238,7 +238,7 @@ def test_the_denoisers_are_trained_and_the_diffusion_loss_leaves_the_content_alo
 def test_the_weights_of_the_loss_parts(catalogs):
     weights = {"w_tc": 0.3, "w_diff": 0.2, "w_reg": 0.1}
     config, network, tables = setup(catalogs[2], train=weights)
-    batch = loader_of(config, catalogs[2], World(), network).assemble(global_draws(config, catalogs[2]))
+    batch = loader_of(config, catalogs[2], Communicator(), network).assemble(global_draws(config, catalogs[2]))
     loss, parts = network(batch, tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route))
     want = parts["bpr"] + 0.3 * parts["tc"] + 0.2 * parts["diffusion"] + 0.1 * parts["l2"]
     assert float(loss.detach()) == pytest.approx(float(want), rel=1e-5)
@@ -268,7 +268,7 @@ def test_the_temperature_of_the_total_correlation_comes_back_from_its_bound(cata
     network.keep_bounds()
     assert network.members[0].log_scale == before - 0.1
     config = small_config(catalogs[2].uri, model={"correlation": {"temperature": 0.005}})
-    assert build_network(config, catalogs[2], World())[0].correlation_temperature == pytest.approx(np.exp(-4.6))
+    assert build_network(config, catalogs[2], Communicator())[0].correlation_temperature == pytest.approx(np.exp(-4.6))
 
 
 def test_more_interactions_than_32_bits_index_are_refused(catalogs, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.model.total_correlation import multilinear_product, total_correlation
 
 
@@ -41,7 +41,7 @@ def test_matches_the_definition(streams):
     x = F.normalize(torch.randn(9, streams, 4), dim=2)
     items = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0, 1])
     scale = torch.tensor(3.0)
-    got = total_correlation(x, items, scale, torch.Generator().manual_seed(7), World(), [9])
+    got = total_correlation(x, items, scale, torch.Generator().manual_seed(7), Communicator(), [9])
     assert float(got) == pytest.approx(by_loops(x, items, scale, 7), rel=1e-5)
 
 
@@ -49,7 +49,7 @@ def test_gradients_are_finite_where_duplicates_are_masked():
     x = F.normalize(torch.randn(6, 2, 4), dim=2).requires_grad_()
     scale = torch.tensor(5.0, requires_grad=True)
     items = torch.zeros(6, dtype=torch.int64)  # all the same item: every negative is masked
-    loss = total_correlation(x, items, scale, torch.Generator().manual_seed(0), World(), [6])
+    loss = total_correlation(x, items, scale, torch.Generator().manual_seed(0), Communicator(), [6])
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0, abs=1e-5)
     assert torch.isfinite(x.grad).all()
@@ -64,7 +64,7 @@ def test_dependent_streams_have_a_larger_bound_than_independent_ones():
     items, scale = torch.arange(256), torch.tensor(10.0)
 
     def bound(x):
-        loss = total_correlation(x, items, scale, torch.Generator().manual_seed(0), World(), [256]) / 256
+        loss = total_correlation(x, items, scale, torch.Generator().manual_seed(0), Communicator(), [256]) / 256
         return math.log(256) - float(loss)
 
     assert bound(dependent) > bound(independent) + 0.5
@@ -78,6 +78,6 @@ def test_two_streams_are_the_plain_cosine():
 
 def test_no_rows_at_all():
     x = torch.zeros(0, 3, 4, requires_grad=True)
-    loss = total_correlation(x, torch.zeros(0), torch.tensor(1.0), torch.Generator(), World(), [0])
+    loss = total_correlation(x, torch.zeros(0), torch.tensor(1.0), torch.Generator(), Communicator(), [0])
     loss.backward()
     assert float(loss.detach()) == 0

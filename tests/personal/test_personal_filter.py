@@ -10,20 +10,20 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run_ranks
 from small import GATED, small_catalog, small_config
 from steps import global_draws, loader_of, set_away_from_start, share
 from test_gtc import dense, reference, setup
 from test_trainer import fit
-from worlds import run_ranks
 
 from gtc_dist import evaluate
 from gtc_dist.data import formats, storage
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
-from gtc_dist.inference.trained_run import Run, find, restore
+from gtc_dist.inference.trained_run import TrainedRun, find_run, load_run
 from gtc_dist.model.build import build_network, load_features, load_graphs
 from gtc_dist.personal import personal_filter as personal_scores
-from gtc_dist.personal.personal_filter import Personal, reordered, rerank
+from gtc_dist.personal.personal_filter import PersonalFilter, reordered, rerank
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
@@ -38,18 +38,18 @@ def catalog(tmp_path_factory):
     return small_catalog(tmp_path_factory.mktemp("c") / "c")
 
 
-def run_of(world: World, catalog, config) -> Run:
+def run_of(comm: Communicator, catalog, config) -> TrainedRun:
     """A run as it is before training, but with random dense weights."""
-    network, tables = build_network(config, catalog, world)
+    network, tables = build_network(config, catalog, comm)
     set_away_from_start(network)
-    features, graphs = load_features(network.shape, catalog, world), load_graphs(config, catalog)
-    return Run("untrained", "none", 0, config, catalog, graphs, network, tables, features, None)
+    features, graphs = load_features(network.shape, catalog, comm), load_graphs(config, catalog)
+    return TrainedRun("untrained", "none", 0, config, catalog, graphs, network, tables, features, None)
 
 
-def scores_of(world: World, catalog, config, items: np.ndarray) -> torch.Tensor:
-    run = run_of(world, catalog, config)
+def scores_of(comm: Communicator, catalog, config, items: np.ndarray) -> torch.Tensor:
+    run = run_of(comm, catalog, config)
     own = np.arange(run.tables.user.start, run.tables.user.stop)
-    return torch.from_numpy(Personal(run).scores(own, items[own]))
+    return torch.from_numpy(PersonalFilter(run).scores(own, items[own]))
 
 
 def some_items(catalog) -> np.ndarray:
@@ -86,16 +86,16 @@ def test_scores_by_a_loop_over_pairs(catalog, model):
                     x = ids * torch.sigmoid(x) if gated else x
                     cosines.append(F.normalize(x, dim=0) @ F.normalize(user, dim=0))
                 want[u, n] += member.personal_scale.detach() * sum(cosines).detach() / len(cosines) / M
-    run = Run("r", "none", 0, config, catalog, load_graphs(config, catalog), network, tables, {}, None)
-    run.features = load_features(shape, catalog, World())
-    got = Personal(run).scores(np.arange(catalog.users), items)
+    run = TrainedRun("r", "none", 0, config, catalog, load_graphs(config, catalog), network, tables, {}, None)
+    run.features = load_features(shape, catalog, Communicator())
+    got = PersonalFilter(run).scores(np.arange(catalog.users), items)
     np.testing.assert_allclose(got, want.detach().numpy(), rtol=1e-3, atol=1e-4)
 
 
 def test_scores_are_alike_on_two_ranks(catalog):
     config = small_config(catalog.uri, model=USER)
     items = some_items(catalog)
-    alone = scores_of(World(), catalog, config, items)
+    alone = scores_of(Communicator(), catalog, config, items)
     together = torch.cat(run_ranks(scores_of, 2, catalog, config, items))
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
@@ -103,13 +103,13 @@ def test_scores_are_alike_on_two_ranks(catalog):
 def test_ranks_without_users_take_part(catalog, monkeypatch):
     """A block at a time, of which one rank has more than another; and one without a user."""
     monkeypatch.setattr(personal_scores, "PAIRS", 20)
-    run = run_of(World(), catalog, small_config(catalog.uri, model=USER))
+    run = run_of(Communicator(), catalog, small_config(catalog.uri, model=USER))
     items = some_items(catalog)
-    whole = Personal(run).scores(np.arange(catalog.users), items)
-    own = Personal(run)
+    whole = PersonalFilter(run).scores(np.arange(catalog.users), items)
+    own = PersonalFilter(run)
     with torch.no_grad():
         assert own._block(np.arange(0), items[:0]).shape == (0, items.shape[1])
-    own.users.world.max = lambda value: value + 2  # blocks of a rank that has more
+    own.users.comm.max = lambda value: value + 2  # blocks of a rank that has more
     np.testing.assert_array_equal(own.scores(np.arange(catalog.users), items), whole)
 
 
@@ -119,7 +119,7 @@ def test_a_rank_without_pairs_has_no_personal_loss(catalog, negatives):
     empty = share(global_draws(config, catalog), 1, [24, 0])
     if negatives["mode"] == "in_batch":
         empty = replace(empty, negatives=empty.negatives[:0])
-    batch = loader_of(config, catalog, World(), network).assemble(empty, np.empty((0, 2), np.int64))
+    batch = loader_of(config, catalog, Communicator(), network).assemble(empty, np.empty((0, 2), np.int64))
     rows = tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route)
     assert network._personal(network.embed(batch, *rows), batch).shape == (0,)
 
@@ -127,7 +127,7 @@ def test_a_rank_without_pairs_has_no_personal_loss(catalog, negatives):
 @pytest.mark.parametrize("negatives", [{"mode": "uniform", "count": 2}, {"mode": "shared", "count": 7}])
 def test_the_personal_loss_trains_the_filters_alone(catalog, negatives):
     config, network, tables = setup(catalog, model=USER, train={"negatives": negatives})
-    batch = loader_of(config, catalog, World(), network).assemble(global_draws(config, catalog))
+    batch = loader_of(config, catalog, Communicator(), network).assemble(global_draws(config, catalog))
     rows = tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route)
     e = network.embed(batch, *rows)
     names = dict(network.named_parameters())
@@ -160,7 +160,7 @@ def test_rerank_of_a_trained_run_on_one_and_two_ranks(catalog, tmp_path, capsys)
     config = small_config(catalog.uri, str(tmp_path), model={**USER, **GATED}, train={"epochs": 3})
     run = storage.join(str(tmp_path), "small")
     storage.write_bytes(storage.join(run, "config.yaml"), config.model_dump_json().encode())
-    fit(World(), catalog.uri, run, config)
+    fit(Communicator(), catalog.uri, run, config)
     capsys.readouterr()
     evaluate.main(["--run", run, "--rerank", "20"])
     shown = json.loads(capsys.readouterr().out)
@@ -168,7 +168,7 @@ def test_rerank_of_a_trained_run_on_one_and_two_ranks(catalog, tmp_path, capsys)
     assert shown["rerank"]["depth"] == 20
     # what is among the first 20 stays there
     assert shown["rerank"]["after"]["recall@20"] == pytest.approx(shown["overall"]["recall@20"])
-    on_valid = rerank(restore(find(run)), "valid", 20, None)
+    on_valid = rerank(load_run(find_run(run)), "valid", 20, None)
     metric = {name: (on_valid[name]["recall@20"] * on_valid[name]["ndcg@5"]) for name in ("before", "after")}
     assert metric["after"] >= metric["before"]
     two = run_ranks(reranked, 2, run)
@@ -176,21 +176,21 @@ def test_rerank_of_a_trained_run_on_one_and_two_ranks(catalog, tmp_path, capsys)
     assert two[0]["before"] == pytest.approx(shown["rerank"]["before"], abs=1e-6)
 
 
-def reranked(world: World, run: str) -> dict:
-    return rerank(restore(find(run), world), "test", 20, None)
+def reranked(comm: Communicator, run: str) -> dict:
+    return rerank(load_run(find_run(run), comm), "test", 20, None)
 
 
 def test_a_run_without_a_filter_for_users_says_so(catalog):
-    run = run_of(World(), catalog, small_config(catalog.uri))
+    run = run_of(Communicator(), catalog, small_config(catalog.uri))
     with pytest.raises(InputError, match=r"condition=user"):
-        Personal(run)
+        PersonalFilter(run)
 
 
 def test_candidates_are_rescored_under_their_original_ids(catalog, tmp_path):
     config = small_config(catalog.uri, str(tmp_path), model={**USER, **GATED})
     run = storage.join(str(tmp_path), "small")
     storage.write_bytes(storage.join(run, "config.yaml"), config.model_dump_json().encode())
-    fit(World(), catalog.uri, run, config)
+    fit(Communicator(), catalog.uri, run, config)
     users, items = catalog.ids("users"), catalog.ids("items")
     who, what = np.array([7, 3, 7, 0]), np.array([1, 39, 0, 5])
     pairs = pa.table({"item": items.take(pa.array(what)), "note": list("abcd"), "user": users.take(pa.array(who))})
@@ -199,11 +199,11 @@ def test_candidates_are_rescored_under_their_original_ids(catalog, tmp_path):
     rescore.main(command)
     scored = formats.read_table(f"{tmp_path}/scored.parquet")
     assert scored.select(pairs.column_names).equals(pairs)
-    loaded = restore(find(run))
+    loaded = load_run(find_run(run))
     of_users, of_items = (table.weight for table in loaded.embed())
     want = (of_users[who] * of_items[what]).sum(1)
     assert scored["dot"].to_pylist() == pytest.approx(want.tolist(), rel=1e-5)
-    one_by_one = [float(Personal(loaded).scores(who[n : n + 1], what[None, n : n + 1])[0, 0]) for n in range(4)]
+    one_by_one = [float(PersonalFilter(loaded).scores(who[n : n + 1], what[None, n : n + 1])[0, 0]) for n in range(4)]
     assert scored["personal"].to_pylist() == pytest.approx(one_by_one, rel=1e-4)
     with pytest.raises(InputError, match=r"scored.parquet exists"):
         rescore.main(command)
@@ -224,7 +224,7 @@ def test_candidates_are_rescored_under_their_original_ids(catalog, tmp_path):
     ],
 )
 def test_candidates_that_cannot_be_scored(catalog, columns, message):
-    run = run_of(World(), catalog, small_config(catalog.uri, model=USER))
+    run = run_of(Communicator(), catalog, small_config(catalog.uri, model=USER))
     columns = {name: pa.array(values, None if name == "item" else pa.string()) for name, values in columns.items()}
     with pytest.raises(InputError, match=message):
         rescore.pair_indexes(run, pa.table(columns), "pairs.parquet")

@@ -19,7 +19,9 @@ def rows_of(path: Path) -> list[dict] | None:
     """The rows of one file without Ray, or None if it is refused by its name."""
     found = None
     try:
-        found = [row for table in parse.read(parse.inspect(str(path), ROLES)) for row in table.to_pylist()]
+        found = [
+            row for table in parse.read_table_file(parse.inspect_tables(str(path), ROLES)) for row in table.to_pylist()
+        ]
     except InputError as error:
         said = str(error)
     assert found is not None or str(path) in said

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from gtc_dist import progress
-from gtc_dist.config import Config, Prepare
+from gtc_dist.config import Config, PrepareConfig
 from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import BUILDING, GRAPHS, MANIFEST, SPLITS, Catalog
 from gtc_dist.errors import InputError
 from gtc_dist.prepare import build_catalog
-from gtc_dist.prepare.features import Transform
+from gtc_dist.prepare.features import FeatureTransform
 
 ROOT = Path(__file__).resolve().parents[2]
 TIKTOK = ROOT.parent / "shared" / "data" / "tiktok"
@@ -86,7 +86,7 @@ def test_catalog_holds_what_the_raw_tables_say(ray_local, tmp_path, raw):
     assert manifest.cold_items == manifest.items - len(trained)
 
     visual = np.load(f"{raw}/visual.npy")[items.to_numpy()]
-    assert np.array_equal(Transform.load(catalog.uri, "visual").apply(visual), catalog.features("visual"))
+    assert np.array_equal(FeatureTransform.load(catalog.uri, "visual").apply(visual), catalog.features("visual"))
     assert (manifest.modalities["visual"].dim, manifest.modalities["visual"].raw_dim) == (4, 8)
     assert 0 < manifest.modalities["visual"].explained_variance < 1
     text = pq.read_table(f"{raw}/textual.parquet")
@@ -130,7 +130,7 @@ def test_memory_and_scratch_do_not_change_the_catalog(ray_local, tmp_path, raw, 
     large, _ = build_catalog.prepare(config(raw, tmp_path / "large", **data))
     tight = config(raw, tmp_path / "small", **data)
     (tmp_path / "scratch").mkdir()
-    tight = tight.model_copy(update={"prepare": Prepare(memory_gib=1e-6, scratch=str(tmp_path / "scratch"))})
+    tight = tight.model_copy(update={"prepare": PrepareConfig(memory_gib=1e-6, scratch=str(tmp_path / "scratch"))})
     small, _ = build_catalog.prepare(tight)
     assert small == large
     assert not list((tmp_path / "scratch").iterdir())
@@ -139,11 +139,11 @@ def test_memory_and_scratch_do_not_change_the_catalog(ray_local, tmp_path, raw, 
 def test_intermediate_data_goes_also_after_an_error(ray_local, tmp_path, raw):
     (tmp_path / "scratch").mkdir()
     broken = config(raw, tmp_path / "catalog", interactions={"k_core": 50})
-    broken = broken.model_copy(update={"prepare": Prepare(scratch=str(tmp_path / "scratch"))})
+    broken = broken.model_copy(update={"prepare": PrepareConfig(scratch=str(tmp_path / "scratch"))})
     with pytest.raises(InputError, match="k_core=50 leaves no interaction"):
         build_catalog.prepare(broken)
     assert not list((tmp_path / "scratch").iterdir())
-    gone = broken.model_copy(update={"prepare": Prepare(scratch=str(tmp_path / "gone"))})
+    gone = broken.model_copy(update={"prepare": PrepareConfig(scratch=str(tmp_path / "gone"))})
     with pytest.raises(InputError, match=r"prepare\.scratch .*gone is no folder"):
         build_catalog.prepare(gone)
 

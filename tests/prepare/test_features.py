@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gtc_dist.config import Modality
+from gtc_dist.config import ModalityConfig
 from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import CatalogWriter
 from gtc_dist.data.scratch import Scratch
 from gtc_dist.errors import InputError
 from gtc_dist.prepare import feature_files, features
-from gtc_dist.prepare.features import Gathered, Transform
+from gtc_dist.prepare.features import FeatureTransform, Gathered
 
 ROWS, WIDTH = 40, 6
 
@@ -35,14 +35,14 @@ def scratch():
 
 
 def inspect(folder: Path | str, path: str = "v.npy", **settings) -> feature_files.Source:
-    return feature_files.inspect("visual", Modality(path=path, **settings), str(folder))
+    return feature_files.inspect_features("visual", ModalityConfig(path=path, **settings), str(folder))
 
 
 def read_rows(source: feature_files.Source) -> np.ndarray:
     """All rows of a source, chunk by chunk, without Ray; NaN where there is no vector."""
     out = np.full((source.rows, source.width), np.nan)
     for chunk in source.chunks:
-        for table in feature_files.read(chunk):
+        for table in feature_files.read_feature_chunk(chunk):
             assert table.column_names == ["row", "vector"], table
             out[table["row"].to_numpy()] = np.stack(table["vector"].to_numpy(zero_copy_only=False))
     return out
@@ -58,7 +58,7 @@ def write_parquet(path: Path, ids, rows: list, type: pa.DataType) -> None:
 def test_standardised_over_the_items_that_have_a_vector():
     x = matrix() * [1, 100, 1e-3, 1e4, 1, 1]
     present = np.random.default_rng(1).random(ROWS) < 0.8
-    transform = features.fit(gathered_of(x, present))
+    transform = features.fit_feature_transform(gathered_of(x, present))
     np.testing.assert_allclose(transform.mean, x[present].mean(0), rtol=1e-12)
     np.testing.assert_allclose(transform.std, x[present].std(0), rtol=1e-9)
     out = transform.apply(x[present])
@@ -68,13 +68,15 @@ def test_standardised_over_the_items_that_have_a_vector():
 
 def test_digits_survive_a_large_mean():
     x = matrix().astype(np.float64) + 1e9
-    np.testing.assert_allclose(features.fit(gathered_of(x)).std, x.std(0), rtol=1e-6)
+    np.testing.assert_allclose(features.fit_feature_transform(gathered_of(x)).std, x.std(0), rtol=1e-6)
 
 
 def test_statistics_do_not_depend_on_the_size_of_blocks(monkeypatch):
-    whole = [features.fit(gathered_of(matrix()), pca) for pca in (None, 3)]
+    whole = [features.fit_feature_transform(gathered_of(matrix()), pca) for pca in (None, 3)]
     monkeypatch.setattr(features, "BLOCK_BYTES", 8 * WIDTH * 3)  # 3 rows
-    for one, other in zip(whole, [features.fit(gathered_of(matrix()), pca) for pca in (None, 3)], strict=True):
+    for one, other in zip(
+        whole, [features.fit_feature_transform(gathered_of(matrix()), pca) for pca in (None, 3)], strict=True
+    ):
         np.testing.assert_allclose(one.std, other.std, rtol=1e-9)
         np.testing.assert_allclose(one.apply(matrix()), other.apply(matrix()), atol=2e-3)
 
@@ -83,23 +85,25 @@ def test_statistics_do_not_depend_on_the_size_of_blocks(monkeypatch):
 def test_a_dimension_without_variance_becomes_zeros(constant):
     x = matrix()
     x[:, 2] = constant
-    transform = features.fit(gathered_of(x))
+    transform = features.fit_feature_transform(gathered_of(x))
     assert transform.std[2] == 0
     out = transform.apply(x)
     assert (out[:, 2] == 0).all()
     assert np.isfinite(out).all()
-    assert (features.fit(gathered_of(np.full((9, 4), constant, np.float32)), 2).apply(x[:, :4] * 0) == 0).all()
+    assert (
+        features.fit_feature_transform(gathered_of(np.full((9, 4), constant, np.float32)), 2).apply(x[:, :4] * 0) == 0
+    ).all()
 
 
 def test_values_beyond_float16_are_clipped():
-    transform = Transform(np.zeros(2), np.array([1e-8, 1.0]))
+    transform = FeatureTransform(np.zeros(2), np.array([1e-8, 1.0]))
     assert transform.apply(np.array([[1.0, -1e6]], np.float32)).tolist() == [[65504.0, -65504.0]]
 
 
 @pytest.mark.parametrize("width", [1, 3, WIDTH])
 def test_pca_is_the_svd_on_one_common_scale(width):
     x = matrix()
-    transform = features.fit(gathered_of(x), width)
+    transform = features.fit_feature_transform(gathered_of(x), width)
     centred = x.astype(np.float64) - x.mean(0)
     _, singular, axes = np.linalg.svd(centred, full_matrices=False)
     variance = singular**2 / ROWS
@@ -119,11 +123,13 @@ def test_pca_is_the_svd_on_one_common_scale(width):
 @pytest.mark.parametrize("pca", [None, 2])
 def test_written_transform_gives_new_vectors_the_same_features(tmp_path, scratch, pca):
     x, present = matrix(), np.arange(ROWS) % 5 != 0
-    transform = features.fit(gathered_of(x, present), pca)
-    entry, out = features.write(CatalogWriter(str(tmp_path)), "visual", gathered_of(x, present), transform, scratch)
+    transform = features.fit_feature_transform(gathered_of(x, present), pca)
+    entry, out = features.write_features(
+        CatalogWriter(str(tmp_path)), "visual", gathered_of(x, present), transform, scratch
+    )
     assert (entry.dim, entry.raw_dim, entry.missing) == (pca or WIDTH, WIDTH, 8)
     assert (out[~present] == 0).all()
-    assert np.array_equal(Transform.load(str(tmp_path), "visual").apply(x[present]), out[present])
+    assert np.array_equal(FeatureTransform.load(str(tmp_path), "visual").apply(x[present]), out[present])
     table = formats.read_table(str(tmp_path / "features/visual/part-00000.parquet"))
     assert table.schema.field("vector").type == pa.list_(pa.float16(), pca or WIDTH)
     assert np.array_equal(np.stack(table["vector"].to_numpy()), out)
@@ -132,7 +138,9 @@ def test_written_transform_gives_new_vectors_the_same_features(tmp_path, scratch
 def test_feature_files_are_cut(tmp_path, scratch, monkeypatch):
     monkeypatch.setattr(features, "FEATURE_ROWS", 16)
     writer = CatalogWriter(str(tmp_path))
-    _, out = features.write(writer, "visual", gathered_of(matrix()), features.fit(gathered_of(matrix())), scratch)
+    _, out = features.write_features(
+        writer, "visual", gathered_of(matrix()), features.fit_feature_transform(gathered_of(matrix())), scratch
+    )
     assert isinstance(out, np.memmap)
     names = sorted(name for name in writer.files if "part-" in name)
     assert [(writer.files[n].first, writer.files[n].rows) for n in names] == [(0, 16), (16, 16), (32, 8)]
@@ -220,7 +228,7 @@ def test_rows_go_to_their_items(tmp_path, ray_local, kind, text):
     assert sorted(features.item_ids(sources, items.type).to_pylist()) == sorted(row_ids)
     for memory in (1, 3 * WIDTH * 8, 1 << 30):  # ranges of one item, of some, of all
         with Scratch(memory_bytes=memory) as scratch:
-            found = features.gather(sources, items, scratch)["visual"]
+            found = features.gather_features(sources, items, scratch)["visual"]
             assert found.unknown == 2
             assert found.present.tolist() == [True, True, True, False, True]
             assert np.array_equal(found.vectors[found.present], x[[1, 5, 3, 0]])
@@ -234,10 +242,11 @@ def test_several_modalities_and_row_numbers_as_ids(tmp_path, ray_local, scratch,
     np.save(tmp_path / "wide.npy", wide)
     np.save(tmp_path / "narrow.npy", narrow)
     sources = {
-        name: feature_files.inspect(name, Modality(path=f"{name}.npy"), str(tmp_path)) for name in ("wide", "narrow")
+        name: feature_files.inspect_features(name, ModalityConfig(path=f"{name}.npy"), str(tmp_path))
+        for name in ("wide", "narrow")
     }
     rows = ITEMS.to_numpy()
-    gathered = features.gather(sources, ITEMS, scratch)
+    gathered = features.gather_features(sources, ITEMS, scratch)
     assert np.array_equal(gathered["wide"].vectors, wide[rows])
     assert np.array_equal(gathered["narrow"].vectors, narrow[rows])
     assert gathered["narrow"].unknown == 85
@@ -255,7 +264,7 @@ def refused(*args, **settings) -> str:
 def refused_rows(source: feature_files.Source, items: pa.Array = ITEMS) -> str:
     """What reading says, through Ray."""
     with pytest.raises(InputError) as caught, Scratch() as scratch:
-        features.gather({"visual": source}, items, scratch)
+        features.gather_features({"visual": source}, items, scratch)
     assert not scratch.path.exists()
     return str(caught.value)
 
@@ -357,18 +366,18 @@ def test_vectors_of_another_width_name_file_and_item(tmp_path, ray_local):
 def test_fewer_rows_than_items(tmp_path):
     np.save(tmp_path / "v.npy", matrix(rows=77))
     with pytest.raises(InputError, match=r"v\.npy has 77 rows, .* have item 77"):
-        features.match(inspect(tmp_path), ITEMS)
+        features.match_rows(inspect(tmp_path), ITEMS)
     with pytest.raises(InputError, match="have item -1"):
-        features.match(inspect(tmp_path), pa.array([-1, 3]))
+        features.match_rows(inspect(tmp_path), pa.array([-1, 3]))
 
 
 def test_ids_of_another_type_than_the_interactions(tmp_path):
     np.save(tmp_path / "v.npy", matrix())
     with pytest.raises(InputError, match=r"rows by integer item id, but .* are strings; list each row's id"):
-        features.match(inspect(tmp_path), pa.array(["a", "b"]))
+        features.match_rows(inspect(tmp_path), pa.array(["a", "b"]))
     write_parquet(tmp_path / "v.parquet", ["1", "2"], [[1.0]] * 2, pa.list_(pa.float32()))
     with pytest.raises(InputError, match=r"v\.parquet are string, but those of the interactions int32"):
-        features.match(inspect(tmp_path, "v.parquet"), ITEMS)
+        features.match_rows(inspect(tmp_path, "v.parquet"), ITEMS)
 
 
 def test_no_item_in_common(tmp_path, ray_local):
@@ -376,6 +385,6 @@ def test_no_item_in_common(tmp_path, ray_local):
     with pytest.raises(
         InputError, match=r"none of its ids \(such as 100\) is an item of the interactions \(such as 30"
     ):
-        features.match(inspect(tmp_path, "v.parquet"), ITEMS)
+        features.match_rows(inspect(tmp_path, "v.parquet"), ITEMS)
     write_parquet(tmp_path / "v.parquet", [3, 200], [None, [1.0]], pa.list_(pa.float32()))
     assert "no item of the interactions has a vector" in refused_rows(inspect(tmp_path, "v.parquet"))

@@ -10,7 +10,7 @@ import pytest
 from test_parse import FORMATS, rows_table, write
 from test_split import slow_core
 
-from gtc_dist.config import Data
+from gtc_dist.config import DataConfig
 from gtc_dist.data.catalog import SPLITS
 from gtc_dist.data.scratch import Scratch
 from gtc_dist.errors import InputError
@@ -18,8 +18,8 @@ from gtc_dist.prepare import ids, interactions, parse
 from gtc_dist.prepare.interactions import Raw
 
 
-def data_config(raw: Path, **sections) -> Data:
-    return Data.model_validate({"raw": str(raw), "catalog": str(raw / "catalog"), **sections})
+def data_config(raw: Path, **sections) -> DataConfig:
+    return DataConfig.model_validate({"raw": str(raw), "catalog": str(raw / "catalog"), **sections})
 
 
 def raw_of(rows: list[tuple], time: bool = False, split_codes: list[int] | None = None) -> Raw:
@@ -33,15 +33,17 @@ def raw_of(rows: list[tuple], time: bool = False, split_codes: list[int] | None 
 
 def read(files: list[parse.RawFile], memory: int = 1 << 30) -> Raw:
     with Scratch(memory_bytes=memory) as scratch:  # what is mapped stays readable after the folder is gone
-        return interactions.read(files, scratch)
+        return interactions.read_interactions(files, scratch)
 
 
-def build(raw: Raw, data: Data, more: pa.Array | None = None, memory: int = 1 << 30) -> interactions.Interactions:
+def build(
+    raw: Raw, data: DataConfig, more: pa.Array | None = None, memory: int = 1 << 30
+) -> interactions.SplitInteractions:
     with Scratch(memory_bytes=memory) as scratch:
         return interactions.build(raw, data, scratch, more)
 
 
-def triples(found: interactions.Interactions) -> dict[str, list[tuple]]:
+def triples(found: interactions.SplitInteractions) -> dict[str, list[tuple]]:
     """Each split as pairs of original ids, in its order."""
     users, items = found.users.to_pylist(), found.items.to_pylist()
     return {name: [(users[u], items[i]) for u, i in zip(*pair, strict=True)] for name, pair in found.splits.items()}
@@ -56,7 +58,7 @@ def test_all_formats_together_through_ray(tmp_path, ray_local):
     data = data_config(
         tmp_path, interactions={"files": ["*.*"], "time": "time", "rating": "rating"}, split={"method": "ratio"}
     )
-    raw = read(interactions.inspect(data))
+    raw = read(interactions.inspect_interactions(data))
     expected = Counter(
         (r["user_id"], r["item_id"], r["time"], r["rating"]) for table in tables for r in table.to_pylist()
     )
@@ -74,14 +76,14 @@ def test_text_ids_that_turn_out_strings_late_in_a_file_are_strings_throughout(tm
     rows = parse.BLOCK_BYTES // len("1234567,1\n") + 1000
     path.write_text("user_id,item_id\n" + "".join(f"{1_000_000 + i},1\n" for i in range(rows)) + "abc,1\n")
     data = data_config(tmp_path, interactions={"files": ["a.csv"]})
-    raw = read(interactions.inspect(data))
+    raw = read(interactions.inspect_interactions(data))
     assert ids.is_text(raw.user_ids.type)
     assert len(raw.user_ids) == rows + 1
     assert raw.user_ids[0].as_py() == "1000000"
     assert raw.item_ids.to_pylist() == [1]
 
 
-def codes_of(raw: Raw, found: interactions.Interactions) -> tuple[np.ndarray, ...]:
+def codes_of(raw: Raw, found: interactions.SplitInteractions) -> tuple[np.ndarray, ...]:
     """All pairs as codes of `raw`, and their splits."""
     user, item = (np.concatenate([pair[n] for pair in found.splits.values()]) for n in range(2))
     codes = np.repeat(np.arange(3), list(found.counts.values()))
@@ -138,7 +140,7 @@ def test_reading_in_small_batches_gives_the_same_rows(tmp_path, ray_local):
     ):
         pq.write_table(table.set_column(0, "user_id", table["user_id"].cast(type)), tmp_path / f"{number}.parquet")
     (tmp_path / "5.csv").write_text("user_id,item_id\n" + "77,1\n" * 3 + "3,8\n")
-    files = interactions.inspect(data_config(tmp_path, interactions={"files": ["*"]}))
+    files = interactions.inspect_interactions(data_config(tmp_path, interactions={"files": ["*"]}))
     whole, small = read(files), read(files, memory=8)
     assert whole.user_ids.type == small.user_ids.type == pa.int64()
     for raw in (whole, small):
@@ -153,7 +155,7 @@ def test_times_with_fractions_in_one_file_only(tmp_path, ray_local):
     write(tmp_path / "b.csv", pa.table({"user_id": [2], "item_id": [3], "time": [0.5]}))
     data = data_config(tmp_path, interactions={"files": ["*.csv"], "time": "time"})
     for memory in (8, 1 << 30):
-        raw = read(interactions.inspect(data), memory)
+        raw = read(interactions.inspect_interactions(data), memory)
         assert raw.time.dtype == np.float64
         assert sorted(zip(raw.user.tolist(), raw.time.tolist(), strict=True)) == [(0, -7.0), (0, 2.0**31), (1, 0.5)]
 
@@ -232,7 +234,7 @@ def test_more_items_come_as_items_without_interactions(tmp_path):
     assert sorted(triples(found)["test"]) == [(2, 3), (2, 4)]
 
 
-def write_given(folder: Path, train=((1, 1), (1, 2)), valid=((1, 3),), test=((1, 4),)) -> Data:
+def write_given(folder: Path, train=((1, 1), (1, 2)), valid=((1, 3),), test=((1, 4),)) -> DataConfig:
     for name, rows in zip(SPLITS, (train, valid, test), strict=True):
         columns = {"user_id": [r[0] for r in rows], "item_id": [r[1] for r in rows]}
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
@@ -241,7 +243,7 @@ def write_given(folder: Path, train=((1, 1), (1, 2)), valid=((1, 3),), test=((1,
 
 def test_given_files_through_ray(tmp_path, ray_local):
     data = write_given(tmp_path)
-    found = build(read(interactions.inspect(data)), data)
+    found = build(read(interactions.inspect_interactions(data)), data)
     assert {k: sorted(v) for k, v in triples(found).items()} == {
         "train": [(1, 1), (1, 2)],
         "valid": [(1, 3)],
@@ -249,10 +251,10 @@ def test_given_files_through_ray(tmp_path, ray_local):
     }
 
 
-def refused(data: Data) -> str:
+def refused(data: DataConfig) -> str:
     """What inspecting says (no Ray)."""
     with pytest.raises(InputError) as caught:
-        interactions.inspect(data)
+        interactions.inspect_interactions(data)
     return str(caught.value)
 
 
@@ -281,7 +283,7 @@ def test_files_that_disagree_on_the_id_type_are_both_named(tmp_path, ray_local):
     assert "integers (int64)" in message
     write(tmp_path / "one.csv", pa.table({"user_id": ["1"], "item_id": [3]}))  # text shows its type when it is read
     write(tmp_path / "two.csv", pa.table({"user_id": ["x"], "item_id": [3]}))
-    files = interactions.inspect(data_config(tmp_path, interactions={"files": ["one.csv", "two.csv"]}))
+    files = interactions.inspect_interactions(data_config(tmp_path, interactions={"files": ["one.csv", "two.csv"]}))
     with pytest.raises(InputError, match=r"user ids are integers \(int64\) in .*one\.csv but strings in .*two\.csv"):
         read(files)
 
@@ -291,7 +293,7 @@ def test_files_that_disagree_on_time_are_both_named(tmp_path, ray_local):
     write(tmp_path / "b.csv", pa.table({"user_id": [1], "item_id": [3], "time": ["2024-05-01 10:00:00"]}))
     data = data_config(tmp_path, interactions={"files": ["*.csv"], "time": "time"})
     with pytest.raises(InputError, match=r"timestamps in .*b\.csv but numbers in .*a\.csv"):
-        read(interactions.inspect(data))
+        read(interactions.inspect_interactions(data))
 
 
 def test_an_error_in_a_ray_task_arrives_as_itself(tmp_path, ray_local):
@@ -300,7 +302,7 @@ def test_an_error_in_a_ray_task_arrives_as_itself(tmp_path, ray_local):
     for name in ("b", "c"):
         with (tmp_path / f"{name}.csv").open("a") as file:
             file.write(f",,,,{name}\n")
-    files = interactions.inspect(data_config(tmp_path, interactions={"files": ["*.csv"]}))
+    files = interactions.inspect_interactions(data_config(tmp_path, interactions={"files": ["*.csv"]}))
     with pytest.raises(InputError) as caught:
         read(files)
     assert str(caught.value) == f"{tmp_path}/b.csv: column 'user_id' is null or empty in row 61"
@@ -309,7 +311,7 @@ def test_an_error_in_a_ray_task_arrives_as_itself(tmp_path, ray_local):
 def test_files_without_rows_are_refused(tmp_path, ray_local):
     write(tmp_path / "a.csv", rows_table(0))
     with pytest.raises(InputError, match=r"no interactions in .*a\.csv"):
-        read(interactions.inspect(data_config(tmp_path, interactions={"files": ["a.csv"]})))
+        read(interactions.inspect_interactions(data_config(tmp_path, interactions={"files": ["a.csv"]})))
 
 
 @pytest.mark.parametrize("which", range(3))

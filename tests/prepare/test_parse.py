@@ -59,7 +59,7 @@ def write(path: Path, table: pa.Table, suffixes: bool = False) -> str:
 
 def read_alone(uri: str, roles: dict[str, str] = ROLES, **options) -> pa.Table:
     """Parse one file without Ray."""
-    return pa.concat_tables(parse.read(parse.inspect(uri, roles, **options)))
+    return pa.concat_tables(parse.read_table_file(parse.inspect_tables(uri, roles, **options)))
 
 
 FORMATS = ["parquet", "csv", "tsv", "inter", "jsonl"]

@@ -40,7 +40,7 @@ def test_choices_are_distinct_and_as_many_as_wanted(items, users, exact, seed):
     wanted = np.sort(rng.integers(1, items + 1, users))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choice, "EXACT_ITEMS", 1 << 14 if exact else 0)
-        patch.setattr(choice, "BLOCK", 100)
+        patch.setattr(choice, "PAIR_BLOCK", 100)
         user, item = pool.choose(rng, np.float32([1, 0]), np.zeros((users, 2), np.float32), wanted)
     assert len(set(zip(user.tolist(), item.tolist(), strict=True))) == len(user)
     assert set(item.tolist()) <= set(pool.items.tolist())

@@ -13,7 +13,8 @@ import pytest
 from gtc_dist.data import storage
 from gtc_dist.errors import InputError
 from gtc_dist.synthetic import choice
-from gtc_dist.synthetic.generate import World, generate, tasks, write_part
+from gtc_dist.synthetic import generate as generator
+from gtc_dist.synthetic.generate import PlantedWorld, generate, tasks, write_part
 from gtc_dist.synthetic.spec import Spec
 
 SPEC = Spec(
@@ -69,26 +70,26 @@ def test_same_seed_same_bytes_another_seed_others(folder, tmp_path):
 
 @pytest.mark.parametrize("order", ["reversed", "each in a world of its own"])
 def test_parts_may_be_made_in_any_order_and_place(folder, tmp_path, order):
-    shared = World(SPEC)
+    shared = PlantedWorld(SPEC)
     for kind, chunk in reversed(tasks(SPEC)):
-        write_part(shared if order == "reversed" else World(SPEC), str(tmp_path), kind, chunk)
+        write_part(shared if order == "reversed" else PlantedWorld(SPEC), str(tmp_path), kind, chunk)
     expected = digests(folder)
-    del expected[generate.DATASET]
+    del expected[generator.DATASET]
     assert digests(tmp_path) == expected
 
 
 def test_counts_do_not_depend_on_which_part_ended_first(folder):
-    counts = storage.read_json(f"{folder}/{generate.DATASET}")["counts"]
+    counts = storage.read_json(f"{folder}/{generator.DATASET}")["counts"]
     counts = {name: counts[name] for name in reversed(counts) if name not in ("users", "items")}
     before = digests(folder)
-    generate.finish(SPEC, str(folder), counts)
+    generator.finish(SPEC, str(folder), counts)
     assert digests(folder) == before
 
 
 def test_ray_tasks_give_the_same_bytes(folder, tmp_path, ray_local):
     dataset = generate(SPEC, str(tmp_path / "raw"), parallel=True)
     assert digests(tmp_path / "raw") == digests(folder)
-    assert dataset == storage.read_json(f"{folder}/{generate.DATASET}")
+    assert dataset == storage.read_json(f"{folder}/{generator.DATASET}")
 
 
 @pytest.mark.parametrize("parallel", [False, True], ids=["in process", "Ray"])
@@ -110,11 +111,11 @@ def test_a_part_that_fails_ends_the_run_and_says_why(tmp_path, ray_local, parall
 
     with pytest.raises(InputError, match=message):
         generate(SPEC, str(out), progress=spoil, parallel=parallel)
-    assert (out / generate.BUILDING).exists()
-    assert not (out / generate.DATASET).exists()
+    assert (out / generator.BUILDING).exists()
+    assert not (out / generator.DATASET).exists()
     (out / "truth/users").unlink()
     generate(SPEC, str(out), force=True, parallel=parallel)
-    assert (out / generate.DATASET).exists()
+    assert (out / generator.DATASET).exists()
 
 
 def test_parts_that_are_not_there_make_no_dataset(tmp_path):
@@ -128,17 +129,17 @@ def test_parts_that_are_not_there_make_no_dataset(tmp_path):
 
     with pytest.raises(InputError, match=r"features/visual/part-00000\.parquet was written, but is not there; if Ray"):
         generate(SPEC, str(out), progress=lose)
-    assert not (out / generate.DATASET).exists()
+    assert not (out / generator.DATASET).exists()
 
 
 def test_block_size_changes_nothing(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(choice, "BLOCK", 1000)
+    monkeypatch.setattr(choice, "PAIR_BLOCK", 1000)
     generate(SPEC, str(tmp_path / "raw"))
     assert digests(tmp_path / "raw") == digests(folder)
 
 
 def test_counts(folder, data):
-    counts = storage.read_json(f"{folder}/{generate.DATASET}")["counts"]
+    counts = storage.read_json(f"{folder}/{generator.DATASET}")["counts"]
     assert counts["interactions"] == data.table.num_rows
     assert abs(data.table.num_rows / SPEC.interactions - 1) < 0.15
     assert np.bincount(data.user, minlength=SPEC.users).min() >= SPEC.minimum
@@ -200,7 +201,7 @@ def test_popularity_is_beaten_by_neighbours_and_these_by_the_truth(data):
 
 def test_features_show_factors_behind_nuisance(folder, data):
     """A linear map finds the visible factors in the features, and most of the remaining variance is nuisance."""
-    for modality, seen in generate.visible(SPEC).items():
+    for modality, seen in generator.visible(SPEC).items():
         ids, vectors = read_features(folder, modality)
         factors = data.factors[[data.item_ids[i] for i in ids]]
         x = np.c_[vectors, np.ones(len(vectors))]
@@ -238,7 +239,7 @@ def test_formats(folder, data):
     assert len(list((folder / "interactions").iterdir())) == 4  # 900 users by 256
     assert set(np.unique(data.table["rating"].to_numpy())) <= {1, 2, 3, 4, 5}
     assert set(np.unique(data.table["x_label"].to_numpy())) == {0, 1, 2}
-    counts = storage.read_json(f"{folder}/{generate.DATASET}")["counts"]
+    counts = storage.read_json(f"{folder}/{generator.DATASET}")["counts"]
     for modality, width in SPEC.modalities.items():
         ids, vectors = read_features(folder, modality)
         assert vectors.shape == (SPEC.items - counts[f"missing_{modality}"], width)
@@ -289,9 +290,9 @@ def test_large_catalogs_have_no_matrix(tmp_path):
 def test_object_storage_gets_the_same_bytes(folder, s3):
     spec = replace(SPEC, users=200, interactions=2_000)
     dataset = generate(spec, f"{s3}/raw")
-    assert storage.read_json(f"{s3}/raw/{generate.DATASET}") == dataset
+    assert storage.read_json(f"{s3}/raw/{generator.DATASET}") == dataset
     names = storage.listing(f"{s3}/raw")
-    assert generate.BUILDING not in names
+    assert generator.BUILDING not in names
     items = "truth/items/part-00000.parquet"  # items do not depend on users
     assert storage.read_bytes(f"{s3}/raw/{items}") == (folder / items).read_bytes()
     with pytest.raises(InputError, match="holds a dataset"):
@@ -307,7 +308,7 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
         with pytest.raises(InputError, match=r"is not empty.*notes\.txt"):
             generate(spec, str(tmp_path), force)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-    storage.write_json(f"{tmp_path}/half/{generate.BUILDING}", {})
+    storage.write_json(f"{tmp_path}/half/{generator.BUILDING}", {})
     with pytest.raises(InputError, match="unfinished"):
         generate(spec, f"{tmp_path}/half")
     generate(spec, f"{tmp_path}/half", force=True)

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from ranks import run_ranks
 from small import GATED, small_catalog, small_config
 from steps import assert_same_step, global_draws, loader_of, set_away_from_start, share, whole_gradient
-from worlds import run_ranks
 
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.model.build import build_network, load_features, load_graphs
-from gtc_dist.training.control_variate import History
+from gtc_dist.training.control_variate import HistoricalEmbeddings
 
 ALL = {"propagation": "sampled", "fanout": [-1, -1], "item_fanout": -1, "user_fanout": -1}
 FEW = {"propagation": "sampled", "fanout": [2, 2], "item_fanout": 2, "user_fanout": 2}
@@ -30,29 +30,31 @@ def move(tables, by: float, width: int) -> None:
         table.weight += change[table.start : table.stop]
 
 
-def network_with_history(config, catalog, world, dtype=torch.float32, moved=0.0):
+def network_with_history(config, catalog, comm, dtype=torch.float32, moved=0.0):
     """A network whose tables have moved since its history was made."""
-    network, tables = build_network(config, catalog, world)
+    network, tables = build_network(config, catalog, comm)
     set_away_from_start(network)
-    features, graphs = load_features(network.shape, catalog, world), load_graphs(config, catalog)
-    history = History(network, tables, features, graphs, every=10**6, layers=config.model.layers, chunk=7, dtype=dtype)
+    features, graphs = load_features(network.shape, catalog, comm), load_graphs(config, catalog)
+    history = HistoricalEmbeddings(
+        network, tables, features, graphs, every=10**6, layers=config.model.layers, chunk=7, dtype=dtype
+    )
     history.refresh()
     move(tables, moved, network.user_widths[0])
     return network, tables, history
 
 
-def step(world: World, uri: str, config, draws, counts, moved: float) -> dict:
+def step(comm: Communicator, uri: str, config, draws, counts, moved: float) -> dict:
     """Loss parts of the global batch and all gradients, with a history where the configuration samples."""
     catalog = Catalog(uri)
-    network, tables, history = network_with_history(config, catalog, world, moved=moved)
-    batch = loader_of(config, catalog, world, network).assemble(share(draws, world.rank, counts))
+    network, tables, history = network_with_history(config, catalog, comm, moved=moved)
+    batch = loader_of(config, catalog, comm, network).assemble(share(draws, comm.rank, counts))
     rows = history.rows(batch) if config.model.propagation == "sampled" else None
     lookups = (tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route))
     loss, parts = network(batch, *lookups, rows)
     loss.backward()
     names = sorted(parts)
-    summed = world.sum(torch.stack([parts[name] for name in names]))
-    dense = {name: world.sum(p.grad) / world.size for name, p in network.named_parameters()}
+    summed = comm.all_reduce(torch.stack([parts[name] for name in names]))
+    dense = {name: comm.all_reduce(p.grad) / comm.size for name, p in network.named_parameters()}
     return {
         "parts": dict(zip(names, summed.tolist(), strict=True)),
         "dense": dense,
@@ -68,7 +70,7 @@ def test_with_every_neighbour_it_is_the_whole_graph_however_old_the_history(cata
     for model in ({"propagation": "full"}, {**ALL, "fanout": [-1] * layers}):
         model = {**model, **content, **ITEM, "layers": layers, "item_hop": hops, "user_hop": hops}
         config = small_config(catalog.uri, model=model, train={"exclude_seed_edges": False, "loss": "softmax"})
-        outcomes.append(step(World(), catalog.uri, config, global_draws(config, catalog), [24], moved=0.2))
+        outcomes.append(step(Communicator(), catalog.uri, config, global_draws(config, catalog), [24], moved=0.2))
     # a hop neighbour's stream weights get their gradient from what changed alone
     for outcome in outcomes:
         outcome["tables"]["user"] = outcome["tables"]["user"][:, : (2 if content else 3) * config.model.width]
@@ -84,7 +86,7 @@ def test_ranks_leave_out_the_edges_of_all(catalog, content):
     for result in run_ranks(step, 3, catalog.uri, config, draws, [15, 0, 9], 0.2):
         assert_same_step(result, alone)
     other = small_config(catalog.uri, model=model, train={"exclude_seed_edges": False})
-    kept = step(World(), catalog.uri, other, draws, [24], 0.2)
+    kept = step(Communicator(), catalog.uri, other, draws, [24], 0.2)
     assert abs(kept["parts"]["bpr"] - alone["parts"]["bpr"]) > 1e-3
 
 
@@ -95,9 +97,11 @@ def test_left_out_edges_are_gone_from_walks_of_one_step(catalog, layers, content
     for model in ({"propagation": "full"}, {**ALL, "fanout": [-1] * layers}):
         model = {**model, **ITEM, "layers": layers, "user_hop": False, "item_hop": False, **content}
         config = small_config(catalog.uri, model=model)
-        outcomes.append(step(World(), catalog.uri, config, global_draws(config, catalog), [24], 0.0)["parts"]["bpr"])
+        outcomes.append(
+            step(Communicator(), catalog.uri, config, global_draws(config, catalog), [24], 0.0)["parts"]["bpr"]
+        )
     with_edges = small_config(catalog.uri, model=model, train={"exclude_seed_edges": False})
-    kept = step(World(), catalog.uri, with_edges, global_draws(config, catalog), [24], 0.0)["parts"]["bpr"]
+    kept = step(Communicator(), catalog.uri, with_edges, global_draws(config, catalog), [24], 0.0)["parts"]["bpr"]
     if layers == 1:
         assert outcomes[1] == pytest.approx(outcomes[0], rel=1e-5)
     assert abs(outcomes[1] - outcomes[0]) < abs(kept - outcomes[0]) / 2
@@ -105,8 +109,8 @@ def test_left_out_edges_are_gone_from_walks_of_one_step(catalog, layers, content
 
 def embeddings(catalog, config, moved: float, with_history: bool, draws: int, dtype=torch.float32) -> torch.Tensor:
     """[draws, rows, S * D] of a batch's users and items."""
-    network, tables, history = network_with_history(config, catalog, World(), dtype, moved)
-    loader, batch_draws, out = loader_of(config, catalog, World(), network), global_draws(config, catalog), []
+    network, tables, history = network_with_history(config, catalog, Communicator(), dtype, moved)
+    loader, batch_draws, out = loader_of(config, catalog, Communicator(), network), global_draws(config, catalog), []
     with torch.no_grad():
         for n in range(draws):
             batch_draws.sampler_seed = 1000 + n
@@ -140,8 +144,8 @@ def test_nothing_changed_nothing_estimated(catalog, content):
 
 def test_refreshes_when_it_is_time_or_forgotten(catalog):
     config = small_config(catalog.uri, model=FEW)
-    network, _, history = network_with_history(config, catalog, World())
-    batch = loader_of(config, catalog, World(), network).assemble(global_draws(config, catalog))
+    network, _, history = network_with_history(config, catalog, Communicator())
+    batch = loader_of(config, catalog, Communicator(), network).assemble(global_draws(config, catalog))
     history.every, refreshed, refresh = 32, [], history.refresh
     history.clear()
     history.refresh = lambda: refreshed.append(step) or refresh()

@@ -8,24 +8,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import run_ranks
 from small import small_catalog, small_config
 from steps import loader_of
-from worlds import run_ranks
 
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs, absent_source, both_directions, by_destination, edge_of, take
 from gtc_dist.model.build import build_network
 from gtc_dist.training import data_loader as loader_module
 from gtc_dist.training.data_loader import (
-    Loader,
+    DataLoader,
     LoaderOptions,
     _prefetch,
     cumulative_share,
-    deal,
     discounted,
     inclusion_chance,
+    repartition_by_hash,
 )
 
 CATALOG_USERS, CATALOG_ITEMS = 60, 40
@@ -48,10 +48,10 @@ def catalog(tmp_path_factory):
     return small_catalog(tmp_path_factory.mktemp("catalog") / "c", CATALOG_USERS, CATALOG_ITEMS)
 
 
-def make_loader(world: World, catalog: Catalog, **sections) -> Loader:
+def make_loader(comm: Communicator, catalog: Catalog, **sections) -> DataLoader:
     config = small_config(catalog.uri, **sections)
-    network, _ = build_network(config, catalog, world)
-    return loader_of(config, catalog, world, network)
+    network, _ = build_network(config, catalog, comm)
+    return loader_of(config, catalog, comm, network)
 
 
 def pairs_of(batch) -> list[tuple[int, int]]:
@@ -61,7 +61,7 @@ def pairs_of(batch) -> list[tuple[int, int]]:
 
 
 def test_an_epoch_holds_every_interaction_once_and_the_next_in_another_order(catalog):
-    loader = make_loader(World(), catalog)
+    loader = make_loader(Communicator(), catalog)
     epochs = [[pair for batch in loader.epoch(n) for pair in pairs_of(batch)] for n in (1, 1, 2)]
     users, items = catalog.interactions("train")
     assert sorted(epochs[0]) == sorted(zip(users.tolist(), items.tolist(), strict=True))
@@ -71,7 +71,7 @@ def test_an_epoch_holds_every_interaction_once_and_the_next_in_another_order(cat
 
 
 def test_batches_differ_by_one_pair_at_most(catalog):
-    loader = make_loader(World(), catalog)
+    loader = make_loader(Communicator(), catalog)
     sizes = [sum(loader.counts(step)) for step in range(loader.steps)]
     assert loader.steps == -(-len(loader.users) // 32)
     assert sum(sizes) == len(loader.users)
@@ -81,9 +81,9 @@ def test_batches_differ_by_one_pair_at_most(catalog):
 @pytest.mark.parametrize("epoch_steps", [3, 23])
 def test_epochs_of_some_steps_go_on_where_the_last_one_stopped(catalog, epoch_steps):
     """Three passes, cut into epochs of another length, hold every interaction three times, each pass in its order."""
-    whole = make_loader(World(), catalog)
+    whole = make_loader(Communicator(), catalog)
     want = [pairs_of(batch) for turn in (1, 2, 3) for batch in whole.epoch(turn)]
-    loader = make_loader(World(), catalog, train={"epoch_steps": epoch_steps})
+    loader = make_loader(Communicator(), catalog, train={"epoch_steps": epoch_steps})
     assert loader.steps == epoch_steps
     assert loader.pass_steps == whole.steps
     epochs = -(-len(want) // epoch_steps)
@@ -106,7 +106,7 @@ def test_crossed_tells_every_train_interaction_between_users_and_items(catalog):
     "negatives", [{"mode": "uniform", "count": 3}, {"mode": "shared", "count": 20}, {"mode": "in_batch"}]
 )
 def test_negatives_are_never_train_positives_of_their_user(catalog, negatives):
-    loader = make_loader(World(), catalog, train={"negatives": negatives})
+    loader = make_loader(Communicator(), catalog, train={"negatives": negatives})
     known = set(zip(*(a.tolist() for a in catalog.interactions("train")), strict=True))
     drawn = set()
     for batch in loader.epoch(1):
@@ -142,7 +142,7 @@ def test_a_user_with_every_item_is_refused():
     graphs = Graphs(2, 2, both_directions(item_user, user_item))
     options = LoaderOptions(2, 0, "uniform", 1, 0, 1, 1, 4, 1)
     with pytest.raises(InputError, match="index 0 interacted with all 2 items"):
-        Loader(np.array([0, 0, 1]), np.array([0, 1, 0]), graphs, None, options, World())
+        DataLoader(np.array([0, 0, 1]), np.array([0, 1, 0]), graphs, None, options, Communicator())
 
 
 @settings(max_examples=80, deadline=None)
@@ -163,11 +163,11 @@ def test_graph_look_ups_match_sets(pairs, destination, source):
     assert graph.indices[edges].tolist() == mine * 2
 
 
-def deal_parts(world: World, scattered: bool) -> dict:
+def deal_parts(comm: Communicator, scattered: bool) -> dict:
     """The same 101 interactions, read by the ranks in two different ways."""
     users, items = np.arange(101, dtype=np.int32) % 13, (np.arange(101, dtype=np.int32) * 7) % 50
-    mine = np.arange(101) % world.size == world.rank if scattered else np.full(101, world.rank == 0)
-    u, i = deal(users[mine], items[mine], 50, world)
+    mine = np.arange(101) % comm.size == comm.rank if scattered else np.full(101, comm.rank == 0)
+    u, i = repartition_by_hash(users[mine], items[mine], 50, comm)
     return {"users": torch.from_numpy(u), "items": torch.from_numpy(i)}
 
 
@@ -248,7 +248,7 @@ def test_a_user_whose_draws_are_all_its_own_gets_another_item():
 
 def test_corrected_in_batch_negatives_stand_for_every_item_alike(catalog):
     """Each item counts once on average over batches, however often it was taken."""
-    loader = make_loader(World(), catalog, train={"negatives": {"mode": "in_batch"}})
+    loader = make_loader(Communicator(), catalog, train={"negatives": {"mode": "in_batch"}})
     sums, batches = np.zeros(CATALOG_ITEMS), 0
     for epoch in range(1, 201):
         for batch in loader.epoch(epoch):

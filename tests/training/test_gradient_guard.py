@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from small import small_catalog, small_config
 from test_resume import trainer_of
-from worlds import run_ranks
 
 from gtc_dist import train
 from gtc_dist.data import storage
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError, NotFinite, run_command
-from gtc_dist.training.gradient_guard import batch_file
-from gtc_dist.training.step_replay import read_left, replay
+from gtc_dist.training.gradient_guard import dump_step
+from gtc_dist.training.step_replay import read_dumped_step, replay_step
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def poisoned(trainer, at: int, part: str = "loss", ranks: tuple[int, ...] = (0,)
         nonlocal done
         parts = gradients(batch, rows)
         done += 1
-        if done == at and trainer.world.rank in ranks:
+        if done == at and trainer.comm.rank in ranks:
             if part == "loss":
                 parts["tc"] = parts["tc"] * float("nan")
             elif part == "table":
@@ -59,7 +59,7 @@ def config_of(catalog, run, **keys):
 )
 def test_it_ends_the_run_before_the_weights_take_it(catalog, tmp_path, part, message):
     config = config_of(catalog, tmp_path)
-    trainer = poisoned(trainer_of(World(), config, f"{tmp_path}/small"), 5, part)
+    trainer = poisoned(trainer_of(Communicator(), config, f"{tmp_path}/small"), 5, part)
     with pytest.raises(
         NotFinite, match=rf"epoch 1, step 5: .*{message}\. The batch is in .*/not-finite-epoch-1-step-5"
     ):
@@ -78,7 +78,7 @@ def replayed(folder, capsys) -> dict:
 
 def test_the_step_is_computed_again(catalog, tmp_path, capsys):
     config = config_of(catalog, tmp_path, checkpoint={"minutes": 0.0})
-    trainer = poisoned(trainer_of(World(), config, f"{tmp_path}/small"), 9)
+    trainer = poisoned(trainer_of(Communicator(), config, f"{tmp_path}/small"), 9)
     with pytest.raises(NotFinite):
         trainer.fit()
     before = storage.listing(f"{tmp_path}/small")
@@ -92,7 +92,7 @@ def test_the_step_is_computed_again(catalog, tmp_path, capsys):
 
 def test_with_the_weights_that_met_it(catalog, tmp_path, capsys):
     """They were fine at the last checkpoint, and are in the file alone."""
-    trainer = trainer_of(World(), config_of(catalog, tmp_path), f"{tmp_path}/small")
+    trainer = trainer_of(Communicator(), config_of(catalog, tmp_path), f"{tmp_path}/small")
     step, done = trainer.step, 0
 
     def broken(batch):
@@ -112,9 +112,9 @@ def test_with_the_weights_that_met_it(catalog, tmp_path, capsys):
     assert not np.isfinite(told["loss"]["bpr"])
 
 
-def ended_by(world: World, config, run: str) -> None:
+def ended_by(comm: Communicator, config, run: str) -> None:
     with pytest.raises(NotFinite):
-        poisoned(trainer_of(world, config, run), 3, ranks=(0, 1)).fit()
+        poisoned(trainer_of(comm, config, run), 3, ranks=(0, 1)).fit()
 
 
 SAMPLED = {"propagation": "sampled", "fanout": [3, 3]}
@@ -126,7 +126,7 @@ def test_what_a_rank_among_others_left_is_computed_by_one_process(catalog, tmp_p
     storage.write_bytes(f"{tmp_path}/small/config.yaml", config.model_dump_json().encode())
     run_ranks(ended_by, 2, config, f"{tmp_path}/small")
     for rank in range(2):
-        told = replay(f"{tmp_path}/small/not-finite-epoch-1-step-3-rank-{rank}.npz")
+        told = replay_step(f"{tmp_path}/small/not-finite-epoch-1-step-3-rank-{rank}.npz")
         assert 0 < told["pairs"] < config.train.batch_size
         assert told["not_finite"] == []
         assert all(np.isfinite(value) for value in told["loss"].values())
@@ -134,7 +134,7 @@ def test_what_a_rank_among_others_left_is_computed_by_one_process(catalog, tmp_p
 
 def test_another_network_is_told(catalog, tmp_path):
     config = config_of(catalog, tmp_path)
-    trainer = poisoned(trainer_of(World(), config, f"{tmp_path}/small"), 2)
+    trainer = poisoned(trainer_of(Communicator(), config, f"{tmp_path}/small"), 2)
     with pytest.raises(NotFinite):
         trainer.fit()
     wider = config.model_copy(update={"model": config.model.model_copy(update={"width": 2 * config.model.width})})
@@ -142,7 +142,7 @@ def test_another_network_is_told(catalog, tmp_path):
     for name in [name for name in storage.listing(f"{tmp_path}/small") if name.startswith("checkpoints")]:
         storage.remove_tree(f"{tmp_path}/small/{name}")
     with pytest.raises(InputError, match="another network or catalog"):
-        replay(f"{tmp_path}/small/not-finite-epoch-1-step-2-rank-0.npz")
+        replay_step(f"{tmp_path}/small/not-finite-epoch-1-step-2-rank-0.npz")
 
 
 def test_a_command_shows_one_line_and_has_a_status_of_its_own(capsys):
@@ -160,13 +160,13 @@ def test_a_command_shows_one_line_and_has_a_status_of_its_own(capsys):
 
 def test_what_is_written_down_is_the_batch(catalog, tmp_path):
     config = config_of(catalog, tmp_path)
-    trainer = trainer_of(World(), config, f"{tmp_path}/small")
+    trainer = trainer_of(Communicator(), config, f"{tmp_path}/small")
     order = trainer.loader._order(1)
     draws = trainer.loader.draw(1, 0, order[trainer.loader._rows(0)])
     batch = trainer.loader.assemble(draws)
     rows = trainer.rows(batch)
-    storage.write_bytes(f"{tmp_path}/small/b.npz", batch_file(batch, rows, trainer.network))
-    left = read_left(f"{tmp_path}/small/b.npz")
+    storage.write_bytes(f"{tmp_path}/small/b.npz", dump_step(batch, rows, trainer.network))
+    left = read_dumped_step(f"{tmp_path}/small/b.npz")
     again = left.draws
     for name in ("users", "positives", "negatives", "timesteps", "noise", "dropout"):
         assert np.array_equal(getattr(again, name), getattr(draws, name)), name
@@ -179,17 +179,17 @@ def test_what_is_written_down_is_the_batch(catalog, tmp_path):
 
 def test_files_that_are_no_batch(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
-        replay(f"{tmp_path}/none.npz")
+        replay_step(f"{tmp_path}/none.npz")
     (tmp_path / "x.npz").write_bytes(b"no archive")
     with pytest.raises(InputError, match="is not a batch"):
-        replay(f"{tmp_path}/x.npz")
+        replay_step(f"{tmp_path}/x.npz")
     np.savez(tmp_path / "p.npz", users=np.array([{}], dtype=object))
     with pytest.raises(InputError, match="is not a batch"):
-        replay(f"{tmp_path}/p.npz")
+        replay_step(f"{tmp_path}/p.npz")
 
 
-def skipping(world: World, config, run: str, ranks: tuple[int, ...]) -> dict:
-    trainer = poisoned(trainer_of(world, config, run), 4, "table", ranks)
+def skipping(comm: Communicator, config, run: str, ranks: tuple[int, ...]) -> dict:
+    trainer = poisoned(trainer_of(comm, config, run), 4, "table", ranks)
     weights = []
     step = trainer.step
 
@@ -216,15 +216,15 @@ def test_left_out_on_all_ranks_alike_and_counted(catalog, tmp_path, size):
         assert all(x.isfinite().all() for x in w)
 
 
-def clipped(world: World, config, run: str, clip: float | None) -> dict:
-    trainer = trainer_of(world, config, run)
+def clipped(comm: Communicator, config, run: str, clip: float | None) -> dict:
+    trainer = trainer_of(comm, config, run)
     trainer.health.clip = clip
     batch = trainer.loader.assemble(trainer.loader.draw(1, 0, trainer.loader._order(1)[trainer.loader._rows(0)]))
     rows = trainer.rows(batch)
     trainer.health.passes(trainer.gradients(batch, rows), batch, rows, "here")
     dense = sum(p.grad.square().sum() for p in trainer.network.parameters() if p.grad is not None)
     own = sum(table.gradient()[1].square().sum() for table in trainer.tables.all())
-    return {"norm": float((dense + world.sum(own)).sqrt()), "row": trainer.tables.user.gradient()[1][0].clone()}
+    return {"norm": float((dense + comm.all_reduce(own)).sqrt()), "row": trainer.tables.user.gradient()[1][0].clone()}
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -1,9 +1,9 @@
 """One rank and several on the same global batch: the same loss and the same gradients, dense modules and tables."""
 
 import pytest
+from ranks import run_ranks
 from small import GATED, small_catalog, small_config
 from steps import assert_same_step, global_draws, step
-from worlds import run_ranks
 
 MODELS = {
     "full": {"propagation": "full"},

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from small import GATED, small_catalog, small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from worlds import run_ranks
 
 from gtc_dist.checkpoint import checkpoint_files
-from gtc_dist.checkpoint.async_writer import Saver, state_name
+from gtc_dist.checkpoint.async_writer import AsyncCheckpointWriter, state_name
 from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.distributed.collectives import World
-from gtc_dist.distributed.sharded_table import RowTable
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import InputError, Unreachable
 from gtc_dist.model.build import load_graphs
 from gtc_dist.training import trainer as trainer_module
@@ -53,16 +53,16 @@ def config_of(catalog, mode: dict, **train):
     return small_config(catalog.uri, **mode)
 
 
-def trainer_of(world: World, config, run: str, notice=lambda: "") -> Trainer:
+def trainer_of(comm: Communicator, config, run: str, notice=lambda: "") -> Trainer:
     catalog = Catalog(config.data.catalog)
     users, items = catalog.interactions("train")
-    mine = slice(world.rank, None, world.size)
-    return Trainer(config, catalog, run, users[mine], items[mine], load_graphs(config, catalog), world, notice=notice)
+    mine = slice(comm.rank, None, comm.size)
+    return Trainer(config, catalog, run, users[mine], items[mine], load_graphs(config, catalog), comm, notice=notice)
 
 
-def cut_after(world: World, config, run: str, steps: int) -> dict:
+def cut_after(comm: Communicator, config, run: str, steps: int) -> dict:
     """Train until the process is cut off in a step, on every rank the same."""
-    trainer = trainer_of(world, config, run)
+    trainer = trainer_of(comm, config, run)
     done = 0
     whole_step = trainer.step
 
@@ -83,8 +83,8 @@ def cut_after(world: World, config, run: str, steps: int) -> dict:
     return {"states": list(trainer.saver.states)}
 
 
-def train(world: World, config, run: str) -> dict:
-    trainer = trainer_of(world, config, run)
+def train(comm: Communicator, config, run: str) -> dict:
+    trainer = trainer_of(comm, config, run)
     trainer.fit()
     return {
         "user": trainer.tables.user.weight,
@@ -120,11 +120,11 @@ def assert_same(one: list, other: list) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_cut_off_and_continued_it_ends_where_it_would_have(catalog, tmp_path, mode):
     config = config_of(catalog, MODES[mode])
-    whole = [train(World(), config, str(tmp_path / "whole"))]
+    whole = [train(Communicator(), config, str(tmp_path / "whole"))]
     for steps in (1, 5, 7, 9):
-        cut_after(World(), config, str(tmp_path / "cut"), steps)  # goes on from where the one before was cut
+        cut_after(Communicator(), config, str(tmp_path / "cut"), steps)  # goes on from where the one before was cut
     assert not Path(tmp_path, "cut/metrics.json").exists()
-    continued = [train(World(), config, str(tmp_path / "cut"))]
+    continued = [train(Communicator(), config, str(tmp_path / "cut"))]
     assert_same(continued, whole)
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     lines = [Path(tmp_path, name, "metrics.jsonl").read_text() for name in ("cut", "whole")]
@@ -134,27 +134,27 @@ def test_cut_off_and_continued_it_ends_where_it_would_have(catalog, tmp_path, mo
 
 def test_states_are_saved_where_every_validation_comes_before_a_refresh_is_due(catalog, tmp_path):
     config = config_of(catalog, {"model": SAMPLED}, refresh=1, epoch_steps=3, epochs=6)
-    whole = [train(World(), config, str(tmp_path / "whole"))]
-    assert trainer_of(World(), config, str(tmp_path / "new")).history.every > 6
-    cut = cut_after(World(), config, str(tmp_path / "cut"), 16)
+    whole = [train(Communicator(), config, str(tmp_path / "whole"))]
+    assert trainer_of(Communicator(), config, str(tmp_path / "new")).history.every > 6
+    cut = cut_after(Communicator(), config, str(tmp_path / "cut"), 16)
     assert cut["states"][-1] == state_name(9)
-    assert_same([train(World(), config, str(tmp_path / "cut"))], whole)
+    assert_same([train(Communicator(), config, str(tmp_path / "cut"))], whole)
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
 
 
 def test_states_of_runs_without_a_history_come_after_validations_too(catalog, tmp_path):
     config = config_of(catalog, {}, epoch_steps=3, epochs=4)
-    whole = [train(World(), config, str(tmp_path / "whole"))]
-    cut = cut_after(World(), config, str(tmp_path / "cut"), 8)
+    whole = [train(Communicator(), config, str(tmp_path / "whole"))]
+    cut = cut_after(Communicator(), config, str(tmp_path / "cut"), 8)
     assert cut["states"] == [state_name(3)]
-    assert_same([train(World(), config, str(tmp_path / "cut"))], whole)
+    assert_same([train(Communicator(), config, str(tmp_path / "cut"))], whole)
     assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
 
 
 def test_a_state_that_cannot_be_read_for_the_moment_is_not_removed(catalog, tmp_path, monkeypatch):
     config = config_of(catalog, MODES["full"])
-    cut_after(World(), config, str(tmp_path / "cut"), 9)
+    cut_after(Communicator(), config, str(tmp_path / "cut"), 9)
     before = storage.listing(str(tmp_path / "cut"))
 
     def away(*args):
@@ -163,7 +163,7 @@ def test_a_state_that_cannot_be_read_for_the_moment_is_not_removed(catalog, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_files, "load", away)
         with pytest.raises(Unreachable, match=r"checkpoint step-0+\d+ could not be read: cannot reach"):
-            train(World(), config, str(tmp_path / "cut"))
+            train(Communicator(), config, str(tmp_path / "cut"))
     assert storage.listing(str(tmp_path / "cut")) == before
 
 
@@ -197,27 +197,27 @@ def test_on_another_number_of_ranks(catalog, tmp_path, before, after, capfd):
 
 
 def curves_of_an_undisturbed_run(config, tmp_path) -> list:
-    train(World(), config, str(tmp_path / "undisturbed"))
+    train(Communicator(), config, str(tmp_path / "undisturbed"))
     return curves(tmp_path / "undisturbed")["loss/bpr"]
 
 
 def test_asked_to_leave_it_saves_and_returns(catalog, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module, "NOTICE_SECONDS", 0.0)
     config = config_of(catalog, {}, checkpoint={"minutes": 60.0})
-    whole = [train(World(), config, str(tmp_path / "whole"))]
+    whole = [train(Communicator(), config, str(tmp_path / "whole"))]
     answers = iter(["", "", "leave"])
-    trainer = trainer_of(World(), config, str(tmp_path / "left"), notice=lambda: next(answers))
+    trainer = trainer_of(Communicator(), config, str(tmp_path / "left"), notice=lambda: next(answers))
     assert trainer.fit() is None
-    states, torn = checkpoint_files.names(str(tmp_path / "left"), "step-")
+    states, torn = checkpoint_files.list_checkpoints(str(tmp_path / "left"), "step-")
     assert (len(states), torn) == (1, [])
-    assert_same([train(World(), config, str(tmp_path / "left"))], whole)
+    assert_same([train(Communicator(), config, str(tmp_path / "left"))], whole)
 
 
 def test_warned_it_saves_at_once_and_goes_on(catalog, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module, "NOTICE_SECONDS", 0.0)
     config = config_of(catalog, MODES["sampled with a history"], checkpoint={"minutes": 60.0})
     answers, saved = iter(["", "save"]), []
-    trainer = trainer_of(World(), config, str(tmp_path / "r"), notice=lambda: next(answers, ""))
+    trainer = trainer_of(Communicator(), config, str(tmp_path / "r"), notice=lambda: next(answers, ""))
     settle = trainer.saver.settle
     trainer.saver.settle = lambda best: (
         trainer.saver.pending and saved.append(trainer.state.progress.step),
@@ -229,18 +229,18 @@ def test_warned_it_saves_at_once_and_goes_on(catalog, tmp_path, monkeypatch):
 
 
 def test_more_epochs_go_on_from_a_finished_run(catalog, tmp_path):
-    train(World(), config_of(catalog, {}, epochs=2), str(tmp_path / "run"))
+    train(Communicator(), config_of(catalog, {}, epochs=2), str(tmp_path / "run"))
     longer = config_of(catalog, {}, epochs=4)
-    whole = [train(World(), longer, str(tmp_path / "whole"))]
-    assert_same([train(World(), longer, str(tmp_path / "run"))], whole)
+    whole = [train(Communicator(), longer, str(tmp_path / "whole"))]
+    assert_same([train(Communicator(), longer, str(tmp_path / "run"))], whole)
 
 
 def test_a_torn_or_changed_state_is_passed_over_with_a_warning(catalog, tmp_path, capsys):
     config = config_of(catalog, {})
-    whole = [train(World(), config, str(tmp_path / "whole"))]
+    whole = [train(Communicator(), config, str(tmp_path / "whole"))]
     run = tmp_path / "run"
-    cut_after(World(), config, str(run), 11)
-    first, last = checkpoint_files.names(str(run), "step-")[0]
+    cut_after(Communicator(), config, str(run), 11)
+    first, last = checkpoint_files.list_checkpoints(str(run), "step-")[0]
     data = bytearray((run / "checkpoints" / last / "item.exp_avg.000000000000-000000000040.npy").read_bytes())
     data[-1] ^= 1
     (run / "checkpoints" / last / "item.exp_avg.000000000000-000000000040.npy").write_bytes(data)
@@ -248,7 +248,7 @@ def test_a_torn_or_changed_state_is_passed_over_with_a_warning(catalog, tmp_path
     torn.mkdir()
     (torn / "dense.pt").write_bytes(b"half of it")
     capsys.readouterr()
-    continued = [train(World(), config, str(run))]
+    continued = [train(Communicator(), config, str(run))]
     told = capsys.readouterr().out
     assert f"warning: checkpoint {last} is not used: " in told
     assert "item.exp_avg.000000000000-000000000040.npy was changed" in told
@@ -259,34 +259,36 @@ def test_a_torn_or_changed_state_is_passed_over_with_a_warning(catalog, tmp_path
 
 def test_where_no_state_is_usable_it_starts_anew(catalog, tmp_path, capsys):
     config = config_of(catalog, {"train": {"average": 0.5}})
-    whole = [train(World(), config, str(tmp_path / "whole"))]
+    whole = [train(Communicator(), config, str(tmp_path / "whole"))]
     run = tmp_path / "run"
-    cut_after(World(), config, str(run), 11)
-    for name in checkpoint_files.names(str(run), "step-")[0]:
+    cut_after(Communicator(), config, str(run), 11)
+    for name in checkpoint_files.list_checkpoints(str(run), "step-")[0]:
         (run / "checkpoints" / name / "dense.pt").write_bytes(b"other")
-    assert_same([train(World(), config, str(run))], whole)
+    assert_same([train(Communicator(), config, str(run))], whole)
     assert capsys.readouterr().out.count("is not used") == 2
 
 
 def test_only_the_last_states_and_the_best_weights_they_know_are_kept(catalog, tmp_path):
     config = config_of(catalog, {}, epochs=6)
     run = str(tmp_path / "run")
-    train(World(), config, run)
-    states, torn = checkpoint_files.names(run, "step-")
+    train(Communicator(), config, run)
+    states, torn = checkpoint_files.list_checkpoints(run, "step-")
     assert (len(states), torn) == (2, [])
     known = {checkpoint_files.read_manifest(f"{run}/checkpoints/{name}")["best_epoch"] for name in states}
     best = metrics(run)["best_epoch"]
-    assert set(checkpoint_files.names(run, "epoch-")[0]) == {f"epoch-{epoch:05d}" for epoch in known | {best}}
+    assert set(checkpoint_files.list_checkpoints(run, "epoch-")[0]) == {
+        f"epoch-{epoch:05d}" for epoch in known | {best}
+    }
 
 
-def train_on_a_full_disk(world: World, config, run: str, full: str) -> list:
+def train_on_a_full_disk(comm: Communicator, config, run: str, full: str) -> list:
     """Train; the second time that rank 0 writes a file of a state whose name holds `full`, its disk is full. Returns
     what training returned and how often the disk was full."""
     calls = []
 
     def of(write):
         def writes(uri, *args):
-            if world.rank == 0 and "/step-" in uri and full in uri:
+            if comm.rank == 0 and "/step-" in uri and full in uri:
                 calls.append(uri)
                 if len(calls) == 2:
                     raise OSError(28, "No space left on device")
@@ -297,7 +299,7 @@ def train_on_a_full_disk(world: World, config, run: str, full: str) -> list:
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((formats, "write_array"), (storage, "write_json"), (storage, "write_bytes")):
             patch.setattr(module, name, of(getattr(module, name)))
-        return [train(world, config, run), len(calls) >= 2]
+        return [train(comm, config, run), len(calls) >= 2]
 
 
 @pytest.mark.parametrize("full", [pytest.param("user.exp_avg.", marks=pytest.mark.long), "manifest.json"])
@@ -309,8 +311,8 @@ def test_a_state_that_cannot_be_written_is_left_out_and_training_goes_on(catalog
     assert_same([result for result, _ in ranks], whole)
     told = capfd.readouterr().out
     assert told.count("could not be written and is left out: [Errno 28] No space left on device") == 1
-    assert checkpoint_files.names(run, "step-")[1] == []
-    assert len(checkpoint_files.names(run, "step-")[0]) == 2
+    assert checkpoint_files.list_checkpoints(run, "step-")[1] == []
+    assert len(checkpoint_files.list_checkpoints(run, "step-")[0]) == 2
 
 
 @pytest.fixture
@@ -330,8 +332,8 @@ def test_a_disk_that_is_really_full(catalog, small_disk, capfd):
     """Full from the middle of the second epoch: states are left out, until the run ends at a file that it needs. When
     there is room again, it goes on."""
     config, run = config_of(catalog, {}), str(small_disk / "run")
-    whole = [train(World(), config, str(small_disk.parent / "whole"))]
-    trainer, ballast, steps = trainer_of(World(), config, run), small_disk / "ballast", []
+    whole = [train(Communicator(), config, str(small_disk.parent / "whole"))]
+    trainer, ballast, steps = trainer_of(Communicator(), config, run), small_disk / "ballast", []
     step = trainer.step
 
     def step_on_a_full_disk(batch):
@@ -346,9 +348,9 @@ def test_a_disk_that_is_really_full(catalog, small_disk, capfd):
     with pytest.raises(OSError, match="No space left"):
         trainer.fit()
     assert re.search(r"step-0+14 could not be written and is left out: .*No space left", capfd.readouterr().out)
-    assert checkpoint_files.names(run, "step-")[1] == []
+    assert checkpoint_files.list_checkpoints(run, "step-")[1] == []
     ballast.unlink()
-    assert_same([train(World(), config, run)], whole)
+    assert_same([train(Communicator(), config, run)], whole)
     assert metrics(run) == metrics(small_disk.parent / "whole")
 
 
@@ -356,11 +358,11 @@ def test_a_store_that_is_away_for_longer_leaves_out_a_state(tmp_path, monkeypatc
     def away(*args):
         raise Unreachable("cannot reach the object store")
 
-    saver = Saver(str(tmp_path), World(), 0.0, 1)
+    saver = AsyncCheckpointWriter(str(tmp_path), Communicator(), 0.0, 1)
     for step in (1, 2):
         saver.start(step, {"best_epoch": 0}, {}, [])
         assert saver.settle(0) == ""
-    for name in ("write_files", "remove", "names"):
+    for name in ("write_files", "remove", "list_checkpoints"):
         monkeypatch.setattr(checkpoint_files, name, away)
     saver.start(3, {"best_epoch": 0}, {}, [])
     assert "left out: cannot reach the object store" in saver.settle(0)
@@ -373,8 +375,8 @@ def test_a_store_that_is_away_for_longer_leaves_out_a_state(tmp_path, monkeypatc
 
 def test_what_is_saved_is_what_was_when_it_began(tmp_path):
     """Training goes on while a thread writes."""
-    table = RowTable("t", 6, 2, World(), init_std=1.0)
-    saver = Saver(str(tmp_path), World(), 0.0, 2)
+    table = ShardedTable("t", 6, 2, Communicator(), init_std=1.0)
+    saver = AsyncCheckpointWriter(str(tmp_path), Communicator(), 0.0, 2)
     dense = {"network": {"w": torch.ones(3)}, "betas": (0.9, 0.99)}
     begun, write = threading.Event(), checkpoint_files.write_files
 
@@ -385,15 +387,17 @@ def test_what_is_saved_is_what_was_when_it_began(tmp_path):
     before = table.weight.clone()
     checkpoint_write, checkpoint_files.write_files = checkpoint_files.write_files, late
     try:
-        saver.start(5, {"best_epoch": 0}, dense, checkpoint_files.state_of([table]))
+        saver.start(5, {"best_epoch": 0}, dense, checkpoint_files.state_shards([table]))
         table.weight += 1
         dense["network"]["w"] += 1
         begun.set()
         assert saver.settle(0) == ""
     finally:
         checkpoint_files.write_files = checkpoint_write
-    other = RowTable("t", 6, 2, World())
-    loaded = checkpoint_files.load(str(tmp_path / "checkpoints/step-000000000005"), checkpoint_files.state_of([other]))
+    other = ShardedTable("t", 6, 2, Communicator())
+    loaded = checkpoint_files.load(
+        str(tmp_path / "checkpoints/step-000000000005"), checkpoint_files.state_shards([other])
+    )
     assert torch.equal(other.weight, before)
     assert loaded == {"network": {"w": loaded["network"]["w"]}, "betas": [0.9, 0.99]}
     assert loaded["network"]["w"].tolist() == [1, 1, 1]
@@ -401,7 +405,13 @@ def test_what_is_saved_is_what_was_when_it_began(tmp_path):
 
 def test_a_state_of_another_model_is_refused(tmp_path):
     checkpoint_files.save(
-        str(tmp_path / "c"), {}, {}, checkpoint_files.state_of([RowTable("t", 6, 2, World())]), World()
+        str(tmp_path / "c"),
+        {},
+        {},
+        checkpoint_files.state_shards([ShardedTable("t", 6, 2, Communicator())]),
+        Communicator(),
     )
     with pytest.raises(InputError, match=r"t\.weight is \(6, 2\) in the checkpoint, \(6, 3\) in this model"):
-        checkpoint_files.load(str(tmp_path / "c"), checkpoint_files.state_of([RowTable("t", 6, 3, World())]))
+        checkpoint_files.load(
+            str(tmp_path / "c"), checkpoint_files.state_shards([ShardedTable("t", 6, 3, Communicator())])
+        )

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from ranks import run_ranks
 from small import small_catalog, small_config
-from worlds import run_ranks
 
 from gtc_dist.checkpoint import checkpoint_files
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.model.build import build_network, load_graphs
 from gtc_dist.training.trainer import Trainer
-from gtc_dist.training.weight_averaging import Average
+from gtc_dist.training.weight_averaging import WeightAverage
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def catalog(tmp_path_factory):
 
 
 def test_the_average_by_hand_and_back(catalog):
-    network, tables = build_network(small_config(catalog.uri), catalog, World())
-    average = Average(network, tables, 0.75)
+    network, tables = build_network(small_config(catalog.uri), catalog, Communicator())
+    average = WeightAverage(network, tables, 0.75)
     start = tables.user.weight.clone()
     with average.in_place():
         assert torch.equal(tables.user.weight, start)  # nothing to average yet
@@ -37,13 +37,13 @@ def test_the_average_by_hand_and_back(catalog):
     torch.testing.assert_close(tables.user.weight, start + 2.0)
 
 
-def fit(world: World, uri: str, run: str, config) -> dict:
+def fit(comm: Communicator, uri: str, run: str, config) -> dict:
     catalog = Catalog(uri)
     users, items = catalog.interactions("train")
-    mine = slice(world.rank, None, world.size)
+    mine = slice(comm.rank, None, comm.size)
     seen = []
     graphs = load_graphs(config, catalog)
-    trainer = Trainer(config, catalog, run, users[mine], items[mine], graphs, world, seen.append)
+    trainer = Trainer(config, catalog, run, users[mine], items[mine], graphs, comm, seen.append)
     take_in = trainer.train_epoch
     weights = []
     trainer.train_epoch = lambda epoch, done: (take_in(epoch, done), weights.append(trainer.tables.item.weight.clone()))
@@ -66,8 +66,8 @@ def test_training_is_as_without_and_the_checkpoint_holds_the_average(catalog, tm
     assert averaged[0]["seen"] == averaged[1]["seen"]
     best = storage.read_json(str(tmp_path / "averaged" / "metrics.json"))
     assert best["best_epoch"] == 3
-    _, tables = build_network(config[0.5], catalog, World())
+    _, tables = build_network(config[0.5], catalog, Communicator())
     checkpoint_files.load(
-        str(tmp_path / "averaged" / best["checkpoint"]), checkpoint_files.weights_of(list(tables.all()))
+        str(tmp_path / "averaged" / best["checkpoint"]), checkpoint_files.weight_shards(list(tables.all()))
     )
     torch.testing.assert_close(tables.item.weight, 0.25 * whole[0] + 0.25 * whole[1] + 0.5 * whole[2])

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from gtc_dist.distributed.collectives import World
+from gtc_dist.distributed.collectives import Communicator
 
 # Ranks are forked from a process that has imported these once.
 mp.get_context("forkserver").set_forkserver_preload(
@@ -19,7 +19,7 @@ mp.get_context("forkserver").set_forkserver_preload(
 def run_ranks(function, size: int, *args) -> list:
     """What `function(world, *args)` returns on each rank: tensors, numbers, and lists or dictionaries of them."""
     if size == 1:
-        return [function(World(), *args)]
+        return [function(Communicator(), *args)]
     with tempfile.TemporaryDirectory() as folder:
         try:
             mp.start_processes(_rank, (size, folder, function, args), nprocs=size, start_method="forkserver")
@@ -34,7 +34,7 @@ def _rank(rank: int, size: int, folder: str, function, args) -> None:
         os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    world = World(rank, size).split()
-    torch.save(function(world, *args), Path(folder) / f"{rank}.pt")
+    comm = Communicator(rank, size).new_group()
+    torch.save(function(comm, *args), Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
