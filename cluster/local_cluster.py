@@ -1,20 +1,19 @@
-"""A Ray cluster of several nodes on this machine, with S3 object storage beside it.
+"""Start a Ray cluster of several nodes on this machine, with S3 object storage.
 
     python cluster/local_cluster.py --nodes 2 --cpus 2
 
-runs until Ctrl-C (or SIGTERM) and prints the lines that submit a job. Every node is a raylet of its own, started with
-`ray start` as on separate machines; token authentication is on. Other Ray clusters of the machine are left alone. On
-exit everything that was started here ends, and object storage is removed with its data. Linux only: what belongs to the
-cluster is recognised by a mark in the environment of its processes (/proc).
+runs until Ctrl-C (or SIGTERM) and prints the commands that submit a job. Every node is a separate raylet, started with
+`ray start` as on separate machines; token authentication is on. Other Ray clusters of the machine are not touched. On
+exit, all processes of the cluster are ended and the object storage is removed with its data. Linux only: processes of
+the cluster are recognised by a mark in their environment (/proc).
 
-The tests use it as well:
+The tests use it, too:
 
     with LocalCluster(nodes=2, cpus=1) as cluster:
         done = cluster.submit(["python", "-m", "gtc_dist.train", "--config", "configs/demo.yaml"], working_dir=".")
 """
 
 import argparse
-import contextlib
 import json
 import os
 import secrets
@@ -30,6 +29,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from processes import environment_of, process_ids, send_signal, session_of
 from seaweed import HOST, SeaweedServer, find_program, free_ports
 
 MARK = "GTC_LOCAL_CLUSTER"
@@ -46,23 +46,22 @@ The cluster is up. In another shell, in the project's folder and its environment
         python -m gtc_dist.train --config configs/demo.yaml cluster.workers={{nodes}} \\
         data.catalog=s3://{BUCKET}/demo/catalog run.storage=s3://{BUCKET}/demo/runs
 
-The sourced file holds the storage's credentials and where the token is; only you can read it. Dashboard: {{address}}
+The sourced file holds the storage's credentials and the path of the token; only you can read it. Dashboard: {{address}}
 (it asks for the token: `ray get-auth-token` prints it). Ctrl-C ends the cluster and removes its data.
 """
 
 
 class LocalCluster:
-    """One head and `nodes - 1` workers, `cpus` CPUs each, started on entry and ended on exit.
+    """One head and `nodes - 1` workers with `cpus` CPUs each, started on entry and ended on exit.
 
     Args:
-        nodes: raylets, the head included.
-        cpus: CPUs that each of them offers (not tied to real cores).
-        storage: a running S3 server to use; by default the cluster has its own, with the bucket `gtc`.
+        nodes: number of raylets, including the head.
+        cpus: logical CPUs of each node.
+        storage: a running S3 server; by default the cluster starts its own, with the bucket `gtc`.
         object_store_mb: shared memory of each node.
         timeout: seconds to wait for the start.
 
-    `env` is the environment for clients: with it, `ray job submit` finds the cluster and is let in. `address` is the
-    job server's URL.
+    `env` is the environment for clients, with the token for `ray job submit`; `address` is the URL of the job server.
     """
 
     def __init__(
@@ -80,13 +79,13 @@ class LocalCluster:
         self.mark = secrets.token_hex(16)
         self.folder: Path | None = None
         self.processes: list[subprocess.Popen] = []
-        self.head, self.started = "", 0  # the address that nodes join; how many did
+        self.head, self.started = "", 0  # address that nodes join; number of worker nodes started
         self.address = ""
         self.env: dict[str, str] = {}
 
     def start(self) -> "LocalCluster":
         try:
-            # Short, since Ray puts sockets below it, whose paths may have 107 characters.
+            # a short path: Ray puts sockets below it, whose paths may have 107 characters
             self.folder = Path(tempfile.mkdtemp(prefix="gtc-ray-"))
             self.env = self._environment()
             if self.storage is None:
@@ -102,9 +101,9 @@ class LocalCluster:
         return self
 
     def stop(self) -> None:
-        """End all that was started, by process id, and remove the cluster's files. Safe to call twice."""
+        """End all processes of the cluster and remove its files. May be called twice."""
         for process in reversed(self.processes):
-            process.terminate()  # `ray start --block` ends its own processes then
+            process.terminate()  # `ray start --block` then ends its own processes
         deadline = time.monotonic() + 10
         for process in self.processes:
             try:
@@ -116,30 +115,30 @@ class LocalCluster:
         if self.owns_storage and self.storage is not None:
             self.storage.stop()
             self.storage = None
-        while left := self.running():  # whatever detached itself, jobs for instance
+        while left := self.running():  # detached processes, such as jobs
             for pid in left:
-                _signal(pid, signal.SIGKILL)
+                send_signal(pid, signal.SIGKILL)
             time.sleep(0.05)
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder = None
 
     def add_node(self) -> None:
-        """Start one more node."""
+        """Start another worker node."""
         self.started += 1
         self._ray_start(f"worker-{self.started}", f"--address={self.head}")
 
     def lose_node(self) -> None:
-        """Kill all processes of the node that was started last, as a machine that goes away does."""
+        """Kill all processes of the newest node, like the loss of a machine."""
         process = self.processes.pop()
-        for pid in (pid for pid in _process_ids() if _session_of(pid) == process.pid):
-            _signal(pid, signal.SIGKILL)
+        for pid in (pid for pid in process_ids() if session_of(pid) == process.pid):
+            send_signal(pid, signal.SIGKILL)
         process.wait()
 
     def running(self) -> list[int]:
-        """Process ids that belong to this cluster, however far they are from the process that started them."""
+        """Ids of all processes of this cluster, including detached ones."""
         mark = f"{MARK}={self.mark}".encode()
-        return [pid for pid in _process_ids() if mark in _environment_of(pid).split(b"\0")]
+        return [pid for pid in process_ids() if mark in environment_of(pid).split(b"\0")]
 
     def __enter__(self) -> "LocalCluster":
         return self.start()
@@ -155,16 +154,16 @@ class LocalCluster:
         timeout: float | None = None,
         job: str | None = None,
     ) -> subprocess.CompletedProcess:
-        """`ray job submit -- command`, followed until it ends.
+        """Run `ray job submit -- command` and wait until the job ends.
 
         Args:
-            working_dir: folder that is uploaded and in which the command runs (files in .gitignore are left out).
+            working_dir: folder to upload, in which the command runs (without the files of .gitignore).
             env: variables for the job.
             timeout: seconds until subprocess.TimeoutExpired is raised.
-            job: a name to stop it by.
+            job: submission id, for `stop_job`.
 
         Returns:
-            returncode and stdout (the job's output among Ray's, as text).
+            returncode and stdout (text, output of the job and of Ray).
         """
         options = [] if working_dir is None else ["--working-dir", os.fspath(working_dir)]
         options += ["--runtime-env-json", json.dumps({"env_vars": dict(env)})] if env else []
@@ -172,7 +171,7 @@ class LocalCluster:
         return self._ray_job("submit", *options, "--", *command, timeout=timeout)
 
     def stop_job(self, job: str, timeout: float | None = 60) -> subprocess.CompletedProcess:
-        """`ray job stop`, which returns when the job has ended."""
+        """Run `ray job stop`, which returns once the job has ended."""
         return self._ray_job("stop", job, timeout=timeout)
 
     def _ray_job(self, action: str, *words: str, timeout: float | None) -> subprocess.CompletedProcess:
@@ -187,20 +186,20 @@ class LocalCluster:
         )
 
     def write_env_file(self) -> Path:
-        """A file that only its owner may read, with the `export` lines for a shell."""
+        """Write the environment of `env` as `export` lines for a shell; only the owner may read the file."""
         names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", *self.storage.env)
         exports = {name: self.env[name] for name in names} | {"RAY_API_SERVER_ADDRESS": self.address}
         path = self.folder / "env"
         path.touch(mode=0o600)
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in exports.items()]
-        path.write_text("unset RAY_ADDRESS RAY_AUTH_TOKEN\n" + "".join(lines))  # they would come first
+        path.write_text("unset RAY_ADDRESS RAY_AUTH_TOKEN\n" + "".join(lines))  # they would take precedence
         return path
 
     def _environment(self) -> dict[str, str]:
         env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_ID", MARK)}
         token = self.folder / "auth_token"
         token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))  # as `ray get-auth-token --generate` makes it, but not in ~/.ray
+        token.write_text(secrets.token_hex(32))  # as `ray get-auth-token --generate` does, but not in ~/.ray
         return env | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
@@ -210,8 +209,8 @@ class LocalCluster:
         }
 
     def _start_head(self) -> str:
-        """Start the head; returns the address that workers join."""
-        for attempt in range(3):  # a port may be taken between asking for it and using it
+        """Start the head; returns the address for workers to join."""
+        for attempt in range(3):  # another process may take a port before it is used
             port, dashboard, client = free_ports(3)
             self.address = f"http://{HOST}:{dashboard}"
             process = self._ray_start(
@@ -264,13 +263,13 @@ class LocalCluster:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C in the terminal reaches us, and we end the nodes in order
+                start_new_session=True,  # Ctrl-C reaches only this process, which ends the nodes in order
             )
         self.processes.append(process)
         return process
 
     def dead(self) -> subprocess.Popen | None:
-        """A node that ended by itself, if there is one."""
+        """First node process that ended by itself; None if all are running."""
         return next((process for process in self.processes if process.poll() is not None), None)
 
     def _wait(self, done: Callable[[], object], what: str) -> None:
@@ -279,11 +278,11 @@ class LocalCluster:
             ended = self.dead()
             if ended is not None or time.monotonic() > deadline:
                 why = "a node ended" if ended is not None else f"{self.timeout:g} s have passed"
-                raise RuntimeError(f"waited for {what} to start, but {why}:\n{self.log_tails()}")
+                raise RuntimeError(f"{what} did not start, {why}:\n{self.log_tails()}")
             time.sleep(0.2)
 
     def _wait_for_nodes(self) -> None:
-        """Ray gives a node 30 s to come up, which a busy machine may need more than: it is started again then."""
+        """Wait for all nodes. Ray gives a node 30 s to start; on a busy machine a slower one is restarted."""
         for attempt in range(3):
             try:
                 return self._wait(self._all_alive, f"{self.nodes} nodes")
@@ -295,7 +294,7 @@ class LocalCluster:
                 self.add_node()
 
     def _all_alive(self) -> bool:
-        """Whether the job server answers and knows every node."""
+        """Whether the job server answers and lists every node as alive."""
         try:
             summary = self._get("/nodes?view=summary")["data"]["summary"]
         except (urllib.error.URLError, OSError, KeyError, ValueError):
@@ -312,40 +311,21 @@ class LocalCluster:
         return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-1500:]}" for log in self.folder.glob("*.log"))
 
 
-def _process_ids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
-
-
-def _environment_of(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:  # ended, or another user's
-        return b""
-
-
-def _session_of(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except ProcessLookupError:
-        return None
-
-
-def _signal(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--nodes", type=int, default=2, help="raylets, the head included (default %(default)s)")
-    parser.add_argument("--cpus", type=int, default=2, help="CPUs that each offers (default %(default)s)")
-    parser.add_argument("--object-store-mb", type=int, default=256, help="shared memory of each (default %(default)s)")
+    parser.add_argument(
+        "--nodes", type=int, default=2, help="number of nodes, including the head (default %(default)s)"
+    )
+    parser.add_argument("--cpus", type=int, default=2, help="logical CPUs of each node (default %(default)s)")
+    parser.add_argument(
+        "--object-store-mb", type=int, default=256, help="shared memory of each node, MiB (default %(default)s)"
+    )
     args = parser.parse_args()
     if args.nodes < 1 or args.cpus < 1:
         parser.error("--nodes and --cpus must be at least 1")
 
     def interrupt(*_) -> None:
-        for number in SIGNALS:  # once: the clean-up runs to its end
+        for number in SIGNALS:  # a second signal must not interrupt the clean-up
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 

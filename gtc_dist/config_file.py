@@ -3,6 +3,7 @@
 YAML is read with the safe loader, which makes nothing but plain values.
 """
 
+import argparse
 import difflib
 import re
 from pathlib import Path
@@ -10,7 +11,10 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from gtc_dist.config import Config, ModalityConfig, Section
+from gtc_dist.config import Config
+from gtc_dist.config_data import ModalityConfig, Section
+from gtc_dist.config_reference import help_text
+from gtc_dist.config_upgrade import old_keys, upgrade
 from gtc_dist.errors import InputError
 
 
@@ -79,8 +83,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def read_config(data: bytes, origin: str, overrides: list[str] | None = None) -> Config:
     """The same from the bytes of a file; `origin` names it in errors."""
+    tree = _read_tree(data, origin)
+    for override in overrides or []:
+        _apply(tree, override)
+    return build_config(tree, origin)
+
+
+def read_run_config(data: bytes, origin: str) -> Config:
+    """The config.yaml of a run folder, which version 0.1 may have written."""
+    return build_config(upgrade(_read_tree(data, origin), origin), origin)
+
+
+def _read_tree(data: bytes, origin: str) -> dict:
     try:
-        tree = _parse(data.decode(), origin)
+        tree = parse_yaml(data.decode(), origin)
     except UnicodeDecodeError as error:
         raise InputError(f"config file {origin} is not UTF-8 text: {error}") from error
     if tree is None:
@@ -89,13 +105,13 @@ def read_config(data: bytes, origin: str, overrides: list[str] | None = None) ->
         raise InputError(
             f"config file {origin} holds a {type(tree).__name__}; expected sections such as data: and run:"
         )
-    for override in overrides or []:
-        _apply(tree, override)
-    return build_config(tree, origin)
+    return tree
 
 
 def build_config(tree: dict, origin: str) -> Config:
     """Validate a nested dictionary (as read from YAML or JSON); `origin` names it in errors."""
+    if old := old_keys(tree):
+        raise InputError("\n".join(f"{origin}: key {key!r} {what}" for key, what in old.items()))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -105,12 +121,13 @@ def build_config(tree: dict, origin: str) -> Config:
 def parse_command_line(parser, argv: list[str] | None = None):
     """Add `--config` and `a.b=c` overrides to an argparse parser; returns (config, args)."""
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="override of a config key")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="override of a configuration key")
+    parser.epilog, parser.formatter_class = help_text(), argparse.RawDescriptionHelpFormatter
     args = parser.parse_intermixed_args(argv)
     return load_config(args.config, args.overrides), args
 
 
-def _parse(text: str, name: str):
+def parse_yaml(text: str, name: str):
     try:
         loader = _UniqueKeyLoader(text)
         loader.name = name
@@ -131,7 +148,7 @@ def _apply(tree: dict, override: str) -> None:
         if not isinstance(node.get(part), dict):
             node[part] = {}
         node = node[part]
-    node[last] = _parse(text, f"override {key}") if text else ""
+    node[last] = parse_yaml(text, f"override {key}") if text else ""
 
 
 def _explain(error: dict, origin: str) -> str:
@@ -157,7 +174,7 @@ def _section_at(location: tuple) -> type[Section] | None:
             return None
         field = section.model_fields.get(str(part))
         if field is None:
-            continue  # the name of a modality: data.features.<name>
+            continue  # the name of a modality: data.features.NAME
         annotation = field.annotation
         if annotation == dict[str, ModalityConfig]:
             section = ModalityConfig

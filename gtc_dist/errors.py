@@ -1,32 +1,32 @@
-"""What ends a command with one line for its user instead of a traceback, and how commands show it."""
+"""Errors that a command shows as one line instead of a traceback, with their exit status."""
 
 import sys
 from collections.abc import Callable
 
 
 class InputError(ValueError):
-    """Bad input: a config, a file, a column, a row. The message says where, what was found and what to do."""
+    """Bad input: a configuration, file, column or row. The message says where, what was found and what to do."""
 
-    def __reduce__(self):  # crosses process borders (Ray) as itself
+    def __reduce__(self):  # pickled (by Ray) as this class
         return (type(self), self.args)
 
 
 class NotFinite(FloatingPointError):
-    """A step whose loss or gradients are not finite. The message says which, and where the batch is."""
+    """Step with a non-finite loss or gradient. The message names it, and the file with the batch."""
 
 
 class Unreachable(ConnectionError):
-    """The object store cannot be reached, and was not for as long as it was tried. Another time it may be."""
+    """Object store that could not be reached after all retries. Running the command again later may succeed."""
 
 
-STATUS = {InputError: 2, NotFinite: 3, Unreachable: 2}  # of a command that ends with it
+STATUS = {InputError: 2, NotFinite: 3, Unreachable: 2}  # exit status of the command
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's main function; show what `STATUS` names as one line and exit with its status.
+    """Run a command's main function and exit; an error of a type in `STATUS` is shown as one line.
 
-    An error that a Ray worker raised arrives wrapped (in a cause, a context or a dictionary of worker failures), so
-    the whole chain is searched.
+    Ray wraps an error of a worker (in a cause, a context or a dictionary of worker failures), so the whole chain is
+    searched.
     """
     try:
         sys.exit(main() or 0)
@@ -41,12 +41,12 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 def find_shown(error: BaseException | None, depth: int = 0) -> Exception | None:
-    """The exception of a kind in `STATUS` that `error` is, wraps or was caused by, or None."""
+    """First exception of a type in `STATUS` in the chain of `error`, or None."""
     if error is None or depth > 10:
         return None
     for kind in STATUS:
         if isinstance(error, kind):
-            return kind(*error.args)  # plain copy: Ray's dual-typed errors print a remote traceback
+            return kind(*error.args)  # plain copy: Ray's own subclass prints the remote traceback
     inner = [getattr(error, "cause", None), error.__cause__, error.__context__]
     failures = getattr(error, "worker_failures", None)
     if isinstance(failures, dict):

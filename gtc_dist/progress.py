@@ -1,4 +1,4 @@
-"""What long steps say of how far they are, for the person who watches."""
+"""Progress of long computations: a callback that takes messages, and a printer on stderr."""
 
 import sys
 import time
@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 ProgressCallback = Callable[[str], None]
 
-SECONDS = 10.0  # between lines about the same step
+SECONDS = 10.0  # between lines of the same step
 
 
 def no_progress(message: str) -> None:
-    """Takes what there is to say where nobody watches."""
+    """Progress callback that does nothing."""
 
 
 class ProgressPrinter:
-    """Lines on stderr with the seconds since the start: one for each finished step, and while a step takes long, one
-    every few seconds."""
+    """Progress callback that prints to stderr, with the seconds since the start: a line per finished step, and a line
+    every SECONDS within a long step."""
 
     def __init__(self):
         self.start = self.last = time.monotonic()
@@ -25,6 +25,6 @@ class ProgressPrinter:
         print(f"[{self.last - self.start:6.1f} s] {message}", file=sys.stderr, flush=True)
 
     def often(self, message: str) -> None:
-        """To be called with every block; prints if the last line is some seconds old."""
+        """Print a message if the last line is older than SECONDS; to be called for every block of a long step."""
         if time.monotonic() - self.last >= SECONDS:
             self(f"... {message}")

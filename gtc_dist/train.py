@@ -1,15 +1,17 @@
-"""Command: a catalog to a trained run, on one machine or a cluster.
+"""Command: train a model on a catalog, on one machine or a cluster.
 
     python -m gtc_dist.train --config configs/X.yaml [a.b=c ...]
     ray job submit --working-dir . -- python -m gtc_dist.train --config configs/X.yaml [a.b=c ...]
 
-Joins the cluster of RAY_ADDRESS or of the job that it runs in, else starts a local one. The run folder
+Joins the Ray cluster of RAY_ADDRESS or of its own Ray job; otherwise starts a local one. The run folder
 run.storage/run.name gets the resolved config.yaml, metrics.jsonl, metrics.json, checkpoints/ and tensorboard/.
+
+Rerun the same command to resume an interrupted run, on any number of ranks. On SIGTERM the training state is saved and
+the command exits with status 143.
 
     python -m gtc_dist.train --replay RUN/not-finite-....npz
 
-The same command goes on with a run that was cut off, on any number of ranks. On SIGTERM it saves the state of training
-and leaves with status 143.
+recomputes a step whose loss or gradient was not finite, from the file that the run wrote.
 """
 
 import argparse
@@ -20,68 +22,83 @@ from contextlib import suppress
 import yaml
 
 from gtc_dist.checkpoint import checkpoint_files
-from gtc_dist.checkpoint.run_folder import METRICS_FILE, run_status
+from gtc_dist.checkpoint.existing_run import run_status
+from gtc_dist.checkpoint.run_folder import CONFIG_FILE, EPOCH_PREFIX, METRICS_FILE, STEP_PREFIX
 from gtc_dist.config import Config
-from gtc_dist.config_file import parse_command_line
+from gtc_dist.config_file import load_config
+from gtc_dist.config_reference import help_text
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.errors import InputError, run_command
-from gtc_dist.graph.csc import Graphs
-from gtc_dist.inference.trained_run import CONFIG_FILE
+from gtc_dist.graph.csc import Graphs, load_graphs
 from gtc_dist.launch.run_lock import hold_run_lock
-from gtc_dist.model.build import load_graphs, network_shape
 
-LEFT = 143  # exit status: 128 + SIGTERM
+STOPPED = 143  # exit status: 128 + SIGTERM
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train GTC on a catalog.")
-    parser.add_argument("--replay", metavar="FILE", help="compute a batch again that a run left behind")
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--replay")
-    replayed, _ = first.parse_known_args(argv)
-    if replayed.replay:
+    args = parse_arguments(argv)
+    if args.replay:
         from gtc_dist.training.step_replay import replay_step
 
-        print(json.dumps(replay_step(replayed.replay), indent=1))
+        print(json.dumps(replay_step(args.replay), indent=1))
         return 0
-    config, _ = parse_command_line(parser, argv)
-    config = with_absolute_uris(config)
+    config = with_absolute_uris(load_config(args.config, args.overrides))
     run = storage.join(config.run.storage, config.run.name)
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
-    check(config, catalog)
+    check_modalities(config, catalog)
     if run_status(config, run, catalog.manifest.fingerprint) == "finished":
         result = storage.read_json(storage.join(run, METRICS_FILE))
-        stopped = result["last_epoch"] < config.train.epochs  # early
-        more = f"an eval.patience above {config.eval.patience}" if stopped else "more epochs"
-        print(f"{run} is finished; choose another run.name to train again, or {more} to go on", file=sys.stderr)
+        stopped_early = result["last_epoch"] < config.train.epochs
+        more = f"an eval.patience above {config.eval.patience}" if stopped_early else "more epochs"
+        print(f"{run} is finished; choose another run.name to train again, or {more} to continue it", file=sys.stderr)
         print(summary(run, result))
         return 0
     with hold_run_lock(run):
-        result = train(config, catalog, run)
+        result = start_or_resume(config, catalog, run)
     if result is None:
-        print(f"{run} was left as asked; the same command goes on with it", file=sys.stderr)
-        return LEFT
+        print(f"{run}: stopped on SIGTERM, state saved; rerun the same command to resume", file=sys.stderr)
+        return STOPPED
     print(summary(run, result))
     return 0
 
 
-def train(config: Config, catalog: Catalog, run: str) -> dict | None:
-    """Begin or go on with a run; returns what metrics.json holds, or None where it was asked to leave before."""
-    before = run_status(config, run, catalog.manifest.fingerprint)
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line: a configuration with overrides, or --replay alone."""
+    parser = argparse.ArgumentParser(
+        description="Train GTC on a catalog. Rerun the same command to resume an interrupted run.",
+        epilog=help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="YAML file, see configs/; required unless --replay is given")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="override of a configuration key")
+    parser.add_argument(
+        "--replay",
+        metavar="FILE",
+        help="recompute a step whose loss or gradient was not finite, from the RUN/not-finite-*.npz of a run",
+    )
+    args = parser.parse_intermixed_args(argv)
+    if args.replay and (args.config or args.overrides):
+        parser.error("--replay reads the configuration of the run folder; give neither --config nor overrides")
+    if not args.replay and not args.config:
+        parser.error("the following arguments are required: --config")
+    return args
+
+
+def start_or_resume(config: Config, catalog: Catalog, run: str) -> dict | None:
+    """Start or resume a run; returns the content of metrics.json, or None if SIGTERM stopped it early."""
+    # Checked again under the run lock: another command may have started or finished the run since the first check.
+    status = run_status(config, run, catalog.manifest.fingerprint)
     graphs = load_graphs(config, catalog)
     check_rows(catalog, graphs)
     rows = catalog.manifest.interactions["train"]
-    going_on = f"; going on with {run}" if before == "begun" else ""
+    resuming = f"; resuming {run}" if status == "begun" else ""
     print(
-        f"{catalog.users:,} users, {catalog.items:,} items, {rows:,} interactions{going_on}; starting Ray",
+        f"{catalog.users:,} users, {catalog.items:,} items, {rows:,} interactions{resuming}; starting Ray",
         file=sys.stderr,
     )
 
-    from gtc_dist.launch import (
-        ray_cluster,
-        ray_train,  # here, so that the errors above show at once
-    )
+    from gtc_dist.launch import ray_cluster, ray_train  # slow to import: the errors above show at once
 
     ray_cluster.connect(min(config.cluster.workers, ray_cluster.cores()) + 1, dashboard=True, shared_bytes=graphs.bytes)
     resources = ray_train.worker_resources(config.cluster)
@@ -97,7 +114,7 @@ def train(config: Config, catalog: Catalog, run: str) -> dict | None:
 
 
 def with_absolute_uris(config: Config) -> Config:
-    """Local paths made absolute: workers and later commands run in other folders."""
+    """Make local paths absolute: workers and later commands run in other folders."""
     data = config.data.model_copy(
         update={"raw": storage.absolute(config.data.raw), "catalog": storage.absolute(config.data.catalog)}
     )
@@ -105,14 +122,14 @@ def with_absolute_uris(config: Config) -> Config:
     return config.model_copy(update={"data": data, "run": run})
 
 
-def check(config: Config, catalog: Catalog) -> None:
-    """What the manifest tells before anything is read."""
-    if not network_shape(config, catalog).modalities:
+def check_modalities(config: Config, catalog: Catalog) -> None:
+    """Check, from the manifest alone, that the catalog has a modality that the network can use."""
+    if not catalog.modalities(config.model.modalities):
         raise InputError(f"the catalog {catalog.uri} has no modality; GTC needs at least one (data.features)")
 
 
 def check_rows(catalog: Catalog, graphs: Graphs) -> None:
-    """Every split can be ranked, and every user has an item to be ranked below its own."""
+    """Check that every split can be ranked, and that every user has a negative item."""
     for split in ("valid", "test"):
         if not any((graphs.user_degree[users] > 0).any() for users, _ in catalog.interaction_files(split)):
             raise InputError(
@@ -123,27 +140,28 @@ def check_rows(catalog: Catalog, graphs: Graphs) -> None:
     if degree.max() >= graphs.items:
         user = catalog.ids("users")[int(degree.argmax())].as_py()
         raise InputError(
-            f"user {user!r} interacted with all {graphs.items} items in train: no negative is left to rank them against"
+            f"user {user!r} interacted with all {graphs.items} items in train, which leaves no negative item to rank "
+            "them against"
         )
 
 
 def remove_if_nothing_was_saved(run: str) -> None:
-    """A run that failed before its first checkpoint leaves no folder, which would only block the next try. Where the
-    storage cannot be asked, everything stays."""
+    """Remove the folder of a run that failed before its first checkpoint; it would only block the next try. If the
+    storage cannot be listed, everything is kept."""
     with suppress(InputError, OSError):
-        if not any(checkpoint_files.list_checkpoints(run, prefix)[0] for prefix in ("epoch-", "step-")):
+        if not any(checkpoint_files.list_checkpoints(run, prefix)[0] for prefix in (EPOCH_PREFIX, STEP_PREFIX)):
             storage.remove_tree(run)
 
 
 def summary(run: str, result: dict) -> str:
-    """What metrics.json holds, for a person."""
+    """Content of metrics.json as a table for the terminal."""
     shown = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@20")
     lines = [f"run {run}: best epoch {result['best_epoch']} of {result['last_epoch']}, {result['seconds']:.0f} s"]
     rows = {part: result[part]["overall"] for part in ("valid", "test")} | {"popularity": result["popularity"]}
     for name, values in rows.items():
         lines.append(f"{name:>10}  " + "  ".join(f"{metric} {values[metric]:.4f}" for metric in shown))
     if skipped := result.get("skipped_steps"):
-        lines.append(f"warning: {skipped} step(s) left out, as their loss or gradient was not finite")
+        lines.append(f"warning: {skipped} step(s) skipped, because their loss or gradient was not finite")
     return "\n".join(lines)
 
 

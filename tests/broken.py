@@ -1,4 +1,4 @@
-"""Inputs for `prepare` that are broken, and what is said of them."""
+"""Broken inputs for prepare, and the error messages that they must give."""
 
 import io
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ COLUMNS = {
 
 
 def parquet(names: list[str] | None = None, rows: int = ROWS, **columns) -> bytes:
-    """The interactions with some columns replaced."""
+    """The interactions as Parquet, with some columns replaced."""
     sink = io.BytesIO()
     table = pa.table({**COLUMNS, **columns})
     pq.write_table((table if names is None else table.rename_columns(names)).slice(0, rows), sink)
@@ -33,7 +33,7 @@ def parquet(names: list[str] | None = None, rows: int = ROWS, **columns) -> byte
 
 
 def replaced(column: str, row: int, value) -> list:
-    """A column with another value in a row, counted from 1."""
+    """A column with another value in one row, counted from 1."""
     values = list(COLUMNS[column])
     values[row - 1] = value
     return values
@@ -71,14 +71,14 @@ TIME, RATING, LABEL = "data.interactions.time=time", "data.interactions.rating=r
 BY_TIME = [TIME, "data.split.method=global_time"]
 AS_PARQUET = "data.features.v.path=v.parquet"
 GIVEN = ["data.split.method=given", *(f"data.split.{name}=[{name}.parquet]" for name in SPLITS)]
-FOLDER = object()  # stands for a folder of that name
+FOLDER = object()  # make a folder instead of a file
 NO_NUL = "has NUL bytes, as UTF-16 or a broken file has; write it as UTF-8"
 
 
 @dataclass
 class Case:
-    """Files below data.raw (a.* are interactions), overrides, and parts of the message. Without interactions or
-    vectors of its own it gets good ones. {raw} stands for the folder."""
+    """Files below data.raw (a.* are interactions), overrides, and parts of the expected message, in which {raw} is the
+    folder. Valid interactions or vectors are added if the case has none."""
 
     files: dict = field(default_factory=dict)
     says: list[str] = field(default_factory=list)
@@ -98,13 +98,13 @@ class Case:
         config.write_text(
             f"data: {{raw: {raw}, catalog: {folder}/catalog, interactions: {{files: ['a.*']}}, "
             "features: {v: {path: v.npy}}, split: {valid_share: 0.2, test_share: 0.2}}\n"
-            f"run: {{storage: {folder}/runs, name: x}}\ngraph: {{item_neighbours: 2, user_neighbours: 2}}\n"
+            f"run: {{storage: {folder}/runs, name: x}}\ngraph: {{item_neighbours: 2}}\n"
         )
         return ["--config", str(config), *self.overrides], str(raw)
 
 
 def refused(case: Case, folder: Path) -> str:
-    """What the command says; it leaves no catalog."""
+    """The command's error message; it leaves no catalog."""
     arguments, raw = case.write(folder)
     with pytest.raises(InputError) as caught:
         build_catalog.main(arguments)
@@ -117,14 +117,14 @@ def refused(case: Case, folder: Path) -> str:
 
 
 def one(name: str, data, *says: str, overrides=()) -> Case:
-    """One file that is broken, and named."""
+    """One broken file, which the message names."""
     return Case({name: data}, [f"{{raw}}/{name}", *says], list(overrides))
 
 
 def listed(name: str, data: bytes, *says: str) -> Case:
-    """A file of ids beside v.npy."""
+    """A broken id file for v.npy."""
     return Case({name: data}, [f"{{raw}}/{name}", *says], [f"data.features.v.ids={name}"])
 
 
-NO_PARQUET = "is not readable as parquet (mend it or write it again)"
-NO_VECTORS = "is not a readable Parquet file (mend it or write it again)"
+NO_PARQUET = "is not readable as parquet (repair it or write it again)"
+NO_VECTORS = "is not a readable Parquet file (repair it or write it again)"

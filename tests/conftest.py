@@ -1,4 +1,4 @@
-"""Fixtures that are real things: a local Ray cluster and an S3 server, each started once for all tests."""
+"""Fixtures: a local Ray cluster and an S3 server, each started once per test session."""
 
 import os
 import secrets
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "cluster"))  # s
 
 from seaweed import SeaweedServer
 
-# Set before ray, torch or numpy are imported, since they read it at import.
+# Set before ray, torch and numpy are imported, which read these variables at import.
 os.environ.update(
     {
         "OMP_NUM_THREADS": "1",
@@ -20,9 +20,9 @@ os.environ.update(
         "MKL_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else ray.init would write one into the home folder
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # otherwise ray.init writes one to the home folder
         "RAY_DEDUP_LOGS": "0",
-        "RAY_worker_niceness": "0",  # 15 by default: the tests of the other pytest process would starve the ranks
+        "RAY_worker_niceness": "0",  # default 15: the other pytest process would starve the ranks
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about CUDA_VISIBLE_DEVICES
     }
 )
@@ -34,16 +34,9 @@ OBJECT_STORE_BYTES = 400 << 20
 
 
 def pytest_collection_modifyitems(items):
-    """Files with trainings first: two processes share the tests file by file, and the last one should be short."""
-    slow = [
-        "test_train.py",
-        "test_faults.py",
-        "test_job.py",
-        "test_build_catalog.py",
-        "test_tools.py",
-        "test_refusals.py",
-    ]
-    slow += ["test_cluster.py"]
+    """Run the slowest files first: two processes share the tests by file, so the last file should be short."""
+    slow = ["test_train.py", "test_faults.py", "test_job.py", "test_build_catalog.py", "test_tools.py"]
+    slow += ["test_refusals.py", "test_cluster.py"]
     items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))
 
 
@@ -58,19 +51,19 @@ def s3_server():
 
 @pytest.fixture
 def s3(s3_server) -> str:
-    """A prefix of its own in the S3 server, as a URI."""
+    """URI of an empty folder in the S3 server."""
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
 
 
 @pytest.fixture(params=["local", "s3"])
 def folder(request, tmp_path) -> str:
-    """A folder of its own on the local disk, and one in the S3 server."""
+    """An empty folder: on the local disk, and in the S3 server."""
     return str(tmp_path) if request.param == "local" else request.getfixturevalue("s3")
 
 
 @pytest.fixture(scope="session")
 def ray_local(s3_server):
-    """A local Ray cluster of 4 CPUs. Needs the S3 server first, since workers inherit the environment at ray.init."""
+    """A local Ray cluster of 4 CPUs. The S3 server is started first: workers inherit its environment at ray.init."""
     import ray
 
     context = ray.init(

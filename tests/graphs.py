@@ -1,4 +1,4 @@
-"""What the tests of the catalog's graphs share."""
+"""Helpers of the tests of graphs."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ USERS, ITEMS = 40, 25
 
 
 def train_pairs(seed: int, users: int = USERS, items: int = ITEMS, count: int = 150) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct pairs in random order; some users and items have none, and low items are popular."""
+    """Distinct pairs in random order; some users and items have none; low item indexes are popular."""
     rng = np.random.default_rng(seed)
     item = np.minimum(rng.geometric(0.15, count), items - 1).astype(np.int32)
     pairs = np.unique(np.stack([rng.integers(0, users, count), item], 1), axis=0)

@@ -24,15 +24,16 @@ def small_config(catalog: str, storage: str = "runs", **sections) -> Config:
         "train": {"batch_size": 32, "epochs": 2},
         "model": {
             "width": 8,
-            "diffusion": {"steps": 20, "start_step": 5, "ddim_steps": 2, "hidden": 16},
-            "walk": {"spectral": 0, "profile": 0},
+            "user_hop": True,
+            "diffusion": {"steps": 20, "start_step": 5},
+            "hybrid": {"graph_filter": 0, "content_profile": 0},
         },
     }
     return build_config(_merge(tree, sections), "test")
 
 
-# content as a gate on the ids, in two members: the other way through the network
-GATED = {"content": "gate", "unit_rows": False, "members": 2, "join": "sum"}
+# the other network, with two ensemble members
+GATED = {"variant": "gated", "members": 2}
 
 
 def _merge(below: dict, above: dict) -> dict:
@@ -102,8 +103,9 @@ def write_config(tmp_path: Path, catalog: str, runs: str, **train_keys) -> str:
         "cluster": {"threads": 1},
         "model": {
             "width": 8,
-            "diffusion": {"steps": 20, "start_step": 5, "hidden": 16},
-            "walk": {"spectral": 0, "profile": 0},
+            "user_hop": True,
+            "diffusion": {"steps": 20, "start_step": 5},
+            "hybrid": {"graph_filter": 0, "content_profile": 0},
         },
     }
     path = tmp_path / "config.yaml"

@@ -11,15 +11,17 @@ from gtc_dist.config import Config
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
-from gtc_dist.model.build import build_loader, build_network, load_features, load_graphs
-from gtc_dist.training.data_loader import DataLoader, SampledBatch
+from gtc_dist.graph.csc import load_graphs
+from gtc_dist.model.batch import SampledBatch
+from gtc_dist.model.build import build_network, load_features
+from gtc_dist.training.data_loader import DataLoader, build_loader
 
 
 def loader_of(config: Config, catalog: Catalog, comm: Communicator, network) -> DataLoader:
     users, items = catalog.interactions("train")
     mine = slice(comm.rank, None, comm.size)
     thread_comm = comm.new_group()
-    features = load_features(network.shape, catalog, thread_comm)
+    features = load_features(network.modalities, catalog, thread_comm)
     graphs = load_graphs(config, catalog)
     return build_loader(config, network, users[mine], items[mine], graphs, features, thread_comm)
 
@@ -66,7 +68,9 @@ def step(comm: Communicator, catalog_uri: str, config: Config, draws: SampledBat
     loader = loader_of(config, catalog, comm, network)
     forward = DistributedDataParallel(network, forward_sync_buffers=False) if comm.size > 1 else network
     batch = loader.assemble(share(draws, comm.rank, counts))
-    loss, parts = forward(batch, tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route))
+    loss, parts = forward(
+        batch, tables.user.lookup(batch.subgraph.user_lookup), tables.item.lookup(batch.subgraph.item_lookup)
+    )
     loss.backward()
     names = sorted(parts)
     summed = comm.all_reduce(torch.stack([parts[name] for name in names]))

@@ -1,21 +1,21 @@
-"""Measure the parts of the system on this machine: one table on screen, one JSON file.
+"""Measure the parts of the system on this machine: a table on screen and a JSON file.
 
-    python tools/benchmark.py sampling                                seeds a second on a 4 M-interaction graph
-    python tools/benchmark.py lookup    --ranks 1,2                   a row-sharded table: look up, gradient, Adam
+    python tools/benchmark.py sampling                                seeds per second, graph of 4 M interactions
+    python tools/benchmark.py lookup    --ranks 1,2                   a row-wise sharded table: lookup, gradient, Adam
     python tools/benchmark.py step      --config C.yaml [a.b=c ...]   training steps on a prepared catalog
-    python tools/benchmark.py scale     --config C.yaml --config D.yaml --ranks 1,2 [a.b=c ...]   the same step on each
-    python tools/benchmark.py checkpoint --config C.yaml [a.b=c ...]  what saving the state of training costs the steps
-    python tools/benchmark.py resume    --config C.yaml [a.b=c ...]   a training that is killed, until it goes on
-    python tools/benchmark.py inference --config C.yaml               embeddings of the whole catalog, and their export
+    python tools/benchmark.py scale     --config C.yaml --config D.yaml --ranks 1,2 [a.b=c ...]   the same steps on each
+    python tools/benchmark.py checkpoint --config C.yaml [a.b=c ...]  cost of saving the training state
+    python tools/benchmark.py resume    --config C.yaml [a.b=c ...]   time to resume a killed training
+    python tools/benchmark.py inference --config C.yaml               embeddings of the whole catalog and their export
     python tools/benchmark.py ranking   --config C.yaml --users 10000  users against all items
-    python tools/benchmark.py ingest    --config C.yaml --config D.yaml   prepare from raw tables to a catalog
-    python tools/benchmark.py command -- python -m gtc_dist.train ...  seconds and memory of any command
+    python tools/benchmark.py ingest    --config C.yaml --config D.yaml   prepare: raw tables to a catalog
+    python tools/benchmark.py command -- python -m gtc_dist.train ...  time and memory of any command
 
-Common: --threads 1,2 (torch's and DGL's, a measurement each), --repeats N (after a warm-up that does not count),
---out FILE, --compare FILE (prints each figure over the one in an earlier file). `step cluster.gpu=true` measures on
-GPUs. Every measurement runs in processes of its own, ranks are processes that talk over gloo (NCCL on GPUs), figures
-are medians. Memory is what the kernel counted (the highest resident set of a rank; for whole commands the sum of the
-proportional sets of all processes, Ray's included), bytes sent are what the collectives counted.
+Common options: --threads 1,2 (threads of torch and DGL, one measurement each), --repeats N (after an uncounted
+warm-up), --out FILE, --compare FILE (prints the ratio of each figure to that in an earlier file). `step
+cluster.gpu=true` measures on GPUs. Every measurement runs in its own processes; ranks are processes that communicate
+over gloo (NCCL on GPUs). Figures are medians. Memory is the largest peak resident set of a rank; for commands, the peak
+sum of the proportional sets of all processes, Ray's included. Bytes sent are counted by the collectives.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from pathlib import Path
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 CONFIGURED = ("step", "scale", "checkpoint", "resume", "inference", "ranking", "ingest")
-WHOLE = ("ingest", "resume", "command")  # commands of their own
-MEASURE = Path(__file__).with_name("measure.py")
+COMMANDS = ("ingest", "resume", "command")  # measured as whole commands, in one process
+MEASURE = Path(__file__).parent / "bench" / "measure.py"
 
 
 def main() -> None:
@@ -56,56 +56,55 @@ def parse() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("sampling", "lookup", *CONFIGURED, "command"):
         sub = commands.add_parser(name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        sub.add_argument("--repeats", type=int, default=1 if name in WHOLE or name == "inference" else 20)
+        sub.add_argument("--repeats", type=int, default=1 if name in COMMANDS or name == "inference" else 20)
         sub.add_argument("--out", default=f"benchmark-{name}.json", help="JSON file")
-        sub.add_argument("--compare", help="JSON file of an earlier measurement")
-        if name not in WHOLE:
+        sub.add_argument("--compare", help="JSON file of an earlier measurement, to print ratios to")
+        if name not in COMMANDS:
             sub.add_argument("--threads", default="1", help="comma-separated")
             sub.add_argument("--ranks", default="1", help="comma-separated")
         if name in CONFIGURED:
-            sub.add_argument("--config", action="append", required=True, help="YAML; may be given several times")
+            sub.add_argument("--config", action="append", required=True, help="YAML file; may be repeated")
         if name == "sampling":
-            sub.add_argument("--nodes", type=int, default=200_000, help="users, and as many items")
+            sub.add_argument("--nodes", type=int, default=200_000, help="number of users, and of items")
             sub.add_argument("--interactions", type=int, default=4_000_000)
             sub.add_argument("--fanout", default="10,10")
-            sub.add_argument("--seeds", type=int, default=6144, help="of a batch")
+            sub.add_argument("--seeds", type=int, default=6144, help="seed nodes of a batch")
         if name == "lookup":
-            sub.add_argument("--rows", default="10000,1000000", help="of the table, comma-separated")
-            sub.add_argument("--ids", type=int, default=50_000, help="asked for by each rank")
+            sub.add_argument("--rows", default="10000,1000000", help="rows of the table, comma-separated")
+            sub.add_argument("--ids", type=int, default=50_000, help="rows that each rank looks up")
             sub.add_argument("--width", type=int, default=64)
         if name == "ranking":
             sub.add_argument("--users", type=int, default=10_000)
         if name == "inference":
-            sub.add_argument("--export", help="URI to write the embeddings to (default: a temporary folder)")
+            sub.add_argument("--export", help="URI for the embeddings (default: a temporary folder)")
     words = sys.argv[1:]
-    end = words.index("--") if "--" in words else len(words)  # what follows is the command to measure
-    args, args.rest = parser.parse_known_args(words[:end])  # a.b=c may stand between the options
+    end = words.index("--") if "--" in words else len(words)  # the command to measure follows
+    args, args.rest = parser.parse_known_args(words[:end])  # overrides a.b=c may stand between options
     unknown = [word for word in args.rest if word.startswith("-")]
     if unknown:
         parser.error(f"unknown options: {' '.join(unknown)}")
     if args.command == "command":
         if args.rest or not words[end + 1 :]:
-            parser.error("the command to measure stands after --")
+            parser.error("give the command to measure after --")
         args.rest = words[end + 1 :]
     elif args.rest and args.command not in CONFIGURED:
-        parser.error(f"{args.command} has no configuration to change: {' '.join(args.rest)}")
+        parser.error(f"{args.command} takes no configuration overrides: {' '.join(args.rest)}")
     if args.compare is not None and not Path(args.compare).is_file():
-        parser.error(f"there is no file {args.compare} to compare with")
+        parser.error(f"the file {args.compare} of --compare does not exist")
     if args.compare is not None and Path(args.compare).resolve() == Path(args.out).resolve():
-        parser.error(f"{args.out} would overwrite what it is compared with; name another --out")
+        parser.error(f"--out {args.out} would overwrite the file of --compare; name another one")
     return args
 
 
 def cases(args: argparse.Namespace) -> list[dict]:
-    """What is measured: one dictionary for each row of the table."""
+    """One dictionary per measurement."""
     if args.command == "command":
         return [{"kind": "command", "command": args.rest, "repeats": args.repeats}]
     shared = {"kind": args.command, "repeats": args.repeats}
-    if args.command in WHOLE:
+    if args.command in COMMANDS:
         return [shared | {"config": config, "overrides": args.rest} for config in args.config]
     grid = {"ranks": numbers(args.ranks), "threads": numbers(args.threads)}
     if args.command == "sampling":
-        grid["sampler"] = ["neighbor", "labor"]
         shared |= {"nodes": args.nodes, "interactions": args.interactions, "seeds": args.seeds}
         shared |= {"fanout": numbers(args.fanout)}
     elif args.command == "lookup":
@@ -122,7 +121,7 @@ def cases(args: argparse.Namespace) -> list[dict]:
 
 
 def run_case(case: dict) -> dict:
-    """Start the ranks of a case and return what rank 0 measured, with the largest memory of all."""
+    """Run all ranks of a case; returns the figures of rank 0, with the largest memory of all ranks."""
     ranks, threads = case.get("ranks", 1), case.get("threads", 1)
     environment = os.environ | dict.fromkeys(THREADS, str(threads))
     with tempfile.TemporaryDirectory(prefix="gtc-benchmark-") as folder:
@@ -140,13 +139,13 @@ def run_case(case: dict) -> dict:
     merged = results[0]
     if "peak_mib" in merged:
         merged["peak_mib"] = max(result["peak_mib"] for result in results)
-    if "seeds_per_second" in merged:  # of the host: ranks sample side by side
+    if "seeds_per_second" in merged:  # total of the host: ranks sample concurrently
         merged["seeds_per_second"] = sum(result["seeds_per_second"] for result in results)
     return merged
 
 
 def failed(running: list[subprocess.Popen]) -> bool:
-    """Wait for the ranks; one that fails ends the others, which would wait for it."""
+    """Wait for the ranks. If one fails, kill the others, which would wait for it for ever."""
     left = list(running)
     while left:
         time.sleep(0.1)
@@ -159,7 +158,7 @@ def failed(running: list[subprocess.Popen]) -> bool:
 
 
 def table(rows: list[dict]) -> str:
-    """Figures down, cases across."""
+    """Text table: one row per figure, one column per case."""
     headers = [describe(row["case"]) for row in rows]
     lines = [f"case {n}: {header}" for n, header in enumerate(headers, 1)]
     names = list(dict.fromkeys(name for row in rows for name in row["result"]))
@@ -169,13 +168,13 @@ def table(rows: list[dict]) -> str:
         lines.append(f"{name:<32}" + "".join(f"{show(value):>14}" for value in values))
         if len(rows) > 1 and name in ("seconds", "seconds_per_step") and values[0]:
             ratios = [f"{value / values[0]:.2f}" if value else "" for value in values]
-            lines.append(f"{'  over case 1':<32}" + "".join(f"{ratio:>14}" for ratio in ratios))
+            lines.append(f"{'  ratio to case 1':<32}" + "".join(f"{ratio:>14}" for ratio in ratios))
     return "\n".join(lines)
 
 
 def comparison(rows: list[dict], earlier: list[dict]) -> str:
-    """Each figure over the one of the same case in an earlier file."""
-    lines = ["over the earlier file:"]
+    """Ratio of each figure to that of the same case in an earlier file."""
+    lines = ["ratio to the earlier file:"]
     for row in rows:
         match = next((old for old in earlier if old["case"] == row["case"]), None)
         if match is None:

@@ -1,7 +1,7 @@
-"""What `make demo` runs: the whole pipeline on a small generated catalog, each command as one would type it.
+"""`make demo`: the whole pipeline on a small generated catalog, each command as a user would type it.
 
-Everything goes to the folder `demo/`. A demo that is there already is made afresh; a folder of that name which the demo
-did not make is left alone.
+Everything is written to the folder `demo/`. An earlier demo is replaced; a folder of that name which the demo did not
+make is refused.
 """
 
 import json
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from gtc_dist.errors import InputError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = Path("demo")  # below ROOT, where all commands run
+DEMO = Path("demo")  # relative to ROOT, where all commands run
 MARKER = DEMO / ".made-by-make-demo"
 RUN = DEMO / "runs" / "demo"
 PARTS = (DEMO / "raw", DEMO / "catalog", RUN, DEMO / "embeddings")
@@ -27,7 +27,7 @@ STEPS = (
     ("raw tables to a catalog", "-m gtc_dist.prepare --config configs/demo.yaml"),
     ("catalog to a trained run", "-m gtc_dist.train --config configs/demo.yaml"),
     ("test metrics of the best checkpoint", f"-m gtc_dist.evaluate --run {RUN} --split test"),
-    ("embeddings under the original ids", f"tools/export_embeddings.py --run {RUN} --out {DEMO}/embeddings"),
+    ("embeddings under the original ids", f"-m gtc_dist.export --run {RUN} --out {DEMO}/embeddings"),
 )
 CLOSING = """
 run               {run} (config.yaml, metrics.jsonl, metrics.json, checkpoints)
@@ -42,7 +42,7 @@ embeddings        {demo}/embeddings (Parquet with columns id and embedding, scor
 def main() -> None:
     started = time.monotonic()
     make_room()
-    printed = [step(number, *what) for number, what in enumerate(STEPS, 1)]
+    printed = [step(number, *entry) for number, entry in enumerate(STEPS, 1)]
     test = json.loads(printed[3].splitlines()[-1])
     popularity = json.loads((ROOT / RUN / "metrics.json").read_text())["popularity"]
     print(f"\nTest metrics of {test['users']:,} users, all items ranked\n")
@@ -53,27 +53,27 @@ def main() -> None:
     bin = f"{Path(sys.executable).parent.relative_to(ROOT)}/" if Path(sys.executable).is_relative_to(ROOT) else ""
     user = pq.read_table(ROOT / DEMO / "embeddings" / "users", columns=["id"])["id"][0].as_py()
     print(CLOSING.format(run=RUN, demo=DEMO, bin=bin, user=user))
-    print(f"{time.monotonic() - started:.0f} seconds in all")
+    print(f"{time.monotonic() - started:.0f} seconds in total")
 
 
 def make_room() -> None:
-    """Remove an earlier demo's own folders; refuse a folder that the demo did not make."""
+    """Remove the folders of an earlier demo. Raises InputError for a folder that the demo did not make."""
     folder, marker = ROOT / DEMO, ROOT / MARKER
     if folder.exists() and not marker.exists() and any(folder.iterdir()):
-        raise InputError(f"the folder {DEMO}/ holds files that the demo did not write; move it away and run again")
+        raise InputError(f"the folder {DEMO}/ holds files that the demo did not write; move it away and rerun")
     folder.mkdir(exist_ok=True)
-    marker.write_text("Folders raw, catalog, runs/demo and embeddings are made afresh by `make demo`.\n")
+    marker.write_text("Folders raw, catalog, runs/demo and embeddings are replaced by `make demo`.\n")
     for part in PARTS:
         shutil.rmtree(ROOT / part, ignore_errors=True)
 
 
 def step(number: int, title: str, command: str) -> str:
-    """Announce and run one command; returns what it printed. Ends the demo with the command's status if it fails."""
+    """Print and run one command; returns its output. If it fails, the demo exits with its status."""
     print(f"\n[{number}/{len(STEPS)}] {title}\n$ python {command}", flush=True)
     lines = []
     with subprocess.Popen(
         [sys.executable, *shlex.split(command)], cwd=ROOT, stdout=subprocess.PIPE, text=True, errors="replace"
-    ) as process:  # progress bars are on stderr, which goes straight to the terminal
+    ) as process:  # stderr, with the progress, goes straight to the terminal
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line)

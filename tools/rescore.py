@@ -1,12 +1,12 @@
-"""Score pairs of a user and an item by a run's filter: a second look at candidates that dot products found.
+"""Score user-item pairs with a run's personal content filter, to re-rank candidates.
 
     python tools/rescore.py --run RUN --candidates FILE --out FILE
 
-RUN was trained with model.diffusion.condition=user. FILE is Parquet, local or in object storage, with the columns
-`user` and `item`, original ids, any number of pairs in any order. What is written has the same rows in the same order,
-with the columns `dot` (the dot product of the exported embeddings) and `personal` (the item's content, filtered for the
-user, against what the user prefers), both float32. `evaluate --rerank N` says at which weight they are best added, each
-in standard deviations over a user's candidates.
+RUN was trained with model.diffusion.condition=user. The candidates are a Parquet file, local or in object storage, with
+the columns `user` and `item` (original ids), any number of pairs in any order. The output has the same rows in the same
+order, with two more float32 columns: `dot` (the dot product of the exported embeddings) and `personal` (the personal
+content score: the item's content, filtered for the user, compared with the user's preference). `evaluate --rerank N`
+finds the best weight for adding them, both z-scored over a user's candidates.
 """
 
 import argparse
@@ -14,11 +14,11 @@ import posixpath
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from gtc_dist.checkpoint.existing_run import find_run
 from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError, run_command
-from gtc_dist.inference.trained_run import TrainedRun, find_run, load_run
+from gtc_dist.inference.trained_run import TrainedRun, load_run
 from gtc_dist.personal.personal_filter import PersonalFilter
 
 COLUMNS = {"user": "users", "item": "items"}
@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     run = load_run(find_run(args.run))
     users, items = pair_indexes(run, table, args.candidates)
     personal = PersonalFilter(run).scores(users, items[:, None])[:, 0]
-    of_users, of_items = (embedding.weight.numpy() for embedding in run.embed())
-    dot = np.einsum("nd,nd->n", of_users[users], of_items[items])
+    user_rows, item_rows = (embeddings.weight.numpy() for embeddings in run.embed())
+    dot = np.einsum("nd,nd->n", user_rows[users], item_rows[items])
     for name, values in (("dot", dot), ("personal", personal)):
         table = table.append_column(name, pa.array(values.astype(np.float32)))
     formats.write_table(args.out, table)
@@ -52,25 +52,18 @@ def pair_indexes(run: TrainedRun, table: pa.Table, uri: str) -> tuple[np.ndarray
     """Catalog indexes int64 [n] of the users and items of a table's pairs.
 
     Raises:
-        InputError: a column that is missing or of another type, a null, or an id that the catalog does not have.
+        InputError: a column that is missing or of another type, a null, or an id that the catalog lacks.
     """
-    return _indexes(run, table, "user", uri), _indexes(run, table, "item", uri)
+    return _column_indexes(run, table, "user", uri), _column_indexes(run, table, "item", uri)
 
 
-def _indexes(run: TrainedRun, table: pa.Table, column: str, uri: str) -> np.ndarray:
+def _column_indexes(run: TrainedRun, table: pa.Table, column: str, uri: str) -> np.ndarray:
     if column not in table.column_names:
         raise InputError(f"{uri} has no column {column!r}; columns found: {', '.join(table.column_names)}")
-    known = run.catalog.ids(COLUMNS[column])
     try:
-        ids = table[column].combine_chunks().cast(known.type)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        found = table[column].type
-        raise InputError(f"{uri}: column {column!r} is {found}, the catalog's ids are {known.type}: {error}") from None
-    at = pc.index_in(ids, value_set=known)
-    if at.null_count:
-        first = at.is_null().index(True).as_py()
-        raise InputError(f"{uri}: row {first} has the {column} {ids[first].as_py()!r}, which the run does not know")
-    return at.to_numpy().astype(np.int64)
+        return run.catalog.index_of(COLUMNS[column], table[column])
+    except InputError as error:
+        raise InputError(f"{uri}: column {column!r}: {error}") from None
 
 
 if __name__ == "__main__":

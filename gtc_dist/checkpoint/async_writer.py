@@ -1,12 +1,12 @@
-"""Checkpoints of the state of training, written by a thread while training goes on.
+"""Asynchronous checkpoints of the training state: a thread per rank writes them while training continues.
 
-`start` copies what is to be saved and returns; a thread of each rank writes the rank's files. `settle`, called by all
-ranks when all are done, writes the manifest, which makes the checkpoint whole, and removes what is older than the last
-few. A checkpoint that cannot be written (a full disk, an object store that is gone) is left out with a warning, and
-training goes on: the ones before it are still there.
+`start` copies the state and returns; a thread of each rank writes that rank's files. `finalize`, called by all ranks
+once every thread is done, writes the manifest, which makes the checkpoint complete, and prunes older checkpoints. A
+checkpoint that cannot be written (disk full, object store unreachable) is dropped with a warning and training
+continues: the earlier ones still exist.
 
-The best weights so far have folders of their own (`epoch-...`), which the states refer to: they are kept as long as a
-state that knows no better is.
+The best weights have folders of their own (`epoch-...`), which training states refer to. A best checkpoint is kept
+while any retained training state refers to it.
 """
 
 import threading
@@ -16,7 +16,8 @@ from dataclasses import replace
 import torch
 
 from gtc_dist.checkpoint import checkpoint_files
-from gtc_dist.checkpoint.checkpoint_files import FOLDER, Shard
+from gtc_dist.checkpoint.checkpoint_files import Shard
+from gtc_dist.checkpoint.run_folder import CHECKPOINT_FOLDER, EPOCH_PREFIX, STEP_PREFIX, epoch_name, step_name
 from gtc_dist.data import storage
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
@@ -24,38 +25,30 @@ from gtc_dist.errors import InputError
 IDLE, BUSY, DONE, FAILED = range(4)
 
 
-def state_name(step: int) -> str:
-    return f"step-{step:012d}"
-
-
-def epoch_name(epoch: int) -> str:
-    return f"epoch-{epoch:05d}"
-
-
 class AsyncCheckpointWriter:
-    """One rank's part.
+    """One rank's part of writing training states. Methods are local; only `finalize` is a collective.
 
     Args:
-        seconds: from one checkpoint to the next.
-        keep: whole states that are kept.
+        seconds: interval between checkpoints.
+        keep: number of complete training states to retain.
     """
 
     def __init__(self, run: str, comm: Communicator, seconds: float, keep: int):
         self.run, self.comm, self.seconds, self.keep = run, comm, seconds, keep
         self.since = time.monotonic()
-        self.states: dict[str, int] = {}  # whole ones, oldest first -> the best epoch that they know
+        self.states: dict[str, int] = {}  # complete states, oldest first -> best epoch recorded in each
         self.thread: threading.Thread | None = None
         self.pending: tuple[str, dict, list[Shard]] | None = None
         self.files: dict[str, dict] = {}
         self.error: Exception | None = None
 
     def due(self) -> bool:
-        """Whether it is time, by this rank's clock."""
+        """Whether the interval has passed by this rank's clock and no checkpoint is pending."""
         return self.pending is None and time.monotonic() - self.since >= self.seconds
 
     @property
     def outcome(self) -> int:
-        """IDLE, BUSY, DONE or FAILED: where the pending checkpoint of this rank is."""
+        """IDLE, BUSY, DONE or FAILED: progress of this rank's pending checkpoint."""
         if self.pending is None:
             return IDLE
         if self.thread.is_alive():
@@ -63,16 +56,16 @@ class AsyncCheckpointWriter:
         return DONE if self.error is None else FAILED
 
     def start(self, step: int, head: dict, dense: dict, shards: list[Shard]) -> None:
-        """Copy the state after `step` steps and begin to write it. Every rank calls it, none waits for another.
+        """Copy the state after `step` steps and start writing it. Every rank calls it; no rank waits for another.
 
         Args:
-            head: for the manifest; `best_epoch` in it is kept as long as the state is.
-            dense: of rank 0; copied here.
+            head: entries of the manifest; the best checkpoint named by its `best_epoch` is kept as long as the state.
+            dense: tensors and plain values, copied; only rank 0's are written.
         """
         copies = [replace(shard, tensor=shard.tensor.detach().to("cpu", copy=True)) for shard in shards]
         dense = _copied(dense) if self.comm.rank == 0 else None
-        self.pending, self.error, self.files = (state_name(step), head, copies), None, {}
-        uri = storage.join(self.run, FOLDER, state_name(step))
+        self.pending, self.error, self.files = (step_name(step), head, copies), None, {}
+        uri = storage.join(self.run, CHECKPOINT_FOLDER, step_name(step))
 
         def write() -> None:
             try:
@@ -83,12 +76,13 @@ class AsyncCheckpointWriter:
         self.thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self.thread.start()
 
-    def settle(self, best_epoch: int) -> str:
-        """End the pending checkpoint, waiting for its files: whole, or removed where a rank could not write. Returns
-        what to say of it, on every rank alike; empty if all is well. A collective.
+    def finalize(self, best_epoch: int) -> str:
+        """Wait for the pending checkpoint and complete it, or remove it if any rank failed to write. Collective.
+
+        Returns a warning, the same on every rank, or "".
 
         Args:
-            best_epoch: the best one now.
+            best_epoch: current best epoch.
         """
         if self.pending is None:
             return ""
@@ -97,36 +91,37 @@ class AsyncCheckpointWriter:
         errors = [text for text in self.comm.all_gather_json(str(self.error or "")) if text]
         if not errors:
             try:
-                checkpoint_files.commit(storage.join(self.run, FOLDER, name), head, shards, self.files, self.comm)
+                uri = storage.join(self.run, CHECKPOINT_FOLDER, name)
+                checkpoint_files.commit(uri, head, shards, self.files, self.comm)
                 self.states[name] = head["best_epoch"]
             except OSError as error:
                 errors = [str(error)]
         self.pending, self.thread, self.since = None, None, time.monotonic()
         if errors:
             self._remove(name)
-            return f"checkpoint {name} could not be written and is left out: {errors[0]}"
+            return f"checkpoint {name} could not be written and is skipped: {errors[0]}"
         self.prune(best_epoch)
         return ""
 
     def prune(self, best_epoch: int) -> None:
-        """Remove older states, and weights that no state and no one else refers to."""
+        """Remove all but the newest `keep` states, and best checkpoints that no retained state refers to."""
         for name in list(self.states)[: -self.keep]:
             self.states.pop(name)
             self._remove(name)
         referred = {best_epoch, *self.states.values()} | ({self.pending[1]["best_epoch"]} if self.pending else set())
         if self.comm.rank == 0:
             try:
-                whole, torn = checkpoint_files.list_checkpoints(self.run, "epoch-")
-            except (OSError, InputError) as error:  # the next one removes them
+                complete, incomplete = checkpoint_files.list_checkpoints(self.run, EPOCH_PREFIX)
+            except (OSError, InputError) as error:  # the next prune removes them
                 print(f"warning: older checkpoints could not be listed: {error}", flush=True)
                 return
-            for name in set(whole + torn) - {epoch_name(epoch) for epoch in referred}:
+            for name in set(complete + incomplete) - {epoch_name(epoch) for epoch in referred}:
                 self._remove(name)
 
-    def forget(self, step: int) -> None:
-        """Remove states beyond `step`, and unfinished ones: training goes on from there. Rank 0 alone does it."""
-        whole, torn = checkpoint_files.list_checkpoints(self.run, "step-")
-        for name in torn + [name for name in whole if name > state_name(step)]:
+    def remove_after(self, step: int) -> None:
+        """Remove states beyond `step`, from which training resumes, and incomplete ones. Only rank 0 calls it."""
+        complete, incomplete = checkpoint_files.list_checkpoints(self.run, STEP_PREFIX)
+        for name in incomplete + [name for name in complete if name > step_name(step)]:
             self._remove(name)
 
     def _remove(self, name: str) -> None:
@@ -134,16 +129,16 @@ class AsyncCheckpointWriter:
             return
         try:
             checkpoint_files.remove(self.run, name)
-        except (OSError, InputError) as error:  # what is left is no checkpoint, and tried again when training goes on
+        except (OSError, InputError) as error:  # what remains is incomplete; the next resume tries again
             print(f"warning: {name} could not be removed: {error}", flush=True)
 
 
 def _copied(value):
-    """Tensors copied to the CPU, in whatever they are in."""
+    """Copy tensors to the CPU, in nested dictionaries and lists."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _copied(one) for key, one in value.items()}
+        return {key: _copied(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_copied(one) for one in value]
+        return [_copied(entry) for entry in value]
     return value

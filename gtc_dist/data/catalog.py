@@ -1,15 +1,15 @@
-"""The catalog: what prepare writes and everything else reads.
+"""The catalog: prepare writes it, all other commands read it.
 
-    manifest.json                                    written last; a catalog without it does not exist
+    manifest.json                                    written last; without it the catalog is incomplete
     users/part-*.parquet  items/part-*.parquet       index:int64, id:<original type>, sorted by index
     interactions/{train,valid,test}/part-*.parquet   user:int32, item:int32
     features/<modality>/part-*.parquet               item:int32, vector:fixed_size_list<float16>[d], sorted by item
-    features/<modality>/{mean,std,components}.npy    the transform that raw features went through
+    features/<modality>/{mean,std,components}.npy    transform from raw features, see feature_transform.py
     graph/<name>.{indptr,indices,weight}.npy         CSC: for destination c, sources indices[indptr[c]:indptr[c+1]]
 
-Graphs, all from train interactions or content: `item_user` (destination user, sources its items), `user_item`
-(destination item, sources its users), both weighted 1/sqrt(degree * degree); `item_item` (weights are similarities
-normalised to sum to one) and `user_user` (softmax of co-interaction counts).
+Graphs from train interactions: `item_user` (destination user, sources its items) and `user_item` (destination item,
+sources its users), both weighted 1/sqrt(degree * degree), and optionally `user_user` (softmax of co-interaction
+counts). Graph from content: `item_item` (similarities, normalised to a sum of one).
 
 User and item indexes are a seeded random permutation of the sorted ids, so contiguous ranges are balanced.
 """
@@ -19,14 +19,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from gtc_dist.data import formats, storage
+from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.errors import InputError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-BUILDING = "building.json"  # stands in a folder while prepare writes into it
+BUILDING = "building.json"  # exists while prepare writes the catalog
 SPLITS = ("train", "valid", "test")
 GRAPHS = ("item_user", "user_item", "item_item", "user_user")
 FEATURE_ROWS = 1 << 16  # rows of a feature file
@@ -38,15 +40,15 @@ class FileEntry(BaseModel):
     rows: int
     bytes: int
     sha256: str
-    first: int | None = None  # first index in it, for files that are sorted by index
+    first: int | None = None  # first index in the file, for files sorted by index
 
 
 class ModalityEntry(BaseModel):
     model_config = ConfigDict(extra="forbid")
     dim: int  # width in the catalog
     raw_dim: int
-    missing: int  # items without a vector, which got the mean
-    explained_variance: float = 1.0  # share kept by PCA
+    missing: int  # items without a vector; they have the mean
+    explained_variance: float = 1.0  # share of the variance kept by PCA
 
 
 class Manifest(BaseModel):
@@ -54,32 +56,32 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     schema_version: int = SCHEMA_VERSION
-    fingerprint: str  # of the configuration and the raw files that it was made from
+    fingerprint: str  # hash of the configuration and of the signatures of the raw files
     users: int
     items: int
     interactions: dict[str, int]  # per split
     cold_items: int  # items without a train interaction
     modalities: dict[str, ModalityEntry]
     graphs: dict[str, int]  # name -> edges
-    graph_quality: dict[str, float] = {}  # measures of the graphs that were built approximately, such as a recall
-    dropped: dict[str, int]  # raw rows that did not make it, by reason
+    graph_quality: dict[str, float] = {}  # measures of approximate graphs, such as a recall
+    dropped: dict[str, int]  # raw rows that were dropped, by reason
     files: dict[str, FileEntry]
 
     @field_validator("files", "modalities")
     @classmethod
     def _inside(cls, named: dict) -> dict:
-        """Names are paths below the catalog, or parts of such."""
+        """Names are paths below the catalog, or parts of such paths."""
         for name in named:
             if "://" in name or "\\" in name or name.startswith("/") or ".." in name.split("/"):
-                raise ValueError(f"the name {name!r} leads out of the catalog")
+                raise ValueError(f"the name {name!r} is a path outside the catalog")
         return named
 
 
 @dataclass(frozen=True)
 class CSC:
-    """A weighted graph by destination: sources of c are `indices[indptr[c]:indptr[c + 1]]`.
+    """A weighted graph in compressed sparse columns: sources of destination c are `indices[indptr[c]:indptr[c + 1]]`.
 
-    indptr int64 [destinations + 1], indices int32 [E], weight float32 [E]; sources are sorted in each destination.
+    indptr int64 [destinations + 1], indices int32 [E], weight float32 [E]; the sources of a destination are sorted.
     """
 
     indptr: np.ndarray
@@ -88,16 +90,30 @@ class CSC:
 
     @property
     def degree(self) -> np.ndarray:
+        """In-degree of each destination, int64 [destinations]."""
         return np.diff(self.indptr)
 
 
+def catalog_folder(uri: str) -> OutputFolder:
+    return OutputFolder(
+        uri,
+        title="data.catalog",
+        kind="a catalog",
+        own_files="(users|items|interactions|features|graph)/.*",
+        manifest=MANIFEST,
+        marker=BUILDING,
+        marker_content={"schema_version": SCHEMA_VERSION},
+    )
+
+
 class CatalogWriter:
-    """Writes a catalog file by file and its manifest last. Callers have checked that the folder may be written."""
+    """Writes the files of a catalog and its manifest last. Callers check the output folder before."""
 
     def __init__(self, uri: str):
         self.uri = uri
         self.files: dict[str, FileEntry] = {}
-        storage.write_json(storage.join(uri, BUILDING), {"schema_version": SCHEMA_VERSION})
+        self.folder = catalog_folder(uri)
+        self.folder.mark()
 
     def table(self, name: str, table: pa.Table, first: int | None = None) -> None:
         written = formats.write_table(storage.join(self.uri, name), table)
@@ -118,14 +134,14 @@ class CatalogWriter:
             self.table(f"interactions/{split}/part-{part:05d}.parquet", pa.table(columns))
 
     def ids(self, kind: str, ids: pa.Array) -> None:
-        """The original ids of `users` or `items` in index order."""
+        """Write the original ids of `users` or `items`, in index order."""
         for part, start in enumerate(range(0, max(len(ids), 1), INTERACTION_ROWS)):
             rows = ids.slice(start, INTERACTION_ROWS)
             index = np.arange(start, start + len(rows), dtype=np.int64)
             self.table(f"{kind}/part-{part:05d}.parquet", pa.table({"index": index, "id": rows}), first=start)
 
     def features(self, modality: str, part: int, first: int, vectors: np.ndarray) -> None:
-        """One file of a modality: rows `first` to `first + len(vectors)`; vectors float16 [n, d]."""
+        """Write one file of a modality: items [first, first + n), vectors float16 [n, d]."""
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         item = np.arange(first, first + len(vectors), dtype=np.int32)
         self.table(
@@ -133,31 +149,30 @@ class CatalogWriter:
         )
 
     def finish(self, **fields) -> Manifest:
+        """Write the manifest; `fields` are those of `Manifest` besides the files."""
         manifest = Manifest(files=self.files, **fields)
-        storage.write_json(storage.join(self.uri, MANIFEST), manifest.model_dump())
-        fs, path = storage.filesystem(storage.join(self.uri, BUILDING))
-        fs.rm_file(path)
+        self.folder.finish(manifest.model_dump())
         return manifest
 
 
 class Catalog:
-    """A whole catalog for reading.
+    """A complete catalog for reading.
 
     Args:
         uri: folder, local or in object storage.
-        verify: `checksum` compares every file's SHA-256 with the manifest, `size` only names and sizes, `none` nothing
-            (for ranks, after the driver has verified).
+        verify: `checksum` compares names, sizes and SHA-256 of all files with the manifest; `size` only names and
+            sizes; `none` nothing (for ranks, after the driver has verified).
 
     Raises:
-        InputError: no manifest, another schema version, or a file that does not match (named).
+        InputError: no manifest, another schema version, or a file that does not match the manifest.
     """
 
     def __init__(self, uri: str, verify: str = "none"):
         self.uri = uri
         path = storage.join(uri, MANIFEST)
         if not storage.exists(path):
-            half = storage.exists(storage.join(uri, BUILDING))
-            state = "is half-written (prepare did not finish)" if half else "holds no catalog (no manifest.json)"
+            incomplete = storage.exists(storage.join(uri, BUILDING))
+            state = "is incomplete (prepare did not finish)" if incomplete else "holds no catalog (no manifest.json)"
             raise InputError(f"{uri} {state}; run python -m gtc_dist.prepare first")
         try:
             self.manifest = Manifest.model_validate(storage.read_json(path))
@@ -165,13 +180,13 @@ class Catalog:
             raise InputError(f"{path} is not a catalog manifest: {error}") from None
         if self.manifest.schema_version != SCHEMA_VERSION:
             raise InputError(
-                f"{path} has schema version {self.manifest.schema_version}, this program reads {SCHEMA_VERSION}; "
+                f"{path} has schema version {self.manifest.schema_version}, this version reads {SCHEMA_VERSION}; "
                 "run prepare again with --force"
             )
         if verify != "none":
             storage.check_files(
                 uri,
-                {name: storage.Written(entry.bytes, entry.sha256) for name, entry in self.manifest.files.items()},
+                {name: storage.WrittenFile(entry.bytes, entry.sha256) for name, entry in self.manifest.files.items()},
                 checksum=verify == "checksum",
             )
 
@@ -185,35 +200,36 @@ class Catalog:
 
     def modalities(self, wanted: list[str] | None = None) -> dict[str, int]:
         """Name -> width of the wanted modalities (None: all). Raises InputError for one that the catalog lacks."""
-        have = self.manifest.modalities
+        available = self.manifest.modalities
         for name in wanted or []:
-            if name not in have:
+            if name not in available:
                 raise InputError(
                     f"model.modalities names {name!r}, which the catalog {self.uri} lacks; "
-                    f"it has: {', '.join(have) or 'none'}"
+                    f"it has: {', '.join(available) or 'none'}"
                 )
-        return {name: have[name].dim for name in (have if wanted is None else wanted)}
+        return {name: available[name].dim for name in (available if wanted is None else wanted)}
 
     def names(self, prefix: str) -> list[str]:
         """Files of the manifest below a folder, sorted."""
         return sorted(name for name in self.manifest.files if name.startswith(prefix))
 
     def interaction_uris(self, split: str) -> list[str]:
+        """URIs of the files of a split's interactions."""
         return [storage.join(self.uri, name) for name in self.names(f"interactions/{split}/")]
 
     def interaction_files(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """A split's interactions file by file: user int32 [n], item int32 [n]."""
+        """Read a split's interactions file by file: user int32 [n], item int32 [n]."""
         for uri in self.interaction_uris(split):
             table = formats.read_table(uri)
             yield table["user"].to_numpy(), table["item"].to_numpy()
 
     def interactions(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """All interactions of a split: user int32 [E], item int32 [E], in file order."""
+        """Read all interactions of a split: user int32 [E], item int32 [E], in file order."""
         users, items = zip(*self.interaction_files(split), strict=True)
         return np.concatenate(users), np.concatenate(items)
 
     def ids(self, kind: str, start: int = 0, stop: int | None = None) -> pa.Array:
-        """Original ids of `users` or `items` [start, stop), in index order; reads only the files that hold them."""
+        """Read the original ids of `users` or `items` [start, stop), in index order; reads only the files needed."""
         stop = getattr(self, kind) if stop is None else stop
         names = self.names(f"{kind}/")
         ranges = [(self.manifest.files[name].first, self.manifest.files[name].rows) for name in names]
@@ -224,8 +240,32 @@ class Catalog:
             parts.append(column.slice(max(start - ranges[n][0], 0), max(stop - max(start, ranges[n][0]), 0)))
         return pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type).combine_chunks()
 
+    def index_of(self, kind: str, ids: pa.Array | pa.ChunkedArray, allow_unknown: bool = False) -> np.ndarray:
+        """Indexes int64 [n] of original ids of `users` or `items`; ids may have another type if they cast without loss.
+
+        Args:
+            allow_unknown: give ids that the catalog lacks the index -1 instead of raising.
+
+        Raises:
+            InputError: ids that cannot be cast to the catalog's type, or that the catalog lacks (the first are named).
+        """
+        known = self.ids(kind)
+        try:
+            wanted = ids.cast(known.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise InputError(f"the {kind} of {self.uri} have {known.type} ids, not {ids.type}: {error}") from None
+        found = pc.fill_null(pc.index_in(wanted, value_set=known), -1)
+        index = np.asarray(found).astype(np.int64)
+        unknown = np.flatnonzero(index < 0)
+        if len(unknown) and not allow_unknown:
+            first = ", ".join(repr(wanted[row].as_py()) for row in unknown[:3].tolist())
+            raise InputError(
+                f"{len(unknown)} of {len(index)} ids are no {kind} of {self.uri}, such as {first} (row {unknown[0]})"
+            )
+        return index
+
     def features(self, modality: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Standardised features of items [start, stop) as float16 [n, d]; fetches the row groups that hold them."""
+        """Read the features of items [start, stop), float16 [n, d]; fetches only the row groups with these."""
         stop = self.items if stop is None else stop
         dim = self.manifest.modalities[modality].dim
         out = np.empty((max(stop - start, 0), dim), np.float16)
@@ -240,7 +280,7 @@ class Catalog:
         return out
 
     def graph(self, name: str) -> CSC:
-        """One of `GRAPHS`."""
+        """Read one of `GRAPHS`."""
         arrays = [
             formats.read_array(storage.join(self.uri, f"graph/{name}.{part}.npy"))
             for part in ("indptr", "indices", "weight")

@@ -1,6 +1,6 @@
-"""Parquet tables and `.npy` arrays under a URI.
+"""Read and write Parquet tables and `.npy` arrays at a URI.
 
-They are streamed in parts, so that a file may be larger than memory. No pickle: arrays of Python objects are refused.
+Arrays are written in parts, so they may be larger than memory. No pickle: arrays of Python objects are refused.
 """
 
 import hashlib
@@ -16,34 +16,40 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gtc_dist.data import storage
+from gtc_dist.data.storage_errors import is_connection_error
 from gtc_dist.errors import InputError, Unreachable
 
 ROW_GROUP = 1 << 18
-VECTOR_ROW_GROUP = 1 << 13  # of tables with vectors: what a reader of a few rows has to fetch
-VECTOR_PAGE_BYTES = 8 << 20  # a page a row group: small pages take two to three times as long to write and read
+VECTOR_ROW_GROUP = 1 << 13  # for tables with vectors: a reader of a few rows fetches one such group
+VECTOR_PAGE_BYTES = 8 << 20  # one page per row group: small pages are two to three times slower
 
 
 @contextmanager
-def parsing(uri: str, what: str) -> Iterator[None]:
-    """What Arrow says of a broken file becomes an InputError, `<uri> is not <what> ...`; a failing disk or network
-    stays as it is."""
+def parsing(uri: str, expected: str) -> Iterator[None]:
+    """Context manager that turns Arrow's errors about a file's content into an InputError, `<uri> is not <expected>`.
+
+    Raises Unreachable if the connection to an object store breaks; other errors of disk and network pass unchanged.
+    """
     try:
         yield
     except (InputError, Unreachable):
         raise
     except Exception as error:
-        if not storage.is_local(uri) and storage.is_away(error):
+        if not storage.is_local(uri) and is_connection_error(error):
             raise Unreachable(f"cannot reach the object store to read {uri}: {error}") from error
         failed = isinstance(error, OSError) and error.errno is not None
         if failed or not isinstance(error, pa.ArrowException | OSError | KeyError | ValueError):
             raise
-        said = str(error).replace("\0", "\\0")
-        raise InputError(f"{uri} is not {what} (mend it or write it again): {said}") from error
+        message = str(error).replace("\0", "\\0")
+        raise InputError(f"{uri} is not {expected} (repair it or write it again): {message}") from error
 
 
-def write_table(uri: str, table: pa.Table) -> storage.Written:
-    """Write a Parquet file. Vectors (fixed-size lists) are stored plain, since they do not compress, and in short row
-    groups, so that `read_vectors` can fetch some of them."""
+def write_table(uri: str, table: pa.Table) -> storage.WrittenFile:
+    """Write a Parquet file.
+
+    Tables with vectors (fixed-size lists) are stored without compression, because vectors do not compress, and in short
+    row groups, so that `read_vectors` can fetch a few rows.
+    """
     vectors = any(pa.types.is_fixed_size_list(field.type) for field in table.schema)
     layout: dict[str, Any] = {"row_group_size": ROW_GROUP, "compression": "zstd"}
     if vectors:
@@ -60,15 +66,15 @@ def write_table(uri: str, table: pa.Table) -> storage.Written:
 
 
 def read_table(uri: str, columns: list[str] | None = None, sha256: str | None = None) -> pa.Table:
-    """Read a Parquet file; with `sha256`, refuse one whose bytes differ."""
+    """Read a Parquet file. Raises InputError if its SHA-256 differs (None: no check)."""
     data = storage.read_bytes(uri)
-    storage.check(uri, data, sha256)
+    storage.check_sha256(uri, data, sha256)
     with parsing(uri, "a readable Parquet file"):
         return pq.read_table(pa.BufferReader(data), columns=columns)
 
 
 def read_vectors(uri: str, column: str, start: int, stop: int) -> np.ndarray:
-    """Rows [start, stop) of a column of vectors, [n, width]; fetches only the row groups that hold some of them."""
+    """Read rows [start, stop) of a column of vectors, [n, width]; fetches only the row groups with these rows."""
     with storage.open_input(uri, buffered=False) as stream, parsing(uri, "a readable Parquet file"):
         file = pq.ParquetFile(stream, pre_buffer=True)
         bounds = np.cumsum([0] + [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
@@ -78,8 +84,8 @@ def read_vectors(uri: str, column: str, start: int, stop: int) -> np.ndarray:
     return np.concatenate(parts)[start - bounds[groups[0]] : stop - bounds[groups[0]]]
 
 
-def write_array(uri: str, array: np.ndarray) -> storage.Written:
-    """Write a `.npy` file, piece by piece, so that a memory-mapped array need not fit memory."""
+def write_array(uri: str, array: np.ndarray) -> storage.WrittenFile:
+    """Write a `.npy` file in parts, so that a memory-mapped array may be larger than memory."""
     array = np.atleast_1d(array)
     header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
     if array.dtype.hasobject:
@@ -93,7 +99,7 @@ def write_array(uri: str, array: np.ndarray) -> storage.Written:
 
 
 def read_array(uri: str, sha256: str | None = None) -> np.ndarray:
-    """Read a `.npy` file, with no second copy in memory; with `sha256`, refuse one whose bytes differ."""
+    """Read a `.npy` file without a second copy in memory. Raises InputError if its SHA-256 differs (None: no check)."""
     digest = hashlib.sha256()
     with storage.open_input(uri, buffered=False) as file:
         try:
@@ -120,19 +126,19 @@ def read_array(uri: str, sha256: str | None = None) -> np.ndarray:
 
 
 def read_array_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran order, and dtype, from the head of a `.npy` file, which is left at its data.
+    """Read shape, Fortran order and dtype from the header of a `.npy` file; the file is left at the start of its data.
 
     Raises:
-        ValueError: no such head, or an array of Python objects.
+        ValueError: no valid header, or an array of Python objects.
     """
     version = np.lib.format.read_magic(file)
     reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         shape, fortran, dtype = reader(file)
-    except (SyntaxError, TypeError, tokenize.TokenError) as error:  # numpy reads the head as Python
-        raise ValueError(f"its head is broken: {error}") from error
+    except (SyntaxError, TypeError, tokenize.TokenError) as error:  # numpy parses the header as Python
+        raise ValueError(f"its header is invalid: {error}") from error
     if any(size < 0 for size in shape):
-        raise ValueError(f"its head gives the shape {shape}")
+        raise ValueError(f"its header has the shape {shape}")
     if dtype.hasobject:
-        raise ValueError("it holds Python objects, which are not read; save a matrix of numbers")
+        raise ValueError("it holds Python objects, which are refused; save a matrix of numbers")
     return shape, fortran, dtype

@@ -1,8 +1,11 @@
-"""Run a generator of Arrow tables over many specs with Ray Data and gather what it yields in the driver.
+"""Ray tasks of this package: generators of Arrow tables run in parallel, and the reader of training.
 
-Each table travels as Arrow IPC bytes in one row, so tables of one run may differ in schema (integer ids in one file,
-strings in the next) and Ray Data never has to unify them. An error of `KINDS` in a task comes back as a row too: the
-driver raises it as itself, without a remote traceback.
+`map_tables` sends each table as Arrow IPC bytes in one row. So the tables of one run may have different schemas
+(integer ids in one file, strings in the next), and Ray Data never has to unify them. An error of `FORWARDED_ERRORS` in
+a task is sent as a row, too: the driver raises it with its own type and without a remote traceback.
+
+A Ray task imports the module of its function, so this module must not import torch: the import would take longer than
+most tasks.
 """
 
 import functools
@@ -16,53 +19,54 @@ from ray.train import DataConfig
 from gtc_dist.data import formats
 from gtc_dist.errors import InputError, Unreachable
 
-PART_BYTES = 8 << 20  # of a table on its way: Ray holds a few for each task, and its object store may be small
-KINDS = {error.__name__: error for error in (InputError, Unreachable)}  # that come back as themselves
+ROW_BYTES = 8 << 20  # of a table per row: Ray buffers several rows per task, and its object store may be small
+FORWARDED_ERRORS = {error.__name__: error for error in (InputError, Unreachable)}
 _SCHEMA = pa.schema([("spec", pa.int64()), ("error", pa.string()), ("kind", pa.string()), ("table", pa.large_binary())])
 
 
 def map_tables(
     function: Callable[[Any], Iterator[pa.Table]], specs: Sequence[Any], first_error: bool = False
 ) -> Iterator[tuple[int, pa.Table]]:
-    """Yield (position of the spec, table) for every table of `function(spec)`, in no particular order.
+    """Run `function` on every spec in Ray tasks; yield (position of the spec, table) in no particular order.
 
     Args:
-        function: importable generator function; runs in Ray tasks, so many specs are read at once.
-        specs: picklable descriptions of the work, such as one for each file.
-        first_error: end the run with the first `InputError` that comes, whichever it is.
+        function: importable generator function.
+        specs: picklable descriptions of the work, such as one per file.
+        first_error: raise the first error that arrives at once.
 
     Raises:
-        InputError, Unreachable: the one of the first spec (by position) in which `function` raised one, after all
-            others are done; with `first_error` at once.
+        InputError, Unreachable: raised by `function`. Without `first_error`, all specs run to the end; then the error
+            of the first failed spec (by position) is raised, so that the message does not depend on timing.
     """
     if not specs:
         return
     rows = ray.data.from_items([{"spec": i} for i in range(len(specs))], override_num_blocks=len(specs))
     chunks = rows.map_batches(
-        functools.partial(_run, function=function, specs=list(specs)), batch_size=1, batch_format="pyarrow"
+        functools.partial(_run_batch, function=function, specs=list(specs)), batch_size=1, batch_format="pyarrow"
     )
-    chunks.context.target_max_block_size = PART_BYTES  # else rows are joined to 128 MB before they travel
+    chunks.context.target_max_block_size = ROW_BYTES  # otherwise Ray Data joins rows to 128 MB before it sends them
     errors: dict[int, Exception] = {}
     for block in chunks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         for spec, error, kind, data in zip(*(block[name] for name in _SCHEMA.names), strict=True):
             if error.is_valid:
-                errors[spec.as_py()] = KINDS[kind.as_py()](error.as_py())
+                errors[spec.as_py()] = FORWARDED_ERRORS[kind.as_py()](error.as_py())
                 if first_error:
                     raise errors[spec.as_py()]
             elif not errors:
-                yield spec.as_py(), pa.ipc.open_stream(data.as_py()).read_all()  # as_py: leaves the object store
+                yield spec.as_py(), pa.ipc.open_stream(data.as_py()).read_all()  # as_py copies out of the object store
     if errors:
         raise errors[min(errors)]
 
 
 def read_rows(files: pa.Table) -> pa.Table:
-    """The interactions in the files of column `uri`, in a Ray Data task. Not `ray.data.read_parquet`, whose listing of
-    the files asks for a whole CPU beside the ranks; and here, since a task imports the module that its function is in,
-    and torch would take it longer than the work."""
+    """Ray Data task: read the interactions in the files of column `uri`.
+
+    Used instead of `ray.data.read_parquet`, which needs a whole CPU besides the ranks to list the files.
+    """
     return pa.concat_tables(formats.read_table(uri, ["user", "item"]) for uri in files["uri"].to_pylist())
 
 
-def _run(batch: pa.Table, function: Callable[[Any], Iterator[pa.Table]], specs: list) -> Iterator[pa.Table]:
+def _run_batch(batch: pa.Table, function: Callable[[Any], Iterator[pa.Table]], specs: list) -> Iterator[pa.Table]:
     for spec in batch["spec"].to_pylist():
         try:
             for table in function(specs[spec]):
@@ -71,25 +75,29 @@ def _run(batch: pa.Table, function: Callable[[Any], Iterator[pa.Table]], specs: 
                     with pa.ipc.new_stream(sink, table.schema) as stream:
                         stream.write_table(part)
                     yield _row(spec, None, sink.getvalue().to_pybytes())
-        except tuple(KINDS.values()) as error:
+        except tuple(FORWARDED_ERRORS.values()) as error:
             yield _row(spec, error, None)
 
 
 def _parts(table: pa.Table) -> Iterator[pa.Table]:
-    """The table in parts of some `PART_BYTES`, at least one."""
-    rows = max(table.num_rows * PART_BYTES // max(table.nbytes, 1), 1)
+    """Slices of a table of about `ROW_BYTES`, at least one."""
+    rows = max(table.num_rows * ROW_BYTES // max(table.nbytes, 1), 1)
     for start in range(0, max(table.num_rows, 1), rows):
         yield table.slice(start, rows)
 
 
 def _row(spec: int, error: Exception | None, table: bytes | None) -> pa.Table:
-    kind = next((name for name, one in KINDS.items() if isinstance(error, one)), None)
+    kind = next((name for name, forwarded in FORWARDED_ERRORS.items() if isinstance(error, forwarded)), None)
     return pa.table([[spec], [None if error is None else str(error)], [kind], [table]], schema=_SCHEMA)
 
 
 class EveryRow(DataConfig):
-    """Deals the train rows to the ranks without the default's equal shares, which drop what does not divide. Here for
-    the same reason: an actor of Ray Train's has it."""
+    """Splits the train interactions among the ranks without dropping rows.
+
+    Ray's default makes equal shares and drops the remainder. Ray Data hands out blocks by demand, so the rows of a rank
+    differ from run to run; therefore ranks re-partition them by hash, which makes resume and parity of any number of
+    ranks bit-exact (training/data_loader.py).
+    """
 
     def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):
         return [{"train": part} for part in datasets["train"].streaming_split(world_size, equal=False)]

@@ -1,10 +1,10 @@
-"""Intermediate arrays of prepare on local disk.
+"""Out-of-core arrays of prepare on local disk.
 
-What grows with the interactions or with the items' content is kept in memory-mapped files here and handled in blocks,
-so that memory is bounded by `prepare.memory_gib`. The folder goes when the context ends, also after an error.
+Arrays that grow with the interactions or with the items' content are memory-mapped files, processed in blocks, so that
+memory is bounded by `prepare.memory_gib`. The folder is removed when the context ends, also after an error.
 
-A mapped page counts as memory of the process until the system takes it back, which it does late. `blocks` hands pages
-back after each block, so that what a person sees of the process stays bounded too.
+Mapped pages count as memory of the process until the operating system reclaims them, which it does late. `blocks`
+releases the pages after each block, so that the resident memory of the process stays bounded as well.
 """
 
 import os
@@ -23,8 +23,8 @@ class Scratch:
     """A temporary folder of memory-mapped arrays.
 
     Args:
-        folder: existing local folder to make it in; None: the system's temporary folder.
-        memory_bytes: what one blocked step may hold in memory at a time; blocks are sized by it.
+        folder: existing local folder for it; None: the system's temporary folder.
+        memory_bytes: memory of one block with its temporaries; determines the size of blocks.
 
     Raises:
         InputError: the folder does not exist.
@@ -32,7 +32,7 @@ class Scratch:
 
     def __init__(self, folder: str | None = None, memory_bytes: int = 1 << 30):
         if folder is not None and not Path(folder).is_dir():
-            raise InputError(f"prepare.scratch {folder} is no folder on this machine; make it, or name another")
+            raise InputError(f"prepare.scratch {folder} is not a folder on this machine; create it, or name another")
         self.parent, self.memory_bytes = folder, memory_bytes
         self._count = 0
         self._mapped: list[weakref.ref[mmap]] = []
@@ -46,11 +46,12 @@ class Scratch:
         self._temporary.cleanup()
 
     def array(self, shape: int | tuple[int, ...], dtype) -> np.ndarray:
-        """A new array on disk, zeros; plain empty memory where it has no entries.
+        """A new array of zeros on disk; an array without entries is in memory.
+
+        The disk space is allocated at once, because a full disk under a mapped page kills the process silently.
 
         Raises:
-            InputError: the disk has no room for it. (Room is taken at once: a full disk under a mapped page would end
-            the process without a word.)
+            InputError: not enough disk space.
         """
         shape, dtype = (shape,) if isinstance(shape, int) else shape, np.dtype(dtype)
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -61,32 +62,32 @@ class Scratch:
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
-                raise self._no_room(size, error) from error
+                raise self._disk_full(size, error) from error
         return self._map(path, dtype, shape)
 
-    def growing(self, dtype) -> "Growing":
-        """A new column on disk whose length is not known yet."""
-        return Growing(self, self._new_path(), np.dtype(dtype))
+    def growing(self, dtype) -> "GrowingColumn":
+        """A new column on disk of unknown length."""
+        return GrowingColumn(self, self._new_path(), np.dtype(dtype))
 
     def discard(self, *arrays: np.ndarray | None) -> None:
-        """Free the disk space of arrays from here that nobody reads any more; others (and None) are left alone."""
+        """Free the disk space of arrays that are no longer needed; ignores None and arrays outside this scratch."""
         for array in arrays:
             if isinstance(array, np.memmap) and Path(array.filename).parent == self.path:
                 Path(array.filename).unlink(missing_ok=True)
 
     def rows(self, row_bytes: int) -> int:
-        """Rows of a block, where a row takes `row_bytes` in memory with all its temporaries."""
+        """Rows per block, if a row with all its temporaries takes `row_bytes` of memory."""
         return max(self.memory_bytes // max(row_bytes, 1), 1)
 
     def blocks(self, total: int, row_bytes: int) -> Iterator[slice]:
-        """Blocks of `rows(row_bytes)` rows that together are [0, total)."""
+        """Split [0, total) into blocks of `rows(row_bytes)` rows; releases mapped pages after each."""
         size = self.rows(row_bytes)
         for start in range(0, total, size):
             yield slice(start, min(start + size, total))
             self.release()
 
     def release(self) -> None:
-        """Hand the mapped pages of all arrays back to the system; their contents stay in the files."""
+        """Return the mapped pages of all arrays to the operating system; the contents stay in the files."""
         self._mapped = [reference for reference in self._mapped if reference() is not None]
         for reference in self._mapped:
             if (mapping := reference()) is not None:
@@ -101,40 +102,42 @@ class Scratch:
         self._mapped.append(weakref.ref(array._mmap))
         return array
 
-    def _no_room(self, size: int, error: OSError) -> InputError:
+    def _disk_full(self, size: int, error: OSError) -> InputError:
         return InputError(
-            f"no room for {size / 1e9:.1f} GB of intermediate data in {self.path.parent} ({error.strerror}); "
+            f"no space for {size / 1e9:.1f} GB of intermediate data in {self.path.parent} ({error.strerror}); "
             "name a larger disk in prepare.scratch"
         )
 
 
-class Growing:
-    """A column that is appended to and then becomes an array."""
+class GrowingColumn:
+    """Append buffer on disk that becomes an array."""
 
     def __init__(self, scratch: Scratch, path: Path, dtype: np.dtype):
         self.scratch, self.path, self.dtype, self.rows = scratch, path, dtype, 0
         self._file = open(path, "wb")  # noqa: SIM115 - open between calls
 
     def append(self, values: np.ndarray) -> None:
-        """Raises InputError where the disk is full."""
+        """Append values. Raises InputError if the disk is full."""
         values = np.ascontiguousarray(values, self.dtype)
         try:
             self._file.write(values.data)
         except OSError as error:
-            raise self.scratch._no_room(values.nbytes, error) from error
+            raise self.scratch._disk_full(values.nbytes, error) from error
         self.rows += len(values)
 
     def finish(self) -> np.ndarray:
+        """The column as a memory-mapped array."""
         self._file.close()
         return self.scratch._map(self.path, self.dtype, (self.rows,)) if self.rows else np.zeros(0, self.dtype)
 
 
 class Buckets:
-    """Rows dealt to buckets that lie one after the other in scratch: the way to sort, group or shuffle more rows than
-    fit in memory. Rows keep their order within a bucket.
+    """Rows partitioned into buckets on disk, to sort, group or shuffle more rows than fit in memory.
+
+    Rows keep their order within a bucket.
 
     Args:
-        sizes: rows that each bucket will get, at most.
+        sizes: largest number of rows of each bucket.
         columns: dtype of each column, or (dtype, width) for a column of vectors.
     """
 
@@ -152,9 +155,9 @@ class Buckets:
         return len(self.ends)
 
     def add(self, bucket: np.ndarray, *columns: np.ndarray) -> None:
-        """Put each row into its bucket."""
-        kind = np.uint16 if len(self) <= 1 << 16 else np.int64  # numpy sorts 16 bits by radix
-        order = np.argsort(bucket.astype(kind), kind="stable")
+        """Append each row to its bucket."""
+        key_type = np.uint16 if len(self) <= 1 << 16 else np.int64  # numpy sorts 16-bit integers by radix
+        order = np.argsort(bucket.astype(key_type), kind="stable")
         counts = np.bincount(bucket, minlength=len(self))
         stops = np.cumsum(counts)
         for values, out in zip(columns, self.columns, strict=True):
@@ -164,5 +167,5 @@ class Buckets:
         self.ends += counts
 
     def bucket(self, number: int) -> list[np.ndarray]:
-        """The columns of one bucket: parts of the arrays in scratch, so what is assigned to them stays."""
+        """The columns of one bucket, as views: assignments change the data on disk."""
         return [column[self.starts[number] : self.ends[number]] for column in self.columns]

@@ -1,6 +1,7 @@
-"""The few collectives that the model and the engine need, with a world of one as a plain special case.
+"""Collectives of a process group, with a single process as a special case that communicates nothing.
 
-Every function here is a collective: each rank of the world must call it, in the same order, also with empty rows.
+The rule for the whole package: methods of objects that hold a communicator are collectives unless marked Local. Every
+rank must call a collective, in the same order and equally often, also with empty rows.
 """
 
 import itertools
@@ -14,11 +15,11 @@ import torch.distributed as dist
 
 @dataclass
 class CollectiveProgress:
-    """How far a process group is on one rank: the collectives that were begun, and whether one is under way. Stands
-    around each of them as a context."""
+    """Counters of a process group on one rank, for the watchdog: collectives begun, and whether one is running. A
+    context manager around each collective."""
 
     begun: int = 0
-    inside: int = 0  # how deep: a backward holds others
+    inside: int = 0  # nesting depth: a backward pass contains others
 
     def __enter__(self) -> None:
         self.begun += 1
@@ -30,8 +31,11 @@ class CollectiveProgress:
 
 @dataclass
 class Communicator:
-    """This process among its peers. `seconds` and `bytes_sent` count what its collectives took; `pulses` are of this
-    process group and of all that were split from the same one."""
+    """This rank in its process group.
+
+    `seconds` and `bytes_sent` add up the cost of its collectives; `progress_counters` are those of this group and of
+    all groups created from the same one.
+    """
 
     rank: int = 0
     size: int = 1
@@ -39,20 +43,20 @@ class Communicator:
     group: dist.ProcessGroup | None = None
     seconds: float = field(default=0.0, compare=False)
     bytes_sent: int = field(default=0, compare=False)
-    pulses: list[CollectiveProgress] = field(default_factory=list, compare=False)
+    progress_counters: list[CollectiveProgress] = field(default_factory=list, compare=False)
 
     def __post_init__(self):
-        self.pulse = CollectiveProgress()
-        self.pulses.append(self.pulse)
+        self.progress = CollectiveProgress()
+        self.progress_counters.append(self.progress)
 
     def new_group(self, device: torch.device | None = None) -> "Communicator":
-        """The same ranks over a process group of their own, for a thread that runs beside the main one."""
+        """The same ranks over another process group, for a thread that runs beside the main one."""
         device = device or self.device
         group = dist.new_group(backend="gloo" if device.type == "cpu" else None) if self.size > 1 else None
-        return Communicator(self.rank, self.size, device, group, pulses=self.pulses)
+        return Communicator(self.rank, self.size, device, group, progress_counters=self.progress_counters)
 
     def row_range(self, rows: int, rank: int | None = None) -> tuple[int, int]:
-        """The contiguous rows [start, stop) of `rows` that a rank (default: this one) owns."""
+        """Local. The contiguous rows [start, stop) of `rows` that a rank (default: this one) owns."""
         rank = self.rank if rank is None else rank
         return rows * rank // self.size, rows * (rank + 1) // self.size
 
@@ -64,12 +68,13 @@ class Communicator:
         return values
 
     def all_reduce_max(self, value: int) -> int:
+        """Largest value over ranks."""
         if self.size == 1:
             return value
         return max(self.all_gather_int(value))
 
     def all_gather_int(self, value: int) -> list[int]:
-        """One integer of each rank."""
+        """One integer from each rank."""
         if self.size == 1:
             return [value]
         mine = torch.tensor([value], dtype=torch.int64, device=self.device)
@@ -79,7 +84,7 @@ class Communicator:
         return [int(t) for t in out]
 
     def all_gather(self, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """Rows of all ranks one after the other, [sum(counts), ...], without gradient."""
+        """Rows of all ranks in rank order, [sum(counts), ...], without gradient."""
         if self.size == 1:
             return rows
         most = max(counts)
@@ -91,7 +96,7 @@ class Communicator:
         return torch.cat([part[:n] for part, n in zip(out, counts, strict=True)])
 
     def all_gather_json(self, value) -> list:
-        """One JSON value of each rank."""
+        """One JSON value from each rank."""
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         counts = self.all_gather_int(len(data))
         everything = self.all_gather(data, counts).cpu().numpy().tobytes()
@@ -99,7 +104,7 @@ class Communicator:
         return [json.loads(everything[end - n : end]) for end, n in zip(ends, counts, strict=True)]
 
     def all_to_all(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
-        """All-to-all: the first send[0] rows go to rank 0, and so on. Returns [sum(receive), ...], by source rank."""
+        """The first send[0] rows go to rank 0, and so on. Returns [sum(receive), ...], ordered by source rank."""
         if self.size == 1:
             return rows
         out = rows.new_empty((sum(receive), *rows.shape[1:]))
@@ -109,12 +114,12 @@ class Communicator:
         return out
 
     def barrier(self) -> None:
-        """Wait for all ranks; on a GPU the host waits too."""
+        """Wait for all ranks; on a GPU the host waits, too."""
         self.all_reduce(torch.zeros(1, device=self.device)).item()
 
     def tracked(self) -> CollectiveProgress:
-        """A context around what waits for the other ranks without being one of the collectives here."""
-        return self.pulse
+        """Local. Context manager for code outside this class that waits for the other ranks."""
+        return self.progress
 
     def _counted(self, sent: int) -> "_Counted":
         self.bytes_sent += sent
@@ -126,11 +131,11 @@ class _Counted:
         self.comm = comm
 
     def __enter__(self):
-        self.comm.pulse.__enter__()
+        self.comm.progress.__enter__()
         self.start = time.perf_counter()
 
     def __exit__(self, *_):
-        self.comm.pulse.__exit__()
+        self.comm.progress.__exit__()
         self.comm.seconds += time.perf_counter() - self.start
 
 
@@ -148,7 +153,8 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def all_gather_with_gradient(rows: torch.Tensor, comm: Communicator, counts: list[int]) -> torch.Tensor:
-    """Rows of all ranks one after the other; the gradient of a row is the sum over the ranks that used it.
+    """Rows of all ranks in rank order; the gradient of a row is the sum over the ranks that used it. Collective, also
+    in the backward pass.
 
     Args:
         rows: [counts[rank], ...] of this rank.

@@ -1,7 +1,8 @@
-"""Message passing: weighted sums over the edges of a block, and light graph convolution from it.
+"""Message passing: weighted sums over the edges of a block, and light graph convolution.
 
-A block holds its edges twice, by destination for the forward sum and by source for the backward one. Both sums are
-`embedding_bag`, which is about ten times faster on a CPU than a sparse matrix product or `index_add_` at these widths.
+A block (a bipartite message-flow graph, as in DGL) holds its edges twice: by destination for the forward pass and by
+source for the backward pass. Both sums are `embedding_bag`, which is about ten times faster on a CPU than a sparse
+matrix product or `index_add_` at these widths.
 """
 
 from dataclasses import dataclass
@@ -32,10 +33,6 @@ class Block:
     def destinations(self) -> int:
         return len(self.indptr) - 1
 
-    @property
-    def edges(self) -> int:
-        return len(self.indices)
-
     @staticmethod
     def build(indptr: np.ndarray, indices: np.ndarray, weight: np.ndarray, sources: int) -> "Block":
         """From arrays by destination: indptr [n_dst + 1], indices [E] in [0, sources), weight [E]."""
@@ -50,7 +47,7 @@ class Block:
 
     @staticmethod
     def forward_only(indptr: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor, sources: int) -> "Block":
-        """A block without its edges by source, for sums that nothing is differentiated through."""
+        """A block without its edges by source, for sums without a gradient."""
         none = indices[:0]
         return Block(sources, indptr.to(indices.dtype), indices, weight, none, none, weight[:0])
 
@@ -79,7 +76,7 @@ def weighted_sum(block: Block, x: torch.Tensor) -> torch.Tensor:
 
 
 class _Convolve(torch.autograd.Function):
-    """In one piece, so that the terms are added in place: tensors of this size are what a step on a CPU waits for."""
+    """One function, so that terms are added in place: allocating tensors of this size dominates a step on a CPU."""
 
     @staticmethod
     def forward(ctx, x, blocks, targets):

@@ -1,10 +1,11 @@
-"""A table of N rows that lives as contiguous row ranges on the ranks of a world.
+"""Row-wise sharded embedding table: each rank owns a contiguous range of the rows.
 
 `lookup` asks the owners for rows with one all-to-all; its backward sends row gradients back to the owners, which apply
-Adam to the touched rows alone. So traffic is touched rows x width, whatever N and the world's size are, and no rank
-ever holds a gradient of the whole table. Tables stay outside DDP.
+Adam to the touched rows alone. Traffic is touched rows x width, independent of the table's size and of the number
+of ranks, and no rank ever holds a gradient of the whole table. Tables stay outside DDP.
 
-Which rows go where is a `LookupPlan`, made once and used for several tables with the same rows, forward and backward.
+A `LookupPlan` says which rows go where. It is made once and serves several tables with the same rows, forward and
+backward (TorchRec calls this the input distribution).
 """
 
 import hashlib
@@ -14,30 +15,31 @@ import torch
 
 from gtc_dist.distributed.collectives import Communicator
 
-INIT_ROWS = 4096  # rows that share a random stream at initialisation, whatever the world's size
+INIT_ROWS = 4096  # rows that share a random stream at initialisation, for any number of ranks
 
 
 @dataclass
 class LookupPlan:
-    """Where the rows for a list of ids come from.
+    """Rows that this rank sends and receives for a list of ids.
 
-    position: [n] place of each asked id among the received rows; None when they come in the asked order
-    serve: [s] rows of this rank's range that others (and itself) asked for, by asking rank; None: all of the range
-    send, receive: rows served to, and received from, each rank
+    position: [n] position of each requested id among the received rows; None: they arrive in the requested order
+    outgoing: [s] rows of this rank's range that each rank (itself included) requested, by rank; None: the whole range
+    send, receive: number of rows sent to, and received from, each rank
     """
 
     position: torch.Tensor | None
-    serve: torch.Tensor | None
+    outgoing: torch.Tensor | None
     send: list[int]
     receive: list[int]
 
     def to(self, device: torch.device) -> "LookupPlan":
-        moved = [t if t is None else t.to(device, non_blocking=True) for t in (self.position, self.serve)]
+        moved = [t if t is None else t.to(device, non_blocking=True) for t in (self.position, self.outgoing)]
         return LookupPlan(*moved, self.send, self.receive)
 
 
 def plan_lookup(ids: torch.Tensor, rows: int, comm: Communicator) -> LookupPlan:
-    """Ask the owners of `ids` (int64 [n], repeats allowed, of a table with `rows` rows). A collective."""
+    """Plan a look-up of `ids` (int64 [n], repeats allowed) in a table with `rows` rows. Collective: every rank must
+    call it."""
     unique, position = torch.unique(ids, return_inverse=True)  # sorted, hence grouped by owner
     bounds = torch.tensor([comm.row_range(rows, r)[0] for r in range(comm.size)] + [rows], device=ids.device)
     if len(unique) and (unique[0] < 0 or unique[-1] >= rows):
@@ -48,30 +50,30 @@ def plan_lookup(ids: torch.Tensor, rows: int, comm: Communicator) -> LookupPlan:
     asked = torch.tensor(receive, dtype=torch.int64, device=ids.device)
     one_each = [1] * comm.size
     send = comm.all_to_all(asked, one_each, one_each).tolist()
-    serve = comm.all_to_all(unique, receive, send) - comm.row_range(rows)[0]
-    return LookupPlan(position, serve, send, receive)
+    outgoing = comm.all_to_all(unique, receive, send) - comm.row_range(rows)[0]
+    return LookupPlan(position, outgoing, send, receive)
 
 
 def plan_whole_table(rows: int, comm: Communicator) -> LookupPlan:
-    """The route of all rows in order, to every rank: full-graph propagation. Not a collective."""
+    """Local. Plan a look-up of all rows, in order, by every rank: full-graph propagation."""
     start, stop = comm.row_range(rows)
     receive = [comm.row_range(rows, r)[1] - comm.row_range(rows, r)[0] for r in range(comm.size)]
-    serve = None
+    outgoing = None
     if comm.size > 1:
-        serve = torch.arange(stop - start, device=comm.device).repeat(comm.size)
-    return LookupPlan(None, serve, [stop - start] * comm.size, receive)
+        outgoing = torch.arange(stop - start, device=comm.device).repeat(comm.size)
+    return LookupPlan(None, outgoing, [stop - start] * comm.size, receive)
 
 
 class ShardedTable:
     """Rows [start, stop) of a table with `rows` x `width` entries, on this rank.
 
     Args:
-        name: names the random stream of the initial values and the files of a checkpoint.
-        init_std: standard deviation of the normal initial values; 0 for zeros. One for all columns, or one a column.
-        seed: with it, the same values for any world size.
-        trainable: with False there is no gradient and no optimizer state.
-        rowwise: Adam's second moment is one number a row, the mean over its width, as for the embedding tables of
-            FBGEMM (`PARTIAL_ROWWISE_ADAM`): a third less memory, and less traffic to it.
+        name: seeds the random stream of the initial values and names the files of a checkpoint.
+        init_std: standard deviation of the normal initial values, for all columns or for each; 0: zeros.
+        seed: of the initial values, which are the same for any number of ranks.
+        trainable: False: no gradient and no optimizer state.
+        rowwise: Adam's second moment is one number per row, the mean over its width, as in FBGEMM's
+            `PARTIAL_ROWWISE_ADAM`: a third less memory.
     """
 
     def __init__(
@@ -99,18 +101,19 @@ class ShardedTable:
         self.exp_avg_sq = torch.zeros_like(self.weight[:, :1] if rowwise else self.weight) if trainable else None
         self._anchor = torch.zeros((), device=comm.device, requires_grad=trainable)
 
-    def holding(self, rows: torch.Tensor) -> "ShardedTable":
-        """A frozen table over the same ranks with other values for this rank's rows, [n, any width]."""
+    def with_values(self, rows: torch.Tensor) -> "ShardedTable":
+        """Local. A frozen table over the same ranks with other values for this rank's rows, [n, any width]."""
         table = ShardedTable(self.name, self.rows, 0, self.comm, dtype=rows.dtype, trainable=False)
         table.width, table.weight = rows.shape[1], rows
         return table
 
-    def lookup(self, route: LookupPlan) -> torch.Tensor:
-        """Rows of a route, [n, width]; differentiable if trainable. A collective, and so is its backward."""
-        return _Lookup.apply(self._anchor, self, route)
+    def lookup(self, plan: LookupPlan) -> torch.Tensor:
+        """Rows of a plan, [n, width]; differentiable if trainable. A collective, as is its backward pass."""
+        return _Lookup.apply(self._anchor, self, plan)
 
     def gradient(self) -> tuple[torch.Tensor | None, torch.Tensor] | None:
-        """The pending gradient as (rows of this rank's range or None for all, values), mean over the ranks' losses.
+        """Local. The pending gradient as (rows of this rank's range or None for all, values), mean over the ranks'
+        losses.
 
         Rows are unique and sorted. None where no lookup was differentiated.
         """
@@ -127,10 +130,11 @@ class ShardedTable:
 
     @torch.no_grad()
     def step(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
-        """Adam on the rows with a pending gradient (torch.optim.SparseAdam's arithmetic), then forget it."""
+        """Local. Adam on the rows with a pending gradient (torch.optim.SparseAdam's arithmetic), which is then
+        cleared."""
         gradient = self.gradient()
         self.pending.clear()
-        self.steps += 1  # on every rank alike, also where none of its rows was touched
+        self.steps += 1  # the same on every rank, also if none of its rows was touched
         if gradient is None or len(gradient[1]) == 0:
             return
         rows, grad = gradient
@@ -152,7 +156,7 @@ class ShardedTable:
             self.weight.index_copy_(0, rows, self.weight.index_select(0, rows).sub_(update, alpha=size))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """This rank's rows, with their optimizer state where there is one."""
+        """Local. This rank's rows, and their optimizer state if they are trainable."""
         tensors = {"weight": self.weight}
         if self.trainable:
             tensors |= {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
@@ -170,23 +174,23 @@ class ShardedTable:
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, anchor, table, route):
-        ctx.table, ctx.route = table, route
-        served = table.weight if route.serve is None else table.weight.index_select(0, route.serve)
-        rows = table.comm.all_to_all(served, route.send, route.receive)
-        if route.position is not None:
-            return rows.index_select(0, route.position)
+    def forward(ctx, anchor, table, plan):
+        ctx.table, ctx.plan = table, plan
+        sent = table.weight if plan.outgoing is None else table.weight.index_select(0, plan.outgoing)
+        rows = table.comm.all_to_all(sent, plan.send, plan.receive)
+        if plan.position is not None:
+            return rows.index_select(0, plan.position)
         return rows.clone() if rows is table.weight else rows  # the optimizer changes weights in place
 
     @staticmethod
     def backward(ctx, grad):
-        table, route = ctx.table, ctx.route
-        if route.position is not None:
-            grad = grad.new_zeros(sum(route.receive), table.width).index_add_(0, route.position, grad)
-        back = table.comm.all_to_all(grad, route.receive, route.send)
-        if route.position is None and table.comm.size > 1:  # every rank asked for the whole range: sum here
+        table, plan = ctx.table, ctx.plan
+        if plan.position is not None:
+            grad = grad.new_zeros(sum(plan.receive), table.width).index_add_(0, plan.position, grad)
+        back = table.comm.all_to_all(grad, plan.receive, plan.send)
+        if plan.position is None and table.comm.size > 1:  # every rank asked for the whole range: sum here
             back = back.view(table.comm.size, -1, table.width).sum(0)
             table.pending.append((None, back))
         else:
-            table.pending.append((route.serve, back))
+            table.pending.append((plan.outgoing, back))
         return torch.zeros_like(ctx.table._anchor), None, None

@@ -1,13 +1,12 @@
-"""Full-catalog ranking and its metrics.
+"""Full-catalog ranking over row-wise sharded embeddings, and its evaluation.
 
 Protocol: users with at least one train interaction and one in the split; train positives masked; all items ranked by
-dot product; every metric averaged over users. For K in 5, 10, 20, 50:
-Recall = hits / positives; NDCG with the ideal list cut at K; Precision = hits / K; HitRate = any hit;
-MRR = 1 / rank of the first hit, 0 beyond K. "cold" counts only positives without a train interaction, over the users
-that have one, in the same ranking of all items.
+dot product; every metric (`metrics.py`) averaged over users. "cold" counts only positives without a train interaction,
+over the users that have one, in the same ranking of all items.
 
-Each rank ranks for its own users. Item blocks go round all ranks and are merged into a running top 50, so a rank holds
-one block of items at a time. Scoring every user of a split costs users x items; a seeded sample of the users bounds it.
+Each rank ranks for its own users. All ranks look up one block of items after the other and merge it into a running top
+K, so a rank holds one block of items at a time. Scoring every user of a split costs users x items; a seeded sample of
+the users bounds the cost.
 """
 
 from dataclasses import dataclass
@@ -15,28 +14,34 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gtc_dist.config import Config
 from gtc_dist.data.catalog import CSC, Catalog
+from gtc_dist.data.hashing import hash_index
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup
-from gtc_dist.graph.csc import Graphs, by_destination, edge_of, take
-
-K_VALUES = (5, 10, 20, 50)
-METRIC_NAMES = ("recall", "ndcg", "precision", "hitrate", "mrr")
+from gtc_dist.evaluation.metrics import K_VALUES, mean_over_users, metrics_of_lists, overall_and_cold_metrics
+from gtc_dist.graph.csc import Graphs, by_destination, take_edges
 
 
 @dataclass(frozen=True)
 class RankingOptions:
     item_block: int = 16384  # items scored at once
     user_block: int = 1024  # users scored at once
-    users: int | None = None  # rank about so many users of the split, a seeded sample; None: all
+    users: int | None = None  # rank about this many users of the split, a seeded sample; None: all
     seed: int = 0
+
+    @staticmethod
+    def of(config: Config) -> "RankingOptions":
+        """Options of the validation during training."""
+        return RankingOptions(config.eval.block_rows, users=config.eval.users, seed=config.train.seed)
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_split(
     users: ShardedTable, items: ShardedTable, graphs: Graphs, truth: CSC, options: RankingOptions | None = None
 ) -> dict:
-    """Metrics of a split: {"users": n, "overall": {"recall@5": ...}, "cold_users": n, "cold": {...}}. A collective.
+    """Metrics of a split: {"users": n, "overall": {"recall@5": ...}, "cold_users": n, "cold": {...}}. Collective: every
+    rank must call it.
 
     Args:
         users, items: embeddings, row-sharded over the same ranks.
@@ -57,81 +62,48 @@ def evaluate_on_items(
     options: RankingOptions,
     counted: np.ndarray | None,
 ) -> dict[str, float]:
-    """Metrics where only some of the items, bool [items], count as positives, over the users that have one; None: all
-    of them. A collective."""
-    mine = ranked_users(users, graphs, truth, options)
-    top, _ = top_k_items(users, items, graphs, mine, max(K_VALUES), options)
-    own, hit = mine - users.start, _hits(top, mine - users.start, truth)
-    metrics_by_user = user_metrics(hit, truth.degree[own]) if counted is None else _among(hit, top, own, truth, counted)
-    return mean_over_users(metrics_by_user, users.comm)[1]
+    """Metrics that count only some items as positives. Collective: every rank must call it.
+
+    Args:
+        counted: bool [items]; users without such a positive are left out. None: all items count.
+    """
+    rank_users = ranked_users(users, graphs, truth, options)
+    top, _ = top_k_items(users, items, graphs, rank_users, max(K_VALUES), options)
+    return mean_over_users(metrics_of_lists(top, rank_users - users.start, truth, counted), users.comm)[1]
 
 
 @torch.no_grad()
 def metrics_by_user(
     users: ShardedTable, items: ShardedTable, graphs: Graphs, truth: CSC, options: RankingOptions
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Metrics of each of this rank's users that are ranked, and on cold items of those that have one:
-    name@K -> float64 [users], by user index. A collective."""
-    mine = ranked_users(users, graphs, truth, options)
-    top, _ = top_k_items(users, items, graphs, mine, max(K_VALUES), options)
-    return metrics_of_lists(top, mine - users.start, graphs, truth)
+    """Metrics of each ranked user of this rank, on all items and on cold ones: name@K -> float64 [users], in the order
+    of user indexes. Collective: every rank must call it."""
+    rank_users = ranked_users(users, graphs, truth, options)
+    top, _ = top_k_items(users, items, graphs, rank_users, max(K_VALUES), options)
+    return overall_and_cold_metrics(top, rank_users - users.start, graphs, truth)
 
 
 def ranked_users(users: ShardedTable, graphs: Graphs, truth: CSC, options: RankingOptions) -> np.ndarray:
-    """Indexes of this rank's users that are ranked. A collective."""
-    mine = np.arange(users.start, users.stop)
-    mine = mine[(truth.degree > 0) & (graphs.user_degree[users.start : users.stop] > 0)]
-    return _sample(mine, options, users.comm)
-
-
-def metrics_of_lists(
-    top: np.ndarray, own: np.ndarray, graphs: Graphs, truth: CSC
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What `metrics_by_user` returns, of ranked items int64 [n, k], best first (-1: none), of users `own`, rows of `truth`."""
-    hit = _hits(top, own, truth)
-    return user_metrics(hit, truth.degree[own]), _among(hit, top, own, truth, graphs.item_degree == 0)
-
-
-def metrics_of_lists_on_items(
-    top: np.ndarray, own: np.ndarray, truth: CSC, counted: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Metrics where only some of the items count as positives, of the users that have one: name@K -> float64 [users].
-
-    Args:
-        top: ranked items int64 [n, k], best first, -1: none; own: [n], rows of `truth`.
-        counted: bool [items].
-    """
-    return _among(_hits(top, own, truth), top, own, truth, counted)
-
-
-def _hits(top: np.ndarray, own: np.ndarray, truth: CSC) -> np.ndarray:
-    """Whether each ranked item is a positive of its user, bool [n, k]."""
-    who = np.repeat(own, top.shape[1])
-    hit = (top.reshape(-1) >= 0) & (edge_of(truth, who, np.maximum(top.reshape(-1), 0)) >= 0)
-    return hit.reshape(top.shape)
-
-
-def _among(hit: np.ndarray, top: np.ndarray, own: np.ndarray, truth: CSC, counted: np.ndarray) -> dict[str, np.ndarray]:
-    hit = hit & counted[np.maximum(top, 0)]
-    indptr, edges = take(truth, own)
-    positives = np.append(counted[truth.indices[edges]].astype(np.int64), 0)
-    count = np.add.reduceat(positives, indptr[:-1]) if len(own) else indptr[:0]
-    return user_metrics(hit[count > 0], count[count > 0])
+    """Indexes of this rank's users that are ranked. Collective: every rank must call it."""
+    rank_users = np.arange(users.start, users.stop)
+    rank_users = rank_users[(truth.degree > 0) & (graphs.user_degree[users.start : users.stop] > 0)]
+    return _sample(rank_users, options, users.comm)
 
 
 def load_ground_truth(catalog: Catalog, split: str, start: int = 0, stop: int | None = None) -> CSC:
-    """A split's items of users [start, stop), by user less `start`; read file by file."""
+    """A split's items of the users [start, stop), by user index less `start`; read file by file."""
     stop = catalog.users if stop is None else stop
     parts = [(np.empty(0, np.int32), np.empty(0, np.int32))]
     for user, item in catalog.interaction_files(split):
-        own = (user >= start) & (user < stop)
-        parts.append((user[own] - np.int32(start), item[own]))
+        inside = (user >= start) & (user < stop)
+        parts.append((user[inside] - np.int32(start), item[inside]))
     users, items = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     return by_destination(users, items, stop - start)
 
 
 def _sample(users: np.ndarray, options: RankingOptions, comm: Communicator) -> np.ndarray:
-    """About `options.users` of the users of all ranks. A user is in by a hash of its index, whatever rank owns it."""
+    """About `options.users` of the users of all ranks, chosen by a hash of the index: the same for any number of
+    ranks."""
     total = sum(comm.all_gather_int(len(users)))
     if options.users is None or total <= options.users:
         return users
@@ -139,15 +111,9 @@ def _sample(users: np.ndarray, options: RankingOptions, comm: Communicator) -> n
     return users[(mixed >> np.uint64(11)).astype(np.float64) < options.users / total * 2.0**53]
 
 
-def hash_index(index: np.ndarray, seed: int = 0) -> np.ndarray:
-    """64 mixed bits for each index below 2^32, uint64: the same whatever rank has it."""
-    mixed = (index.astype(np.uint64) + np.uint64((seed % 2**32) << 32)) * np.uint64(0x9E3779B97F4A7C15)
-    return (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-
-
 def popularity(graphs: Graphs, comm: Communicator) -> tuple[ShardedTable, ShardedTable]:
-    """Embeddings of width 1 that rank every item by its train interactions: the baseline. Ties go to the lower index:
-    the score is the place in that order, exact in float32 up to 16 M items."""
+    """Popularity baseline as embeddings of width 1: items are ranked by train interactions, ties by the lower index.
+    The score is the position in that order, exact in float32 up to 16 M items."""
     users = ShardedTable("popularity", graphs.users, 1, comm, trainable=False)
     items = ShardedTable("popularity", graphs.items, 1, comm, trainable=False)
     users.weight.fill_(1)
@@ -158,27 +124,33 @@ def popularity(graphs: Graphs, comm: Communicator) -> tuple[ShardedTable, Sharde
 
 
 def top_k_items(
-    users: ShardedTable, items: ShardedTable, graphs: Graphs, mine: np.ndarray, k: int, options: RankingOptions
+    users: ShardedTable, items: ShardedTable, graphs: Graphs, rank_users: np.ndarray, k: int, options: RankingOptions
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Best k items of some of this rank's users by dot product, train positives left out: int64 [n, k], best first, -1
-    where there are fewer; and their scores, float32 [n, k]. Of equal scores across blocks the lower index stays. A
-    collective."""
+    """Best k items by dot product, train positives masked. Of equal scores in different blocks, the lower index wins.
+    Collective: every rank must call it.
+
+    Args:
+        rank_users: [n], indexes of this rank's users to rank for.
+
+    Returns:
+        items int64 [n, k], best first, -1 where there are fewer; their scores float32 [n, k].
+    """
     device, comm = users.comm.device, users.comm
-    best = torch.full((len(mine), k), float("-inf"), device=device)
-    index = torch.full((len(mine), k), -1, dtype=torch.int64, device=device)
-    rows = torch.from_numpy(mine - users.start).to(device)
+    best = torch.full((len(rank_users), k), float("-inf"), device=device)
+    index = torch.full((len(rank_users), k), -1, dtype=torch.int64, device=device)
+    rows = torch.from_numpy(rank_users - users.start).to(device)
     for first in range(0, items.rows, options.item_block):
         last = min(first + options.item_block, items.rows)
         ids = torch.arange(first, last, device=device)
         block = items.lookup(plan_lookup(ids, items.rows, comm)).float()
-        for start in range(0, len(mine), options.user_block):
-            part = slice(start, min(start + options.user_block, len(mine)))
+        for start in range(0, len(rank_users), options.user_block):
+            part = slice(start, min(start + options.user_block, len(rank_users)))
             scores = users.weight[rows[part]].float() @ block.T
-            row, seen = _seen(graphs, mine[part], first, last)
-            scores[row.to(device), seen.to(device)] = float("-inf")
+            row, column = _train_positives(graphs, rank_users[part], first, last)
+            scores[row.to(device), column.to(device)] = float("-inf")
             if first:
-                value, at = _above(scores, best[part, -1], k)
-            else:  # nothing to be above yet
+                value, at = _above_running_best(scores, best[part, -1], k)
+            else:  # no running top k yet
                 value, at = scores.topk(min(k, scores.shape[1]), dim=1)
             best[part], order = torch.cat([best[part], value], dim=1).topk(k, dim=1)
             index[part] = torch.cat([index[part], at + first], dim=1).gather(1, order)
@@ -186,12 +158,12 @@ def top_k_items(
     return index.cpu().numpy(), best.cpu().numpy()
 
 
-def _above(scores: torch.Tensor, least: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidates for a running top k: scores [n, m] of each row that are above its `least` [n], or its k best where
-    many are; value and column [n, at most k], padded with -inf.
+def _above_running_best(scores: torch.Tensor, least: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Candidates for a running top k: the scores [n, m] of each row above its `least` [n], or the k best where a row
+    has more. Value and column [n, at most k], padded with -inf.
 
-    After a few blocks hardly a score is above the k-th best so far, and finding these takes one pass over the scores,
-    where `topk` would take several.
+    After a few blocks hardly any score is above the k-th best so far, and finding these takes one pass over the scores;
+    `topk` would take several.
     """
     above = scores > least[:, None]
     counts = above.sum(dim=1)
@@ -206,42 +178,10 @@ def _above(scores: torch.Tensor, least: torch.Tensor, k: int) -> tuple[torch.Ten
     return value, at
 
 
-def user_metrics(hit: np.ndarray, positives: np.ndarray) -> dict[str, np.ndarray]:
-    """Metrics of each user.
-
-    Args:
-        hit: bool [n, >= 50], whether the item at each rank is a positive; positives: [n], at least 1.
-
-    Returns:
-        name@K -> float64 [n].
-    """
-    discount = 1 / np.log2(np.arange(2, max(K_VALUES) + 2))
-    ideal = np.cumsum(discount)
-    hits = np.cumsum(hit, axis=1)
-    gain = np.cumsum(hit * discount[: hit.shape[1]], axis=1)
-    first = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1.0, np.inf)
-    out = {}
-    for k in K_VALUES:
-        out[f"recall@{k}"] = hits[:, k - 1] / positives
-        out[f"ndcg@{k}"] = gain[:, k - 1] / ideal[np.minimum(positives, k) - 1]
-        out[f"precision@{k}"] = hits[:, k - 1] / k
-        out[f"hitrate@{k}"] = (hits[:, k - 1] > 0).astype(np.float64)
-        out[f"mrr@{k}"] = np.where(first <= k, 1 / first, 0.0)
-    return out
-
-
-def _seen(graphs: Graphs, users: np.ndarray, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _train_positives(graphs: Graphs, users: np.ndarray, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(row, column) of the train positives of `users` among items [first, last)."""
-    indptr, edges = take(graphs.nodes, users)
+    indptr, edges = take_edges(graphs.nodes, users)
     items = graphs.nodes.indices[edges] - graphs.users
     row = np.repeat(np.arange(len(users)), np.diff(indptr))
     inside = (items >= first) & (items < last)
     return torch.from_numpy(row[inside]), torch.from_numpy(items[inside].astype(np.int64) - first)
-
-
-def mean_over_users(values: dict[str, np.ndarray], comm: Communicator) -> tuple[int, dict[str, float]]:
-    """Users of all ranks, and the mean of each metric over them. A collective."""
-    names = [f"{metric}@{k}" for metric in METRIC_NAMES for k in K_VALUES]
-    local = [float(values[name].sum()) for name in names] + [float(len(values[names[0]]))]
-    *sums, n = comm.all_reduce(torch.tensor(local, dtype=torch.float64, device=comm.device)).tolist()
-    return int(n), {name: total / max(n, 1) for name, total in zip(names, sums, strict=True)}

@@ -1,22 +1,22 @@
-"""The graphs of a catalog as training uses them, and vectorised look-ups in a graph stored by destination (CSC)."""
+"""The graphs of a catalog as the network uses them, and vectorised look-ups in a CSC graph (edges by destination)."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from gtc_dist.config import Config
 from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.errors import InputError
 
-MOST_EDGES = 2**31 - 1  # of a graph: DGL's samplers and blocks index by 32 bits
-REDRAWS = 16  # of a negative that is a train interaction
+MAX_EDGES = 2**31 - 1  # of a graph: DGL's samplers and blocks use 32-bit indexes
 
 
 @dataclass(frozen=True)
 class Graphs:
-    """The graphs of a catalog; the ranks of a node share one copy.
+    """The graphs of a catalog; the ranks on one machine share one copy.
 
-    nodes: the user-item graph in both directions over one set of nodes: users [0, users), items [users, users + items)
-    item_item, user_user: None where a run does without
+    nodes: user-item graph in both directions over one set of nodes: users [0, users), items [users, users + items)
+    item_item, user_user: None if the network does not use them
     """
 
     users: int
@@ -27,17 +27,29 @@ class Graphs:
 
     @staticmethod
     def load(catalog: Catalog, item_item: bool = True, user_user: bool = True) -> "Graphs":
+        """Read the graphs of a catalog.
+
+        Args:
+            item_item, user_user: read this graph.
+
+        Raises:
+            InputError: more edges than DGL can index, or the catalog lacks a graph.
+        """
         interactions = catalog.manifest.interactions["train"]
-        if 2 * interactions > MOST_EDGES:
+        if 2 * interactions > MAX_EDGES:
             raise InputError(
-                f"the catalog {catalog.uri} has {interactions:,} train interactions; at most {MOST_EDGES // 2:,} can "
-                "be trained on, since each is two edges of a graph that is indexed by 32 bits"
+                f"the catalog {catalog.uri} has {interactions:,} train interactions; at most {MAX_EDGES // 2:,} are "
+                "possible, because each is two edges of a graph with 32-bit indexes"
             )
+        wanted = {"item_item": item_item, "user_user": user_user}
+        for name in wanted:
+            if wanted[name] and name not in catalog.manifest.graphs:
+                raise InputError(
+                    f"the catalog {catalog.uri} has no graph {name}, which the configured network uses; run "
+                    "python -m gtc_dist.prepare --force with this configuration"
+                )
         nodes = both_directions(catalog.graph("item_user"), catalog.graph("user_item"))
-        hops = [
-            catalog.graph(name) if wanted else None
-            for name, wanted in (("item_item", item_item), ("user_user", user_user))
-        ]
+        hops = [catalog.graph(name) if wanted[name] else None for name in wanted]
         return Graphs(catalog.users, catalog.items, nodes, *hops)
 
     @property
@@ -55,42 +67,34 @@ class Graphs:
         """Train interactions of each item, int64 [items]."""
         return np.diff(self.nodes.indptr[self.users :])
 
-    def crossed(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Whether each of the users has a train interaction with each of the items, bool [users, items]. Costs the
-        users' interactions and the result, not a search for each pair."""
-        which, column = np.unique(items, return_inverse=True)
-        out = np.zeros((len(users), len(which)), bool)
-        if len(which):
-            indptr, edges = take(self.nodes, users)
-            theirs = self.nodes.indices[edges] - self.users
-            at = np.minimum(np.searchsorted(which, theirs), len(which) - 1)
-            hit = which[at] == theirs
+    def is_interacted(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Mask of train interactions between each of the users and each of the items, bool [users, items].
+
+        The cost is linear in the users' interactions and in the result; there is no search for each pair.
+        """
+        distinct, column = np.unique(items, return_inverse=True)
+        out = np.zeros((len(users), len(distinct)), bool)
+        if len(distinct):
+            indptr, edges = take_edges(self.nodes, users)
+            neighbours = self.nodes.indices[edges] - self.users
+            at = np.minimum(np.searchsorted(distinct, neighbours), len(distinct) - 1)
+            hit = distinct[at] == neighbours
             out[np.repeat(np.arange(len(users)), np.diff(indptr))[hit], at[hit]] = True
         return out[:, column]
 
-    def draw_negatives(
-        self, users: np.ndarray, rng: np.random.Generator, share: np.ndarray | None = None
-    ) -> np.ndarray:
-        """One item for each user among those that are no train interaction of it, int64 [n].
+    def draw_negatives(self, users: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Draw one item for each user uniformly from the items without a train interaction of that user: int64 [n]."""
+        rank = rng.integers(0, self.items - np.diff(self.nodes.indptr)[users])
+        return kth_non_neighbour(self.nodes, users, rank + self.users) - self.users
 
-        Args:
-            share: float64 [items], increasing to 1: an item's part of it is its chance; None: all alike. A user who
-                drew its own interactions `REDRAWS` times gets one of the others, all alike.
-        """
-        if share is None:
-            rank = rng.integers(0, self.items - np.diff(self.nodes.indptr)[users])
-            return absent_source(self.nodes, users, rank + self.users) - self.users
-        drawn, open_ = np.empty(len(users), np.int64), np.arange(len(users))
-        for _ in range(REDRAWS):
-            items = np.minimum(np.searchsorted(share, rng.random(len(open_)), side="right"), self.items - 1)
-            drawn[open_] = items
-            open_ = open_[edge_of(self.nodes, users[open_], items + self.users) >= 0]
-        drawn[open_] = self.draw_negatives(users[open_], rng)
-        return drawn
+
+def load_graphs(config: Config, catalog: Catalog) -> Graphs:
+    """The graphs of a catalog that the configured network uses."""
+    return Graphs.load(catalog, item_item=config.model.item_hop, user_user=config.model.user_hop)
 
 
 def both_directions(item_user: CSC, user_item: CSC) -> CSC:
-    """The user-item graph over the nodes users, then items, from its two directions."""
+    """Merge the two directions of the user-item graph into one graph; its nodes are the users, then the items."""
     users, edges = len(item_user.indptr) - 1, len(item_user.indices)
     return CSC(
         np.concatenate([item_user.indptr, user_item.indptr[1:] + edges]),
@@ -100,14 +104,14 @@ def both_directions(item_user: CSC, user_item: CSC) -> CSC:
 
 
 def by_destination(destination: np.ndarray, source: np.ndarray, destinations: int) -> CSC:
-    """An unweighted graph from pairs; sources sorted in each destination."""
+    """A graph with weights of 1 from pairs of nodes; sources are sorted in each destination."""
     order = np.lexsort((source, destination))
     indptr = np.concatenate([[0], np.cumsum(np.bincount(destination, minlength=destinations))]).astype(np.int64)
     return CSC(indptr, source[order].astype(np.int32), np.ones(len(source), np.float32))
 
 
-def take(graph: CSC, destinations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The edges of some destinations: (indptr int64 [n + 1], edge ids int64 [E]), in the given order."""
+def take_edges(graph: CSC, destinations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """In-edges of some destinations, in the given order: indptr int64 [n + 1] and edge ids int64 [E]."""
     begin = graph.indptr[destinations]
     count = graph.indptr[destinations + 1] - begin
     indptr = np.concatenate([[0], np.cumsum(count)])
@@ -115,42 +119,52 @@ def take(graph: CSC, destinations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return indptr, edges
 
 
-def edge_of(graph: CSC, destination: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """Edge id of each pair, int64 [n]; -1 where there is no such edge. O(n log degree)."""
-    found = _bisect(graph, destination, source)
+def find_edges(graph: CSC, destination: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """Edge id of each pair of nodes, int64 [n]; -1 for pairs without an edge. O(n log degree)."""
+    found = _bisect_sources(graph, destination, source)
     inside = found < graph.indptr[destination + 1]
     hit = np.zeros(len(found), bool)
     hit[inside] = graph.indices[found[inside]] == source[inside]
     return np.where(hit, found, -1)
 
 
-def absent_source(graph: CSC, destination: np.ndarray, rank: np.ndarray) -> np.ndarray:
-    """The rank-th smallest source that is no neighbour of each destination, int64 [n].
+def kth_non_neighbour(graph: CSC, destination: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """For each destination, the node with index `rank` among its sorted non-neighbours: int64 [n].
 
-    Uniform ranks in [0, sources - degree) give uniform draws from the non-neighbours, exactly and without rejection.
+    Uniform ranks in [0, nodes - degree) give exactly uniform draws from the non-neighbours, without rejection.
     """
     begin = graph.indptr[destination]
-    # p_k - k counts the absent sources below the k-th neighbour p_k; it never falls, so it can be bisected
+    # p_k - k is the number of non-neighbours below the k-th neighbour p_k; it is monotone in k, hence the bisection
     low, high = begin.copy(), graph.indptr[destination + 1].copy()
     while True:
-        open_ = low < high
-        if not open_.any():
+        searching = low < high
+        if not searching.any():
             return rank + (low - begin)
         middle = (low + high) // 2
-        at = np.where(open_, middle, 0)
-        below = open_ & (graph.indices[at] - (at - begin) <= rank)
+        at = np.where(searching, middle, 0)
+        below = searching & (graph.indices[at] - (at - begin) <= rank)
         low = np.where(below, middle + 1, low)
-        high = np.where(open_ & ~below, middle, high)
+        high = np.where(searching & ~below, middle, high)
 
 
-def _bisect(graph: CSC, destination: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """First edge of each destination whose source is not below `source` (bisect_left)."""
+def similarity_weights(similarity: np.ndarray) -> np.ndarray:
+    """Edge weights of neighbours from similarities [n, k], float32: negative ones get 0, then each row is normalised.
+
+    A row without positive similarity is all zeros.
+    """
+    weight = np.maximum(similarity.astype(np.float64), 0)
+    total = weight.sum(axis=1, keepdims=True)
+    return (weight / np.where(total > 0, total, 1)).astype(np.float32)
+
+
+def _bisect_sources(graph: CSC, destination: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """First edge of each destination with a source >= `source` (as bisect_left)."""
     low, high = graph.indptr[destination].copy(), graph.indptr[destination + 1].copy()
     while True:
-        open_ = low < high
-        if not open_.any():
+        searching = low < high
+        if not searching.any():
             return low
         middle = (low + high) // 2
-        below = open_ & (graph.indices[np.where(open_, middle, 0)] < source)
+        below = searching & (graph.indices[np.where(searching, middle, 0)] < source)
         low = np.where(below, middle + 1, low)
-        high = np.where(open_ & ~below, middle, high)
+        high = np.where(searching & ~below, middle, high)

@@ -1,17 +1,16 @@
-"""Neighbour sampling with DGL (1.1.3, CPU); the only file that imports it.
+"""Neighbour sampling with DGL (1.1.3, CPU); the only file that imports DGL.
 
 The user-item graph is one homogeneous graph here: users are nodes [0, users), items [users, users + items), and both
-directions are edges, destinations' sources in CSC. DGL wraps the arrays without a copy, so ranks of a node share them.
-A sampled layer comes back as plain arrays with weights corrected for the sampling, so that a weighted sum over it is
-an unbiased estimate of the sum over all neighbours:
+directions are edges, stored as CSC. DGL wraps the arrays without a copy, so the ranks on one machine share them. Of the
+d neighbours of a node, s = min(fanout, d) are drawn without replacement and their weights are multiplied by d / s, so
+that a weighted sum over the sample is an unbiased estimate of the sum over all neighbours. Layers come back as plain
+arrays.
 
-    neighbor  s of d neighbours without replacement: weight * d / s
-    labor     LABOR-0 (Balin and Catalyurek 2023), each neighbour with probability min(1, k / d): weight * max(1, d / k)
+`importance_sample_sources` then bounds the number of source nodes of a layer independently of the size of the catalog.
 
-`thin` then bounds how many sources a layer brings in, whatever the catalog's size: see there.
-
-DGL's random state belongs to a thread, and the same seed gives another stream in every thread, by the order in which
-threads came. So one thread of the process does all of the sampling: what is drawn depends on the seed alone.
+DGL keeps one random state per thread, and the same seed gives another random stream in every thread, depending on the
+order in which threads were created. Therefore one thread of the process does all sampling, and the draws depend on the
+seed alone.
 """
 
 import logging
@@ -29,22 +28,24 @@ os.environ.setdefault("DGLBACKEND", "pytorch")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     _level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # dgl announces missing optional parts on import
+    logging.disable(logging.WARNING)  # DGL logs missing optional packages on import
     import dgl
     from dgl.utils import set_num_threads
 
     logging.disable(_level)
 
-_THREAD = ThreadPoolExecutor(1, "dgl")
+_SAMPLING_THREAD = ThreadPoolExecutor(1, "dgl")
 
 
 @dataclass(frozen=True)
-class Layer:
+class SampledLayer:
     """Sampled in-edges of some destinations.
 
-    sources: node ids [n_src], unique; the destinations first where they were kept among the sources
-    indptr: int64 [n_dst + 1]; positions: [E] of each edge's source in `sources`; edges: [E] edge ids in the graph
-    correction: float32 [n_dst] that makes weighted sums unbiased
+    sources: node ids [n_src], unique; the destinations come first if they were kept among the sources
+    indptr: int64 [n_dst + 1]
+    positions: [E], position of each edge's source in `sources`
+    edges: [E], edge ids in the graph
+    correction: float32 [n_dst], factor of the edge weights that makes weighted sums unbiased
     """
 
     sources: np.ndarray
@@ -55,48 +56,46 @@ class Layer:
 
     @property
     def destination(self) -> np.ndarray:
-        """[E] position of each edge's destination."""
+        """[E], position of each edge's destination."""
         return np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))
 
 
-class Sampler:
+class NeighborSampler:
     """Samples in-neighbours of one graph.
 
     Args:
         graph: CSC over one set of nodes.
-        kind: `neighbor` or `labor`.
-        threads: of DGL's sampling.
+        threads: number of DGL's sampling threads.
     """
 
-    def __init__(self, graph: CSC, kind: str = "neighbor", threads: int = 1):
-        self.graph, self.kind, self.threads = graph, kind, threads
+    def __init__(self, graph: CSC, threads: int = 1):
+        self.graph, self.threads = graph, threads
         nodes = len(graph.indptr) - 1
         indptr = torch.from_numpy(graph.indptr.astype(np.int32))
-        indices = _shared(graph.indices)
+        indices = _as_tensor(graph.indices)
         self._dgl = dgl.graph(("csc", (indptr, indices, torch.empty(0, dtype=torch.int32))), num_nodes=nodes)
 
     def seed(self, seed: int) -> None:
-        """Fix the random state of the next draws, of all samplers."""
-        self._labor_seed = seed % (1 << 31)
-        _THREAD.submit(self._seed).result()
+        """Set the random state for the next draws of all samplers."""
+        _SAMPLING_THREAD.submit(self._seed, seed % (1 << 31)).result()
 
-    def layer(self, destinations: np.ndarray, fanout: int, keep_destinations: bool = True) -> Layer:
-        """Draw up to `fanout` (-1: all) in-neighbours of each destination (unique node ids)."""
-        return _THREAD.submit(self._layer, destinations, fanout, keep_destinations).result()
+    def layer(self, destinations: np.ndarray, fanout: int, keep_destinations: bool = True) -> SampledLayer:
+        """Draw up to `fanout` (-1: all) in-neighbours of each destination.
 
-    def _seed(self) -> None:
+        Args:
+            destinations: unique node ids.
+            keep_destinations: list the destinations among the sources, first.
+        """
+        return _SAMPLING_THREAD.submit(self._layer, destinations, fanout, keep_destinations).result()
+
+    def _seed(self, seed: int) -> None:
         set_num_threads(self.threads)
-        dgl.seed(self._labor_seed)
+        dgl.seed(seed)
 
-    def _layer(self, destinations: np.ndarray, fanout: int, keep_destinations: bool) -> Layer:
-        wanted = torch.from_numpy(np.ascontiguousarray(destinations, dtype=np.int32))
-        if self.kind == "labor" and fanout > 0:
-            seed = dgl.backend.zerocopy_to_dgl_ndarray(torch.tensor([self._labor_seed], dtype=torch.int64))
-            frontier, _ = self._dgl.sample_labors(wanted, fanout, random_seed=seed)
-            self._labor_seed = (self._labor_seed * 6364136223846793005 + 1442695040888963407) % (1 << 31)
-        else:
-            frontier = self._dgl.sample_neighbors(wanted, fanout)
-        block = dgl.to_block(frontier, wanted, include_dst_in_src=keep_destinations)
+    def _layer(self, destinations: np.ndarray, fanout: int, keep_destinations: bool) -> SampledLayer:
+        nodes = torch.from_numpy(np.ascontiguousarray(destinations, dtype=np.int32))
+        frontier = self._dgl.sample_neighbors(nodes, fanout)
+        block = dgl.to_block(frontier, nodes, include_dst_in_src=keep_destinations)
         indptr, positions, order = block.adj_tensors("csc")
         edges = frontier.edata[dgl.EID][block.edata[dgl.EID].long()]
         if len(order):
@@ -104,56 +103,53 @@ class Sampler:
         indptr = indptr.long().numpy()
         degree = (self.graph.indptr[destinations + 1] - self.graph.indptr[destinations]).astype(np.float32)
         drawn = np.diff(indptr).astype(np.float32)
-        if self.kind == "labor" and fanout > 0:
-            correction = np.maximum(1.0, degree / fanout)
-        else:
-            correction = degree / np.maximum(drawn, 1)
+        correction = (degree / np.maximum(drawn, 1)).astype(np.float32)
         sources = block.srcdata[dgl.NID].long().numpy()
-        return Layer(sources, indptr, positions.long().numpy(), edges.long().numpy(), correction.astype(np.float32))
+        return SampledLayer(sources, indptr, positions.long().numpy(), edges.long().numpy(), correction)
 
 
-def thin(
-    layer: Layer, weight: np.ndarray, free: np.ndarray, limit: int, rng: np.random.Generator
-) -> tuple[Layer, np.ndarray]:
-    """Keep about `limit` of the sources that a layer brings in, so that sums over it stay unbiased.
+def importance_sample_sources(
+    layer: SampledLayer, weight: np.ndarray, already_present: np.ndarray, limit: int, rng: np.random.Generator
+) -> tuple[SampledLayer, np.ndarray]:
+    """Keep about `limit` new sources of a layer; sums over the layer stay unbiased.
 
-    Neighbours of a batch seldom coincide in a large catalog and often do in a small one, so with a fanout alone the
-    rows that a step touches grow with the catalog until all are different. Here each new source stays with a
-    probability proportional to the norm of its edges' weights (importance sampling of layers, as in LADIES, Zou et
-    al. 2019), and its weights are divided by it.
+    In a large catalog the neighbours of a batch rarely coincide, so with fanouts alone the number of rows that a step
+    touches grows with the catalog. Here a new source is kept with a probability proportional to the norm of its edge
+    weights, and the weights of its edges are divided by that probability: layer-wise importance sampling, as in LADIES
+    (Zou et al. 2019).
 
     Args:
-        weight: float32 [E] of the layer's edges, corrected for the sampling.
-        free: bool [n_src], sources that cost nothing: they are in the batch anyway and always stay.
-        limit: expected number of other sources.
+        weight: float32 [E], weights of the layer's edges, corrected for the neighbour sampling.
+        already_present: bool [n_src], sources that the batch needs anyway; they are always kept and do not count.
+        limit: expected number of other sources to keep.
 
     Returns:
-        The layer without the sources that went and their edges, and the weights of its edges.
+        The layer without the dropped sources and their edges, and the weights of the remaining edges.
     """
-    new = np.flatnonzero(~free)
+    new = np.flatnonzero(~already_present)
     if len(new) <= limit:
         return layer, weight
     norm = np.sqrt(np.bincount(layer.positions, weight.astype(np.float64) ** 2, len(layer.sources)))
     chance = np.ones(len(layer.sources))
-    chance[new] = inclusion(norm[new], limit)
-    stays = rng.random(len(chance)) < chance  # a chance of one always stays: draws are below one
-    edge = stays[layer.positions]
-    counts = np.bincount(layer.destination[edge], minlength=len(layer.indptr) - 1)
-    positions = layer.positions[edge]
-    kept = Layer(
-        layer.sources[stays],
+    chance[new] = inclusion_probabilities(norm[new], limit)
+    kept = rng.random(len(chance)) < chance  # a chance of 1 always passes, because draws are below 1
+    kept_edges = kept[layer.positions]
+    counts = np.bincount(layer.destination[kept_edges], minlength=len(layer.indptr) - 1)
+    positions = layer.positions[kept_edges]
+    smaller = SampledLayer(
+        layer.sources[kept],
         np.concatenate([[0], np.cumsum(counts)]),
-        (np.cumsum(stays) - 1)[positions],
-        layer.edges[edge],
+        (np.cumsum(kept) - 1)[positions],
+        layer.edges[kept_edges],
         layer.correction,
     )
-    return kept, (weight[edge] / chance[positions]).astype(np.float32)
+    return smaller, (weight[kept_edges] / chance[positions]).astype(np.float32)
 
 
-def inclusion(size: np.ndarray, expected: int) -> np.ndarray:
-    """Probabilities proportional to `size` (non-negative, [n]) but at most one, whose sum is `expected`: float64 [n].
+def inclusion_probabilities(size: np.ndarray, expected: int) -> np.ndarray:
+    """Probabilities proportional to `size` (non-negative, [n]), at most 1, with the sum `expected`: float64 [n].
 
-    Where fewer than `expected` sizes are positive, these get one and the others zero.
+    If fewer than `expected` sizes are positive, these get 1 and the others 0.
     """
     chance = np.zeros(len(size))
     rest = np.flatnonzero(size > 0)
@@ -161,20 +157,20 @@ def inclusion(size: np.ndarray, expected: int) -> np.ndarray:
         if len(rest) <= expected:
             chance[rest] = 1
             break
-        part = size[rest] / size[rest].max()  # of tiny sizes the inverse of the sum would be infinite
-        scaled = part * (expected / part.sum())
-        sure = scaled >= 1
-        if not sure.any():
+        share = size[rest] / size[rest].max()  # otherwise the inverse of a sum of tiny sizes is infinite
+        scaled = share * (expected / share.sum())
+        certain = scaled >= 1
+        if not certain.any():
             chance[rest] = scaled
             break
-        chance[rest[sure]] = 1
-        expected -= int(sure.sum())
-        rest = rest[~sure]
+        chance[rest[certain]] = 1
+        expected -= int(certain.sum())
+        rest = rest[~certain]
     return chance
 
 
-def _shared(array: np.ndarray) -> torch.Tensor:
-    """The same memory as a tensor. Shared memory is read-only, of which torch warns; nothing here writes."""
+def _as_tensor(array: np.ndarray) -> torch.Tensor:
+    """A tensor on the same memory. torch warns that shared memory is read-only; nothing here writes to it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.from_numpy(array)

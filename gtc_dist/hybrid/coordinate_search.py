@@ -1,20 +1,16 @@
-"""Weights that are found by moving one of them at a time, as long as that helps."""
-
-from gtc_dist.distributed.sharded_table import ShardedTable
-
-Embeddings = tuple[ShardedTable, ShardedTable]  # embeddings of users and items
+"""Greedy coordinate search on a grid: one weight at a time moves to a better value, as long as there is one."""
 
 
 def grid_neighbours(
-    weights: dict[str, float], name: str, steps: tuple[float, ...], reach: int = 1
+    weights: dict[str, float], name: str, grid: tuple[float, ...], radius: int = 1
 ) -> list[dict[str, float]]:
-    """The weights themselves, which win where others are worth as much, and those with one of them moved by up to
-    `reach` steps; from a weight that is no step, to those around it too."""
-    at = nearest_step(steps, weights[name])
-    around = steps[max(at - reach, 0) : at + reach + 1]
-    return [weights, *({**weights, name: step} for step in around if step != weights[name])]
+    """Candidates: the current weights first (`max` keeps them on a tie), then each grid value of `name` within `radius`
+    steps of the current one, which need not be on the grid."""
+    at = nearest_step(grid, weights[name])
+    around = grid[max(at - radius, 0) : at + radius + 1]
+    return [weights, *({**weights, name: value} for value in around if value != weights[name])]
 
 
-def nearest_step(steps: tuple[float, ...], value: float) -> int:
-    """Place of the step that is nearest to a value."""
-    return min(range(len(steps)), key=lambda n: abs(steps[n] - value))
+def nearest_step(grid: tuple[float, ...], value: float) -> int:
+    """Index of the grid value that is nearest to `value`."""
+    return min(range(len(grid)), key=lambda n: abs(grid[n] - value))

@@ -1,17 +1,20 @@
-"""Parts of an embedding whose scores are added: the trained members, the spectral part, and the content profiles.
+"""Score fusion: a weighted hybrid of the trained network and the untrained scorers.
 
-Cold items have no interaction to be scored by: in all parts but the profiles they get what their warm neighbours have.
-What they have in the end is chosen after all this (`cold.py`).
+The scorers are the trained network (its ensemble members side by side), the low-pass graph filter and one content
+profile per modality. Their dot-product scores are z-scored per user (standard deviation 1 over all items), so that
+weights are comparable, and added with weights that are tuned on the valid split. The weights of the untrained scorers
+are tuned once, before training; a scorer that does not help gets weight 0. The network's weight changes as it learns:
+it is tuned at every validation and stored with the checkpoint.
 
-A user's scores of each part have a standard deviation of one over all items, so that weights compare. The weights of
-the untrained parts are chosen once, before training, on the valid split; a part that does not help gets none. The
-members' weight is chosen at every validation, as early on they are worth little, and kept with the checkpoint.
+Two more weights are tuned with it:
 
-Two more are chosen with it. `NORM_DAMPING`: members' item rows are divided by their length to this power. The length is how
-popular an item was in training. Alone, members need it; beside a spectral part that knows better which items are
-central, what they add is the direction. `NEIGHBOR_SMOOTHING`: a user also gets the rows of the items one step of co-interaction
-from its own (N C of `walk.py`, of rows less their mean), as the row of a user with one or two interactions had little
-to be trained by. How much it is worth: docs/quality.md.
+- `NORM_DAMPING`: item norms of the trained network encode popularity. The graph filter models popularity better, so
+  norms are damped: x / |x|^p, with p tuned.
+- `NEIGHBOR_SMOOTHING`: users also get the sum of the item rows one step of co-interaction away (N C of
+  `graph_filter.py`, of rows less their mean), since few interactions hardly train a user's own row.
+
+In all scorers but the content profiles, cold-start items get the mean of their warm neighbours; their final embeddings
+are predicted afterwards (`cold_start.py`). The effect of each scorer: docs/log.md.
 """
 
 from collections.abc import Callable
@@ -20,97 +23,97 @@ from dataclasses import dataclass
 import torch
 
 from gtc_dist.distributed.sharded_table import ShardedTable
-from gtc_dist.hybrid.cold_start import WarmNeighbours
-from gtc_dist.hybrid.content_profile import inverse_spread, item_moments
-from gtc_dist.hybrid.coordinate_search import Embeddings, grid_neighbours
+from gtc_dist.hybrid.coordinate_search import grid_neighbours
+from gtc_dist.hybrid.embeddings import Embeddings, inverse_score_std, item_covariance, unit_variance
 from gtc_dist.hybrid.graph_filter import CooccurrenceOperator
+from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
 
 MEMBERS = "members"
 NORM_DAMPING = "length"
 NEIGHBOR_SMOOTHING = "walked"
-# of the members; the last ones leave hardly anything of the others
 MEMBER_STEPS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 NORM_DAMPING_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
-NEIGHBOR_SMOOTHING_STEPS = (0.0, 0.5, 1.0, 2.0, 4.0)  # beside a user's own row, both in their spread
-STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a content profile, beside a spectral part of one
-START = {
-    MEMBERS: 2.0,
-    NORM_DAMPING: 1.0,
-    NEIGHBOR_SMOOTHING: 2.0,
-}  # where the first choice of them sets out; lower, it may end lower
-ROUNDS = 3  # of a choice, at most
-SEARCH_RADIUS = {NORM_DAMPING: 2, NEIGHBOR_SMOOTHING: 2}  # how many steps a choice looks up and down; one for others
+NEIGHBOR_SMOOTHING_STEPS = (0.0, 0.5, 1.0, 2.0, 4.0)  # relative to a user's own row, both z-scored
+UNTRAINED_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # relative to the first untrained scorer, whose weight is 1
+# initial weights; the search is greedy, and low starts got stuck (docs/log.md)
+INITIAL_WEIGHTS = {MEMBERS: 2.0, NORM_DAMPING: 1.0, NEIGHBOR_SMOOTHING: 2.0}
+MAX_ROUNDS = 3  # over all weights
+SEARCH_RADIUS = {NORM_DAMPING: 2, NEIGHBOR_SMOOTHING: 2}  # grid steps tried in each direction; 1 for other weights
 
 
 class ScoreFusion:
-    """Untrained parts and the weights of all.
+    """Untrained scorers, and the weights of all. Methods are collectives unless marked Local.
 
     Args:
-        parts: name -> (users, items); the first one is the measure of the others.
-        profiles: names of those that are content profiles.
-        neighbours: None: cold items are treated like others.
-        walk: None: members are joined without walks.
+        scorers: name -> embeddings of the untrained scorers; the weights of the others are relative to the first one.
+        profiles: names of the scorers that are content profiles.
+        neighbours: None: cold items keep their rows.
+        operator: None: users are not smoothed.
     """
 
     def __init__(
         self,
-        parts: dict[str, Embeddings],
+        scorers: dict[str, Embeddings],
         profiles: list[str],
         neighbours: WarmNeighbours | None,
-        walk: CooccurrenceOperator | None = None,
+        operator: CooccurrenceOperator | None = None,
     ):
-        self.profiles, self.neighbours, self.walk = profiles, neighbours, walk
-        self.parts = {
-            name: unit_variance(part if name in profiles else self._filled(part)) for name, part in parts.items()
+        self.profiles, self.neighbours, self.operator = profiles, neighbours, operator
+        self.scorers = {
+            name: unit_variance(embeddings if name in profiles else self._impute(embeddings))
+            for name, embeddings in scorers.items()
         }
-        self.weights = dict.fromkeys([MEMBERS, *parts], 1.0) | {NORM_DAMPING: 0.0, NEIGHBOR_SMOOTHING: 0.0}
+        self.weights = dict.fromkeys([MEMBERS, *scorers], 1.0) | {NORM_DAMPING: 0.0, NEIGHBOR_SMOOTHING: 0.0}
 
-    def choose(self, worth: Callable[[Embeddings], float]) -> None:
-        """Weights of the parts after the first, one after the other, by what the untrained scores alone are worth."""
-        first, *others = self.parts
+    def tune_untrained(self, objective: Callable[[Embeddings], float]) -> None:
+        """Tune the weights of the untrained scorers, one after the other, without the network; the smallest weight wins
+        a tie."""
+        first, *others = self.scorers
         self.weights = {MEMBERS: 0.0, first: 1.0} | dict.fromkeys(others, 0.0)
         for name in others:
-            tried = {step: worth(self._joined(None, {**self.weights, name: step})) for step in STEPS}
-            self.weights[name] = max(tried, key=lambda step: (tried[step], -step))
-        self.weights |= START
+            values = {
+                step: objective(self._weighted_sum(None, {**self.weights, name: step})) for step in UNTRAINED_STEPS
+            }
+            self.weights[name] = max(values, key=lambda step: (values[step], -step))
+        self.weights |= INITIAL_WEIGHTS
 
-    def choose_members(self, members: Embeddings, worth: Callable[[Embeddings], float]) -> None:
-        """The members' weight, length and walks beside the others, and what they change for the profiles: from what was
-        chosen before, up or down as long as that helps. A collective."""
-        known: dict[tuple, float] = {}
-        forms: dict[float, NetworkScores] = {}
+    def tune_network(self, network: Embeddings, objective: Callable[[Embeddings], float]) -> None:
+        """Tune the network's weight, norm damping, neighbour smoothing and the weights of the content profiles by
+        greedy coordinate search, from their current values."""
+        values: dict[tuple, float] = {}
+        damped: dict[float, DampedNetwork] = {}
 
         def value(weights: dict[str, float]) -> float:
-            length, key = weights[NORM_DAMPING], tuple(weights.items())
-            if key not in known:
-                if length not in forms:
-                    forms.clear()  # one at a time: they are as large as the members
-                    forms[length] = self._form(members, length)
-                known[key] = worth(self._joined(forms[length].pair(weights[NEIGHBOR_SMOOTHING]), weights))
-            return known[key]
+            exponent, key = weights[NORM_DAMPING], tuple(weights.items())
+            if key not in values:
+                if exponent not in damped:
+                    damped.clear()  # one at a time: as large as the network's embeddings
+                    damped[exponent] = self._damp_norms(network, exponent)
+                embeddings = damped[exponent].embeddings(weights[NEIGHBOR_SMOOTHING])
+                values[key] = objective(self._weighted_sum(embeddings, weights))
+            return values[key]
 
-        steps = {MEMBERS: MEMBER_STEPS, NORM_DAMPING: NORM_DAMPING_STEPS} | (
-            {NEIGHBOR_SMOOTHING: NEIGHBOR_SMOOTHING_STEPS} if self.walk else {}
-        )
-        steps |= dict.fromkeys(self.profiles, STEPS)
-        for _ in range(ROUNDS):
+        grids = {MEMBERS: MEMBER_STEPS, NORM_DAMPING: NORM_DAMPING_STEPS}
+        if self.operator is not None:
+            grids[NEIGHBOR_SMOOTHING] = NEIGHBOR_SMOOTHING_STEPS
+        grids |= dict.fromkeys(self.profiles, UNTRAINED_STEPS)
+        for _ in range(MAX_ROUNDS):
             before = dict(self.weights)
-            for name, values in steps.items():
-                while (
-                    best := max(grid_neighbours(self.weights, name, values, SEARCH_RADIUS.get(name, 1)), key=value)
-                ) != self.weights:
+            for name, grid in grids.items():
+                radius = SEARCH_RADIUS.get(name, 1)
+                while (best := max(grid_neighbours(self.weights, name, grid, radius), key=value)) != self.weights:
                     self.weights = best
             if self.weights == before:
                 break
 
-    def joined(self, members: Embeddings) -> Embeddings:
-        """One pair of tables with the weighted sum of all scores. A collective."""
-        form = self._form(members, self.weights[NORM_DAMPING])
-        return self._joined(form.pair(self.weights[NEIGHBOR_SMOOTHING]), self.weights)
+    def fuse(self, network: Embeddings) -> Embeddings:
+        """Embeddings whose dot product is the weighted sum of all scores."""
+        damped = self._damp_norms(network, self.weights[NORM_DAMPING])
+        return self._weighted_sum(damped.embeddings(self.weights[NEIGHBOR_SMOOTHING]), self.weights)
 
     def profile_columns(self, width: int) -> dict[str, slice]:
-        """Where the items' profiles stand in joined tables of this width; those without a weight do not."""
-        widths = {name: part[1].width for name, part in self.parts.items() if self.weights[name]}
+        """Local. Columns of the content profiles in fused embeddings of this width; profiles of weight 0 have none."""
+        widths = {name: scorer.items.width for name, scorer in self.scorers.items() if self.weights[name]}
         at, columns = width - sum(widths.values()), {}
         for name, size in widths.items():
             if name in self.profiles:
@@ -118,48 +121,45 @@ class ScoreFusion:
             at += size
         return columns
 
-    def _form(self, members: Embeddings, power: float) -> "NetworkScores":
-        """The trained part with the length of items taken out to this power. A collective."""
-        users, items = members
+    def _damp_norms(self, network: Embeddings, exponent: float) -> "DampedNetwork":
+        users, items = network
         rows = items.weight.float()
-        rows = rows * rows.norm(dim=1, keepdim=True).clamp(min=1e-12) ** -power  # rows of zeros stay what they are
-        items = self._filled((users, items.holding(rows)))[1]
-        moments = item_moments(items)
+        rows = rows * rows.norm(dim=1, keepdim=True).clamp(min=1e-12) ** -exponent  # rows of zeros stay zero
+        items = self._impute(Embeddings(users, items.with_values(rows))).items
+        covariance = item_covariance(items)
         own = users.weight.float()
-        walked = None
-        if self.walk is not None:
-            walked = self.walk.to_users(self.walk(rows - self.walk.mean(rows)))
-            walked = users.holding(walked * inverse_spread(walked, moments))
-        return NetworkScores(users.holding(own * inverse_spread(own, moments)), walked, items)
+        smoothed = None
+        if self.operator is not None:
+            smoothed = self.operator.to_users(self.operator(rows - self.operator.warm_mean(rows)))
+            smoothed = users.with_values(smoothed * inverse_score_std(smoothed, covariance))
+        return DampedNetwork(users.with_values(own * inverse_score_std(own, covariance)), smoothed, items)
 
-    def _filled(self, part: Embeddings) -> Embeddings:
-        return part if self.neighbours is None else (part[0], self.neighbours.filled(part[1]))
+    def _impute(self, embeddings: Embeddings) -> Embeddings:
+        users, items = embeddings
+        return Embeddings(users, items if self.neighbours is None else self.neighbours.impute(items))
 
-    def _joined(self, members: Embeddings | None, weights: dict[str, float]) -> Embeddings:
-        pairs = ({} if members is None else {MEMBERS: members}) | self.parts
-        pairs = {name: part for name, part in pairs.items() if weights[name]}
-        users = torch.cat([part[0].weight * weights[name] for name, part in pairs.items()], dim=1)
-        items = torch.cat([part[1].weight for part in pairs.values()], dim=1)
-        first = next(iter(pairs.values()))
-        return first[0].holding(users), first[1].holding(items)
+    def _weighted_sum(self, network: Embeddings | None, weights: dict[str, float]) -> Embeddings:
+        """Local. Columns of all scorers with a weight side by side, the users' times the weight. network None: without
+        it."""
+        scorers = ({} if network is None else {MEMBERS: network}) | self.scorers
+        scorers = {name: scorer for name, scorer in scorers.items() if weights[name]}
+        users = torch.cat([scorer.users.weight * weights[name] for name, scorer in scorers.items()], dim=1)
+        items = torch.cat([scorer.items.weight for scorer in scorers.values()], dim=1)
+        first = next(iter(scorers.values()))
+        return Embeddings(first.users.with_values(users), first.items.with_values(items))
 
 
 @dataclass(frozen=True)
-class NetworkScores:
-    """Members of one length: what users learned and what walks bring them, in units of their spread, and items."""
+class DampedNetwork:
+    """The network's embeddings with damped item norms: user rows as trained and smoothed, both z-scored, and items."""
 
     users: ShardedTable
-    walked: ShardedTable | None
+    smoothed_users: ShardedTable | None
     items: ShardedTable
 
-    def pair(self, weight: float) -> Embeddings:
-        """Both added, with this weight for the walks. A collective."""
-        rows = self.users.weight if self.walked is None else self.users.weight + weight * self.walked.weight
-        return unit_variance((self.users.holding(rows), self.items))
-
-
-def unit_variance(part: Embeddings) -> Embeddings:
-    """The part with each user's scores in units of their standard deviation over all items. A collective."""
-    users, items = part
-    spread = inverse_spread(users.weight, item_moments(items))
-    return users.holding(users.weight.float() * spread), items.holding(items.weight.float())
+    def embeddings(self, smoothing: float) -> Embeddings:
+        """User rows plus `smoothing` times the smoothed rows, z-scored. Collective: every rank must call it."""
+        rows = self.users.weight
+        if self.smoothed_users is not None:
+            rows = rows + smoothing * self.smoothed_users.weight
+        return unit_variance(Embeddings(self.users.with_values(rows), self.items))

@@ -1,4 +1,7 @@
-"""From what the network embeds to what is ranked and exported: parts blended, cold items told by their content."""
+"""Post-processing of the network's embeddings: score fusion, then predicted embeddings for cold-start items.
+
+The results are what is ranked and exported.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -9,82 +12,106 @@ from gtc_dist.config import Config
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, ColdStart, Objective, WarmNeighbours
-from gtc_dist.hybrid.coordinate_search import Embeddings
+from gtc_dist.hybrid.cold_start import ColdStart, Objective
+from gtc_dist.hybrid.content_profile import content_profile_scores
+from gtc_dist.hybrid.embeddings import Embeddings
+from gtc_dist.hybrid.graph_filter import CooccurrenceOperator, graph_filter_scores
 from gtc_dist.hybrid.score_fusion import ScoreFusion
-from gtc_dist.model.build import build_blend
-
-OLD = "cold"  # among a blend's weights: of cold items' profiles, in runs of before these had weights of their own
+from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
 
 
 @dataclass
 class HybridScorer:
-    """What comes after the network, and the weights that are chosen for it on the valid split.
+    """Score fusion and cold start with their tuned weights. Methods are collectives unless marked Local.
 
-    blend: None: there are no untrained parts. cold: None: nothing is known of an item but its interactions.
+    fusion: None without untrained scorers. cold_start: None without an item-item graph and without content features.
     """
 
-    blend: ScoreFusion | None
-    cold: ColdStart | None
+    fusion: ScoreFusion | None
+    cold_start: ColdStart | None
 
     @staticmethod
-    def of(config: Config, graphs: Graphs, features: dict[str, ShardedTable], comm: Communicator) -> "HybridScorer":
-        """A collective.
+    def build(config: Config, graphs: Graphs, features: dict[str, ShardedTable], comm: Communicator) -> "HybridScorer":
+        """The untrained scorers of a configuration, with initial weights.
 
         Args:
-            features: of the modalities, over `comm`.
+            features: modality -> table of the items' features, over `comm`.
         """
-        chunk = config.eval.chunk
+        chunk = config.eval.block_rows
         neighbours = None if graphs.item_item is None else WarmNeighbours(graphs, comm, chunk)
-        blend = build_blend(config, graphs, features, comm, neighbours)
-        return HybridScorer(blend, ColdStart.of(graphs, features, comm, chunk, neighbours, config.eval.cold_loss))
+        fusion = build_score_fusion(config, graphs, features, comm, neighbours)
+        allowed_loss = config.eval.cold_loss
+        return HybridScorer(fusion, ColdStart.build(graphs, features, comm, chunk, neighbours, allowed_loss))
 
-    def start(self, worth: Objective) -> None:
-        """What is chosen before training. A collective."""
-        if self.blend is not None:
-            self.blend.choose(partial(worth, counted=None))
+    def tune_untrained(self, objective: Objective) -> None:
+        """Tune the weights of the untrained scorers, before training."""
+        if self.fusion is not None:
+            self.fusion.tune_untrained(partial(objective, counted=None))
 
-    def choose_blend(self, embeddings: Embeddings, worth: Objective) -> Embeddings:
-        """Choose the weights of the parts anew, from the last ones on; returns what they make of embeddings, before
-        `filled`. A collective.
+    def tune_fusion(self, network: Embeddings, objective: Objective) -> Embeddings:
+        """Tune the network's weights in the fusion, from their current values; returns the fused embeddings."""
+        if self.fusion is not None:
+            self.fusion.tune_network(network, partial(objective, counted=None))
+        return self.fuse(network)
 
-        Args:
-            embeddings: of users and items, as the network has them.
-        """
-        if self.blend is not None:
-            self.blend.choose_members(embeddings, partial(worth, counted=None))
-        return self.blended(embeddings)
-
-    def choose_cold(self, blended: Embeddings, worth: Objective) -> None:
-        """Choose what cold items get anew, from the last choice on. A collective."""
-        if self.cold is not None:
-            self.cold.choose(blended, self.profiles(blended[1].width), worth)
-
-    def filled(self, blended: Embeddings) -> Embeddings:
-        """The final embeddings, of blended ones. A collective."""
-        return blended if self.cold is None else self.cold.filled(blended, self.profiles(blended[1].width))
+    def tune_cold_start(self, fused: Embeddings, objective: Objective) -> None:
+        """Tune the weights of the cold-start predictions, from their current values."""
+        if self.cold_start is not None:
+            self.cold_start.tune(fused, self.profile_columns(fused[1].width), objective)
 
     @torch.no_grad()
-    def __call__(self, embeddings: Embeddings) -> Embeddings:
-        """The final embeddings of what the network has. A collective."""
-        return self.filled(self.blended(embeddings))
+    def __call__(self, network: Embeddings) -> Embeddings:
+        """Final embeddings, from those of the network."""
+        return self.impute_cold(self.fuse(network))
 
-    def blended(self, embeddings: Embeddings) -> Embeddings:
-        """What the parts make of what the network has. A collective."""
-        return embeddings if self.blend is None else self.blend.joined(embeddings)
+    def fuse(self, network: Embeddings) -> Embeddings:
+        """Fused embeddings, before cold items are predicted."""
+        return network if self.fusion is None else self.fusion.fuse(network)
 
-    def profiles(self, width: int) -> dict[str, slice]:
-        """Columns of final embeddings of this width that hold the items' own content profiles, by modality."""
-        return {} if self.blend is None else self.blend.profile_columns(width)
+    def impute_cold(self, fused: Embeddings) -> Embeddings:
+        """Final embeddings: fused ones with predicted rows for cold items."""
+        if self.cold_start is None:
+            return fused
+        return self.cold_start.impute(fused, self.profile_columns(fused[1].width))
+
+    def profile_columns(self, width: int) -> dict[str, slice]:
+        """Local. Modality -> columns with the items' content profiles in final embeddings of this width."""
+        return {} if self.fusion is None else self.fusion.profile_columns(width)
 
     def state(self) -> dict[str, dict[str, float]]:
-        """All weights, by part."""
-        return {name: dict(part.weights) for name, part in (("blend", self.blend), ("cold", self.cold)) if part}
+        """Local. All weights, under the names that checkpoints use."""
+        parts = {"blend": self.fusion, "cold": self.cold_start}
+        return {name: dict(part.weights) for name, part in parts.items() if part}
 
     def load(self, saved: dict) -> None:
-        """Take up the weights that `state` gave, which stand among other things in a checkpoint."""
-        if self.blend is not None:
-            self.blend.weights |= {name: weight for name, weight in saved["blend"].items() if name != OLD}
-        if self.cold is not None:
-            before = {CONTENT_WEIGHT: (saved.get("blend") or {}).get(OLD, 1.0)}
-            self.cold.weights = self.cold.start() | saved.get("cold", before)
+        """Local. Set the weights from a checkpoint that contains `state()` among other entries."""
+        if self.fusion is not None:
+            self.fusion.weights |= saved["blend"]
+        if self.cold_start is not None:
+            self.cold_start.weights = self.cold_start.initial_weights() | saved["cold"]
+
+
+def build_score_fusion(
+    config: Config,
+    graphs: Graphs,
+    features: dict[str, ShardedTable],
+    comm: Communicator,
+    neighbours: WarmNeighbours | None,
+) -> ScoreFusion | None:
+    """Score fusion with the configured untrained scorers; None without any. Collective: every rank must call it.
+
+    Args:
+        features: modality -> table of the items' features, over `comm`.
+        neighbours: impute cold items; None without an item-item graph.
+    """
+    hybrid = config.model.hybrid
+    if not config.model.has_hybrid:
+        return None
+    operator = CooccurrenceOperator(graphs, comm, config.eval.block_rows)
+    scorers = {}
+    if hybrid.graph_filter:
+        scorers["spectral"] = graph_filter_scores(operator, hybrid.graph_filter, config.train.seed)
+    for name, table in features.items() if hybrid.content_profile else ():
+        scorers[name] = content_profile_scores(operator, table, hybrid.content_profile)
+    profiles = list(features) if hybrid.content_profile else []
+    return ScoreFusion(scorers, profiles, neighbours, operator)

@@ -1,6 +1,6 @@
-"""Joining or starting a Ray cluster: one way for every command.
+"""Join or start a Ray cluster, the same way in every command.
 
-With `RAY_ADDRESS` set (a job of `ray job submit` has it) a command joins that cluster; otherwise it starts a local one.
+With `RAY_ADDRESS` set (`ray job submit` sets it) a command joins that cluster; otherwise it starts a local one.
 """
 
 import logging
@@ -15,15 +15,15 @@ MAX_OBJECT_STORE = 2 << 30
 
 
 def connect(num_cpus_needed: int = 1, dashboard: bool = False, shared_bytes: int = 0) -> None:
-    """Make sure that this process is connected to a Ray cluster; nothing happens if it already is.
+    """Connect this process to a Ray cluster, unless it is connected already.
 
     Args:
-        num_cpus_needed: logical CPUs that a local cluster offers at least, even on a machine with fewer cores. A
-            cluster that is joined keeps its own count.
-        shared_bytes: what the command will `share`; a local cluster's object store has room for it.
+        num_cpus_needed: least number of logical CPUs of a local cluster, even on a machine with fewer cores. An
+            existing cluster keeps its own number.
         dashboard: start Ray's dashboard with a local cluster; Ray Train asks it for the state of its actors.
+        shared_bytes: size of what the command will share; added to a local cluster's object store.
     """
-    # Says on every start that token authentication is on, which the README explains.
+    # This logger reports at every start that token authentication is on; the README explains it.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS"):
@@ -41,7 +41,7 @@ def connect(num_cpus_needed: int = 1, dashboard: bool = False, shared_bytes: int
 
 
 def cores() -> int:
-    """Cores that this process may use: its affinity and, in a container, the quota of its control group."""
+    """Number of cores that this process may use: its affinity and, in a container, the control group's quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         with open("/sys/fs/cgroup/cpu.max") as file:
@@ -52,25 +52,25 @@ def cores() -> int:
 
 
 def name_own_cluster() -> None:
-    """In every worker of a local cluster: helpers of Ray that look the cluster up by themselves find this one, also
-    where other clusters run on the machine."""
+    """Set RAY_ADDRESS in every worker of a local cluster, so that Ray's own helpers do not connect to another cluster
+    of the machine."""
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 def quiet() -> None:
-    """Ray Data's own bars and plans off: commands print what a person wants to know."""
-    import ray.data  # here: every worker imports this module for `name_own_cluster`, and this takes seconds
+    """Turn off Ray Data's progress bars and execution plans: commands print their own progress."""
+    import ray.data  # slow; every worker imports this module for `name_own_cluster`
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that there are no bars
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns about the missing bars
 
 
 def object_store_bytes() -> int:
-    """A local cluster's object store: an eighth of the free memory, within bounds (prepare and train stream)."""
+    """Object store size of a local cluster: an eighth of the free memory, within bounds (prepare and train stream)."""
     page = os.sysconf("SC_PAGE_SIZE")
     free = os.sysconf("SC_AVPHYS_PAGES") * page
     return int(min(max(free // 8, MIN_OBJECT_STORE), MAX_OBJECT_STORE))

@@ -1,9 +1,10 @@
-"""One command at a time writes to a run folder.
+"""Run lock: one command at a time writes to a run folder.
 
-The command that trains renews `lease.json` in the run folder every few seconds. Another one that finds it, on the same
-machine, looks whether that process is alive; on another machine, it waits until the lease has not been renewed for a
-while. So the run of a command that was killed can be gone on with, and that of one that works is refused. No clocks are
-compared. A command that finds its lease in other hands (it was cut off from the storage for long) ends at once.
+The command that trains holds a lock file in the run folder and renews it every few seconds. Another command that finds
+the file on the same machine checks whether the process that wrote it is alive; on another machine it waits until the
+file has not been renewed for EXPIRES_SECONDS. So the run of a killed command can be resumed, and that of a running one
+is refused. Clocks of different machines are never compared. A command whose lock was taken over (it could not reach the
+storage for long) exits at once.
 """
 
 import os
@@ -23,62 +24,63 @@ from gtc_dist.errors import InputError
 
 RENEW_SECONDS = 15.0
 EXPIRES_SECONDS = 60.0  # without a renewal
-SETTLE_SECONDS = 2.0  # from the first write to the first look at who has it: two commands may have started at once
+SETTLE_SECONDS = 2.0  # from writing the lock to checking who holds it: two commands may have started at once
 
 
 @contextmanager
 def hold_run_lock(run: str) -> Iterator[None]:
-    """Hold the lease of the run folder `run`; the process ends where another command has taken it.
+    """Hold the lock of the run folder `run`. The process exits if another command takes the lock over.
 
     Raises:
-        InputError: another command holds it.
+        InputError: another command holds the lock.
     """
     uri = storage.join(run, LOCK_FILE)
-    _await(run, uri)
+    _wait_until_free(run, uri)
     made = storage.missing_parents(run)
-    mine = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}
-    over = threading.Event()
-    storage.write_json(uri, {**mine, "renewed": 0})
-    if (found := _read(uri)) and found["id"] != mine["id"]:  # both found nothing
-        raise _refused(run, found)
+    pid = os.getpid()
+    own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": pid, "began": _process_start(pid)}
+    closing = threading.Event()
+    storage.write_json(uri, {**own, "renewed": 0})
+    if (found := _read_lock(uri)) and found["id"] != own["id"]:  # both commands found the folder free
+        raise _refusal(run, found)
 
     def renew() -> None:
-        times = 0
-        while not over.wait(RENEW_SECONDS if times else SETTLE_SECONDS):
-            times += 1
-            with suppress(Exception):  # no object store for the moment, or no permission; tried again
-                found = _read(uri)
-                if found and found["id"] != mine["id"]:
-                    print(f"{_taken(run, found)}; this one ends", file=sys.stderr, flush=True)
-                    _end()
+        renewals = 0
+        while not closing.wait(RENEW_SECONDS if renewals else SETTLE_SECONDS):
+            renewals += 1
+            with suppress(Exception):  # storage unreachable or no permission for the moment: retried
+                found = _read_lock(uri)
+                if found and found["id"] != own["id"]:
+                    print(f"{_holder(run, found)}; this command exits", file=sys.stderr, flush=True)
+                    _exit()
                     return
-                if not over.is_set():
-                    storage.write_json(uri, {**mine, "renewed": times})
+                if not closing.is_set():
+                    storage.write_json(uri, {**own, "renewed": renewals})
 
-    thread = threading.Thread(target=renew, name="lease", daemon=True)
+    thread = threading.Thread(target=renew, name="run lock", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        closing.set()
         thread.join()
         with suppress(OSError, InputError):
-            if (_read(uri) or mine)["id"] == mine["id"]:
+            if (_read_lock(uri) or own)["id"] == own["id"]:
                 storage.remove_tree(uri)
             if not storage.listing(run):
-                storage.remove_tree(run)  # a folder that nothing came into
+                storage.remove_tree(run)  # nothing was written to it
             for folder in made:
-                folder.rmdir()  # never one that holds something, such as a run that began meanwhile
+                folder.rmdir()  # fails, as it should, on a folder that is not empty, such as of a run started meanwhile
 
 
-def _await(run: str, uri: str) -> None:
-    """Return when nobody holds the lease. Raises InputError where someone does."""
-    found = _read(uri)
+def _wait_until_free(run: str, uri: str) -> None:
+    """Return once nobody holds the lock. Raises InputError if a running command does."""
+    found = _read_lock(uri)
     if found is None:
         return
     if found["host"] == socket.gethostname():
-        if _began(found["pid"]) == found["began"]:
-            raise _refused(run, found)
+        if _process_start(found["pid"]) == found["began"]:
+            raise _refusal(run, found)
         return
     print(
         f"{run} was being trained by process {found['pid']} on {found['host']}; waiting {EXPIRES_SECONDS:g} s to see "
@@ -89,15 +91,15 @@ def _await(run: str, uri: str) -> None:
     deadline = time.monotonic() + EXPIRES_SECONDS
     while time.monotonic() < deadline:
         time.sleep(min(RENEW_SECONDS, EXPIRES_SECONDS) / 4)
-        now = _read(uri)
+        now = _read_lock(uri)
         if now is None:
             return
         if now != found:
-            raise _refused(run, now)
+            raise _refusal(run, now)
 
 
-def _read(uri: str) -> dict | None:
-    """The lease; None where there is none that can be read."""
+def _read_lock(uri: str) -> dict | None:
+    """Content of the lock file; None if it is missing or unreadable."""
     try:
         found = storage.read_json(uri)
     except (FileNotFoundError, InputError):
@@ -105,8 +107,8 @@ def _read(uri: str) -> dict | None:
     return found if isinstance(found, dict) and {"id", "host", "pid", "began"} <= found.keys() else None
 
 
-def _began(pid: int) -> float | None:
-    """When a process of this machine began; tells it from a later one with its number. None: there is none."""
+def _process_start(pid: int) -> float | None:
+    """Start time of a process of this machine, which distinguishes processes that reuse a pid; None if not alive."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
@@ -114,13 +116,13 @@ def _began(pid: int) -> float | None:
         return None
 
 
-def _taken(run: str, found: dict) -> str:
+def _holder(run: str, found: dict) -> str:
     return f"{run} is being trained by process {found['pid']} on {found['host']}"
 
 
-def _refused(run: str, found: dict) -> InputError:
-    return InputError(f"{_taken(run, found)}; wait for it, or choose another run.name")
+def _refusal(run: str, found: dict) -> InputError:
+    return InputError(f"{_holder(run, found)}; wait for it, or choose another run.name")
 
 
-def _end() -> None:
+def _exit() -> None:
     os._exit(1)

@@ -1,9 +1,10 @@
-"""A limit on how long ranks wait for each other, which names the one that is missing.
+"""Watchdog: a limit on how long ranks wait for each other, which names the rank that hangs.
 
-A rank that hangs (a stuck disk or device, a stopped process, a node that is off the network) would keep the others in
-a collective for ever. Every rank tells an actor now and then how far its process groups are (`Communicator.pulses`). When one
-has waited longer than allowed, the actor says for whom, and the ranks that wait end themselves, so that Ray Train
-starts all of them again from the last checkpoint. A rank that is slow, but not by that much, is waited for.
+A rank that hangs (stuck disk or device, stopped process, node off the network) would keep the others in a collective
+for ever. Every rank sends heartbeats with the progress of its process groups (`Communicator.progress_counters`) to an
+actor. When a rank has waited longer than the limit, the actor answers with the name of the rank it waits for, and the
+waiting ranks exit, so that Ray Train restarts all ranks from the last checkpoint. A slow rank is waited for as long as
+each collective stays within the limit.
 """
 
 import os
@@ -18,64 +19,65 @@ from typing import TYPE_CHECKING
 import ray
 from ray.exceptions import RayError
 
-if TYPE_CHECKING:  # the actor's process does without torch
+if TYPE_CHECKING:  # the actor's process does not import torch
     from gtc_dist.distributed.collectives import Communicator
 
-BEAT_SECONDS = 5.0  # at most, between two looks
+HEARTBEAT_SECONDS = 5.0  # longest interval
 
 
 @dataclass
-class _Rank:
+class _RankState:
     name: str
-    heard: float  # when
-    pulses: list[tuple[int, bool]] = field(default_factory=list)  # collectives begun, whether inside one
-    since: list[float] = field(default_factory=list)  # when each became what it is
+    last_heartbeat: float
+    counters: list[tuple[int, bool]] = field(default_factory=list)  # collectives begun, whether inside one
+    since: list[float] = field(default_factory=list)  # time of the last change of each counter
 
 
 class Watchdog:
-    """How far the ranks of a world are.
+    """Progress of the ranks of a process group (a Ray actor).
 
     Args:
-        seconds: that a rank may wait for others.
+        seconds: longest time that a rank may wait for others.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
         self.seconds, self.clock = seconds, clock
         self.start, self.ranks = "", {}
 
-    def beat(self, start: str, rank: int, name: str, pulses: list[tuple[int, bool]]) -> str:
-        """Take note of a rank; returns what to say where it has waited too long for others, else nothing.
+    def heartbeat(self, start: str, rank: int, name: str, counters: list[tuple[int, bool]]) -> str:
+        """Record a heartbeat; returns the reason if the rank has waited too long for others, else "".
 
         Args:
-            start: names this start of the ranks; what was known of another is forgotten.
-            name: where the rank runs, for a person.
-            pulses: of its process groups, in the order in which all ranks made them: the number of collectives that
-                were begun, and whether one is under way.
+            start: identifies this start of the ranks; records of an earlier start are dropped.
+            name: process and host of the rank, for the message.
+            counters: of each process group, in the order in which all ranks made them: number of collectives begun,
+                and whether the rank is inside one.
         """
         now = self.clock()
         if start != self.start:
             self.start, self.ranks = start, {}
-        known = self.ranks.setdefault(rank, _Rank(name, now))
-        for group, pulse in enumerate(pulses):
-            if group == len(known.pulses):
-                known.pulses.append(pulse)
+        known = self.ranks.setdefault(rank, _RankState(name, now))
+        for group, counter in enumerate(counters):
+            if group == len(known.counters):
+                known.counters.append(counter)
                 known.since.append(now)
-            elif pulse != known.pulses[group]:
-                known.pulses[group], known.since[group] = pulse, now
-        known.heard = now
-        for group, (_, inside) in enumerate(known.pulses):
+            elif counter != known.counters[group]:
+                known.counters[group], known.since[group] = counter, now
+        known.last_heartbeat = now
+        for group, (_, inside) in enumerate(known.counters):
             if inside and now - known.since[group] > self.seconds:
                 return self._missing(group, now)
         return ""
 
     def _missing(self, group: int, now: float) -> str:
-        silent = [rank for rank, one in self.ranks.items() if now - one.heard > self.seconds / 2]
-        at = {rank: one.pulses[group] for rank, one in self.ranks.items() if len(one.pulses) > group}
+        """Name the ranks that keep a process group waiting: first silent ones, then those behind, then outside."""
+        silent = [rank for rank, state in self.ranks.items() if now - state.last_heartbeat > self.seconds / 2]
+        at = {rank: state.counters[group] for rank, state in self.ranks.items() if len(state.counters) > group}
         first = max((begun for begun, _ in at.values()), default=0)
         behind = [rank for rank in self.ranks if rank not in at or at[rank][0] < first]
-        away = [rank for rank, (_, inside) in at.items() if not inside]
+        outside = [rank for rank, (_, inside) in at.items() if not inside]
         limit = f"for more than {self.seconds:g} s (cluster.wait_minutes)"
-        for ranks, why in ((silent, "not heard of"), (behind, "behind the others"), (away, "not in the collective")):
+        for ranks, why in ((silent, "no heartbeat"), (behind, "behind the others"), (outside, "not in the collective")):
             if ranks:
                 names = ", ".join(f"rank {rank} ({self.ranks[rank].name}, {why})" for rank in sorted(ranks))
                 return f"{names} kept the others waiting {limit}"
@@ -83,35 +85,36 @@ class Watchdog:
 
 
 @contextmanager
-def watch_rank(comm: "Communicator", stalls: ray.actor.ActorHandle | None, seconds: float) -> Iterator[None]:
-    """End this process, a rank, when it has waited too long for others. A collective.
+def watch_rank(comm: "Communicator", watchdog: ray.actor.ActorHandle | None, seconds: float) -> Iterator[None]:
+    """Exit this process, a rank, when it has waited too long for others. Collective: every rank must call it.
 
     Args:
-        stalls: a `Watchdog` actor, None for a world of one; seconds: its limit.
+        watchdog: a `Watchdog` actor; None for a single rank.
+        seconds: the watchdog's limit.
     """
     if comm.size == 1:
         yield
         return
     name = f"pid {os.getpid()} on {socket.gethostname()}"
     start = comm.all_gather_json([name, time.time()])
-    over = threading.Event()
+    closing = threading.Event()
 
-    def look() -> None:
-        while not over.wait(min(BEAT_SECONDS, seconds / 4)):
-            pulses = [(pulse.begun, pulse.inside > 0) for pulse in list(comm.pulses)]
+    def send_heartbeats() -> None:
+        while not closing.wait(min(HEARTBEAT_SECONDS, seconds / 4)):
+            counters = [(progress.begun, progress.inside > 0) for progress in list(comm.progress_counters)]
             try:
-                said = ray.get(stalls.beat.remote(str(start), comm.rank, name, pulses), timeout=60)
+                reason = ray.get(watchdog.heartbeat.remote(str(start), comm.rank, name, counters), timeout=60)
             except RayError:
-                continue  # the actor is gone with its node, or busy: ranks that are lost show in other ways
-            if said and not over.is_set():
-                print(f"{said}; rank {comm.rank} gives up, to start again from the last checkpoint", flush=True)
-                time.sleep(1)  # Ray takes the line up
+                continue  # the actor is busy, or lost with its node: Ray Train notices lost ranks by itself
+            if reason and not closing.is_set():
+                print(f"{reason}; rank {comm.rank} exits, Ray restarts all ranks from the last checkpoint", flush=True)
+                time.sleep(1)  # Ray collects the line
                 os._exit(1)
 
-    thread = threading.Thread(target=look, name="stalls", daemon=True)
+    thread = threading.Thread(target=send_heartbeats, name="watchdog", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        closing.set()
         thread.join(1)

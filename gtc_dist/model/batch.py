@@ -1,4 +1,9 @@
-"""What the loader hands to a step: rows to look up, blocks, pairs, and the step's randomness."""
+"""Input of a training step: pairs, their randomness, and the subgraph that their embeddings are computed from.
+
+Nodes, as in DGL: *input* users and items are those whose rows are looked up; *seed* users and items are those for which
+the user-item convolution computes an output (seed users first, then seed items); the *batch's* users and items are the
+distinct ones in its pairs, a part of the seeds.
+"""
 
 from dataclasses import dataclass, fields, replace
 
@@ -10,15 +15,30 @@ from gtc_dist.distributed.sharded_table import LookupPlan
 
 
 @dataclass
-class HistoryLookup:
-    """Where a batch's rows of the history are, and the edges that the history holds and the batch must not see."""
+class SampledBatch:
+    """Pairs of this rank and their randomness, on the host; users and items are catalog indexes."""
 
-    user_route: LookupPlan  # of the batch's users
-    item_route: LookupPlan  # of the batch's items
-    left_user_route: LookupPlan  # of the users at edges that are left out
-    left_item_route: LookupPlan  # of the items at edges that are left out
-    left_out_of_users: Block | None  # left-out items -> batch users, weights as in the graph
-    left_out_of_items: Block | None  # left-out users -> batch items
+    users: np.ndarray  # int64 [B]
+    positives: np.ndarray  # int64 [B]
+    negatives: np.ndarray  # int64 [B, K], or [P] shared by the batch
+    timesteps: np.ndarray  # int64 [B], 1..T
+    noise: np.ndarray  # float32 [modalities, B, D]
+    dropout: np.ndarray  # float32 [2, B], uniform in [0, 1)
+    seed: int  # the same on every rank: permutations of the total correlation
+    sampler_seed: int  # of this rank: neighbour sampling
+    counts: list[int]  # pairs of each rank
+
+
+@dataclass
+class HistoryLookup:
+    """Rows of the historical embeddings that a batch needs, and the edges that they hold and the batch must not see."""
+
+    users: LookupPlan  # the batch's users
+    items: LookupPlan  # the batch's items
+    excluded_users: LookupPlan  # users at excluded edges
+    excluded_items: LookupPlan  # items at excluded edges
+    excluded_into_users: Block  # excluded items -> the batch's users, weights as in the graph
+    excluded_into_items: Block  # excluded users -> the batch's items
 
     def to(self, device: torch.device) -> "HistoryLookup":
         return HistoryLookup(*(_move(getattr(self, f.name), device) for f in fields(self)))
@@ -26,60 +46,59 @@ class HistoryLookup:
 
 @dataclass
 class HistoryRows:
-    """Whole-catalog propagation of a moment ago, at the rows of a batch: constants, float32."""
+    """Historical embeddings of the last full-graph refresh, at the rows of a batch: constants, float32."""
 
-    inputs: torch.Tensor  # [in-users + in-items, T * D] what entered the graph
-    users: torch.Tensor  # [u, T * D] convolved, before the user's stream weights
-    user_hop: torch.Tensor | None  # [u, T * D] what the hop over the user-user graph added
-    items: torch.Tensor  # [i, T * D] convolved, with the hop over the item-item graph
+    inputs: torch.Tensor  # [input users + input items, all views * D] what entered the graph
+    users: torch.Tensor  # [u, all views * D] convolved, before the user's view weights
+    user_hop: torch.Tensor | None  # [u, all views * D] what the user-user hop added
+    items: torch.Tensor  # [i, all views * D] convolved, with the item-item hop
+
+
+@dataclass
+class Subgraph:
+    """Rows to look up and blocks (message-flow graphs) that lead from them to the batch's users and items."""
+
+    user_lookup: LookupPlan  # input users
+    item_lookup: LookupPlan  # input items
+    features: dict[str, torch.Tensor]  # modality -> [input items, d]
+    audience: Block | None  # input users -> input items, weights sum to one: mean preference of an item's users
+    input_nodes: torch.Tensor | None  # [sources of the first block], rows of cat(input users, items); None: in order
+    blocks: list[Block]  # one per user-item layer
+    seed_users: int
+    seed_items: int
+    user_hop: Block | None  # seed users -> the batch's users
+    input_hop: Block | None  # input items -> those of them that enter the graph, which come first
+    item_hop: Block | None  # seed items -> the batch's items
+    user_seeds: torch.Tensor  # [u] positions of the batch's users among the seed users
+    item_seeds: torch.Tensor  # [i] positions of the batch's items among the seed items
+    user_inputs: torch.Tensor  # [u] positions of the batch's users among the input users
+    item_inputs: torch.Tensor  # [i] positions of the batch's items among the input items
+    history: HistoryLookup | None = None  # sampled, with historical embeddings
+
+    def to(self, device: torch.device) -> "Subgraph":
+        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
 
 
 @dataclass
 class Batch:
-    """What one step needs. "in" users and items are those whose rows are looked up; "seed" ones those that the
-    convolution gives an output for (seed users first, then seed items)."""
+    """One step of one rank. `users`, `positives` and `negatives` are positions among the batch's users and items."""
 
-    # rows
-    user_route: LookupPlan  # of the in-users
-    item_route: LookupPlan  # of the in-items
-    features: dict[str, torch.Tensor]  # modality -> [in-items, d]
-    # graph
-    audience: Block | None  # in-users -> in-items, weights sum to one: mean preference of an item's users
-    input_nodes: (
-        torch.Tensor | None
-    )  # [sources of the first block], rows of cat(in-users, in-items); None: all in order
-    blocks: list[Block]
-    seed_users: int
-    seed_items: int
-    user_hop: Block | None  # seed users -> batch users
-    input_hop: Block | None  # in-items -> the in-items whose nodes enter the graph, the first of them
-    item_hop: Block | None  # seed items -> batch items
-    user_rows: torch.Tensor  # [u] the batch's users among the seed users
-    item_rows: torch.Tensor  # [i] the batch's items among the seed items
-    # pairs; positions in user_rows and item_rows
+    subgraph: Subgraph
     users: torch.Tensor  # [B]
     positives: torch.Tensor  # [B]
     negatives: torch.Tensor  # [B, K], or [P] shared by the batch
     negative_mask: torch.Tensor | None  # [B, P] False where a shared negative is the user's train positive
-    negative_weight: torch.Tensor | None  # float32 [P] how many items a shared negative stands for; None: all alike
-    pair_weights: torch.Tensor  # float32 [B], of the ranking loss; their mean over all interactions is one
-    # ego rows of the pairs; positions among the in-users and in-items
-    ego_users: torch.Tensor  # [u]
-    ego_items: torch.Tensor  # [i]
+    negative_weight: torch.Tensor | None  # float32 [P] importance weight of an in-batch negative; None: all one
     user_ids: torch.Tensor  # [u] catalog index of the batch's users
     item_ids: torch.Tensor  # [i] catalog index of the batch's items
-    # randomness of the diffusion loss, and the seed of the total correlation's permutations (alike on every rank)
-    timesteps: torch.Tensor  # int64 [B]
-    noise: torch.Tensor  # [modalities, B, D]
-    dropout: torch.Tensor  # float32 [2, B] in [0, 1): below their shares, the condition and the user are left out
-    pairs: np.ndarray  # int64 [n, 2] user and positive of all ranks' pairs, by catalog index; stays on the host
-    permutation_seed: int
-    sampler_seed: int  # what the neighbours were sampled with
-    # sampled, with a history (training/control_variate.py)
-    history: "HistoryLookup | None"
-    # sizes over ranks
+    timesteps: torch.Tensor  # int64 [B] diffusion steps of the denoising loss
+    noise: torch.Tensor  # [modalities, B, D] its noise
+    dropout: torch.Tensor  # float32 [2, B] in [0, 1): below their shares, the condition and the user are dropped
+    permutation_seed: int  # of the total correlation's permutations, the same on every rank
     counts: list[int]  # pairs of each rank
-    correlation_counts: list[int]  # rows of each rank in the total correlation
+    tc_counts: list[int]  # pairs of each rank that enter the total correlation
+    sampled: SampledBatch  # what the batch was made from; stays on the host
+    all_pairs: np.ndarray  # int64 [n, 2] user and positive of all ranks' pairs, catalog indexes; stays on the host
 
     def to(self, device: torch.device) -> "Batch":
         return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
@@ -87,9 +106,11 @@ class Batch:
 
 def _move(value, device):
     if isinstance(value, list) and value and isinstance(value[0], Block):
-        # layers that share one block go on sharing it
+        # layers that share a block must share it after the copy, too
         moved = {id(block): block.to(device) for block in value}
         return [moved[id(block)] for block in value]
     if isinstance(value, dict):
         return {key: tensor.to(device, non_blocking=True) for key, tensor in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor | Block | LookupPlan | HistoryLookup) else value
+    if isinstance(value, torch.Tensor | Block | LookupPlan | HistoryLookup | Subgraph):
+        return value.to(device)
+    return value

@@ -2,8 +2,8 @@
 
 Forward process: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, a_t the running product of 1 - beta, beta linear (DDPM, Ho et
 al. 2020; GTC, arXiv 2604.03014). A denoiser predicts eps from (x_t, t, condition). The filter is deterministic: it
-starts at a fixed step from the clean content without fresh noise and walks to step 0 with DDIM (Song et al. 2021), so
-the network takes away what it reads as noise under the condition, and one catalog always gives one result.
+starts at a fixed step from the clean content without fresh noise and follows DDIM (Song et al. 2021) to step 0, so the
+network removes what it predicts to be noise under the condition, and the same catalog always gives the same result.
 """
 
 import math
@@ -11,15 +11,18 @@ import math
 import torch
 from torch import nn
 
+BETA_START, BETA_END = 1e-4, 0.02  # of the linear noise schedule
+HIDDEN = 128  # width of the denoiser's hidden layers
+DDIM_STEPS = 1
 
-class Schedule(nn.Module):
+
+class NoiseSchedule(nn.Module):
     """a_t for t = 0..steps; a_0 = 1. Buffers, float32 [steps + 1]."""
 
-    def __init__(self, steps: int, beta_start: float, beta_end: float):
+    def __init__(self, steps: int, beta_start: float = BETA_START, beta_end: float = BETA_END):
         super().__init__()
         beta = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
         alpha = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)])
-        self.steps = steps
         self.register_buffer("signal", alpha.sqrt().float(), persistent=False)
         self.register_buffer("noise", (1 - alpha).sqrt().float(), persistent=False)
 
@@ -35,7 +38,7 @@ class Schedule(nn.Module):
 class Denoiser(nn.Module):
     """eps_hat = net(x_t, t, c): two hidden layers over content, sinusoidal timestep and condition.
 
-    The last layer starts at zero, so that an untrained filter returns the content itself (up to scale).
+    The last layer starts at zero, so that an untrained filter returns the content itself, up to scale.
     """
 
     def __init__(self, width: int, condition: int, hidden: int):
@@ -60,10 +63,18 @@ class ContentFilter(nn.Module):
     Args:
         schedule: shared by the modalities.
         width: D of the content; condition: width C of the condition.
-        start_step, ddim_steps: where the filter starts and in how many steps it reaches 0.
+        start_step: step at which the filter starts; ddim_steps: number of steps in which it reaches 0.
     """
 
-    def __init__(self, schedule: Schedule, width: int, condition: int, hidden: int, start_step: int, ddim_steps: int):
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        width: int,
+        condition: int,
+        hidden: int = HIDDEN,
+        start_step: int = 100,
+        ddim_steps: int = DDIM_STEPS,
+    ):
         super().__init__()
         self.schedule = schedule
         self.denoiser = Denoiser(width, condition, hidden)

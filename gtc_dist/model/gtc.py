@@ -1,14 +1,15 @@
-"""GTC: content filter, gate, graph convolution over streams, and the loss (arXiv 2604.03014).
+"""GTC: content filter, view attention, graph convolution over views, and the loss (arXiv 2604.03014).
 
     item id rows ───────────────┐
-    features ─ project ─ filter ┴─ streams [n, S, D] ─ gate ─┐
-    user preference rows [n, S, D], L2-normalised ───────────┴─ x + Ax + A^2 x ─ concat ─ hops ─ dot product
+    features ─ project ─ filter ┴─ views [n, views, D] ─ attention ─┐
+    user preference rows [n, views, D] ─────────────────────────────┴─ x + Ax + A^2 x ─ join ─ hops ─ dot product
 
-The network knows neither where rows live nor how the graph was sampled: it gets rows, and a `Batch` of blocks and
-positions. The whole graph is one block used by every layer; a sampled mini-batch has one block a layer.
+The network knows neither where rows live nor how the graph was sampled: it gets rows, and a `Batch` with a subgraph.
+The whole graph is one block that every layer uses; a sampled mini-batch has one block per layer.
 
-Tables (row-sharded, outside this module): `item` [items, D], the id embedding; `user` [users, S * D + S], preferences
-per stream and the user's stream weights. Everything here is dense and goes through DDP.
+Tables (row-sharded, outside this module): `item` [items, members * D], the id embeddings; `user` [users, preferences +
+view weights], preferences for each view and the user's weights of the views. Everything here is dense and goes through
+DDP. Columns of all members stand side by side: member m has [m * graph views * D, (m + 1) * graph views * D).
 """
 
 from dataclasses import dataclass
@@ -17,14 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gtc_dist.config import ModelConfig, TrainConfig
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.message_passing import Block, convolve, weighted_sum
 from gtc_dist.distributed.sharded_table import ShardedTable
-from gtc_dist.model.batch import Batch, HistoryRows
-from gtc_dist.model.item_encoder import MOST_LOG_SCALE, EncodedItems, ItemEncoder, Shape
-from gtc_dist.model.total_correlation import total_correlation
+from gtc_dist.model import losses
+from gtc_dist.model.batch import Batch, HistoryRows, Subgraph
+from gtc_dist.model.item_encoder import MAX_LOG_SCALE, EncodedItems, ItemEncoder
+from gtc_dist.model.variant import VARIANTS, Variant
 
-USER_DROPOUT = 0.5  # share of the denoising loss's pairs without their user: embeddings are made without one
+PERSONAL_WEIGHT = 0.1  # of the personal ranking loss, with `condition: user`
 
 
 @dataclass
@@ -35,14 +38,12 @@ class Tables:
     item: ShardedTable
 
     @staticmethod
-    def build(
-        network: "GTC", users: int, items: int, std: float, comm: Communicator, seed: int, **options: bool
-    ) -> "Tables":
+    def build(network: "GTC", users: int, items: int, comm: Communicator, seed: int, **options: bool) -> "Tables":
         """`options`: `trainable` and `rowwise` of `ShardedTable`."""
-        # columns: preferences, then the stream weights, which start at zero (all alike)
+        std = network.variant.init_std
         preferences, weights = network.user_widths
-        per_column = torch.cat([torch.full((preferences,), std), torch.zeros(weights)])
-        width = network.M * network.D
+        per_column = torch.cat([torch.full((preferences,), std), torch.zeros(weights)])  # equal view weights at first
+        width = network.n_members * network.dim
         return Tables(
             ShardedTable("user", users, preferences + weights, comm, init_std=per_column, seed=seed, **options),
             ShardedTable("item", items, width, comm, init_std=std, seed=seed, **options),
@@ -52,320 +53,231 @@ class Tables:
         return self.user, self.item
 
 
+@dataclass
+class BatchEmbeddings:
+    """Embeddings of a batch before views are joined."""
+
+    users: torch.Tensor  # [u, all views * D]
+    items: torch.Tensor  # [i, all views * D]
+    encoded: list[EncodedItems]  # of each member, the input items
+
+
 class GTC(nn.Module):
-    """The dense part of the model.
+    """The dense part of the model: an ensemble of `model.members` networks.
 
     Args:
-        shape: sizes and switches.
-        world: the ranks, for the total correlation over the global batch.
+        modalities: name -> width of its features.
+        model, train: sections of the configuration.
+        comm: the ranks, for the total correlation over the global batch.
+        variant: parts of the network; None: those of `model.variant`.
     """
 
-    def __init__(self, shape: Shape, comm: Communicator):
+    def __init__(
+        self,
+        modalities: dict[str, int],
+        model: ModelConfig,
+        train: TrainConfig,
+        comm: Communicator,
+        variant: Variant | None = None,
+    ):
         super().__init__()
-        self.shape, self.comm = shape, comm
-        self.S, self.G, self.D = len(shape.streams), len(shape.graph_streams), shape.width
-        self.M = shape.members
-        self.T = self.M * self.G  # streams of all members in the graph
-        self.members = nn.ModuleList(ItemEncoder(shape) for _ in range(self.M))
-        if not shape.unit_rows and shape.content == "vector":
-            self.common = nn.Parameter(torch.zeros(self.T * self.D))  # what all users prefer
+        self.modalities, self.model, self.train_config, self.comm = modalities, model, train, comm
+        self.variant = variant or VARIANTS[model.variant]
+        self.view_names = ["id", *modalities]
+        self.n_views, self.dim, self.n_members = len(self.view_names), model.width, model.members
+        # views in the graph: all of them, or, where content gates the id, the id and the mean of the content views
+        self.n_graph_views = 2 if self.variant.gated_content and modalities else self.n_views
+        self.n_all_views = self.n_members * self.n_graph_views
+        self.members = nn.ModuleList(ItemEncoder(modalities, model, train, self.variant) for _ in range(self.n_members))
+        if not self.variant.unit_rows and not self.variant.gated_content:
+            self.common = nn.Parameter(torch.zeros(self.n_all_views * self.dim))  # preference that all users share
+
+    @property
+    def has_filter(self) -> bool:
+        return self.train_config.w_diff > 0
 
     @property
     def needs_audience(self) -> bool:
-        return self.shape.diffusion and self.shape.condition in ("audience", "user")
+        """Whether the filter's condition holds the mean preference of an item's users."""
+        return self.has_filter and self.model.diffusion.condition in ("audience", "user")
 
     @property
     def is_personal(self) -> bool:
         """Whether pairs have a personal content score beside the dot product."""
-        return self.shape.diffusion and self.shape.condition == "user"
+        return self.has_filter and self.model.diffusion.condition == "user"
 
     @property
     def user_widths(self) -> tuple[int, int]:
-        """Columns of a user's row: preferences, stream weights."""
-        return (self.M if self.shape.content == "gate" else self.T) * self.D, self.T
+        """Columns of a user's row: preferences, view weights."""
+        preferences = self.n_members if self.variant.gated_content else self.n_all_views
+        return preferences * self.dim, self.n_all_views
 
     @property
     def out_width(self) -> int:
         """Columns of an embedding."""
-        return (self.M if self.shape.join == "sum" else self.T) * self.D
+        return (self.n_members if self.variant.sum_views else self.n_all_views) * self.dim
 
     @property
-    def correlates(self) -> bool:
-        return self.shape.correlation and self.S > 1
+    def has_total_correlation(self) -> bool:
+        return self.train_config.w_tc > 0 and self.n_views > 1
 
     @property
-    def correlation_temperature(self) -> float | None:
-        """Of the total correlation, geometric mean over members."""
-        if not self.correlates:
+    def tc_temperature(self) -> float | None:
+        """Temperature of the total correlation's critic, geometric mean over members."""
+        if not self.has_total_correlation:
             return None
-        return sum(-member.log_scale for member in self.members).div(self.M).exp().item()
+        return sum(-member.log_scale for member in self.members).div(self.n_members).exp().item()
 
     @torch.no_grad()
-    def keep_bounds(self) -> None:
-        """After a step: the total correlation's scales stay within their bound."""
-        for member in self.members if self.correlates else ():
-            member.log_scale.clamp_(max=MOST_LOG_SCALE)
+    def clamp_parameters(self) -> None:
+        """Keep the critic's scales within their bound; called after each optimizer step."""
+        for member in self.members if self.has_total_correlation else ():
+            member.log_scale.clamp_(max=MAX_LOG_SCALE)
 
     # --- embeddings -------------------------------------------------------------------------------------------------
 
-    def users_in(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """User rows -> what enters the graph [n, T * D], and stream weights [n, T] with mean one over a member's.
+    def user_inputs(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """User rows -> what enters the graph [n, all views * D], and view weights [n, all views] with mean one.
 
-        Preferences are L2-normalised, or, without unit rows, what all users prefer and the user's own on top of it,
-        which starts small and grows with what the user did. Where content gates the id, users have no preference of
-        their own in the content streams: theirs come from their items.
+        Preferences are L2-normalised, or, without unit rows, a shared preference plus the user's own, which starts
+        small and grows with the user's interactions. Where content gates the id, users have no preference of their own
+        in the content view: it comes from their items.
         """
         preference, weight = rows.split(self.user_widths, dim=1)
-        if self.shape.content == "gate":
-            preference = F.pad(preference.reshape(-1, self.M, 1, self.D), (0, 0, 0, self.G - 1))
-        elif self.shape.unit_rows:
-            preference = F.normalize(preference.reshape(-1, self.T, self.D), dim=2)
+        if self.variant.gated_content:
+            preference = F.pad(preference.reshape(-1, self.n_members, 1, self.dim), (0, 0, 0, self.n_graph_views - 1))
+        elif self.variant.unit_rows:
+            preference = F.normalize(preference.reshape(-1, self.n_all_views, self.dim), dim=2)
         else:
             preference = preference + self.common
-        return preference.reshape(-1, self.T * self.D), self.stream_weights(weight)
+        return preference.reshape(-1, self.n_all_views * self.dim), self.view_weights(weight)
 
-    def stream_weights(self, weight: torch.Tensor) -> torch.Tensor:
-        """[n, T] with mean one over a member's streams, of what the table holds."""
-        return (torch.softmax(weight.reshape(-1, self.M, self.G), dim=2) * self.G).view(-1, self.T)
+    def view_weights(self, weight: torch.Tensor) -> torch.Tensor:
+        """View weights [n, all views], mean one over a member's views, from the columns of the user table."""
+        shares = torch.softmax(weight.reshape(-1, self.n_members, self.n_graph_views), dim=2)
+        return (shares * self.n_graph_views).view(-1, self.n_all_views)
 
-    def split(self, columns: torch.Tensor) -> list[torch.Tensor]:
-        """Each member's part of the columns of all."""
-        return list(columns.view(-1, self.M, columns.shape[1] // self.M).unbind(1))
+    def split_members(self, columns: torch.Tensor) -> list[torch.Tensor]:
+        """Columns of each member."""
+        return list(columns.view(-1, self.n_members, columns.shape[1] // self.n_members).unbind(1))
 
-    def items_in(
+    def item_inputs(
         self, rows: torch.Tensor, features: dict[str, torch.Tensor], audience: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[EncodedItems]]:
-        """What enters the graph for items, [n, T * D], and on the way to it, for each member.
+        """Item rows -> what enters the graph, [n, all views * D], and each member's encoded items.
 
         Args:
-            rows: [n, M * D]; features: modality -> [n, d]; audience: mean of the users' [n, T * D], or None.
+            rows: [n, members * D]; features: modality -> [n, d]; audience: mean preference of the items' users
+                [n, all views * D], or None.
         """
-        audiences = [None] * self.M if audience is None else self.split(audience)
-        nodes, ways = [], []
-        for member, ids, liked in zip(self.members, self.split(rows), audiences, strict=True):
+        audiences = [None] * self.n_members if audience is None else self.split_members(audience)
+        inputs, encoded = [], []
+        for member, ids, liked in zip(self.members, self.split_members(rows), audiences, strict=True):
             content = member.content(features)
-            filtered = member.filtered(ids, content, liked)
-            streams = member.streams(ids, filtered)
-            nodes.append(member.items_in(streams, ids))
-            ways.append(EncodedItems(ids, liked, content, filtered, streams))
-        return (nodes[0] if self.M == 1 else torch.cat(nodes, dim=1)), ways
+            filtered = member.filter_content(ids, content, liked)
+            views = member.views(ids, filtered)
+            inputs.append(member.graph_input(views, ids))
+            encoded.append(EncodedItems(ids, liked, content, filtered, views))
+        return (inputs[0] if self.n_members == 1 else torch.cat(inputs, dim=1)), encoded
 
     @property
     def hops_first(self) -> bool:
-        """Whether the hop over the item-item graph is of what enters the graph: where content gates the id, an item's
-        content stream is that of its neighbours. Otherwise it is added to what leaves the graph."""
-        return self.shape.content == "gate" and self.shape.item_hop
+        """Whether the item-item hop comes before the convolution: where content gates the id, an item's content view is
+        that of its neighbours. Otherwise the hop is added to what leaves the graph."""
+        return self.variant.gated_content and self.model.item_hop
 
-    def is_content(self, stream: int) -> bool:
-        """Whether a stream in the graph, by its number below T, is of content."""
-        return stream % self.G > 0
+    def is_content(self, view: int) -> bool:
+        """Whether a view in the graph, by its number below `n_all_views`, is a content view."""
+        return view % self.n_graph_views > 0
 
-    def hop_inputs(self, items: torch.Tensor, hop: Block) -> torch.Tensor:
-        """What enters the graph for the hop's destinations, which are the first of its sources `items` [n, T * D]:
-        the id streams as they are, the content streams of the neighbours."""
-        items = items.view(-1, self.M, self.G, self.D)
-        content = weighted_sum(hop, items[:, :, 1:].flatten(1)).view(-1, self.M, self.G - 1, self.D)
+    def apply_input_hop(self, items: torch.Tensor, hop: Block) -> torch.Tensor:
+        """Item inputs after the item-item hop, for its destinations, which are the first of its sources `items`
+        [n, all views * D]: their own id views, and their neighbours' content views."""
+        items = items.view(-1, self.n_members, self.n_graph_views, self.dim)
+        content = weighted_sum(hop, items[:, :, 1:].flatten(1))
+        content = content.view(-1, self.n_members, self.n_graph_views - 1, self.dim)
         return torch.cat([items[: len(content), :, :1], content], dim=2).flatten(1)
 
-    def joined(self, streams: torch.Tensor) -> torch.Tensor:
-        """Embeddings [n, out_width] of streams [n, T * D]."""
-        if self.shape.join == "concat":
-            return streams
-        return streams.view(-1, self.M, self.G, self.D).sum(2).view(-1, self.M * self.D)
+    def join_views(self, views: torch.Tensor) -> torch.Tensor:
+        """Embeddings [n, out_width] of views [n, all views * D]."""
+        if not self.variant.sum_views:
+            return views
+        summed = views.view(-1, self.n_members, self.n_graph_views, self.dim).sum(2)
+        return summed.view(-1, self.n_members * self.dim)
 
-    def users_out(self, propagated: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Propagated user streams [n, T * D] times the user's stream weights [n, T]."""
-        return (propagated.view(-1, self.T, self.D) * weights[:, :, None]).flatten(1)
+    def weigh_views(self, propagated: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Propagated user views [n, all views * D] times the user's view weights [n, all views]."""
+        return (propagated.view(-1, self.n_all_views, self.dim) * weights[:, :, None]).flatten(1)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
     def embed(
-        self, batch: Batch, user_rows: torch.Tensor, item_rows: torch.Tensor, history: HistoryRows | None = None
-    ) -> dict[str, torch.Tensor | list[EncodedItems]]:
-        """Streams of the batch's users [u, T * D] and items [i, T * D], with what the losses need on the way.
+        self, graph: Subgraph, user_rows: torch.Tensor, item_rows: torch.Tensor, history: HistoryRows | None = None
+    ) -> BatchEmbeddings:
+        """Embeddings of the batch's users and items.
 
         Args:
-            user_rows: [in-users, sum(user_widths)], item_rows: [in-items, M * D], from the tables.
-            history: with it, the blocks carry what changed since, and the sums of then are added.
+            user_rows: [input users, sum(user_widths)], item_rows: [input items, members * D], from the tables.
+            history: historical embeddings; the blocks then carry the change since, to which they are added.
         """
-        preference, weights = self.users_in(user_rows)
+        preference, weights = self.user_inputs(user_rows)
         audience = None
-        if batch.audience is not None:
-            audience = weighted_sum(batch.audience, preference)
-        items_in, ways = self.items_in(item_rows, batch.features, audience)
+        if graph.audience is not None:
+            audience = weighted_sum(graph.audience, preference)
+        item_inputs, encoded = self.item_inputs(item_rows, graph.features, audience)
         if history is not None:
-            inputs = history.inputs.split([len(preference), len(items_in)])
-            preference, items_in = preference - inputs[0], items_in - inputs[1]
-        if batch.input_hop is not None:
-            items_in = self.hop_inputs(items_in, batch.input_hop)
-        nodes = torch.cat([preference, items_in])
-        if batch.input_nodes is not None:
-            nodes = nodes.index_select(0, batch.input_nodes)
-        seeds = convolve(batch.blocks, nodes, batch.seed_users + batch.seed_items)
-        # seed users come first among the in-users (sampled) or are all of them (full)
-        users, items = seeds.split([batch.seed_users, batch.seed_items])
-        weights = weights[: batch.seed_users]
-        out_users, out_items = users.index_select(0, batch.user_rows), items.index_select(0, batch.item_rows)
-        if batch.item_hop is not None:
-            out_items = out_items + weighted_sum(batch.item_hop, items)
+            inputs = history.inputs.split([len(preference), len(item_inputs)])
+            preference, item_inputs = preference - inputs[0], item_inputs - inputs[1]
+        if graph.input_hop is not None:
+            item_inputs = self.apply_input_hop(item_inputs, graph.input_hop)
+        nodes = torch.cat([preference, item_inputs])
+        if graph.input_nodes is not None:
+            nodes = nodes.index_select(0, graph.input_nodes)
+        seeds = convolve(graph.blocks, nodes, graph.seed_users + graph.seed_items)
+        users, items = seeds.split([graph.seed_users, graph.seed_items])
+        weights = weights[: graph.seed_users]  # seed users are the first input users
+        out_users, out_items = users.index_select(0, graph.user_seeds), items.index_select(0, graph.item_seeds)
+        if graph.item_hop is not None:
+            out_items = out_items + weighted_sum(graph.item_hop, items)
         if history is not None:
             out_users, out_items = out_users + history.users, out_items + history.items
-        out_users = self.users_out(out_users, weights.index_select(0, batch.user_rows))
-        if batch.user_hop is not None:
-            out_users = out_users + weighted_sum(batch.user_hop, self.users_out(users, weights))
+        out_users = self.weigh_views(out_users, weights.index_select(0, graph.user_seeds))
+        if graph.user_hop is not None:
+            out_users = out_users + weighted_sum(graph.user_hop, self.weigh_views(users, weights))
             if history is not None:
                 out_users = out_users + history.user_hop
-        return {"users": out_users, "items": out_items, "ways": ways}
+        return BatchEmbeddings(out_users, out_items, encoded)
 
     def forward(
         self, batch: Batch, user_rows: torch.Tensor, item_rows: torch.Tensor, history: HistoryRows | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss and its parts, each the mean over members.
+        """The loss and its terms, each the mean over members.
 
         Each rank's loss is scaled so that the mean over ranks is the loss of the global batch, also where ranks have
-        different numbers of pairs.
+        different numbers of pairs. A collective if there is a total-correlation loss.
 
         Returns:
-            (loss, parts): parts are detached sums over this rank, already divided by the global counts, so that their
-            sum over ranks is the global value.
+            (loss, terms): terms are detached sums over this rank, divided by the global counts, so that their sum over
+            ranks is the value of the global batch.
         """
-        e = self.embed(batch, user_rows, item_rows, history)
+        train = self.train_config
+        e = self.embed(batch.subgraph, user_rows, item_rows, history)
         total = max(sum(batch.counts), 1)
-        ranking = self._ranking(self.joined(e["users"]), self.joined(e["items"]), batch)
-        parts = {self.shape.loss: (ranking * batch.pair_weights).sum() / total}
-        if self.correlates:
-            parts["tc"] = self._correlation(e, batch)
-        if self.shape.diffusion:
-            parts["diffusion"] = self._diffusion(e, batch).sum() / total
+        ranking = losses.ranking_loss(self, self.join_views(e.users), self.join_views(e.items), batch)
+        terms = {train.loss: ranking.sum() / total}
+        if self.has_total_correlation:
+            terms["tc"] = losses.total_correlation_loss(self, e, batch)
+        if self.has_filter:
+            terms["diffusion"] = losses.denoising_loss(self, e, batch).sum() / total
         if self.is_personal:
-            parts["personal"] = (self._personal(e, batch) * batch.pair_weights).sum() / total
-        parts["l2"] = self._l2(user_rows, item_rows, batch) / total
-        shape = self.shape
-        weights = {shape.loss: 1.0, "tc": shape.w_tc, "diffusion": shape.w_diff, "l2": shape.w_reg}
-        weights["personal"] = shape.w_personal
-        loss = self.comm.size * sum(weights[name] * value for name, value in parts.items())
-        return loss, {name: value.detach() for name, value in parts.items()}
+            terms["personal"] = losses.personal_ranking_loss(self, e, batch).sum() / total
+        terms["l2"] = losses.l2_loss(self, user_rows, item_rows, batch) / total
+        weights = {train.loss: 1.0, "tc": train.w_tc, "diffusion": train.w_diff, "l2": train.w_reg}
+        weights["personal"] = PERSONAL_WEIGHT
+        loss = self.comm.size * sum(weights[name] * value for name, value in terms.items())
+        return loss, {name: value.detach() for name, value in terms.items()}
 
-    def _ranking(self, users: torch.Tensor, items: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Loss of each pair against its negatives, mean over members, [B].
-
-        bpr: Bayesian personalised ranking (Rendle et al. 2009), averaged over the negatives. softmax: cross-entropy of
-        the positive among itself and the negatives; the hardest weigh most. Both of scores over a temperature.
-        Negatives of a pair are dealt to the members, shared ones are everyone's. A negative counts as often as the
-        items that it stands for.
-        """
-        M, W = self.M, self.out_width // self.M
-        user = users.index_select(0, batch.users).view(-1, M, W) / self.shape.loss_temperature
-        positive = items.index_select(0, batch.positives).view(-1, M, W)
-        score = (user * positive).sum(2).T[:, :, None]  # [M, B, 1]
-        if batch.negatives.dim() == 2:
-            dealt = batch.negatives.view(len(user), M, batch.negatives.shape[1] // M)
-            dealt = dealt * M + torch.arange(M, device=user.device)[:, None]  # rows of one member
-            rows = items.view(-1, W).index_select(0, dealt.reshape(-1)).view(*dealt.shape, W)
-            negative, mask = (user[:, :, None] * rows).sum(3).transpose(0, 1), None
-        else:
-            rows = items.index_select(0, batch.negatives).view(-1, M, W)
-            negative, mask = user.transpose(0, 1) @ rows.permute(1, 2, 0), batch.negative_mask
-        loss = torch.zeros(())
-        weight = batch.negative_weight
-        if "bpr" in self.shape.loss:
-            pairs = F.softplus(negative - score)
-            if mask is None:
-                loss = pairs.mean(2)
-            else:
-                counted = mask if weight is None else mask * weight
-                loss = (pairs * counted).sum(2) / counted.sum(1).clamp(min=1e-12)
-        if "softmax" in self.shape.loss:
-            if weight is not None:
-                negative = negative + weight.log()
-            if mask is not None:
-                negative = negative.masked_fill(~mask, float("-inf"))
-            logits = torch.cat([score, negative], dim=2)
-            loss = loss + torch.logsumexp(logits, dim=2) - logits[:, :, 0]
-        return loss.mean(0)
-
-    def _correlation(self, e: dict, batch: Batch) -> torch.Tensor:
-        """Loss of the total correlation for the global batch, this rank's share, mean over members.
-
-        inputs: of the items' streams as they enter the graph. outputs: of the streams as they leave it, of users and
-        of items in equal parts, as they are scored.
-        """
-        counts = batch.correlation_counts
-        chosen = slice(0, counts[self.comm.rank])
-        items, users = batch.positives[chosen], batch.users[chosen]
-        generator = torch.Generator().manual_seed(batch.permutation_seed)
-        of_items, of_users = self.split(e["items"]), self.split(e["users"])
-        losses = []
-        for m, (member, way) in enumerate(zip(self.members, e["ways"], strict=True)):
-            scale = member.log_scale.exp()
-            if self.shape.correlation_of == "inputs":
-                sides = [(way.streams.index_select(0, batch.ego_items[items]), batch.item_ids[items])]
-            else:
-                sides = [
-                    (of_items[m].index_select(0, items).view(-1, self.G, self.D), batch.item_ids[items]),
-                    (of_users[m].index_select(0, users).view(-1, self.G, self.D), batch.user_ids[users]),
-                ]
-            for streams, ids in sides:
-                streams = F.normalize(streams, dim=2)
-                args = (streams, ids, scale, generator, self.comm, counts, self.shape.critic)
-                losses.append(total_correlation(*args))
-        return torch.stack(losses).mean() / max(sum(counts), 1)
-
-    def _diffusion(self, e: dict, batch: Batch) -> torch.Tensor:
-        """Denoising loss of the positives, averaged over members and modalities, [B]. Content and condition are
-        constants here: with a gradient into the content, shrinking it to a point would be the cheapest way to a low
-        loss. Some pairs' conditions are left out, and some pairs' users (classifier-free guidance's training, Ho and
-        Salimans 2022), so that the filter also works without."""
-        ego = batch.ego_items[batch.positives]
-        known = (batch.dropout[0] >= self.shape.condition_dropout)[:, None]
-        named = (batch.dropout[1] >= USER_DROPOUT)[:, None]
-        users = self.split(e["users"].detach().index_select(0, batch.users))
-        losses = []
-        for member, way, user in zip(self.members, e["ways"], users, strict=True):
-            ids, content, audience = way.constants(ego)
-            ids = torch.where(known, ids, 0)
-            audience = None if audience is None else torch.where(known, audience, 0)
-            for s, x0 in enumerate(content.values(), start=1):
-                condition = member.condition(ids, audience, s, torch.where(named, user, 0))
-                losses.append(member.filters[s - 1].loss(x0, condition, batch.timesteps, batch.noise[s - 1]))
-        return torch.stack(losses).mean(0)
-
-    def _personal(self, e: dict, batch: Batch) -> torch.Tensor:
-        """BPR of dot product plus personal content score, of each pair against the negative with the largest dot
-        product, [B]: it learns what dot products miss among the items that they find. It trains the filters alone;
-        what is looked for by dot products does not change for it."""
-        streams, items = e["users"].detach().index_select(0, batch.users), e["items"].detach()
-        user, of_items = self.joined(streams) / self.shape.loss_temperature, self.joined(items)
-        if batch.negatives.dim() == 2:
-            dots = (user[:, None] * of_items[batch.negatives]).sum(2)
-            hardest = dots.argmax(1, keepdim=True)
-            negatives, counted = batch.negatives.gather(1, hardest)[:, 0], 1.0
-        else:
-            dots = (user @ of_items[batch.negatives].T).masked_fill(~batch.negative_mask, float("-inf"))
-            hardest = dots.argmax(1, keepdim=True) if len(dots) else dots.new_zeros(0, 1, dtype=torch.int64)
-            negatives, counted = batch.negatives[hardest[:, 0]], batch.negative_mask.gather(1, hardest)[:, 0]
-        apart = (user * of_items[batch.positives]).sum(1) - dots.gather(1, hardest)[:, 0]
-        apart = torch.where(apart.isfinite(), apart, 0) / self.M
-        users = self.split(streams)
-        for member, way, user in zip(self.members, e["ways"], users, strict=True):
-            positive, negative = (
-                member.personal(*way.constants(batch.ego_items[items]), user) for items in (batch.positives, negatives)
-            )
-            apart = apart + (positive - negative) / self.M
-        return F.softplus(-apart) * counted
-
-    def _l2(self, user_rows: torch.Tensor, item_rows: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Half the squared norms of the looked-up rows of each pair and its first negatives, summed over pairs, mean
-        over members."""
-        user = user_rows.index_select(0, batch.ego_users[batch.users]).square().sum()
-        positive = item_rows.index_select(0, batch.ego_items[batch.positives]).square().sum()
-        negative = item_rows.index_select(0, batch.ego_items[batch.negatives.reshape(-1)]).square().sum()
-        share = len(batch.users) / max(batch.negatives.numel(), 1)
-        return 0.5 * (user + positive + share * negative) / self.M
-
-    # --- what is watched --------------------------------------------------------------------------------------------
-
-    def watch(self, ways: list[EncodedItems]) -> dict[str, torch.Tensor]:
-        """What `ItemEncoder.watch` tells of each item, mean over members."""
-        told = [m.watch(way.streams, way.content, way.filtered) for m, way in zip(self.members, ways, strict=True)]
-        return {name: sum(one[name] for one in told) / self.M for name in told[0]}
+    def diagnostics(self, encoded: list[EncodedItems]) -> dict[str, torch.Tensor]:
+        """`ItemEncoder.diagnostics` of each item, mean over members."""
+        each = [member.diagnostics(items) for member, items in zip(self.members, encoded, strict=True)]
+        return {name: sum(one[name] for one in each) / self.n_members for name in each[0]}

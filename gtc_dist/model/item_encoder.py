@@ -1,9 +1,9 @@
-"""The item side of one member: its content, filter and gate, from an id row and features to what enters the graph.
+"""Item side of one ensemble member: from an id row and features to the views that enter the graph.
 
-A stream is one view of an item: its id, and one for each modality. What a content stream carries is either the filtered
-content itself (`vector`, as in the paper) or the id embedding under a gate that the filtered content opens (`gate`: a
-sigmoid, as MGCN has it, Yu et al., ACM MM 2023), which lets content say which parts of what was learned from
-interactions hold for its neighbours too, and needs no preference of a user's own.
+A view is one representation of an item: its id embedding, and one content view for each modality. A content view is
+either the filtered content (as in the paper), or the id embedding under a sigmoid gate that the filtered content opens
+(`Variant.gated_content`): content then says which parts of what interactions taught hold for similar items too, and
+users need no content preferences of their own.
 """
 
 from dataclasses import dataclass
@@ -12,144 +12,104 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gtc_dist.model.diffusion import ContentFilter, Schedule
+from gtc_dist.config import ModelConfig, TrainConfig
+from gtc_dist.model.diffusion import ContentFilter, NoiseSchedule
+from gtc_dist.model.variant import Variant
 
-CONTENT_LENGTH = 0.3  # of a content stream at the start, without unit rows
-GATED_LENGTH = 1.5  # the same where it is a gated id: with the sigmoid's half, about the length of the id
-PERSONAL_SCALE = 5.0  # of the personal content score, a mean cosine, at the start
-MOST_LOG_SCALE = 4.6  # of the total correlation: at most 100, as CLIP has it
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the network is built from; `model.*` and `train.w_*` of the configuration, and the catalog's widths."""
-
-    modalities: dict[str, int]  # name -> width of its features
-    members: int
-    width: int
-    unit_rows: bool  # what enters the graph has length one
-    content: str  # vector or gate
-    join: str  # concat or sum
-    gate: bool
-    diffusion: bool
-    diffusion_trained: bool
-    condition: str  # item, audience or user
-    condition_dropout: float  # in the denoising loss
-    diffusion_steps: int
-    beta_start: float
-    beta_end: float
-    start_step: int
-    ddim_steps: int
-    hidden: int
-    item_hop: bool
-    correlation: bool
-    correlation_of: str  # inputs or outputs
-    critic: str  # multilinear or additive
-    temperature: float  # of the total correlation at the start
-    learn_temperature: bool
-    loss: str  # bpr or softmax
-    loss_temperature: float
-    w_tc: float
-    w_diff: float
-    w_personal: float
-    w_reg: float
-
-    @property
-    def streams(self) -> list[str]:
-        return ["id", *self.modalities]
-
-    @property
-    def graph_streams(self) -> list[str]:
-        """Those that go through the graph: all, or, where content gates the id, the id and the content of all."""
-        return self.streams if self.content == "vector" or not self.modalities else ["id", "content"]
+CONTENT_NORM = 0.3  # initial norm of a content view without unit rows
+GATED_NORM = 1.5  # the same for a gated id embedding: with the sigmoid's half, about the norm of the id embedding
+PERSONAL_SCALE = 5.0  # initial scale of the personal content score, a mean cosine
+TC_TEMPERATURE = 0.2  # initial temperature of the total correlation's critic; it is learned
+MAX_LOG_SCALE = 4.6  # of the critic's scale: at most 100, as in CLIP
 
 
 @dataclass
 class EncodedItems:
-    """One member's way from id rows and features to the graph."""
+    """One member's items on their way to the graph."""
 
-    ids: torch.Tensor  # [n, D]
-    audience: torch.Tensor | None  # [n, graph streams * D] mean of the users' preferences
-    content: dict[str, torch.Tensor]  # modality -> [n, D]
-    filtered: dict[str, torch.Tensor]  # modality -> [n, D]
-    streams: torch.Tensor  # [n, S, D]
+    ids: torch.Tensor  # [n, D] id embeddings
+    audience: torch.Tensor | None  # [n, graph views * D] mean preference of the item's users
+    content: dict[str, torch.Tensor]  # modality -> [n, D] projected content
+    filtered: dict[str, torch.Tensor]  # modality -> [n, D] content after the filter
+    views: torch.Tensor  # [n, views, D]
 
-    def constants(self, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
-        """Ids, content and audience of some rows, without a gradient."""
+    def detached(self, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
+        """Id embeddings, content and audience of some rows, without gradient."""
         content = {name: x.detach().index_select(0, rows) for name, x in self.content.items()}
         audience = None if self.audience is None else self.audience.detach().index_select(0, rows)
         return self.ids.detach().index_select(0, rows), content, audience
 
 
 class ItemEncoder(nn.Module):
-    """The streams of items: project, filter, gate."""
+    """Projects, filters and gates content.
 
-    def __init__(self, shape: Shape):
+    Args:
+        modalities: name -> width of its features.
+        model, train: sections of the configuration.
+        variant: parts of the network.
+    """
+
+    def __init__(self, modalities: dict[str, int], model: ModelConfig, train: TrainConfig, variant: Variant):
         super().__init__()
-        self.shape = shape
-        self.S, self.D = len(shape.streams), shape.width
-        # by number: a modality may be called what a module has as an attribute ("items")
-        self.project = nn.ModuleList(nn.Linear(dim, self.D) for dim in shape.modalities.values())
-        if not shape.unit_rows:
-            lengths = (1, GATED_LENGTH) if shape.content == "gate" else (self.S - 1, CONTENT_LENGTH)
-            self.content_length = nn.Parameter(torch.full((lengths[0],), lengths[1]))
+        self.modalities, self.variant, self.condition_on = modalities, variant, model.diffusion.condition
+        self.view_names = ["id", *modalities]
+        self.n_views, self.dim = len(self.view_names), model.width
+        # by number: a modality may have the name of an attribute of nn.Module
+        self.project = nn.ModuleList(nn.Linear(width, self.dim) for width in modalities.values())
+        if not variant.unit_rows:
+            count, norm = (1, GATED_NORM) if variant.gated_content else (self.n_views - 1, CONTENT_NORM)
+            self.content_length = nn.Parameter(torch.full((count,), norm))
         self.filters = nn.ModuleList()
-        if shape.diffusion:
-            schedule = Schedule(shape.diffusion_steps, shape.beta_start, shape.beta_end)
-            condition = self.D * (1 + ("item", "audience", "user").index(shape.condition))
-            for _ in shape.modalities:
-                path = (shape.start_step, shape.ddim_steps)
-                self.filters.append(ContentFilter(schedule, self.D, condition, shape.hidden, *path))
-            self.filters.requires_grad_(shape.diffusion_trained)
-            if shape.condition == "user":
+        if train.w_diff > 0:
+            schedule = NoiseSchedule(model.diffusion.steps)
+            condition = self.dim * (1 + ("item", "audience", "user").index(self.condition_on))
+            for _ in modalities:
+                self.filters.append(ContentFilter(schedule, self.dim, condition, start_step=model.diffusion.start_step))
+            if self.condition_on == "user":
                 self.personal_scale = nn.Parameter(torch.tensor(PERSONAL_SCALE))
-        if shape.gate and self.S > 1:
+        if variant.view_attention and self.n_views > 1:
             self.gate_scale = nn.Parameter(torch.ones(()))
-        if shape.correlation and self.S > 1:
-            scale = torch.tensor(1 / shape.temperature).log().clamp(max=MOST_LOG_SCALE)
-            self.log_scale = nn.Parameter(scale, requires_grad=shape.learn_temperature)
+        if train.w_tc > 0 and self.n_views > 1:
+            self.log_scale = nn.Parameter(torch.tensor(1 / TC_TEMPERATURE).log().clamp(max=MAX_LOG_SCALE))
 
     def content(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Projected content of each modality, [n, D] with unit mean square, so that the noise schedule fits it."""
         return {
-            name: F.rms_norm(project(features[name].to(project.weight.dtype)), (self.D,))
-            for name, project in zip(self.shape.modalities, self.project, strict=True)
+            name: F.rms_norm(project(features[name].to(project.weight.dtype)), (self.dim,))
+            for name, project in zip(self.modalities, self.project, strict=True)
         }
 
     def condition(
-        self,
-        ids: torch.Tensor,
-        audience: torch.Tensor | None,
-        stream: int,
-        user: torch.Tensor | None = None,
+        self, ids: torch.Tensor, audience: torch.Tensor | None, view: int, user: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What the filter of a stream knows: the item's id embedding, the mean preference of its users, and the user.
+        """Condition of a view's filter, [n, C]: the item's id embedding, the mean preference of its users, the user.
 
-        An item that nobody interacted with is known by its content alone: its condition is zero, which the denoising
-        loss trains with the pairs whose condition is left out.
+        An item without interactions has the condition zero, which the denoising loss trains with pairs whose condition
+        is dropped.
 
         Args:
-            audience: [n, graph streams * D], of which the stream's own is used, or the id's where users have no other.
-            user: [n, graph streams * D], what leaves the graph for one user each; None: nobody in particular.
+            audience: [n, graph views * D]; the view's own columns are used, or the id view's where content is gated.
+            user: [n, graph views * D], users' views that leave the graph; None: no particular user.
         """
-        ids = F.rms_norm(ids, (self.D,))
-        if self.shape.condition == "item":
+        ids = F.rms_norm(ids, (self.dim,))
+        if self.condition_on == "item":
             return ids
-        if self.shape.content == "gate":
-            liked = F.rms_norm(audience[:, : self.D], (self.D,))
+        if self.variant.gated_content:
+            preference = F.rms_norm(audience[:, : self.dim], (self.dim,))
         else:
-            liked = audience.view(-1, self.S, self.D)[:, stream] * self.D**0.5
-        known = (audience != 0).any(dim=1, keepdim=True)
-        parts = [torch.where(known, ids, 0), liked]
-        if self.shape.condition == "user":
-            parts.append(torch.zeros_like(ids) if user is None else F.rms_norm(self.of_stream(user, stream), (self.D,)))
+            preference = audience.view(-1, self.n_views, self.dim)[:, view] * self.dim**0.5
+        has_users = (audience != 0).any(dim=1, keepdim=True)
+        parts = [torch.where(has_users, ids, 0), preference]
+        if self.condition_on == "user":
+            own = torch.zeros_like(ids) if user is None else F.rms_norm(self.user_view(user, view), (self.dim,))
+            parts.append(own)
         return torch.cat(parts, dim=1)
 
-    def of_stream(self, user: torch.Tensor, stream: int) -> torch.Tensor:
-        """A user's columns [n, D] for a content stream, of [n, graph streams * D]; gated contents share theirs."""
-        return user.view(len(user), user.shape[1] // self.D, self.D)[:, 1 if self.shape.content == "gate" else stream]
+    def user_view(self, user: torch.Tensor, view: int) -> torch.Tensor:
+        """Columns [n, D] of a content view, of users [n, graph views * D]; gated content views share one."""
+        return user.view(len(user), user.shape[1] // self.dim, self.dim)[:, 1 if self.variant.gated_content else view]
 
-    def filtered(
+    def filter_content(
         self,
         ids: torch.Tensor,
         content: dict[str, torch.Tensor],
@@ -160,66 +120,62 @@ class ItemEncoder(nn.Module):
         if not self.filters:
             return content
         return {
-            name: self.filters[s - 1](x0, self.condition(ids, audience, s, user))
-            for s, (name, x0) in enumerate(content.items(), start=1)
+            name: self.filters[v - 1](x0, self.condition(ids, audience, v, user))
+            for v, (name, x0) in enumerate(content.items(), start=1)
         }
 
-    def personal(
+    def personal_score(
         self, ids: torch.Tensor, content: dict[str, torch.Tensor], audience: torch.Tensor, user: torch.Tensor
     ) -> torch.Tensor:
-        """Personal content scores of pairs, [n]: the item's content, filtered for the user, against what the user
-        prefers in it: mean cosine over modalities, times a learned scale. Arguments as in `filtered`."""
-        streams = self.streams(ids, self.filtered(ids, content, audience, user))[:, 1:]
-        liked = torch.stack([self.of_stream(user, s) for s in range(1, self.S)], dim=1)
-        return self.personal_scale * F.cosine_similarity(streams, liked, dim=2).mean(dim=1)
+        """Personal content scores of user-item pairs, [n]: cosine of the item's content, filtered for the user, with
+        the user's preference; mean over modalities, times a learned scale. Arguments as in `filter_content`."""
+        views = self.views(ids, self.filter_content(ids, content, audience, user))[:, 1:]
+        preference = torch.stack([self.user_view(user, v) for v in range(1, self.n_views)], dim=1)
+        return self.personal_scale * F.cosine_similarity(views, preference, dim=2).mean(dim=1)
 
-    def streams(self, ids: torch.Tensor, filtered: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Id and content streams, [n, S, D]: L2-normalised, or as they are where content gates the id."""
-        if self.shape.content == "gate":
+    def views(self, ids: torch.Tensor, filtered: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Id and content views, [n, views, D]: L2-normalised, or with their norms where content gates the id."""
+        if self.variant.gated_content:
             return torch.stack([ids, *(ids * torch.sigmoid(x) for x in filtered.values())], dim=1)
         return F.normalize(torch.stack([ids, *filtered.values()], dim=1), dim=2)
 
-    def gates(self, streams: torch.Tensor) -> torch.Tensor:
-        """Share of each stream, [n, S], summing to one: softmax over its mean cosine with the other streams."""
+    def view_attention(self, views: torch.Tensor) -> torch.Tensor:
+        """Weight of each view, [n, views], summing to one: softmax over its mean cosine with the other views."""
         if not hasattr(self, "gate_scale"):
-            return streams.new_full(streams.shape[:2], 1 / self.S)
-        unit = F.normalize(streams, dim=2) if self.shape.content == "gate" else streams
+            return views.new_full(views.shape[:2], 1 / self.n_views)
+        unit = F.normalize(views, dim=2) if self.variant.gated_content else views
         total = unit.sum(dim=1, keepdim=True)
-        agreement = (unit * (total - unit)).sum(dim=2) / (self.S - 1)
+        agreement = (unit * (total - unit)).sum(dim=2) / (self.n_views - 1)
         return torch.softmax(self.gate_scale * agreement, dim=1)
 
-    def items_in(self, streams: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """What enters the graph for items, [n, graph streams * D]: the id stream plus the gated fusion of all, and
-        each content stream times its gate (mean one over streams).
+    def graph_input(self, views: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Rows that enter the graph, [n, graph views * D]: the id view plus the attention-weighted fusion of all views,
+        and each content view times its attention weight (mean one over views).
 
-        Without unit rows the id stream is the row `ids` [n, D] as it is, and content has a learned length. Where
-        content gates the id, that row, and the mean of the content streams by their gates.
+        Without unit rows the id view is the row `ids` [n, D] itself, and content has a learned norm. Where content
+        gates the id: that row, and the mean of the content views by their attention weights.
         """
-        gates = self.gates(streams)
-        if self.shape.content == "gate":
-            share = gates[:, 1:] / gates[:, 1:].sum(dim=1, keepdim=True)
-            content = (streams[:, 1:] * share[:, :, None]).sum(dim=1) * self.content_length
+        weights = self.view_attention(views)
+        if self.variant.gated_content:
+            share = weights[:, 1:] / weights[:, 1:].sum(dim=1, keepdim=True)
+            content = (views[:, 1:] * share[:, :, None]).sum(dim=1) * self.content_length
             return torch.cat([ids, content], dim=1)
-        if not self.shape.unit_rows:
-            content = streams[:, 1:] * self.content_length[:, None]
-            joined = ids + (gates[:, 1:, None] * content).sum(dim=1)
-            return torch.cat([joined[:, None], content * (self.S * gates)[:, 1:, None]], dim=1).flatten(1)
-        fused = (gates[:, :, None] * streams).sum(dim=1)
-        ids = F.normalize(streams[:, 0] + fused, dim=1)
-        parts = torch.cat([ids[:, None], streams[:, 1:]], dim=1) * (self.S * gates)[:, :, None]
+        if not self.variant.unit_rows:
+            content = views[:, 1:] * self.content_length[:, None]
+            fused = ids + (weights[:, 1:, None] * content).sum(dim=1)
+            return torch.cat([fused[:, None], content * (self.n_views * weights)[:, 1:, None]], dim=1).flatten(1)
+        fused = (weights[:, :, None] * views).sum(dim=1)
+        ids = F.normalize(views[:, 0] + fused, dim=1)
+        parts = torch.cat([ids[:, None], views[:, 1:]], dim=1) * (self.n_views * weights)[:, :, None]
         return parts.flatten(1)
 
     @torch.no_grad()
-    def watch(
-        self, streams: torch.Tensor, content: dict[str, torch.Tensor], filtered: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """For each item [n]: gate share of each stream, and the share of content energy that each filter keeps.
-
-        Kept energy is 1 - ||x0 - x0_hat||^2 / ||x0||^2, at least 0: 1 where the filter changes nothing.
-        """
-        gates = self.gates(streams)
-        out = {f"gate/{name}": gates[:, s] for s, name in enumerate(self.shape.streams)}
-        for name, x0 in content.items():
-            removed = (x0 - filtered[name]).square().sum(1)
+    def diagnostics(self, encoded: EncodedItems) -> dict[str, torch.Tensor]:
+        """TensorBoard diagnostics of each item, [n]: attention weight of each view, and the share of content energy
+        that each filter keeps: 1 - ||x0 - x0_hat||^2 / ||x0||^2, at least 0; 1 where the filter changes nothing."""
+        weights = self.view_attention(encoded.views)
+        out = {f"gate/{name}": weights[:, v] for v, name in enumerate(self.view_names)}
+        for name, x0 in encoded.content.items():
+            removed = (x0 - encoded.filtered[name]).square().sum(1)
             out[f"kept_energy/{name}"] = (1 - removed / x0.square().sum(1).clamp(min=1e-12)).clamp(min=0)
         return out

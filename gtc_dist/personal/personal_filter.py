@@ -1,14 +1,12 @@
-"""Personal content scores: an item's content, filtered for one user, as a second look at what dot products found.
+"""User-conditioned re-ranking: a personal content score orders the items that dot products retrieved.
 
-Retrieval is a dot product of two embeddings, and no embedding of an item can be filtered for each of its users. So the
-filter of `condition: user` is asked about pairs: `PersonalFilter.scores` takes the item's content through it with the user as
-its condition, and compares what is left with what the user prefers. That costs a pass of the filter a pair, hence
-candidates: `rerank` orders a user's first N again by the dot product plus `weight` times the personal score, both in
-standard deviations over the N.
+Retrieval is a dot product of two embeddings, and an item's embedding cannot be filtered for each of its users. So the
+content filter with `condition: user` scores pairs: the item's content is filtered with the user as a condition, and
+compared with the user's preference. Each pair costs a pass of the filter, so only candidates are scored: `rerank`
+orders the first N items of a user by the dot product plus `weight` times the personal score, both z-scored over the N.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,8 +14,8 @@ import torch
 from gtc_dist.distributed.sharded_table import plan_lookup
 from gtc_dist.errors import InputError
 from gtc_dist.evaluation import ranking
-from gtc_dist.evaluation.ranking import K_VALUES
-from gtc_dist.inference.layerwise import audience_spmm, embed_streams
+from gtc_dist.evaluation.metrics import K_VALUES, mean_over_users, metrics_of_lists
+from gtc_dist.inference.layerwise import audience_spmm, embed_views
 from gtc_dist.inference.trained_run import TrainedRun
 
 PAIRS = 1 << 15  # scored at once
@@ -25,7 +23,7 @@ WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0)  # tried for the person
 
 
 class PersonalFilter:
-    """Scores of pairs by a run's filter; this rank's users, items of all ranks. A collective to make, and to use.
+    """Personal content scores of this rank's users with any items. The constructor and the methods are collectives.
 
     Raises:
         InputError: the run was not trained with `condition: user`.
@@ -35,106 +33,103 @@ class PersonalFilter:
         self.run, network, config = run, run.network, run.config
         if not network.is_personal:
             raise InputError(
-                f"{run.uri} has no personal content score: train with model.diffusion.enabled=true and "
+                f"{run.uri} has no personal content score: train with train.w_diff above 0 and "
                 "model.diffusion.condition=user"
             )
         network.eval()
-        layers, chunk = config.model.layers, config.eval.chunk
-        self.users, streams = embed_streams(network, run.tables, run.features, run.graphs, layers, chunk)
-        self.audience = streams.holding(torch.zeros_like(streams.weight))
-        entering = self.users.holding(network.users_in(run.tables.user.weight)[0])
-        for low, high, mean in audience_spmm(run.graphs, entering, self.audience, chunk).sums(entering):
+        layers, chunk = config.model.layers, config.eval.block_rows
+        self.users, items = embed_views(network, run.tables, run.features, run.graphs, layers, chunk)
+        self.audience = items.with_values(torch.zeros_like(items.weight))
+        preferences = self.users.with_values(network.user_inputs(run.tables.user.weight)[0])
+        for low, high, mean in audience_spmm(run.graphs, preferences, self.audience, chunk).sums(preferences):
             self.audience.weight[low:high] = mean
 
     @torch.no_grad()
     def scores(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Personal content scores float32 [n, k], mean over members.
+        """Personal content scores float32 [n, k], mean over ensemble members.
 
         Args:
-            users: [n] catalog indexes of this rank's users; items: [n, k] indexes; -1 scores as item 0.
+            users: [n], indexes of this rank's users.
+            items: [n, k], indexes; -1 scores as item 0.
         """
         out = np.zeros(items.shape, np.float32)
-        for rows in self._blocks(len(users), max(items.shape[1], 1)):
-            out[rows] = self._block(users[rows], np.maximum(items[rows], 0))
+        for rows in self._row_slices(len(users), max(items.shape[1], 1)):
+            out[rows] = self._score_rows(users[rows], np.maximum(items[rows], 0))
         return out
 
-    def _blocks(self, rows: int, pairs: int) -> Iterator[slice]:
-        """Rows at a time; as many times on every rank."""
+    def _row_slices(self, rows: int, pairs: int) -> Iterator[slice]:
+        """Slices of `rows` rows with `pairs` pairs each; the same number on every rank."""
         step = max(PAIRS // pairs, 1)
         for n in range(self.users.comm.all_reduce_max(-(-rows // step))):
             yield slice(n * step, (n + 1) * step)
 
-    def _block(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+    def _score_rows(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         network, comm, tables = self.run.network, self.users.comm, self.run.tables
         unique, at = np.unique(items.reshape(-1), return_inverse=True)
-        route = plan_lookup(torch.from_numpy(unique).to(comm.device), self.audience.rows, comm)
-        features = {name: table.lookup(route) for name, table in self.run.features.items()}
-        ids, audience = network.split(tables.item.lookup(route)), network.split(self.audience.lookup(route))
-        own = self.users.weight[torch.from_numpy(users - self.users.start).to(comm.device)]
-        who = torch.arange(len(users), device=comm.device).repeat_interleave(items.shape[1])
+        plan = plan_lookup(torch.from_numpy(unique).to(comm.device), self.audience.rows, comm)
+        features = {name: table.lookup(plan) for name, table in self.run.features.items()}
+        ids = network.split_members(tables.item.lookup(plan))
+        audience = network.split_members(self.audience.lookup(plan))
+        user_rows = self.users.weight[torch.from_numpy(users - self.users.start).to(comm.device)]
+        pair_user = torch.arange(len(users), device=comm.device).repeat_interleave(items.shape[1])
         at = torch.from_numpy(at).to(comm.device)
         total = torch.zeros(len(at), device=comm.device)
-        for m, user in enumerate(network.split(own)):
+        for m, user in enumerate(network.split_members(user_rows)):
             member = network.members[m]
             content = {name: x[at] for name, x in member.content(features).items()}
-            total += member.personal(ids[m][at], content, audience[m][at], user[who])
-        return (total / network.M).view(items.shape).cpu().numpy()
-
-
-@dataclass
-class Candidates:
-    """A split's users of this rank, their best items and what these score, [n, k]."""
-
-    users: np.ndarray
-    items: np.ndarray
-    dot: np.ndarray
-    personal: np.ndarray
+            total += member.personal_score(ids[m][at], content, audience[m][at], user[pair_user])
+        return (total / network.n_members).view(items.shape).cpu().numpy()
 
 
 def rerank(run: TrainedRun, split: str, depth: int, users: int | None) -> dict:
-    """Metrics of a split before and after the first `depth` of each user are ordered again, with the weight of the
-    personal score that has the best valid metric (the run's `eval.metric` and NDCG@5, geometric mean). A collective.
+    """Metrics of a split before and after re-ranking the first `depth` items of each user. The weight of the personal
+    score is the best one on valid, by the geometric mean of the run's `eval.metric` and NDCG@5. Collective: every rank
+    must call it.
 
     Args:
-        users: rank about so many users of a split, None for all.
+        users: rank about this many users of a split; None: all.
     """
     personal, embeddings = PersonalFilter(run), run.embed()
     options = run.ranking_options(users)
 
     def metrics(name: str) -> list[dict[str, float]]:
-        own = embeddings[0]
-        truth = ranking.load_ground_truth(run.catalog, name, own.start, own.stop)
-        mine = ranking.ranked_users(own, run.graphs, truth, options)
-        items, dot = ranking.top_k_items(*embeddings, run.graphs, mine, max(depth, *K_VALUES), options)
-        scores = personal.scores(mine, items[:, :depth])
+        table = embeddings.users
+        truth = ranking.load_ground_truth(run.catalog, name, table.start, table.stop)
+        rank_users = ranking.ranked_users(table, run.graphs, truth, options)
+        items, dot = ranking.top_k_items(*embeddings, run.graphs, rank_users, max(depth, *K_VALUES), options)
+        scores = personal.scores(rank_users, items[:, :depth])
         results = []
         for weight in WEIGHTS:
-            top = reordered(items, dot, scores, weight)[:, : max(K_VALUES)]
-            overall, _ = ranking.metrics_of_lists(top, mine - own.start, run.graphs, truth)
-            results.append(ranking.mean_over_users(overall, own.comm)[1])
+            top = reorder(items, dot, scores, weight)[:, : max(K_VALUES)]
+            results.append(mean_over_users(metrics_of_lists(top, rank_users - table.start, truth), table.comm)[1])
         return results
 
     valid = metrics("valid")
-    of = run.config.eval.metric
-    best = max(range(len(WEIGHTS)), key=lambda n: (valid[n][of] * valid[n]["ndcg@5"]) ** 0.5)
+    selected_by = run.config.eval.metric
+    best = max(range(len(WEIGHTS)), key=lambda n: (valid[n][selected_by] * valid[n]["ndcg@5"]) ** 0.5)
     results = valid if split == "valid" else metrics(split)
     return {"depth": depth, "weight": WEIGHTS[best], "before": results[0], "after": results[best]}
 
 
-def reordered(items: np.ndarray, dot: np.ndarray, personal: np.ndarray, weight: float) -> np.ndarray:
-    """Items [n, k] with the first d of each row ordered by both scores; dot [n, k], personal [n, d]. Of equal ones the
-    order stays; missing items (-1) stay behind."""
+def reorder(items: np.ndarray, dot: np.ndarray, personal: np.ndarray, weight: float) -> np.ndarray:
+    """Items [n, k] with the first d of each row ordered by both scores. Ties keep their order; missing items (-1) stay
+    last.
+
+    Args:
+        dot: [n, k]; personal: [n, d].
+    """
     depth = personal.shape[1]
-    there = items[:, :depth] >= 0
-    score = _standard(dot[:, :depth], there) + weight * _standard(personal, there)
-    order = np.argsort(np.where(there, -score, np.inf), axis=1, kind="stable")
+    present = items[:, :depth] >= 0
+    score = _z_score(dot[:, :depth], present) + weight * _z_score(personal, present)
+    order = np.argsort(np.where(present, -score, np.inf), axis=1, kind="stable")
     return np.concatenate([np.take_along_axis(items[:, :depth], order, axis=1), items[:, depth:]], axis=1)
 
 
-def _standard(scores: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Scores less their mean over those that are there, in their standard deviations; 0 where all are alike."""
-    count = np.maximum(there.sum(axis=1, keepdims=True), 1)
-    scores = np.where(there, scores, 0).astype(np.float64)
-    centred = np.where(there, scores - scores.sum(axis=1, keepdims=True) / count, 0)
-    spread = np.sqrt((centred**2).sum(axis=1, keepdims=True) / count)
-    return centred / np.where(spread > 1e-12, spread, 1)
+def _z_score(scores: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Scores of each row less their mean and over their standard deviation, among present items; 0 where all are
+    equal."""
+    count = np.maximum(present.sum(axis=1, keepdims=True), 1)
+    scores = np.where(present, scores, 0).astype(np.float64)
+    centred = np.where(present, scores - scores.sum(axis=1, keepdims=True) / count, 0)
+    std = np.sqrt((centred**2).sum(axis=1, keepdims=True) / count)
+    return centred / np.where(std > 1e-12, std, 1)

@@ -1,7 +1,7 @@
-"""Raw interactions -> rows that stay, in canonical order: by user, split and item.
+"""Filter and deduplicate raw interactions, and sort them by user, split and item.
 
-Rows are dealt to ranges of users that fit `prepare.memory_gib`, and each range is cleaned by itself; what comes out
-does not depend on the ranges. (A single user with more rows than fit makes a range as large as it takes.)
+Rows are partitioned into ranges of users that fit `prepare.memory_gib`, and each range is cleaned on its own. The
+result does not depend on the ranges. (A user with more rows than fit gets a range of its own.)
 """
 
 from collections.abc import Iterator
@@ -10,21 +10,25 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from gtc_dist.config import DataConfig
+from gtc_dist.config_data import DataConfig
 from gtc_dist.data.scratch import Buckets, Scratch
 from gtc_dist.errors import InputError
 from gtc_dist.prepare import split
 from gtc_dist.progress import ProgressCallback
 
-ROW_BYTES = 128  # that a row takes while it is merged or split: its columns, a sort key, a permutation, temporaries
+ROW_BYTES = 128  # memory per row while rows are merged or split: columns, sort key, permutation, temporary arrays
 
 
 @dataclass(frozen=True)
-class Raw:
-    """All rows of the raw files, in no particular order; columns in scratch.
+class RawInteractions:
+    """All rows of the raw files, in no particular order. The columns are in scratch.
 
-    user_ids, item_ids: sorted unique ids; user, item: int32 positions among them [E]; time: int64 or float64 [E];
-    rating: float64 [E]; split: int8 [E] where the files or a label column give it.
+    Attributes:
+        user_ids, item_ids: sorted unique ids.
+        user, item: int32 positions among them [E], called codes.
+        time: int64 or float64 [E], or None.
+        rating: float64 [E], or None.
+        split: int8 [E], or None if neither files nor labels give the split.
     """
 
     user_ids: pa.Array
@@ -37,61 +41,69 @@ class Raw:
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
-        """The columns that matter once ratings are filtered."""
+        """The columns that are used after ratings are filtered."""
         columns = {"user": self.user, "item": self.item, "time": self.time, "split": self.split}
         return {name: column for name, column in columns.items() if column is not None}
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Cleaned interactions in scratch, sorted by user (and within it by split and item).
+class CleanInteractions:
+    """Cleaned interactions in scratch, sorted by user, split and item.
 
-    user, item: int32 codes [E]; time, split: as in `Raw`, or None; users, items: int64, rows of each code.
+    Attributes:
+        user, item: int32 codes [E].
+        time, split: as in `RawInteractions`.
+        user_counts, item_counts: int64, number of rows of each code.
     """
 
     user: np.ndarray
     item: np.ndarray
     time: np.ndarray | None
     split: np.ndarray | None
-    users: np.ndarray
-    items: np.ndarray
+    user_counts: np.ndarray
+    item_counts: np.ndarray
 
     def __len__(self) -> int:
         return len(self.user)
 
-    def of_users(self, scratch: Scratch) -> Iterator[slice]:
-        """Blocks of whole users, in order."""
-        ends = np.cumsum(self.users)
-        for first, last in _ranges(self.users, scratch.rows(ROW_BYTES)):
-            yield slice(int(ends[first] - self.users[first]), int(ends[last - 1]))
+    def user_blocks(self, scratch: Scratch) -> Iterator[slice]:
+        """Blocks of rows that fit memory, in order; no user is in two blocks."""
+        ends = np.cumsum(self.user_counts)
+        for first, last in _user_ranges(self.user_counts, scratch.rows(ROW_BYTES)):
+            yield slice(int(ends[first] - self.user_counts[first]), int(ends[last - 1]))
             scratch.release()
 
 
-def clean(raw: Raw, data: DataConfig, scratch: Scratch, tell: ProgressCallback) -> tuple[Rows, dict[str, int]]:
-    """Rows that stay, and how many went for which reason: `min_rating`, `duplicate`, `k_core`, in this order.
+def clean_interactions(
+    raw: RawInteractions, data: DataConfig, scratch: Scratch, progress: ProgressCallback
+) -> tuple[CleanInteractions, dict[str, int]]:
+    """Apply `min_rating`, remove duplicates and apply `k_core`, in this order.
 
     Args:
-        raw: its columns are gone from scratch afterwards.
+        raw: its columns are removed from scratch.
+
+    Returns:
+        The remaining rows, and numbers of dropped rows by reason: `min_rating`, `duplicate`, `k_core`.
 
     Raises:
-        InputError: a filter leaves nothing.
+        InputError: a filter leaves no row.
     """
     minimum, k = data.interactions.min_rating, data.interactions.k_core
-    buckets, dropped = _by_user(raw, minimum, scratch, tell), {}
-    left = int(buckets.ends.sum() - buckets.starts[:-1].sum())
+    buckets, dropped = _partition_by_user(raw, minimum, scratch, progress), {}
+    before = int(buckets.ends.sum() - buckets.starts[:-1].sum())
     if minimum is not None:
-        dropped["min_rating"] = len(raw.user) - left
-        if not left:
+        dropped["min_rating"] = len(raw.user) - before
+        if not before:
             raise InputError(f"data.interactions.min_rating={minimum:g} leaves no interaction")
-    columns = _merged(buckets, list(raw.columns), scratch, tell)
+    columns = _deduplicate(buckets, list(raw.columns), scratch, progress)
     scratch.discard(*buckets.columns, raw.user, raw.item, raw.time, raw.rating, raw.split)
     rows = len(columns["user"])
-    dropped["duplicate"] = left - rows
+    dropped["duplicate"] = before - rows
     if k:
-        tell(f"k-core of {rows:,} interactions")
-        left = rows
+        progress(f"k-core of {rows:,} interactions")
+        before = rows
         rows = split.k_core(list(columns.values()), len(raw.user_ids), len(raw.item_ids), k, scratch)
-        dropped["k_core"] = left - rows
+        dropped["k_core"] = before - rows
         if not rows:
             raise InputError(f"data.interactions.k_core={k} leaves no interaction")
         columns = {name: column[:rows] for name, column in columns.items()}
@@ -99,29 +111,34 @@ def clean(raw: Raw, data: DataConfig, scratch: Scratch, tell: ProgressCallback) 
     for block in scratch.blocks(rows, 16):
         users += np.bincount(columns["user"][block], minlength=len(users))
         items += np.bincount(columns["item"][block], minlength=len(items))
-    return Rows(columns["user"], columns["item"], columns.get("time"), columns.get("split"), users, items), dropped
+    time, splits = columns.get("time"), columns.get("split")
+    return CleanInteractions(columns["user"], columns["item"], time, splits, users, items), dropped
 
 
-def _by_user(raw: Raw, minimum: float | None, scratch: Scratch, tell: ProgressCallback) -> Buckets:
-    """Rows with at least the minimum rating, dealt to ranges of users that fit memory."""
-    users = np.zeros(len(raw.user_ids), np.int64)
+def _partition_by_user(
+    raw: RawInteractions, minimum: float | None, scratch: Scratch, progress: ProgressCallback
+) -> Buckets:
+    """Rows with at least the minimum rating, partitioned into ranges of users that fit memory."""
+    counts = np.zeros(len(raw.user_ids), np.int64)
     for block in scratch.blocks(len(raw.user), 32):
         user = raw.user[block]
-        users += np.bincount(user if minimum is None else user[raw.rating[block] >= minimum], minlength=len(users))
-    ranges = _ranges(users, scratch.rows(ROW_BYTES))
+        counts += np.bincount(user if minimum is None else user[raw.rating[block] >= minimum], minlength=len(counts))
+    ranges = _user_ranges(counts, scratch.rows(ROW_BYTES))
     bucket_of_user = np.repeat(np.arange(len(ranges), dtype=np.int32), [last - first for first, last in ranges])
-    sizes = np.add.reduceat(users, [first for first, _ in ranges])
+    sizes = np.add.reduceat(counts, [first for first, _ in ranges])
     buckets = Buckets(scratch, sizes, [column.dtype for column in raw.columns.values()])
     for block in scratch.blocks(len(raw.user), ROW_BYTES):
         passed = slice(None) if minimum is None else raw.rating[block] >= minimum
         columns = [column[block][passed] for column in raw.columns.values()]
         buckets.add(bucket_of_user[columns[0]], *columns)
-        tell(f"interactions grouped by user: {block.stop:,} of {len(raw.user):,}")
+        progress(f"interactions grouped by user: {block.stop:,} of {len(raw.user):,}")
     return buckets
 
 
-def _merged(buckets: Buckets, names: list[str], scratch: Scratch, tell: ProgressCallback) -> dict[str, np.ndarray]:
-    """The buckets' rows without duplicates, in canonical order."""
+def _deduplicate(
+    buckets: Buckets, names: list[str], scratch: Scratch, progress: ProgressCallback
+) -> dict[str, np.ndarray]:
+    """Columns of the buckets' rows without duplicates, sorted by user, split and item."""
     out = {name: scratch.growing(column.dtype) for name, column in zip(names, buckets.columns, strict=True)}
     for number in range(len(buckets)):
         columns = dict(zip(names, buckets.bucket(number), strict=True))
@@ -129,12 +146,12 @@ def _merged(buckets: Buckets, names: list[str], scratch: Scratch, tell: Progress
         for name, column in columns.items():
             out[name].append(column[kept])
         scratch.release()
-        tell(f"interactions merged and ordered: {buckets.ends[number]:,}")
+        progress(f"interactions deduplicated and sorted: {buckets.ends[number]:,}")
     return {name: column.finish() for name, column in out.items()}
 
 
-def _ranges(counts: np.ndarray, most: int) -> list[tuple[int, int]]:
-    """Cut users into ranges [first, last) of at most `most` rows each, but of one user at least."""
+def _user_ranges(counts: np.ndarray, most: int) -> list[tuple[int, int]]:
+    """Cut users into ranges [first, last) of at most `most` rows, or of a single user with more."""
     ends = np.concatenate([[0], np.cumsum(counts)])
     ranges, first = [], 0
     while first < len(counts):

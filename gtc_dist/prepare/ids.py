@@ -1,4 +1,4 @@
-"""Ids of users and items: integers or strings of any width, kept in the Arrow type that they came in."""
+"""Original ids of users and items: integers of any width or strings, as Arrow arrays of the type in the raw files."""
 
 from collections.abc import Callable, Mapping
 
@@ -13,7 +13,7 @@ _UNSIGNED = (pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
 
 
 def plain_type(type: pa.DataType) -> pa.DataType | None:
-    """The integer or string type in which ids of a column's type are kept; None if it cannot hold ids."""
+    """The type in which ids of a column are kept: integer or string; None if the column cannot hold ids."""
     if pa.types.is_dictionary(type):
         return plain_type(type.value_type)
     if pa.types.is_integer(type) or pa.types.is_string(type) or pa.types.is_large_string(type):
@@ -25,12 +25,12 @@ def is_text(type: pa.DataType) -> bool:
     return not pa.types.is_integer(type)
 
 
-def common_type(types: Mapping[str, pa.DataType], what: str) -> pa.DataType:
-    """The one id type that holds those of all files: integers by the widest, strings by the larger offset.
+def common_type(types: Mapping[str, pa.DataType], title: str) -> pa.DataType:
+    """The type that holds the ids of all files: the widest integer, or the string type with larger offsets.
 
     Args:
         types: file -> id type.
-        what: names the ids in the error, such as `user ids`.
+        title: name of the ids in errors, such as `user ids`.
 
     Raises:
         InputError: some files have integers and others strings (one of each is named).
@@ -39,7 +39,7 @@ def common_type(types: Mapping[str, pa.DataType], what: str) -> pa.DataType:
     numbers = [file for file, type in types.items() if not is_text(type)]
     if texts and numbers:
         raise InputError(
-            f"{what} are integers ({types[numbers[0]]}) in {numbers[0]} but strings in {texts[0]}; "
+            f"{title} are integers ({types[numbers[0]]}) in {numbers[0]} but strings in {texts[0]}; "
             "write them with one type"
         )
     found = set(types.values())
@@ -59,16 +59,16 @@ def common_type(types: Mapping[str, pa.DataType], what: str) -> pa.DataType:
 _SIGNED_WIDTHS = [8, 16, 32, 64]
 
 
-def cast(column: pa.ChunkedArray | pa.Array, type: pa.DataType, what: str):
-    """Cast ids without loss. Raises InputError (uint64 ids beyond int64 among signed ones)."""
+def cast(column: pa.ChunkedArray | pa.Array, type: pa.DataType, title: str):
+    """Cast ids without loss. Raises InputError (uint64 ids above the int64 range, together with negative ids)."""
     try:
         return column.cast(type)
     except pa.ArrowInvalid as error:
-        raise InputError(f"{what} do not fit {type}: {error}") from error
+        raise InputError(f"{title} do not fit {type}: {error}") from error
 
 
 def first_bad(column: pa.Array) -> tuple[int | None, str]:
-    """Position of the first id that cannot be kept, and why; (None, "") if all can."""
+    """Position of the first invalid id, and the problem; (None, "") if all ids are valid."""
     missing = column.is_null()
     if is_text(column.type):
         try:
@@ -84,8 +84,8 @@ def first_bad(column: pa.Array) -> tuple[int | None, str]:
 
 
 def first_refused(column: pa.Array, convert: Callable[[pa.Array], object]) -> int:
-    """Position of the first value for which `convert` raises ArrowInvalid, given that it does for the column."""
-    low, high = 0, len(column)  # column[:low] passes, column[:high] does not
+    """Position of the first value for which `convert` raises ArrowInvalid; it must raise for the whole column."""
+    low, high = 0, len(column)  # convert accepts column[:low] and refuses column[:high]
     while high - low > 1:
         middle = (low + high) // 2
         try:
@@ -97,9 +97,9 @@ def first_refused(column: pa.Array, convert: Callable[[pa.Array], object]) -> in
 
 
 def from_text(texts: pa.Array) -> pa.Array:
-    """Ids of a text file: int64 if every one is an integer in its plain form, else the strings as they are.
+    """Ids of a text file: int64 if every id is a canonical decimal integer, else unchanged strings.
 
-    `007` is not plain: read as a number it would not come back the same, so such ids stay strings.
+    `007` is not canonical: as an integer it would be written as `7`.
     """
     try:
         numbers = texts.cast(pa.int64())
@@ -110,24 +110,23 @@ def from_text(texts: pa.Array) -> pa.Array:
 
 
 def encode(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
-    """Sorted unique ids and, for each row, its id's position among them (int32)."""
+    """Sorted unique ids, and the position of each row's id among them (int32)."""
     ids = sorted_unique(column)
     return ids, positions(column, ids)
 
 
 class Vocabulary:
-    """Ids that grow as columns come in, each with a code: the order in which it came.
+    """A growing set of ids; the code of an id is the number of ids that were added before it.
 
-    A column may have another type than those before it. Codes stay as they are when the ids seen so far turn into a
-    wider type or, once a column of strings comes, into strings: an integer from a text file is written plainly there,
-    so its text is known.
+    Columns may have different types. Codes do not change when the known ids are cast to a wider integer type, or to
+    strings: integers of a text file are in canonical form (`from_text`), so their text is known.
 
     Args:
-        what: names the ids in errors, such as `user ids`.
+        title: name of the ids in errors, such as `user ids`.
     """
 
-    def __init__(self, what: str):
-        self.what = what
+    def __init__(self, title: str):
+        self.title = title
         self.ids: pa.Array | None = None
         self.types: dict[str, pa.DataType] = {}  # file -> type of its ids
 
@@ -135,14 +134,14 @@ class Vocabulary:
         return 0 if self.ids is None else len(self.ids)
 
     def add(self, columns: list[tuple[str, pa.ChunkedArray]]) -> np.ndarray:
-        """Codes (int32) of the ids of (file, column) pairs, one after the other. Raises InputError: as `cast`."""
+        """Add the ids of (file, column) pairs; returns their codes, int32, concatenated. Raises InputError (`cast`)."""
         for file, column in columns:
-            if not is_text(self.types.setdefault(file, column.type)):  # a text file's ids are strings if some are
+            if not is_text(self.types.setdefault(file, column.type)):  # one string makes all ids of a file strings
                 self.types[file] = column.type
-        held = self._held_type()
-        chunks = [chunk for _, column in columns for chunk in cast(column, held, self._typed()).chunks]
-        known = pa.array([], held) if self.ids is None else cast(self.ids, held, self._typed())
-        encoded = pa.chunked_array(chunks, held).combine_chunks().dictionary_encode()
+        type = self._current_type()
+        chunks = [chunk for _, column in columns for chunk in cast(column, type, self._title_with_types()).chunks]
+        known = pa.array([], type) if self.ids is None else cast(self.ids, type, self._title_with_types())
+        encoded = pa.chunked_array(chunks, type).combine_chunks().dictionary_encode()
         found = positions(encoded.dictionary, known).copy()
         new = np.flatnonzero(found < 0)
         found[new] = len(known) + np.arange(len(new), dtype=np.int32)
@@ -150,26 +149,26 @@ class Vocabulary:
         return found[encoded.indices.to_numpy()]
 
     def finish(self) -> tuple[pa.Array, np.ndarray]:
-        """Sorted ids in the files' common type, and each code's position among them (int32).
+        """Sorted ids in the common type of the files, and the position of each code among them (int32).
 
         Raises:
             InputError: some files have integers and others strings (one of each is named).
         """
-        ids = cast(self.ids, common_type(dict(sorted(self.types.items())), self.what), self._typed())
+        ids = cast(self.ids, common_type(dict(sorted(self.types.items())), self.title), self._title_with_types())
         order = pc.sort_indices(ids)
-        place = np.empty(len(ids), np.int32)
-        place[order.to_numpy()] = np.arange(len(ids), dtype=np.int32)
-        return ids.take(order), place
+        position = np.empty(len(ids), np.int32)
+        position[order.to_numpy()] = np.arange(len(ids), dtype=np.int32)
+        return ids.take(order), position
 
-    def _typed(self) -> str:
-        """The ids' name with a file for each of their types."""
+    def _title_with_types(self) -> str:
+        """The title, and one file for each id type."""
         files = {type: file for file, type in sorted(self.types.items(), reverse=True)}
-        return f"{self.what} ({', '.join(f'{type} in {file}' for type, file in files.items())})"
+        return f"{self.title} ({', '.join(f'{type} in {file}' for type, file in files.items())})"
 
-    def _held_type(self) -> pa.DataType:
-        """One type for all ids so far, also for those that `finish` will refuse to mix."""
+    def _current_type(self) -> pa.DataType:
+        """One type for all ids so far, even if integers and strings are mixed, which `finish` refuses."""
         texts = {file: type for file, type in self.types.items() if is_text(type)}
-        return common_type(texts or self.types, self.what)
+        return common_type(texts or self.types, self.title)
 
 
 def sorted_unique(column: pa.ChunkedArray | pa.Array) -> pa.Array:
@@ -178,14 +177,14 @@ def sorted_unique(column: pa.ChunkedArray | pa.Array) -> pa.Array:
 
 
 def positions(column: pa.ChunkedArray | pa.Array, among: pa.Array) -> np.ndarray:
-    """Position of each id of `column` in `among` as int32, -1 where it is not there.
+    """Position of each id of `column` in `among`, int32; -1 if absent.
 
-    Integer ids of different width compare by value; integers and strings never match.
+    Integers of different width compare by value; integers and strings never match.
     """
     if is_text(column.type) != is_text(among.type):
         return np.full(len(column), -1, np.int32)
     if column.type != among.type:
-        wide = _wide(column.type, among.type)
+        wide = _wider_type(column.type, among.type)
         column, among = column.cast(wide, safe=False), among.cast(wide, safe=False)
     found = pc.fill_null(pc.index_in(column, value_set=among), -1)
     if isinstance(found, pa.ChunkedArray):
@@ -193,8 +192,8 @@ def positions(column: pa.ChunkedArray | pa.Array, among: pa.Array) -> np.ndarray
     return found.to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
 
 
-def _wide(a: pa.DataType, b: pa.DataType) -> pa.DataType:
+def _wider_type(a: pa.DataType, b: pa.DataType) -> pa.DataType:
     if is_text(a):
         return pa.large_string()
-    # int64 and uint64 have no common integer type; decimals compare their values exactly.
+    # int64 and uint64 have no common integer type; decimals compare exactly.
     return pa.decimal128(20) if pa.uint64() in (a, b) else pa.int64()

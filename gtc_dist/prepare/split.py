@@ -1,10 +1,10 @@
-"""Cleaning and splitting interactions: plain numpy over codes, no Python loop over rows.
+"""Algorithms that clean and split interactions, in vectorised numpy over codes.
 
-Users and items are codes (positions among the sorted ids), so every result depends on the ids alone and not on the
-order of files or rows; ties in time go by user and item. Splits are int8 codes: 0 train, 1 valid, 2 test.
+Users and items are codes (positions among the sorted ids), so no result depends on the order of files or rows. Ties in
+time are broken by user and item. Splits are int8 codes: 0 train, 1 valid, 2 test.
 
-What is decided within a user (`merge_duplicates`, `repeated_in_train`, `leave_last_out`, `ratio`) takes a block of
-whole users at a time. What is decided over all interactions (`k_core`, `TimeCut`) streams over scratch columns.
+Algorithms that treat each user separately (`merge_duplicates`, `repeated_in_train`, `leave_last_out`, `ratio`) take
+blocks of whole users. Algorithms over all interactions (`k_core`, `TimeCut`) stream over scratch columns.
 """
 
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ import numpy as np
 from gtc_dist.data.scratch import Scratch
 
 TRAIN, VALID, TEST = 0, 1, 2
-SIGN = np.uint64(1 << 63)
+SIGN_BIT = np.uint64(1 << 63)
 
 
 def merge_duplicates(
     user: np.ndarray, item: np.ndarray, split: np.ndarray | None = None, time: np.ndarray | None = None
 ) -> np.ndarray:
-    """Rows to keep so that every (user, split, item) is there once, sorted by user, split and item.
+    """Rows to keep so that no (user, split, item) occurs twice, sorted by user, split and item.
 
-    Of rows that repeat a pair the earliest is kept: a user's first contact with an item is what orders the history.
+    The earliest of several rows is kept: a history is ordered by the user's first interaction with each item.
     """
-    pair = _pair(user, item, split)
+    pair = _pair_keys(user, item, split)
     order = np.argsort(pair)
     starts = np.flatnonzero(np.diff(pair[order], prepend=-1))
     rows = order[starts]
-    if time is not None and len(rows) < len(order):  # few rows repeat, so only those are sorted by time
+    if time is not None and len(rows) < len(order):  # only duplicates, which are few, are sorted by time
         sizes = np.diff(np.append(starts, len(order)))
         group = np.repeat(np.arange(len(starts)), sizes)
         repeated = np.flatnonzero(np.repeat(sizes > 1, sizes))
@@ -39,49 +39,52 @@ def merge_duplicates(
 
 def repeated_in_train(user: np.ndarray, item: np.ndarray, split: np.ndarray, which: int) -> np.ndarray:
     """Rows of split `which` whose (user, item) is also in train."""
-    pair, rows = _pair(user, item), np.flatnonzero(split == which)
+    pair, rows = _pair_keys(user, item), np.flatnonzero(split == which)
     train = np.sort(pair[split == TRAIN])
-    place = np.searchsorted(train, pair[rows])
-    return rows[np.append(train, -1)[place] == pair[rows]]
+    position = np.searchsorted(train, pair[rows])
+    return rows[np.append(train, -1)[position] == pair[rows]]
 
 
 def leave_last_out(time: np.ndarray, user: np.ndarray, item: np.ndarray) -> np.ndarray:
-    """Each user's last interaction is test, the one before it valid, as far as one stays in train.
+    """Split codes: each user's last interaction is test, the one before is valid, the others are train.
 
-    A user with two interactions has no valid one, a user with one is in train only.
+    A user with two interactions has none in valid; a user with one has it in train.
     """
     order = np.lexsort((item, time, user))
-    from_end, count = _places(user[order])
+    from_end, count = _positions_in_groups(user[order])
     split = np.zeros(len(order), np.int8)
     split[order[(from_end == 1) & (count >= 3)]] = VALID
     split[order[(from_end == 0) & (count >= 2)]] = TEST
     return split
 
 
-def ratio_draws(seed: Sequence[int], rows: int, users: int) -> tuple[np.random.Generator, ...]:
-    """The three generators of `ratio`: parts of one random stream, which holds a draw for each of all `rows` and then
-    two for each of all `users`. So blocks of users, taken in order, draw what all users at once would."""
+def ratio_generators(seed: Sequence[int], rows: int, users: int) -> tuple[np.random.Generator, ...]:
+    """Three generators for `ratio`, at different positions of one random stream: one number per row, then two per user.
+
+    So `ratio` over blocks of users, in order, draws the same numbers as over all users at once.
+    """
     starts = (0, rows, rows + users)
     return tuple(np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)).advance(start)) for start in starts)
 
 
 def ratio(
-    user: np.ndarray, valid_share: float, test_share: float, draws: tuple[np.random.Generator, ...]
+    user: np.ndarray, valid_share: float, test_share: float, generators: tuple[np.random.Generator, ...]
 ) -> np.ndarray:
-    """A random share of each user's interactions is valid, another test; each user keeps at least one in train.
+    """Split codes: a random share of each user's interactions is valid, another test; at least one is train.
 
-    A share of a user's few interactions is seldom whole. It is rounded up with a probability of its fraction, so that
-    short histories reach valid and test too and the shares hold over all users. Expects rows in a canonical order.
+    Numbers of interactions are rounded at random, up with the probability of the fraction, so that the shares hold in
+    expectation and short histories reach valid and test, too.
 
     Args:
-        draws: of the order of a user's rows, and of the rounding of the test and of the valid share.
+        user: codes int32 [E], sorted.
+        generators: for the order of a user's rows, the rounding of the test share and of the valid share.
     """
-    order = np.lexsort((draws[0].random(len(user)), user))
-    from_end, count = _places(user[order])
+    order = np.lexsort((generators[0].random(len(user)), user))
+    from_end, count = _positions_in_groups(user[order])
     starts = np.flatnonzero(from_end == count - 1)  # the first row of each user
     counts = count[starts]
-    test = np.floor(counts * test_share + draws[1].random(len(starts))).astype(np.int64)
-    valid = np.floor(counts * valid_share + draws[2].random(len(starts))).astype(np.int64)
+    test = np.floor(counts * test_share + generators[1].random(len(starts))).astype(np.int64)
+    valid = np.floor(counts * valid_share + generators[2].random(len(starts))).astype(np.int64)
     test = np.minimum(test, counts - 1)
     valid = np.minimum(valid, counts - 1 - test)
     split = np.zeros(len(order), np.int8)
@@ -91,16 +94,16 @@ def ratio(
 
 
 def k_core(columns: Sequence[np.ndarray], users: int, items: int, k: int, scratch: Scratch) -> int:
-    """Keep the largest subset of rows in which every user and every item has at least k (k-core of a bipartite graph).
+    """Keep the k-core of the bipartite graph: the largest set of rows in which every user and item has at least k rows.
 
-    Each pass drops all users and items below k at once, until nothing changes.
+    Each pass drops all users and items with fewer rows, until nothing changes.
 
     Args:
-        columns: user, item (codes below `users` and `items`; merged pairs) and any others. The rows that stay are moved
-            to their front, in order.
+        columns: user and item codes (below `users` and `items`), without duplicate pairs, and any other columns. Kept
+            rows are moved to the front, in order.
 
     Returns:
-        The number of rows that stay.
+        The number of kept rows.
     """
     user, item = columns[:2]
     rows = len(user)
@@ -122,21 +125,21 @@ def k_core(columns: Sequence[np.ndarray], users: int, items: int, k: int, scratc
 
 
 class TimeCut:
-    """Parts the rows of a column of times, ordered by time and then by place, before and after one rank.
+    """Divides rows at a position in their order by time; ties are in row order.
 
     Args:
-        time: int64 or float64 [E], rows in canonical order (by user and item).
-        rank: rows that come before the cut.
+        time: int64 or float64 [E], rows sorted by user and item.
+        rank: number of rows before the cut.
     """
 
     def __init__(self, time: np.ndarray, rank: int, scratch: Scratch):
         self.ties = min(rank, len(time) - 1) if len(time) else 0
-        # The time at that rank, 16 bits a pass: count the leading bits, go on among the times that share them.
+        # Radix select of the time at that rank, 16 bits per pass: only times with the leading bits found so far count.
         self.key = 0
         for shift in (48, 32, 16, 0):
             counts = np.zeros(1 << 16, np.int64)
             for block in scratch.blocks(len(time), 48):
-                keys = _ordered(time[block]) >> np.uint64(shift)
+                keys = _sortable_keys(time[block]) >> np.uint64(shift)
                 if shift < 48:
                     keys = keys[keys >> np.uint64(16) == self.key]
                 counts += np.bincount((keys & np.uint64(0xFFFF)).astype(np.int64), minlength=len(counts))
@@ -144,11 +147,11 @@ class TimeCut:
             digit = int(np.searchsorted(below, self.ties, side="right"))
             self.ties -= int(below[digit - 1]) if digit else 0
             self.key = self.key << 16 | digit
-        self.ties += rank == len(time)  # ties: rows with that very time that come before the cut
+        self.ties += rank == len(time)  # ties: number of rows with exactly this time before the cut
 
     def after(self, time: np.ndarray) -> np.ndarray:
-        """Which rows come after the cut; takes the column's blocks in order."""
-        keys = _ordered(time)
+        """Mask of the rows after the cut, bool [n]. Must be called with the blocks of the column in order."""
+        keys = _sortable_keys(time)
         tied = np.flatnonzero(keys == np.uint64(self.key))
         after = keys > np.uint64(self.key)
         after[tied[self.ties :]] = True
@@ -156,24 +159,24 @@ class TimeCut:
         return after
 
 
-def _ordered(time: np.ndarray) -> np.ndarray:
-    """Keys of uint64 in the order of the times."""
+def _sortable_keys(time: np.ndarray) -> np.ndarray:
+    """Keys uint64 that sort like the times."""
     if time.dtype.kind != "f":
-        return time.astype(np.int64).view(np.uint64) ^ SIGN
-    bits = (time.astype(np.float64) + 0.0).view(np.uint64)  # + 0.0: there is one zero
-    return np.where(bits & SIGN, ~bits, bits | SIGN)
+        return time.astype(np.int64).view(np.uint64) ^ SIGN_BIT
+    bits = (time.astype(np.float64) + 0.0).view(np.uint64)  # + 0.0: turns -0.0 into 0.0
+    return np.where(bits & SIGN_BIT, ~bits, bits | SIGN_BIT)
 
 
-def _pair(user: np.ndarray, item: np.ndarray, split: np.ndarray | None = None) -> np.ndarray:
-    """One int64 for each (user, split, item), in their order."""
+def _pair_keys(user: np.ndarray, item: np.ndarray, split: np.ndarray | None = None) -> np.ndarray:
+    """Keys int64 that sort like (user, split, item)."""
     key = user.astype(np.int64)
     if split is not None:
         key = key * (TEST + 1) + split
     return key * (int(item.max(initial=0)) + 1) + item
 
 
-def _places(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For sorted groups: each row's distance from its group's end, and its group's size."""
+def _positions_in_groups(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For sorted group numbers: each row's distance from the end of its group, and the size of the group."""
     starts = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]][: len(groups)])
     sizes = np.diff(np.r_[starts, len(groups)])
     ends = np.repeat(starts + sizes, sizes)

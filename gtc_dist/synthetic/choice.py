@@ -1,29 +1,30 @@
-"""Users choose items: sampling without replacement by Gumbel top-k, over all items or over drawn candidates.
+"""Simulated users choose items: sampling without replacement by Gumbel top-k.
 
-P(user u takes item i) ~ popularity_i * exp(strength * <taste_u, factors_i>). Users come in groups of a common taste, so
-what is common is computed once for a group and only a user's deviation for each user and item. No loop over pairs.
+P(user u takes item i) ~ popularity_i * exp(strength * <taste_u, factors_i>). All users of a group share a taste, so the
+group's part of the score is computed once; only a user's deviation is computed per user and item. For many items,
+candidates are drawn from the group's distribution first. There is no Python loop over pairs.
 
-Memory beside the arrays that a `Pool` refers to: 16 bytes an item while a group chooses, and BLOCK. Used by
-`synthetic.py`.
+Memory beside the arrays that a `ChoicePool` refers to: 16 bytes per item of the pool, and the pairs of one block.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
 
-EXACT_ITEMS = 1 << 14  # up to so many items are all weighed for every user; beyond, candidates are drawn first
-DRAWS, DRAWS_EACH = 1024, 32  # candidates of a user, and more for each wanted item
-PAIR_BLOCK = 1 << 18  # pairs of a user and a candidate weighed at once; of fewer than 65,536 users
-SLAB = 1 << 16  # items whose factors are gathered at once
+EXACT_CHOICE_ITEMS = 1 << 14  # up to this many items, every user weighs all; beyond, candidates are drawn first
+DRAWS, DRAWS_EACH = 1024, 32  # candidates per user, plus candidates per item to choose
+PAIR_BLOCK = 1 << 18  # (user, candidate) pairs weighed at once; must keep a block below 65,536 users
+GATHER_ITEMS = 1 << 16  # items whose factors are gathered at once
 
 
-class Pool:
+class ChoicePool:
     """Items to choose from.
 
     Args:
-        items: their indexes, [N], among the rows of the other two; None for all.
-        factors: float32 [items of the catalog, K], not copied. log_popularity: float32 [items of the catalog].
-        strength: of taste against popularity.
+        items: int64 [N], the pool's items as rows of the other two arrays; None: all rows.
+        factors: float32 [all items, K], not copied.
+        log_popularity: float32 [all items].
+        strength: strength of taste relative to popularity.
     """
 
     def __init__(self, items: np.ndarray | None, factors: np.ndarray, log_popularity: np.ndarray, strength: float):
@@ -32,38 +33,39 @@ class Pool:
         self.size = len(factors) if items is None else len(items)
 
     def choose(self, rng, taste: np.ndarray, deviation: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Items for users of one group, without replacement, by Gumbel top-k.
+        """Draw items for the users of one group, without replacement, by Gumbel top-k.
 
         Args:
-            taste: of the group, [K]. deviation: of each user from it, [U, K]. count: wanted items of each user, [U],
-                ascending.
+            taste: [K], of the group.
+            deviation: [U, K], of each user from the group's taste.
+            count: [U], items to choose for each user, ascending.
 
         Returns:
-            (user position, item) of the choices.
+            User positions [choices] and items [choices].
         """
         relevant = np.flatnonzero(taste)
         shared = self._shared(taste, relevant)
-        draw = self._weigh_all if self.size <= EXACT_ITEMS else self._draw_candidates
+        draw = self._weigh_all if self.size <= EXACT_CHOICE_ITEMS else self._draw_candidates
         users, items = zip(*draw(rng, shared, relevant, deviation, count), strict=True)
         chosen = np.concatenate(items)
         return np.concatenate(users), chosen if self.items is None else self.items[chosen]
 
     def _shared(self, taste: np.ndarray, relevant: np.ndarray) -> np.ndarray:
-        """log(popularity) + strength * <taste, factors> of all items of the pool, float32 [N]."""
+        """The group's part of the score, log(popularity) + strength * <taste, factors>: float32 [N]."""
         shared = np.empty(self.size, np.float32)
-        for start in range(0, self.size, SLAB):
-            slab = slice(start, start + SLAB)
+        for start in range(0, self.size, GATHER_ITEMS):
+            slab = slice(start, start + GATHER_ITEMS)
             rows = slab if self.items is None else self.items[slab]
-            liking = self.strength * dot_rows(self.factors[rows][:, relevant], taste[relevant])
-            shared[slab] = self.log_popularity[rows] + liking
+            affinity = self.strength * dot_rows(self.factors[rows][:, relevant], taste[relevant])
+            shared[slab] = self.log_popularity[rows] + affinity
         return shared
 
     def _weigh_all(self, rng, shared, relevant, deviation, count) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Choices among all items, exactly: the largest of weight plus Gumbel noise."""
+        """Exact choices among all items of the pool: the largest scores plus Gumbel noise."""
         factors = (self.factors if self.items is None else self.factors[self.items])[:, relevant]
         for rows in _blocks(np.full(len(count), self.size)):
-            own = self.strength * deviation[rows][:, relevant]
-            keys = shared + dot_rows(own, factors) + _gumbel(rng, (len(own), self.size))
+            personal = self.strength * deviation[rows][:, relevant]
+            keys = shared + dot_rows(personal, factors) + _gumbel(rng, (len(personal), self.size))
             best = _descending(keys, min(int(count[rows].max()), self.size))
             row, column = np.nonzero(np.arange(best.shape[1]) < count[rows][:, None])
             yield row + rows.start, best[row, column]
@@ -71,9 +73,9 @@ class Pool:
     def _draw_candidates(self, rng, shared, relevant, deviation, count) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Choices among candidates that are drawn from the group's distribution, with replacement.
 
-        They are weighed by the user's deviation from the group. The largest of m Gumbel keys is one Gumbel key plus
-        log(m), so a candidate that was drawn m times gets log(m); the outcome tends to the exact one as the candidates
-        grow in number.
+        Candidates are weighed by the user's deviation from the group. The maximum of m Gumbel variables is a Gumbel
+        variable plus log(m), so a candidate that was drawn m times gets log(m) added. The distribution converges to the
+        exact one as the number of candidates grows.
         """
         cumulative = np.subtract(shared, shared.max(), dtype=np.float64)
         np.cumsum(np.exp(cumulative, out=cumulative), out=cumulative)
@@ -84,19 +86,19 @@ class Pool:
             first = np.flatnonzero(np.diff(pairs, prepend=-1))
             row, candidate = np.divmod(pairs[first], self.size)
             times = np.diff(first, append=len(pairs)).astype(np.float32)
-            own = self.strength * deviation[rows]
+            personal = self.strength * deviation[rows]
             item = candidate if self.items is None else self.items[candidate]
-            keys = np.einsum("ek,ek->e", own[row][:, relevant], self.factors[item][:, relevant])
+            keys = np.einsum("ek,ek->e", personal[row][:, relevant], self.factors[item][:, relevant])
             keys += np.log(times) + _gumbel(rng, len(keys))
             best = np.argsort(-keys)
-            best = best[np.argsort(row[best].astype(np.uint16), kind="stable")]  # by user, and in each by key
+            best = best[np.argsort(row[best].astype(np.uint16), kind="stable")]  # by user, then by falling key
             place = np.arange(len(row)) - np.searchsorted(row, row)
             taken = place < count[rows][row]
             yield row[taken] + rows.start, candidate[best[taken]]
 
 
 def _blocks(width: np.ndarray) -> Iterator[slice]:
-    """Runs of users with about BLOCK pairs, given the pairs of each user."""
+    """Consecutive users with about PAIR_BLOCK pairs together, given the number of pairs of each user."""
     ends = np.cumsum(width)
     start = 0
     while start < len(ends):
@@ -107,7 +109,7 @@ def _blocks(width: np.ndarray) -> Iterator[slice]:
 
 
 def dot_rows(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Inner products of rows. Not BLAS, whose rounding may depend on its number of threads."""
+    """Inner products of rows. Without BLAS, whose rounding may depend on its number of threads."""
     return np.einsum("ik,k->i", a, b) if b.ndim == 1 else np.einsum("ik,jk->ij", a, b)
 
 
@@ -116,7 +118,7 @@ def _gumbel(rng, shape) -> np.ndarray:
 
 
 def _search(cumulative: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Items that values in [0, sum of weights] fall on. In sorted order the caches help: 5 times faster."""
+    """Items at values in [0, total weight] of a cumulative distribution. Sorting the values makes it 5 times faster."""
     order = np.argsort(values)
     found = np.empty(len(values), np.int64)
     found[order] = np.searchsorted(cumulative, values[order], "right")
@@ -124,6 +126,6 @@ def _search(cumulative: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _descending(keys: np.ndarray, top: int) -> np.ndarray:
-    """Positions of each row's `top` largest keys, largest first."""
+    """Columns of each row's `top` largest keys, largest first."""
     best = np.argpartition(-keys, top - 1, axis=1)[:, :top]
     return np.take_along_axis(best, np.argsort(-np.take_along_axis(keys, best, 1), axis=1, kind="stable"), 1)

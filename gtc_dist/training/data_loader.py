@@ -1,121 +1,104 @@
-"""Mini-batches, from a rank's interactions to a `Batch`.
+"""Mini-batches: from a rank's interactions to a `Batch`.
 
-    interactions of this rank (once per run, from Ray Data; put into one order that does not depend on who read what)
-      -> an epoch's permutation, seeded by (seed, epoch, rank), cut into steps of nearly equal size
-      -> draws: negatives, timesteps, noise, seeded by (seed, epoch, step, rank)
-      -> a plan: whole graph (`FullPlanner`) or sampled blocks (`SampledPlanner`), feature rows looked up
+    interactions of this rank (once per run, from Ray Data), re-partitioned by a hash so that they do not depend on
+    which rank read them
+      -> a permutation for each pass over them, seeded by (seed, pass, rank), cut into steps of nearly equal size
+      -> `SampledBatch`: negatives, timesteps and noise, seeded by (seed, pass, step, rank)
+      -> `Subgraph`: the whole graph or sampled blocks (subgraph.py), with feature rows looked up
       -> a bounded queue, filled by one thread while the previous step computes
 
-All ranks take the same number of steps; every interaction comes once in a pass over them; a batch may be empty. An
-epoch is one pass, or, for interactions that a pass of which takes hours, a number of steps (`epoch_steps`).
+All ranks take the same number of steps; a pass holds every interaction once; a batch may be empty. An epoch is one
+pass, or, where a pass takes hours, `train.epoch_steps` steps.
 """
 
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.special import gammaln
 
+from gtc_dist.config import Config
+from gtc_dist.data.hashing import hash_bucket
 from gtc_dist.distributed.collectives import Communicator
-from gtc_dist.errors import InputError
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.model.batch import Batch
+from gtc_dist.model.batch import Batch, SampledBatch
+from gtc_dist.model.gtc import GTC
+from gtc_dist.training.subgraph import FullGraphBuilder, SampledGraphBuilder
+
+PREFETCH = 2  # batches prepared ahead
+LEAVE_SECONDS = 10  # wait for the batch in work when the main thread stops early
 
 
-@dataclass
-class SampledBatch:
-    """A step's pairs and its randomness; catalog indexes."""
-
-    users: np.ndarray  # int64 [B]
-    positives: np.ndarray  # int64 [B]
-    negatives: np.ndarray  # int64 [B, K], or [P] shared
-    timesteps: np.ndarray  # int64 [B], 1..T
-    noise: np.ndarray  # float32 [modalities, B, D]
-    dropout: np.ndarray  # float32 [2, B], uniform in [0, 1)
-    seed: int  # alike on every rank: permutations of the total correlation
-    sampler_seed: int  # this rank's: neighbour sampling
-    counts: list[int]  # pairs of each rank
-
-
-@dataclass(frozen=True)
-class LoaderOptions:
-    batch_size: int  # over all ranks
-    seed: int
-    negatives: str  # uniform, shared or in_batch
-    negative_count: int
-    correlation_rows: int  # over all ranks; 0: one for each pair
-    diffusion_steps: int
-    modalities: int
-    width: int
-    prefetch: int
-    epoch_steps: int | None = None  # None: as many as a pass takes
-    negatives_correct: bool = True  # in_batch: weighed by 1 / the chance to be in the batch
-    negative_popularity: float = 0.0  # uniform: drawn by (interactions of an item)^this
-    user_discount: float = 0.0  # a pair of a user with n interactions counts n^-user_discount, times a constant
-
-
-class DataLoader:
-    """Batches of one rank.
+def build_loader(
+    config: Config, network: GTC, users, items, graphs: Graphs, features: dict[str, ShardedTable], comm: Communicator
+) -> "DataLoader":
+    """The loader of one rank; `comm` and the features' tables belong to the prefetch thread.
 
     Args:
         users, items: int32 [n] interactions of this rank, in any order.
-        graphs: the train graph keeps negatives clear of train positives.
-        planner: turns draws into a batch.
-        world: a world whose process group is the prefetch thread's own.
+    """
+    builder = FullGraphBuilder if config.model.propagation == "full" else SampledGraphBuilder
+    return DataLoader(config, users, items, graphs, builder(config, network, graphs, features), comm)
+
+
+class DataLoader:
+    """Batches of one rank. Iteration is a collective where the subgraph looks rows up.
+
+    Args:
+        users, items: int32 [n] interactions of this rank, in any order.
+        graphs: train graph; negatives are never train positives of their user.
+        subgraphs: builds the subgraph of a batch (subgraph.py).
+        comm: a communicator with a process group of the prefetch thread's own.
     """
 
-    def __init__(self, users, items, graphs: Graphs, planner, options: LoaderOptions, comm: Communicator):
-        self.graphs, self.planner, self.options, self.comm = graphs, planner, options, comm
+    def __init__(self, config: Config, users, items, graphs: Graphs, subgraphs, comm: Communicator):
+        self.graphs, self.subgraphs, self.comm = graphs, subgraphs, comm
+        train, model = config.train, config.model
+        self.seed, self.negatives, self.tc_rows = train.seed, train.negatives, train.tc_rows
+        self.diffusion_steps, self.width = model.diffusion.steps, model.width
+        self.modalities = len(subgraphs.features)
+        # every ensemble member has its own negatives of a pair
+        self.negative_count = train.negatives.count * (model.members if train.negatives.mode == "uniform" else 1)
         self.users, self.items = repartition_by_hash(users, items, graphs.items, comm)
         self.rank_rows = comm.all_gather_int(len(self.users))
         self.item_counts = np.bincount(self.items, minlength=graphs.items)
-        self.pass_steps = max(1, -(-sum(self.rank_rows) // options.batch_size))
-        self.steps = options.epoch_steps or self.pass_steps  # of an epoch
-        self.negative_share = cumulative_share(graphs.item_degree, options.negative_popularity)
-        degree = graphs.user_degree
-        self.user_weights = discounted(degree, options.user_discount)
-        if len(degree) and degree.max() >= graphs.items:
-            raise InputError(
-                f"the user with index {int(degree.argmax())} interacted with all {graphs.items} items in train: "
-                "there is no negative to rank them against"
-            )
+        self.pass_steps = max(1, -(-sum(self.rank_rows) // train.batch_size))
+        self.steps = train.epoch_steps or self.pass_steps  # of an epoch
 
     def counts(self, step: int) -> list[int]:
-        """Pairs of each rank in a step of a pass: its rows cut into parts whose sizes differ by one at most."""
+        """Pairs of each rank in a step of a pass: its rows cut into parts whose sizes differ by at most one. Local."""
         return [rows // self.pass_steps + (step < rows % self.pass_steps) for rows in self.rank_rows]
 
-    def correlation_counts(self, counts: list[int]) -> list[int]:
-        """Of a step's pairs of each rank, those whose items enter the total correlation."""
-        rows = self.options.correlation_rows
-        return [min(n, -(-rows // self.comm.size)) if rows else n for n in counts]
+    def tc_counts(self, counts: list[int]) -> list[int]:
+        """Pairs of each rank that enter the total correlation. Local."""
+        return [min(n, -(-self.tc_rows // self.comm.size)) if self.tc_rows else n for n in counts]
 
     def epoch(self, epoch: int, done: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch after the first `done`; one thread prepares them ahead, whose errors are raised."""
-        return _prefetch(self._batches(epoch, done), self.options.prefetch)
+        """Batches of an epoch after the first `done`, prepared ahead by one thread, whose errors are raised here."""
+        return _prefetch(self._batches(epoch, done), PREFETCH)
 
-    def draw(self, turn: int, step: int, rows: np.ndarray) -> SampledBatch:
-        """The randomness of a step of a pass (`turn`, from 1) for the interactions `rows` of this rank."""
-        o = self.options
-        rng = np.random.default_rng([o.seed, turn, step, self.comm.rank])
+    def draw(self, pass_number: int, step: int, rows: np.ndarray) -> SampledBatch:
+        """Randomness of a step of a pass (from 1) for the interactions `rows` of this rank. Local."""
+        rng = np.random.default_rng([self.seed, pass_number, step, self.comm.rank])
         users, positives = self.users[rows].astype(np.int64), self.items[rows].astype(np.int64)
-        if o.negatives == "uniform":
-            negatives = self.graphs.draw_negatives(np.repeat(users, o.negative_count), rng, self.negative_share)
-            negatives = negatives.reshape(-1, o.negative_count)
-        elif o.negatives == "shared":
-            negatives = rng.integers(0, self.graphs.items, o.negative_count)
+        if self.negatives.mode == "uniform":
+            negatives = self.graphs.draw_negatives(np.repeat(users, self.negative_count), rng)
+            negatives = negatives.reshape(-1, self.negative_count)
+        elif self.negatives.mode == "shared":
+            negatives = rng.integers(0, self.graphs.items, self.negative_count)
         else:
             negatives = np.unique(positives)
         return SampledBatch(
             users,
             positives,
             negatives,
-            rng.integers(1, o.diffusion_steps + 1, len(rows)),
-            rng.standard_normal((o.modalities, len(rows), o.width), dtype=np.float32),
+            rng.integers(1, self.diffusion_steps + 1, len(rows)),
+            rng.standard_normal((self.modalities, len(rows), self.width), dtype=np.float32),
             rng.random((2, len(rows)), dtype=np.float32),
-            int(np.random.default_rng([o.seed, turn, step]).integers(1 << 31)),
+            int(np.random.default_rng([self.seed, pass_number, step]).integers(1 << 31)),
             int(rng.integers(1 << 31)),
             self.counts(step),
         )
@@ -123,81 +106,80 @@ class DataLoader:
     def _batches(self, epoch: int, done: int) -> Iterator[Batch]:
         ordered, order = 0, np.empty(0, np.int64)
         for n in range((epoch - 1) * self.steps + done, epoch * self.steps):
-            turn, step = 1 + n // self.pass_steps, n % self.pass_steps
-            if turn != ordered:
-                ordered, order = turn, self._order(turn)
-            yield self.assemble(self.draw(turn, step, order[self._rows(step)]))
+            pass_number, step = 1 + n // self.pass_steps, n % self.pass_steps
+            if pass_number != ordered:
+                ordered, order = pass_number, self._order(pass_number)
+            yield self.assemble(self.draw(pass_number, step, order[self._rows(step)]))
 
-    def _order(self, turn: int) -> np.ndarray:
-        """The permutation of a pass over this rank's interactions."""
-        return np.random.default_rng([self.options.seed, turn, self.comm.rank, 1]).permutation(len(self.users))
+    def _order(self, pass_number: int) -> np.ndarray:
+        """Permutation of a pass over this rank's interactions."""
+        return np.random.default_rng([self.seed, pass_number, self.comm.rank, 1]).permutation(len(self.users))
 
     def _rows(self, step: int) -> slice:
-        """Where a step's pairs stand in the permutation."""
+        """Place of a step's pairs in the permutation."""
         size, larger = divmod(len(self.users), self.pass_steps)
         start = step * size + min(step, larger)
         return slice(start, start + size + (step < larger))
 
-    def assemble(self, draws: SampledBatch, pairs: np.ndarray | None = None) -> Batch:
-        """The batch of some draws. A collective where the planner looks rows up.
+    def assemble(self, sampled: SampledBatch, all_pairs: np.ndarray | None = None) -> Batch:
+        """The batch of sampled pairs.
 
         Args:
-            pairs: of all ranks, int64 [n, 2]; None: asked from them.
+            all_pairs: pairs of all ranks, int64 [n, 2]; None: gathered from them.
         """
-        pairs = self._global_pairs(draws) if pairs is None else pairs
-        users, user_at = np.unique(draws.users, return_inverse=True)
-        together = np.concatenate([draws.positives, draws.negatives.reshape(-1)])
+        all_pairs = self._gather_pairs(sampled) if all_pairs is None else all_pairs
+        users, user_at = np.unique(sampled.users, return_inverse=True)
+        together = np.concatenate([sampled.positives, sampled.negatives.reshape(-1)])
         items, item_at = np.unique(together, return_inverse=True)
-        positives, negatives = item_at[: len(draws.positives)], item_at[len(draws.positives) :]
+        positives, negatives = item_at[: len(sampled.positives)], item_at[len(sampled.positives) :]
         mask = None
-        if draws.negatives.ndim == 1:
-            mask = torch.from_numpy(~self.graphs.crossed(users, draws.negatives)[user_at])
+        if sampled.negatives.ndim == 1:
+            mask = torch.from_numpy(~self.graphs.is_interacted(users, sampled.negatives)[user_at])
         return Batch(
-            **self.planner.plan(users, items, pairs, draws.sampler_seed),
+            subgraph=self.subgraphs.build(users, items, all_pairs, sampled.sampler_seed),
             users=torch.from_numpy(user_at),
             positives=torch.from_numpy(positives),
-            negatives=torch.from_numpy(negatives.reshape(draws.negatives.shape)),
+            negatives=torch.from_numpy(negatives.reshape(sampled.negatives.shape)),
             negative_mask=mask,
-            negative_weight=self._negative_weight(draws),
-            pair_weights=torch.from_numpy(self.user_weights[draws.users]),
+            negative_weight=self._negative_weight(sampled),
             user_ids=torch.from_numpy(users),
             item_ids=torch.from_numpy(items),
-            timesteps=torch.from_numpy(draws.timesteps),
-            noise=torch.from_numpy(draws.noise),
-            dropout=torch.from_numpy(draws.dropout),
-            pairs=pairs,
-            permutation_seed=draws.seed,
-            sampler_seed=draws.sampler_seed,
-            counts=draws.counts,
-            correlation_counts=self.correlation_counts(draws.counts),
+            timesteps=torch.from_numpy(sampled.timesteps),
+            noise=torch.from_numpy(sampled.noise),
+            dropout=torch.from_numpy(sampled.dropout),
+            permutation_seed=sampled.seed,
+            counts=sampled.counts,
+            tc_counts=self.tc_counts(sampled.counts),
+            sampled=sampled,
+            all_pairs=all_pairs,
         )
 
-    def _negative_weight(self, draws: SampledBatch) -> torch.Tensor | None:
-        """1 / the chance that a negative of the batch is in it."""
-        if self.options.negatives != "in_batch" or not self.options.negatives_correct:
+    def _negative_weight(self, sampled: SampledBatch) -> torch.Tensor | None:
+        """Importance weight of an in-batch negative: 1 / P(item in batch), so that popular items are not negatives more
+        often than others."""
+        if self.negatives.mode != "in_batch":
             return None
-        chance = inclusion_chance(self.item_counts[draws.negatives], len(self.users), len(draws.users))
+        chance = inclusion_chance(self.item_counts[sampled.negatives], len(self.users), len(sampled.users))
         return torch.from_numpy((1 / chance).astype(np.float32))
 
-    def _global_pairs(self, draws: SampledBatch) -> np.ndarray:
-        """Interactions of all ranks in this step, int64 [n, 2]: a step's result must not depend on how many ranks
-        share its batch, so each leaves out the edges of all."""
-        mine = torch.from_numpy(np.stack([draws.users, draws.positives], axis=1))
-        return self.comm.all_gather(mine.to(self.comm.device), draws.counts).cpu().numpy()
+    def _gather_pairs(self, sampled: SampledBatch) -> np.ndarray:
+        """Interactions of all ranks in this step, int64 [n, 2]. Every rank excludes the edges of all of them, so that a
+        step does not depend on how many ranks share its batch."""
+        own = torch.from_numpy(np.stack([sampled.users, sampled.positives], axis=1))
+        return self.comm.all_gather(own.to(self.comm.device), sampled.counts).cpu().numpy()
 
 
 def repartition_by_hash(
     users: np.ndarray, items: np.ndarray, items_total: int, comm: Communicator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Give every interaction to the rank that a hash of it names, each rank's sorted: int32 [n], int32 [n].
+    """Send every interaction to the rank that its hash names; each rank's are sorted: int32 [n], int32 [n].
 
-    Ray Data hands out blocks by demand, so which rank reads what differs from run to run; after this it does not.
-    A collective.
+    Ray Data hands out blocks by demand, so which rank reads what differs from run to run. After this it does not, and
+    resume is bit-exact. Collective: every rank must call it.
     """
     key = np.sort(users.astype(np.int64) * items_total + items)
     if comm.size > 1:
-        mixed = (key.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)
-        owner = (mixed % np.uint64(comm.size)).astype(np.int64)
+        owner = hash_bucket(key, comm.size)
         order = np.argsort(owner, kind="stable")
         receive = np.bincount(owner, minlength=comm.size).tolist()
         one_each = [1] * comm.size
@@ -208,29 +190,12 @@ def repartition_by_hash(
     return (key // items_total).astype(np.int32), (key % items_total).astype(np.int32)
 
 
-def cumulative_share(degree: np.ndarray, power: float) -> np.ndarray | None:
-    """Share of the items up to each, by degree^power, float64 [items], increasing to 1; None for power 0."""
-    if not power:
-        return None
-    share = np.cumsum(degree.astype(np.float64) ** power)
-    return share / share[-1]
-
-
 def inclusion_chance(count: np.ndarray, total: int, drawn: int) -> np.ndarray:
-    """Chance that one of `count` rows is among `drawn` of `total`, drawn without replacement; float64, count >= 1."""
+    """Probability that one of `count` rows is among `drawn` of `total`, drawn without replacement; float64, count >=
+    1."""
     none = gammaln(total - count + 1) + gammaln(total - drawn + 1)
     none = none - gammaln(np.maximum(total - count - drawn, 0) + 1) - gammaln(total + 1)
     return np.where(count > total - drawn, 1.0, -np.expm1(none))
-
-
-def discounted(degree: np.ndarray, power: float) -> np.ndarray:
-    """Weight of each user's interactions, float32 [users]: degree^-power, scaled to a mean of one over interactions."""
-    weight = np.maximum(degree, 1.0) ** -power
-    total = degree.sum()
-    return (weight * (total / (weight @ degree) if total else 1.0)).astype(np.float32)
-
-
-LEAVE_SECONDS = 10  # for the batch in work when the main thread leaves early
 
 
 class _Failure:
@@ -242,8 +207,8 @@ _END = object()
 
 
 def _prefetch(source: Iterator, depth: int) -> Iterator:
-    """Run `source` in a thread, at most `depth` ahead. Leaving early ends the thread: after the batch in work, or,
-    where that waits for a rank that is gone, with the process."""
+    """Run `source` in a thread, at most `depth` ahead. Leaving early ends the thread after the batch in work, or, where
+    that waits for a rank that is gone, with the process."""
     results: queue.Queue = queue.Queue(depth)
     stopped = threading.Event()
 

@@ -1,62 +1,54 @@
-"""What keeps a bad step out of the weights: a check of losses and gradients, clipping, and a file to replay the step.
+"""Guard before the optimizers: finite losses and gradients, clipping, and a file from which a bad step is replayed.
 
-A loss or gradient that is not finite is found before the optimizers see it. By default the rank that found it writes
-its batch and the weights that met it to `not-finite-...npz` in the run folder and ends the run; `python -m
-gtc_dist.train --replay FILE` computes that step once more and says what is not finite. Or the step is left out on all
-ranks, and counted.
+A loss or gradient that is not finite is found before the optimizers use it. By default the rank that finds it writes
+the batch and the weights it met to `not-finite-...npz` in the run folder and ends the run; `python -m gtc_dist.train
+--replay FILE` computes that step again and names the terms that are not finite. With `train.not_finite: skip` all ranks
+leave the step out and count it.
 """
 
 import io
+from dataclasses import fields
 
 import numpy as np
 import torch
 from torch import nn
 
+from gtc_dist.config import TrainConfig
 from gtc_dist.data import storage
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import NotFinite
-from gtc_dist.model.batch import Batch
+from gtc_dist.model.batch import Batch, SampledBatch
 
-SHOWN = 6  # of what is not finite, in the message
-Rows = tuple[torch.Tensor, torch.Tensor]  # of the batch's in-users and in-items
+SHOWN = 6  # names in the message
+Rows = tuple[torch.Tensor, torch.Tensor]  # of the input users and input items of a batch
 
 
 class GradientGuard:
-    """One rank's look at every step.
-
-    Args:
-        skip: leave a bad step out, on all ranks alike, instead of ending the run.
-        clip: largest norm of all gradients together; None: any.
-    """
+    """Checks every step of one rank."""
 
     def __init__(
-        self,
-        network: nn.Module,
-        tables: tuple[ShardedTable, ...],
-        comm: Communicator,
-        run: str,
-        skip: bool,
-        clip: float | None,
+        self, train: TrainConfig, network: nn.Module, tables: tuple[ShardedTable, ...], comm: Communicator, run: str
     ):
-        self.network, self.tables, self.comm, self.run, self.skip, self.clip = network, tables, comm, run, skip, clip
+        self.network, self.tables, self.comm, self.run = network, tables, comm, run
+        self.skip, self.clip = train.not_finite == "skip", train.clip_norm
         self.skipped = 0  # steps left out so far
 
-    def passes(self, parts: dict[str, torch.Tensor], batch: Batch, rows: Rows, place: str) -> bool:
-        """Whether the optimizers may use the gradients of this step; clips them if so. A collective if steps are left
-        out or gradients clipped.
+    def passes(self, terms: dict[str, torch.Tensor], batch: Batch, rows: Rows, place: str) -> bool:
+        """Whether the optimizers may use the gradients of this step; clips them if so. A collective if steps are
+        skipped or gradients are clipped.
 
         Args:
-            parts: of the loss, of this rank.
-            rows: of the tables, that the batch was computed with.
+            terms: loss terms of this rank.
+            rows: looked-up rows of the tables.
             place: of the step, for the message: "epoch 3, step 14".
 
         Raises:
-            NotFinite: unless such steps are left out.
+            NotFinite: unless such steps are skipped.
         """
         bad = []
-        if not self._finite(parts):
-            bad = non_finite_names(parts, self.network, self.tables) or ["the sum of all"]
+        if not self._finite(terms):
+            bad = non_finite_names(terms, self.network, self.tables) or ["the sum of all"]
         if bad and not self.skip:
             name = f"not-finite-{place.replace(', ', '-').replace(' ', '-')}-rank-{self.comm.rank}.npz"
             uri = storage.join(self.run, name)
@@ -75,15 +67,15 @@ class GradientGuard:
             self._clip()
         return True
 
-    def _finite(self, parts: dict[str, torch.Tensor]) -> bool:
-        """In one number: a sum is finite if, and hardly ever only if, all of its terms are."""
-        sums = [value.float() for value in parts.values()]
+    def _finite(self, terms: dict[str, torch.Tensor]) -> bool:
+        """One reduction: the sum of all losses and gradients is finite iff (barring overflow) each of them is."""
+        sums = [value.float() for value in terms.values()]
         sums += [p.grad.sum() for p in self.network.parameters() if p.grad is not None]
         sums += [values.sum() for table in self.tables for _, values in table.pending]
         return bool(torch.stack(sums).sum().isfinite())
 
     def _clip(self) -> None:
-        """Scale all gradients so that their norm, over all ranks, is at most `clip`."""
+        """Scale all gradients so that their norm over all ranks is at most `clip`."""
         dense = [p.grad for p in self.network.parameters() if p.grad is not None]
         own = [gradient[1].square().sum() for table in self.tables if (gradient := table.gradient()) is not None]
         zero = torch.zeros((), device=self.comm.device)
@@ -93,9 +85,9 @@ class GradientGuard:
             gradient.mul_(scale)
 
 
-def non_finite_names(parts: dict[str, torch.Tensor], network: nn.Module, tables: tuple[ShardedTable, ...]) -> list[str]:
-    """Names of the loss parts and gradients that are not finite."""
-    bad = [f"loss {name}" for name, value in parts.items() if not value.isfinite()]
+def non_finite_names(terms: dict[str, torch.Tensor], network: nn.Module, tables: tuple[ShardedTable, ...]) -> list[str]:
+    """Names of the loss terms and gradients that are not finite."""
+    bad = [f"loss {name}" for name, value in terms.items() if not value.isfinite()]
     for name, parameter in network.named_parameters():
         if parameter.grad is not None and not parameter.grad.isfinite().all():
             bad.append(f"gradient of {name}")
@@ -105,28 +97,18 @@ def non_finite_names(parts: dict[str, torch.Tensor], network: nn.Module, tables:
     return bad
 
 
-FIELDS = ("timesteps", "noise", "dropout")
-NETWORK = "network."  # before the name of a parameter or buffer
+NETWORK = "network."  # prefix of a parameter or buffer in the file
 
 
 def dump_step(batch: Batch, rows: Rows, network: nn.Module) -> bytes:
-    """A batch's pairs and those of all ranks, by catalog index, its randomness, and the weights that it was computed
-    with, as .npz."""
-    users, items = batch.user_ids[batch.users], batch.item_ids
-    arrays = {
-        "users": users,
-        "positives": items[batch.positives],
-        "negatives": items[batch.negatives],
-        "pairs": torch.from_numpy(batch.pairs),
-        "ranks": torch.tensor(len(batch.counts)),
-        **{name: getattr(batch, name) for name in FIELDS},
-        "seeds": torch.tensor([batch.permutation_seed, batch.sampler_seed]),
-        "user_rows": rows[0],
-        "item_rows": rows[1],
-        **{NETWORK + name: tensor for name, tensor in network.state_dict().items()},
-    }
+    """The sampled pairs of a batch, those of all ranks, and the weights that it was computed with, as .npz."""
+    arrays = {field.name: np.asarray(getattr(batch.sampled, field.name)) for field in fields(SampledBatch)}
+    tensors = {"user_rows": rows[0], "item_rows": rows[1]}
+    tensors |= {NETWORK + name: tensor for name, tensor in network.state_dict().items()}
     if batch.negative_weight is not None:
-        arrays["negative_weight"] = batch.negative_weight
+        tensors["negative_weight"] = batch.negative_weight
+    arrays |= {"all_pairs": batch.all_pairs}
+    arrays |= {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
     buffer = io.BytesIO()
-    np.savez(buffer, **{name: tensor.detach().cpu().numpy() for name, tensor in arrays.items()})
+    np.savez(buffer, **arrays)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress lines, metrics.jsonl and TensorBoard.
+"""Logs of a run: progress lines, metrics.jsonl and TensorBoard.
 
 Only rank 0 writes. TensorBoard's event files go straight into a local run folder; for a run in object storage they are
 written to a temporary folder and uploaded at every `flush`.
@@ -11,37 +11,18 @@ import time
 
 import numpy as np
 
+from gtc_dist.checkpoint.run_folder import METRICS_LOG, TENSORBOARD_FOLDER
 from gtc_dist.data import storage
 
 
-class Stopwatch:
-    """Adds up seconds by part."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._part, self._since = None, 0.0
-
-    def part(self, name: str | None) -> None:
-        """End the running part and begin another (None: none)."""
-        now = time.perf_counter()
-        if self._part is not None:
-            self.seconds[self._part] = self.seconds.get(self._part, 0.0) + now - self._since
-        self._part, self._since = name, now
-
-    def take(self) -> dict[str, float]:
-        """Seconds since the last call, by part."""
-        taken, self.seconds = self.seconds, {}
-        return taken
-
-
 class RunLog:
-    """Writes a run's logs; on ranks other than 0 every method does nothing.
+    """Writes a run's logs; on ranks other than 0 every method does nothing. Methods are local.
 
     Args:
         run: URI of the run folder.
         epochs, steps: for the progress line.
-        lines: of metrics.jsonl so far, where a run goes on.
-        done: steps so far; points beyond them, of what is done again, are taken out of TensorBoard's curves.
+        lines: lines of metrics.jsonl so far, of a resumed run.
+        done: steps so far; TensorBoard points beyond them, of steps that are repeated, are purged.
     """
 
     def __init__(
@@ -55,7 +36,7 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
-        folder = storage.absolute(storage.join(run, "tensorboard"))
+        folder = storage.absolute(storage.join(run, TENSORBOARD_FOLDER))
         if not storage.is_local(run):
             self._temporary = tempfile.TemporaryDirectory(prefix="gtc-tensorboard-")
             folder = self._temporary.name
@@ -63,7 +44,7 @@ class RunLog:
         self.writer = SummaryWriter(folder, purge_step=done + 1 if done else None)
 
     def step(self, epoch: int, step: int, scalars: dict[str, float], rate: float) -> None:
-        """A point on every curve, and a progress line now and then.
+        """A point on every curve, and a progress line every ten seconds and at the end of an epoch.
 
         Args:
             scalars: TensorBoard tag -> value; rate: interactions a second over all ranks.
@@ -87,7 +68,7 @@ class RunLog:
             )
 
     def evaluation(self, epoch: int, metrics: dict, note: str, extra: dict) -> None:
-        """One line of metrics.jsonl, the metric curves, and a line for the person watching."""
+        """One line of metrics.jsonl, the metric curves, and a printed line."""
         if not self.active:
             return
         for name, value in metrics["overall"].items():
@@ -109,7 +90,7 @@ class RunLog:
         if not self.active:
             return
         self.writer.flush()
-        storage.write_bytes(storage.join(self.run, "metrics.jsonl"), ("\n".join(self.lines) + "\n").encode())
+        storage.write_bytes(storage.join(self.run, METRICS_LOG), ("\n".join(self.lines) + "\n").encode())
         if self._temporary is not None:
             for root, _, names in os.walk(self.folder):
                 for name in names:

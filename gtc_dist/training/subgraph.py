@@ -1,190 +1,188 @@
-"""Plans: which rows and blocks a batch needs, on the whole graph or on a sample of it.
+"""Subgraphs: rows and blocks that a batch needs, on the whole graph or on a sample of it.
 
-Both give the same numbers where the sample takes every neighbour; a test holds them to that.
+Both builders give the same numbers where the sample takes every neighbour; a test compares them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 
+from gtc_dist.config import Config
 from gtc_dist.data.catalog import CSC
 from gtc_dist.distributed.message_passing import Block
 from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup, plan_whole_table
-from gtc_dist.graph.csc import Graphs, edge_of, take
-from gtc_dist.graph.neighbor_sampler import Layer, Sampler, thin
-from gtc_dist.model.batch import HistoryLookup
-from gtc_dist.training.run_log import Stopwatch
-
-
-@dataclass(frozen=True)
-class PlannerOptions:
-    layers: int
-    audience: bool
-    exclude_seed_edges: bool
-    fanout: tuple[int, ...]  # sampled: last layer first
-    item_fanout: int
-    user_fanout: int
-    layer_nodes: int | None  # sampled: expected new nodes of this rank's layers and hops; None: all that are drawn
-    sampler: str
-    threads: int
-    history: bool  # sampled: the batch's rows of a history are wanted
-    hops_first: bool  # the hop over the item-item graph is of what enters the graph, not of what leaves it
+from gtc_dist.distributed.stopwatch import Stopwatch
+from gtc_dist.graph.csc import Graphs, find_edges, take_edges
+from gtc_dist.graph.neighbor_sampler import NeighborSampler, SampledLayer, importance_sample_sources
+from gtc_dist.model.batch import HistoryLookup, Subgraph
+from gtc_dist.model.gtc import GTC
 
 
 class FullGraphBuilder:
-    """The whole graph as one block; only the hops are cut to the batch.
+    """The whole graph as one block; only the hops are restricted to the batch.
 
     Args:
         features: tables of the modalities' features, float16; read once, whole.
     """
 
-    def __init__(
-        self, graphs: Graphs, features: dict[str, ShardedTable], options: PlannerOptions, device: torch.device
-    ):
-        self.graphs, self.options = graphs, options
-        comm = next(iter(features.values())).comm
-        self.watch = Stopwatch()
-        users, items = graphs.users, graphs.items
-        whole_items = plan_whole_table(items, comm)
-        self.features = {name: table.lookup(whole_items).float().to(device) for name, table in features.items()}
-        self.routes = {"user_route": plan_whole_table(users, comm).to(device), "item_route": whole_items.to(device)}
-        nodes = graphs.nodes
+    def __init__(self, config: Config, network: GTC, graphs: Graphs, features: dict[str, ShardedTable]):
+        self.graphs, self.stopwatch = graphs, Stopwatch()
+        self.layers, self.exclude_seed_edges = config.model.layers, config.train.exclude_seed_edges
+        device, comm = network.comm.device, next(iter(features.values())).comm
+        users, items, nodes = graphs.users, graphs.items, graphs.nodes
+        all_items = plan_whole_table(items, comm)
+        self.features = {name: table.lookup(all_items).float().to(device) for name, table in features.items()}
+        self.lookups = {
+            "user_lookup": plan_whole_table(users, comm).to(device),
+            "item_lookup": all_items.to(device),
+        }
         self.block = Block.build(nodes.indptr, nodes.indices, nodes.weight, users + items).to(device)
-        self.audience = whole_audience(graphs).to(device) if options.audience else None
-        item_item = graphs.item_item
-        self.input_hop = None
-        if options.hops_first:
-            self.input_hop = Block.build(item_item.indptr, item_item.indices, item_item.weight, items).to(device)
-        # edge ids of an item's users follow those of the users' items; where they stand by source
-        self.first_audience_edge = int(nodes.indptr[users])
-        self.audience_by_source = _position_by_source(nodes, users, items) if options.audience else None
+        self.hops_first, self.input_hop = network.hops_first, None
+        if network.hops_first:
+            hop = graphs.item_item
+            self.input_hop = Block.build(hop.indptr, hop.indices, hop.weight, items).to(device)
+        self.audience = None
+        if network.needs_audience:
+            self.audience = mean_of_users(graphs).to(device)
+            # ids of edges into items follow those of edges into users
+            self.first_audience_edge = int(nodes.indptr[users])
+            self.audience_by_source = _position_by_source(nodes, users, items)
 
-    def plan(self, users: np.ndarray, items: np.ndarray, pairs: np.ndarray, seed: int) -> dict:
-        """Fields of the batch.
+    def build(self, users: np.ndarray, items: np.ndarray, all_pairs: np.ndarray, seed: int) -> Subgraph:
+        """The subgraph of a batch.
 
         Args:
-            users, items: the batch's unique ones, [u] and [i], catalog indexes.
-            pairs: int64 [n, 2], interactions of the global batch, whose edges are left out if so configured.
+            users, items: distinct users [u] and items [i] of the batch, catalog indexes.
+            all_pairs: int64 [n, 2], interactions of the global batch, whose edges are excluded if so configured.
             seed: of the sampling; not used on the whole graph.
         """
-        self.watch.part("sampling")
-        graphs, options = self.graphs, self.options
-        block, audience = self.block, self.audience
-        if options.exclude_seed_edges:
-            to_users, to_items = _seed_edges(graphs, pairs)
-            edges = np.concatenate([to_users, to_items])
-            block = _without(block, edges, edges)  # symmetric: both orders of its edges are alike
+        self.stopwatch.part("sampling")
+        graphs, block, audience = self.graphs, self.block, self.audience
+        if self.exclude_seed_edges:
+            into_users, into_items = _seed_edges(graphs, all_pairs)
+            edges = np.concatenate([into_users, into_items])
+            block = _without(block, edges, edges)  # the graph is symmetric: edge order by source is that by destination
             if audience is not None:
-                edges = to_items - self.first_audience_edge
+                edges = into_items - self.first_audience_edge
                 audience = _without(audience, edges, self.audience_by_source[edges])
-        fields = {
-            **self.routes,
-            "features": self.features,
-            "audience": audience,
-            "input_nodes": None,
-            "blocks": [block] * options.layers,
-            "seed_users": graphs.users,
-            "seed_items": graphs.items,
-            "user_hop": _whole_hop(graphs.user_user, users),
-            "input_hop": self.input_hop,
-            "item_hop": None if options.hops_first else _whole_hop(graphs.item_item, items),
-            "user_rows": torch.from_numpy(users),
-            "item_rows": torch.from_numpy(items),
-            "ego_users": torch.from_numpy(users),
-            "ego_items": torch.from_numpy(items),
-            "history": None,
-        }
-        self.watch.part(None)
-        return fields
+        users_at, items_at = torch.from_numpy(users), torch.from_numpy(items)
+        subgraph = Subgraph(
+            **self.lookups,
+            features=self.features,
+            audience=audience,
+            input_nodes=None,
+            blocks=[block] * self.layers,
+            seed_users=graphs.users,
+            seed_items=graphs.items,
+            user_hop=_restricted_hop(graphs.user_user, users),
+            input_hop=self.input_hop,
+            item_hop=None if self.hops_first else _restricted_hop(graphs.item_item, items),
+            user_seeds=users_at,
+            item_seeds=items_at,
+            user_inputs=users_at,
+            item_inputs=items_at,
+        )
+        self.stopwatch.part(None)
+        return subgraph
 
 
 class SampledGraphBuilder:
     """DGL blocks around the batch; feature rows are looked up here, in the prefetch thread.
 
-    Nothing here is linear in the catalog: a plan costs what its batch, its fanouts and `layer_nodes` ask for.
+    Nothing here is linear in the catalog: a subgraph costs what its batch, its fanouts and `layer_nodes` ask for.
 
     Args:
-        features: tables whose world is the prefetch thread's.
+        features: tables whose communicator is the prefetch thread's.
     """
 
-    def __init__(self, graphs: Graphs, features: dict[str, ShardedTable], options: PlannerOptions):
-        self.graphs, self.options, self.features = graphs, options, features
+    def __init__(self, config: Config, network: GTC, graphs: Graphs, features: dict[str, ShardedTable]):
+        self.graphs, self.features, self.stopwatch = graphs, features, Stopwatch()
+        self.model, self.exclude_seed_edges = config.model, config.train.exclude_seed_edges
+        self.needs_audience, self.hops_first = network.needs_audience, network.hops_first
+        self.has_history = config.has_historical_embeddings
         self.comm = next(iter(features.values())).comm
-        self.watch = Stopwatch()
+        nodes = config.model.layer_nodes
+        self.layer_nodes = None if nodes is None else -(-nodes // self.comm.size)  # of this rank
         self.nodes, self.item_item, self.user_user = (
-            None if graph is None else Sampler(graph, options.sampler, options.threads)
+            None if graph is None else NeighborSampler(graph)
             for graph in (graphs.nodes, graphs.item_item, graphs.user_user)
         )
 
-    def plan(self, users: np.ndarray, items: np.ndarray, pairs: np.ndarray, seed: int) -> dict:
-        self.watch.part("sampling")
-        U, options = self.graphs.users, self.options
+    def build(self, users: np.ndarray, items: np.ndarray, all_pairs: np.ndarray, seed: int) -> Subgraph:
+        """The subgraph of a batch; arguments as in `FullGraphBuilder.build`. A collective."""
+        self.stopwatch.part("sampling")
+        n_users, model = self.graphs.users, self.model
         self.rng = np.random.default_rng(seed)
         for offset, sampler in enumerate((self.nodes, self.item_item, self.user_user)):
             if sampler is not None:
                 sampler.seed(seed + offset)
-        user_hop, seed_users = self._hop(self.user_user, users, options.user_fanout)
-        output_hop = None if options.hops_first else self.item_item
-        item_hop, seed_items = self._hop(output_hop, items, options.item_fanout)
-        excluded = np.sort(np.concatenate(_seed_edges(self.graphs, pairs))) if options.exclude_seed_edges else None
+        user_hop, seed_users = self._hop(self.user_user, users, model.user_fanout)
+        output_hop = None if self.hops_first else self.item_item
+        item_hop, seed_items = self._hop(output_hop, items, model.item_fanout)
+        excluded = np.sort(np.concatenate(_seed_edges(self.graphs, all_pairs))) if self.exclude_seed_edges else None
 
-        frontier = np.concatenate([seed_users, seed_items + U])
+        frontier = np.concatenate([seed_users, seed_items + n_users])
         blocks = []
-        for fanout in options.fanout:
+        for fanout in model.fanout:
             block, frontier = self._layer(frontier, fanout, excluded)
             blocks.insert(0, block)
-        in_users, in_items = frontier[frontier < U], frontier[frontier >= U] - U
+        in_users, in_items = frontier[frontier < n_users], frontier[frontier >= n_users] - n_users
         order = np.empty(len(frontier), np.int64)
-        order[frontier >= U] = np.arange(len(in_items))
-        hop = self.item_item if options.hops_first else None
-        input_hop, in_items = self._hop(hop, in_items, options.item_fanout)
+        order[frontier >= n_users] = np.arange(len(in_items))
+        input_hop, in_items = self._hop(self.item_item if self.hops_first else None, in_items, model.item_fanout)
         audience, in_users = self._audience(in_users, in_items, excluded)
-        order[frontier < U] = np.arange((frontier < U).sum())
-        order[frontier >= U] += len(in_users)  # which may have grown by an audience
-        self.watch.part("features")
-        item_route = plan_lookup(torch.from_numpy(in_items), self.graphs.items, self.comm)
-        fields = {
-            "user_route": plan_lookup(torch.from_numpy(in_users), U, self.comm),
-            "item_route": item_route,
-            "features": {name: table.lookup(item_route).float() for name, table in self.features.items()},
-            "audience": audience,
-            "input_nodes": torch.from_numpy(order),
-            "blocks": blocks,
-            "seed_users": len(seed_users),
-            "seed_items": len(seed_items),
-            "user_hop": user_hop,
-            "input_hop": input_hop,
-            "item_hop": item_hop,
-            "user_rows": torch.arange(len(users)),
-            "item_rows": torch.arange(len(items)),
-            "ego_users": torch.arange(len(users)),
-            "ego_items": torch.arange(len(items)),
-            "history": self._history(users, items, pairs) if options.history else None,
-        }
-        self.watch.part(None)
-        return fields
+        order[frontier < n_users] = np.arange((frontier < n_users).sum())
+        order[frontier >= n_users] += len(in_users)  # the audience may have added users
+        self.stopwatch.part("features")
+        item_lookup = plan_lookup(torch.from_numpy(in_items), self.graphs.items, self.comm)
+        users_at, items_at = torch.arange(len(users)), torch.arange(len(items))  # the batch's nodes come first
+        subgraph = Subgraph(
+            user_lookup=plan_lookup(torch.from_numpy(in_users), n_users, self.comm),
+            item_lookup=item_lookup,
+            features={name: table.lookup(item_lookup).float() for name, table in self.features.items()},
+            audience=audience,
+            input_nodes=torch.from_numpy(order),
+            blocks=blocks,
+            seed_users=len(seed_users),
+            seed_items=len(seed_items),
+            user_hop=user_hop,
+            input_hop=input_hop,
+            item_hop=item_hop,
+            user_seeds=users_at,
+            item_seeds=items_at,
+            user_inputs=users_at,
+            item_inputs=items_at,
+            history=self._history(users, items, all_pairs) if self.has_history else None,
+        )
+        self.stopwatch.part(None)
+        return subgraph
 
-    def _history(self, users: np.ndarray, items: np.ndarray, pairs: np.ndarray) -> HistoryLookup:
-        """Routes of the batch's rows of a history, and the edges of `pairs` that end in them. A collective."""
-        graphs, options = self.graphs, self.options
-        if not options.exclude_seed_edges or not options.layers:
-            pairs = pairs[:0]
-        weight = graphs.nodes.weight[_seed_edges(graphs, pairs)[0]]
-        of_users, left_items = _left_out(users, pairs[:, 0], pairs[:, 1], weight)
-        of_items, left_users = _left_out(items, pairs[:, 1], pairs[:, 0], weight)
-        rows = ((users, graphs.users), (items, graphs.items), (left_users, graphs.users), (left_items, graphs.items))
-        routes = [plan_lookup(torch.from_numpy(ids), total, self.comm) for ids, total in rows]
-        return HistoryLookup(*routes, of_users, of_items)
+    def _history(self, users: np.ndarray, items: np.ndarray, all_pairs: np.ndarray) -> HistoryLookup:
+        """Look-ups of the batch's historical embeddings, and the edges of `all_pairs` that end in the batch."""
+        graphs = self.graphs
+        if not self.exclude_seed_edges or not self.model.layers:
+            all_pairs = all_pairs[:0]
+        weight = graphs.nodes.weight[_seed_edges(graphs, all_pairs)[0]]
+        into_users, excluded_items = _edges_into(users, all_pairs[:, 0], all_pairs[:, 1], weight)
+        into_items, excluded_users = _edges_into(items, all_pairs[:, 1], all_pairs[:, 0], weight)
+        rows = (
+            (users, graphs.users),
+            (items, graphs.items),
+            (excluded_users, graphs.users),
+            (excluded_items, graphs.items),
+        )
+        lookups = [plan_lookup(torch.from_numpy(ids), total, self.comm) for ids, total in rows]
+        return HistoryLookup(*lookups, into_users, into_items)
 
-    def _hop(self, sampler: Sampler | None, batch: np.ndarray, fanout: int) -> tuple[Block | None, np.ndarray]:
-        """One hop to the batch's rows and the seeds that it needs, the batch first."""
+    def _hop(self, sampler: NeighborSampler | None, batch: np.ndarray, fanout: int) -> tuple[Block | None, np.ndarray]:
+        """One hop to the batch's rows, and its sources, the batch first."""
         if sampler is None:
             return None, batch
         layer = sampler.layer(batch, fanout)
         weight = sampler.graph.weight[layer.edges] * layer.correction[layer.destination]
-        layer, weight = self._thinned(layer, weight, np.arange(len(layer.sources)) < len(batch))
+        layer, weight = self._limit_nodes(layer, weight, np.arange(len(layer.sources)) < len(batch))
         return Block.build(layer.indptr, layer.positions, weight, len(layer.sources)), layer.sources
 
     def _layer(self, frontier: np.ndarray, fanout: int, excluded: np.ndarray | None) -> tuple[Block, np.ndarray]:
@@ -193,50 +191,60 @@ class SampledGraphBuilder:
         layer = self.nodes.layer(frontier, fanout)
         norm = 1 / np.sqrt(np.maximum(_degree(self.graphs.nodes, layer.sources), 1)).astype(np.float32)
         weight = norm[layer.positions] * (norm[: len(frontier)] * layer.correction)[layer.destination]
-        _leave_out(layer, weight, excluded)
-        layer, weight = self._thinned(layer, weight, np.arange(len(layer.sources)) < len(frontier))
+        _zero_excluded(layer, weight, excluded)
+        layer, weight = self._limit_nodes(layer, weight, np.arange(len(layer.sources)) < len(frontier))
         return Block.build(layer.indptr, layer.positions, weight, len(layer.sources)), layer.sources
 
     def _audience(
         self, in_users: np.ndarray, in_items: np.ndarray, excluded: np.ndarray | None
     ) -> tuple[Block | None, np.ndarray]:
-        """Mean over (sampled) users of each in-item, and the in-users with those users added behind."""
-        if not self.options.audience:
+        """Mean over (sampled) users of each input item, and the input users with those users appended."""
+        if not self.needs_audience:
             return None, in_users
         destinations = in_items + self.graphs.users
-        layer = self.nodes.layer(destinations, self.options.user_fanout, keep_destinations=False)
+        layer = self.nodes.layer(destinations, self.model.user_fanout, keep_destinations=False)
         degree = np.maximum(_degree(self.graphs.nodes, destinations), 1).astype(np.float32)
         weight = (layer.correction / degree)[layer.destination]  # corrected sum over the degree: the mean
-        _leave_out(layer, weight, excluded)
-        layer, weight = self._thinned(layer, weight, _place(in_users, layer.sources) >= 0)
-        at = _place(in_users, layer.sources)
+        _zero_excluded(layer, weight, excluded)
+        layer, weight = self._limit_nodes(layer, weight, _position(in_users, layer.sources) >= 0)
+        at = _position(in_users, layer.sources)
         more = layer.sources[at < 0]
         at[at < 0] = len(in_users) + np.arange(len(more))
         block = Block.build(layer.indptr, at[layer.positions], weight, len(in_users) + len(more))
         return block, np.concatenate([in_users, more])
 
-    def _thinned(self, layer: Layer, weight: np.ndarray, free: np.ndarray) -> tuple[Layer, np.ndarray]:
-        if self.options.layer_nodes is None:
+    def _limit_nodes(
+        self, layer: SampledLayer, weight: np.ndarray, already_present: np.ndarray
+    ) -> tuple[SampledLayer, np.ndarray]:
+        if self.layer_nodes is None:
             return layer, weight
-        return thin(layer, weight, free, self.options.layer_nodes, self.rng)
+        return importance_sample_sources(layer, weight, already_present, self.layer_nodes, self.rng)
+
+
+def mean_of_users(graphs: Graphs) -> Block:
+    """Users -> mean over all users of each item."""
+    indptr = graphs.nodes.indptr[graphs.users :]
+    degree = np.diff(indptr)
+    weight = np.repeat(1 / np.maximum(degree, 1).astype(np.float32), degree)
+    return Block.build(indptr - indptr[0], graphs.nodes.indices[indptr[0] :], weight, graphs.users)
 
 
 def _degree(graph: CSC, destinations: np.ndarray) -> np.ndarray:
     return graph.indptr[destinations + 1] - graph.indptr[destinations]
 
 
-def _leave_out(layer: Layer, weight: np.ndarray, excluded: np.ndarray | None) -> None:
-    """Weight 0 for a layer's edges that are among `excluded` (sorted edge ids)."""
+def _zero_excluded(layer: SampledLayer, weight: np.ndarray, excluded: np.ndarray | None) -> None:
+    """Set the weight of a layer's edges that are among `excluded` (sorted edge ids) to zero."""
     if excluded is not None and len(excluded):
         at = np.minimum(np.searchsorted(excluded, layer.edges), len(excluded) - 1)
         weight[excluded[at] == layer.edges] = 0
 
 
-def _left_out(
+def _edges_into(
     rows: np.ndarray, destination: np.ndarray, source: np.ndarray, weight: np.ndarray
 ) -> tuple[Block, np.ndarray]:
-    """Of some edges those that end in `rows`, as a block, and its sources."""
-    at = _place(rows, destination)
+    """Those of some edges that end in `rows`, as a block, and its sources."""
+    at = _position(rows, destination)
     ends = at >= 0
     sources, column = np.unique(source[ends], return_inverse=True)
     edges = sp.csr_matrix((weight[ends], (at[ends], column)), shape=(len(rows), len(sources)))
@@ -244,8 +252,8 @@ def _left_out(
     return Block.forward_only(*arrays, len(sources)), sources
 
 
-def _place(among: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Position of each id in `among` (unique, any order), -1 where it is not there."""
+def _position(among: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Position of each id in `among` (distinct, any order), -1 where it is missing."""
     if not len(among):
         return np.full(len(ids), -1, np.int64)
     order = np.argsort(among)
@@ -253,29 +261,21 @@ def _place(among: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return np.where(among[at] == ids, at, -1)
 
 
-def whole_audience(graphs: Graphs) -> Block:
-    """Mean over all users of each item."""
-    indptr = graphs.nodes.indptr[graphs.users :]
-    degree = np.diff(indptr)
-    weight = np.repeat(1 / np.maximum(degree, 1).astype(np.float32), degree)
-    return Block.build(indptr - indptr[0], graphs.nodes.indices[indptr[0] :], weight, graphs.users)
-
-
-def _whole_hop(graph: CSC | None, rows: np.ndarray) -> Block | None:
+def _restricted_hop(graph: CSC | None, rows: np.ndarray) -> Block | None:
     if graph is None:
         return None
-    indptr, edges = take(graph, rows)
+    indptr, edges = take_edges(graph, rows)
     return Block.build(indptr, graph.indices[edges], graph.weight[edges], len(graph.indptr) - 1)
 
 
 def _seed_edges(graphs: Graphs, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Edge ids of train interactions [n, 2]: into their users, into their items."""
     users, items = pairs[:, 0], pairs[:, 1] + graphs.users
-    return edge_of(graphs.nodes, users, items), edge_of(graphs.nodes, items, users)
+    return find_edges(graphs.nodes, users, items), find_edges(graphs.nodes, items, users)
 
 
 def _position_by_source(nodes: CSC, users: int, items: int) -> np.ndarray:
-    """Where each edge user -> item stands when the edges are ordered by source, int64 [E]."""
+    """Position of each edge user -> item when edges are ordered by source, int64 [E]."""
     first = nodes.indptr[users]
     shape = (items, users)
     number = np.arange(len(nodes.indices) - first)

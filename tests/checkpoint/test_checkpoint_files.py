@@ -1,4 +1,4 @@
-"""Checkpoints: whole or refused, and independent of the number of ranks."""
+"""Checkpoints are complete or refused, and can be read by any number of ranks."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def read_back(comm: Communicator, uri: str) -> dict:
 
 
 @pytest.mark.parametrize(("writers", "readers"), [(1, 1), (1, 2), (2, 1), (2, 3)])
-def test_any_world_reads_what_another_wrote(tmp_path, writers, readers):
+def test_any_number_of_ranks_reads_a_checkpoint(tmp_path, writers, readers):
     uri = str(tmp_path / "c")
     written, read = run_ranks(train_and_save, writers, uri), run_ranks(read_back, readers, uri)
     for name in ("user", "item"):
@@ -50,10 +50,10 @@ def test_in_object_storage(s3):
     assert torch.equal(read_back(Communicator(), s3)["user"][0], written["user"][0])
 
 
-def test_without_its_manifest_it_is_no_checkpoint(tmp_path):
+def test_a_checkpoint_without_manifest_is_incomplete(tmp_path):
     train_and_save(Communicator(), str(tmp_path))
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(InputError, match="not a whole checkpoint"):
+    with pytest.raises(InputError, match="not a complete checkpoint"):
         checkpoint_files.load(str(tmp_path), checkpoint_files.state_shards(tables_of(Communicator(), 1)))
 
 
@@ -80,11 +80,11 @@ def test_missing_rows_are_found(tmp_path):
     manifest = storage.read_json(str(tmp_path / "manifest.json"))
     manifest["files"].pop("user.weight.000000000011-000000000023.npy")
     storage.write_json(str(tmp_path / "manifest.json"), manifest)
-    with pytest.raises(InputError, match=r"rows \[0, 23\) of user\.weight are not complete"):
+    with pytest.raises(InputError, match=r"rows \[0, 23\) of user\.weight are missing"):
         checkpoint_files.load(str(tmp_path), checkpoint_files.state_shards(tables_of(Communicator(), 1)))
 
 
-def test_nothing_pickled_is_loaded(tmp_path):
+def test_pickles_are_not_loaded(tmp_path):
     train_and_save(Communicator(), str(tmp_path))
     torch.save({"network": Trap()}, tmp_path / "dense.pt")
     manifest = storage.read_json(str(tmp_path / "manifest.json"))

@@ -1,15 +1,21 @@
 """Configuration: defaults, overrides and errors that name the key."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gtc_dist import train
-from gtc_dist.config_file import load_config
+from gtc_dist.config_file import load_config, read_run_config
+from gtc_dist.config_reference import keys, markdown, sections
 from gtc_dist.errors import InputError
 
 MINIMAL = "data: {raw: r, catalog: c}\nrun: {storage: s, name: n}\n"
 ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted(
+    path for path in (ROOT / "configs").glob("**/*.yaml") if path.parent.name not in ("datasets", "ablations")
+)
 
 
 def write(tmp_path, text: str) -> Path:
@@ -45,7 +51,7 @@ def test_an_override_can_make_a_section(tmp_path):
     assert config.data.features["visual"].pca == 8
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
 def test_shipped_configs_are_valid_and_name_the_keys_that_tools_rely_on(path):
     text = path.read_text()
     config = load_config(path)
@@ -72,7 +78,13 @@ def test_shipped_configs_are_valid_and_name_the_keys_that_tools_rely_on(path):
         (MINIMAL, ["model.propagation=sampled", "model.layers=3"], "names 2 layers, model.layers is 3"),
         (MINIMAL, ["model.fanout=[0,3]"], "neither positive nor -1"),
         (MINIMAL, ["model.diffusion.start_step=700"], "beyond steps 600"),
-        (MINIMAL, ["model.diffusion.ddim_steps=101"], "more than start_step"),
+        (MINIMAL, ["data.split.labels=[a,b]"], "name three values"),
+        (MINIMAL, ["model.walk.spectral=3"], "was renamed in 0.2.0; write model.hybrid.graph_filter"),
+        (MINIMAL, ["train.average=0.5"], "'train.average' was renamed in 0.2.0; write train.ema_decay"),
+        (MINIMAL, ["train.user_discount=0.5"], "'train.user_discount' was removed in 0.2.0; remove the line"),
+        (MINIMAL, ["model.gate=false"], "'model.gate' was replaced in 0.2.0; write model.variant: paper or gated"),
+        (MINIMAL, ["model.diffusion.enabled=false"], "was replaced in 0.2.0; write train.w_diff: 0"),
+        (MINIMAL + "dataset: {users: 3}\n", [], "'dataset' was removed in 0.2.0; give the generator's parameters to"),
         (MINIMAL, ["eval.metric=recall@7"], "recall@7"),
         (MINIMAL, ["model.modalities=[]"], "name each wanted one once"),
         (MINIMAL, ["model.modalities=[a,a]"], "name each wanted one once"),
@@ -104,6 +116,91 @@ def test_help_tells_all_words(capsys):
     shown = capsys.readouterr().out
     assert "--replay" in shown
     assert "--config" in shown
+
+
+def test_the_reference_names_every_key_and_the_page_is_current():
+    """docs/configuration.md is generated: `make docs` writes it again."""
+    named = [row for prefix, section in sections() for row in keys(section, prefix)]
+    assert len(named) <= 85
+    assert all(description for _, _, _, description in named)
+    assert (ROOT / "docs" / "configuration.md").read_text() == markdown()
+
+
+def test_help_has_the_keys(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    shown = capsys.readouterr().out
+    for key in ("train.batch_size = 2048", "model.variant", "data.features.NAME.path = required"):
+        assert key in shown
+
+
+# Switches of version 0.1 that differ from its defaults, and what this version makes of them
+OLD_RUNS = {
+    "paper": ({}, {"model.variant": "paper", "train.w_tc": 0.4, "train.w_diff": 0.7}),
+    "gated": (
+        {
+            "model.content": "gate",
+            "model.unit_rows": False,
+            "model.join": "sum",
+            "model.gate": False,
+            "model.correlation.of": "outputs",
+            "model.correlation.critic": "additive",
+            "model.diffusion.enabled": False,
+            "model.walk.spectral": 3,
+            "train.average": 0.5,
+            "data.split.test_label": "held out",
+        },
+        {
+            "model.variant": "gated",
+            "train.w_diff": 0.0,
+            "model.hybrid.graph_filter": 3,
+            "train.ema_decay": 0.5,
+            "data.split.labels": [0, 1, "held out"],
+        },
+    ),
+    "paper, without total correlation": (
+        {"model.correlation.enabled": False, "model.correlation.critic": "additive"},
+        {"model.variant": "paper", "train.w_tc": 0.0},
+    ),
+}
+
+
+def old_run_config(changes: dict) -> bytes:
+    """A config.yaml as version 0.1 wrote it: every key, those of `changes` with other values."""
+    tree = yaml.safe_load((ROOT / "tests" / "stored" / "f099d64" / "paper" / "config.yaml").read_text())
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = tree
+        for part in parents:
+            node = node[part]
+        node[last] = value
+    return yaml.safe_dump(tree).encode()
+
+
+@pytest.mark.parametrize("name", OLD_RUNS)
+def test_a_run_config_of_version_0_1_is_upgraded(name):
+    changes, wanted = OLD_RUNS[name]
+    config = read_run_config(old_run_config(changes), "config.yaml")
+    for key, value in wanted.items():
+        node = config
+        for part in key.split("."):
+            node = getattr(node, part)
+        assert node == value, key
+    assert read_run_config(yaml.safe_dump(config.model_dump()).encode(), "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.gate": False}, "neither of model.variant paper or gated"),
+        ({"train.negatives.popularity": 0.5}, "train.negatives.popularity 0.5, which was removed in 0.2.0"),
+        ({"train.loss": "bpr+softmax"}, "trained with train.loss 'bpr"),
+        ({"train.w_diff": 0.0}, "model.diffusion.enabled true together with a loss weight of 0"),
+    ],
+)
+def test_a_run_of_version_0_1_with_a_lost_switch_is_refused(changes, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_run_config(old_run_config(changes), "config.yaml")
 
 
 def test_missing_file_and_binary_file(tmp_path):

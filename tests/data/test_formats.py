@@ -1,4 +1,4 @@
-"""Tables and arrays under a URI, on a local disk and on a real S3 server."""
+"""Tables and arrays at a URI, on a local disk and on a real S3 server."""
 
 import hashlib
 import logging
@@ -11,7 +11,7 @@ import pytest
 from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
 
-PART = 5 << 20  # the smallest part that S3 takes
+PART = 5 << 20  # the smallest part that S3 accepts
 
 
 def test_tables_and_arrays_are_read_back(folder):
@@ -36,7 +36,7 @@ def test_other_files_are_refused(folder):
     "kind", ["rows", "fortran", "every second row", "one number", "none", "no column", "big endian"]
 )
 def test_arrays_of_any_layout_are_read_back(folder, kind, monkeypatch):
-    """Through more than one part, and as numpy itself reads and writes them."""
+    """Written and read in more than one part."""
     monkeypatch.setattr(storage, "PART_BYTES", PART)
     array = np.random.default_rng(0).normal(size=(6000, 300)).astype(np.float32)
     array = {
@@ -59,7 +59,7 @@ def test_arrays_of_any_layout_are_read_back(folder, kind, monkeypatch):
         formats.read_array(uri, "0" * 64)
 
 
-def test_arrays_that_numpy_wrote_and_cut_ones(folder, tmp_path):
+def test_arrays_written_by_numpy_and_truncated_ones(folder, tmp_path):
     array = np.asfortranarray(np.arange(20.0).reshape(4, 5))
     np.save(tmp_path / "f.npy", array)
     uri = storage.join(folder, "copy.npy")

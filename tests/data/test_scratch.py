@@ -1,4 +1,4 @@
-"""Arrays on disk: blocks, growing columns, buckets, and what happens when the disk is full."""
+"""Arrays on disk: blocks, growing columns, buckets, and errors of a full disk."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def test_arrays_live_in_files_until_the_context_ends(tmp_path):
         for block in scratch.blocks(5, 12 * 4):  # two rows at a time
             assert block.stop - block.start <= 2
             array[block] = block.start
-        scratch.release()  # pages go, contents stay
+        scratch.release()  # pages are released, contents stay
         assert array[:, 1].tolist() == [0, 0, 2, 2, 4]
         assert scratch.array((0, 3), np.int8).shape == (0, 3)
         other = scratch.array(4, np.int64)
@@ -33,13 +33,13 @@ def test_arrays_live_in_files_until_the_context_ends(tmp_path):
             raise KeyError
         assert list(tmp_path.iterdir()) == [scratch.path]
     assert not list(tmp_path.iterdir())
-    with pytest.raises(InputError, match=r"prepare\.scratch .*none is no folder"):
+    with pytest.raises(InputError, match=r"prepare\.scratch .*none is not a folder"):
         Scratch(str(tmp_path / "none"))
 
 
 @QUICK
 @given(st.lists(st.lists(st.integers(-100, 100), max_size=5), max_size=5))
-def test_a_growing_column_holds_what_was_appended(parts):
+def test_a_growing_column_holds_the_appended_values(parts):
     with Scratch() as scratch:
         column = scratch.growing(np.int32)
         for part in parts:
@@ -83,8 +83,8 @@ with Scratch(sys.argv[1]) as scratch:
 """
 
 
-def test_a_full_disk_is_named(tmp_path):
-    """A process that may not write files above 1 MB."""
+def test_a_full_disk_gives_an_input_error(tmp_path):
+    """In a process that cannot write files above 1 MB."""
     command = [sys.executable, "-c", FULL, str(tmp_path)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60)
     lines = found.stdout.splitlines()

@@ -1,4 +1,4 @@
-"""Files under a URI: the same behaviour on a local disk and on a real S3 server."""
+"""Files at a URI: the same behaviour on a local disk and on a real S3 server."""
 
 import os
 import subprocess
@@ -9,18 +9,19 @@ import pytest
 from botocore import exceptions
 
 from gtc_dist.data import formats, storage
+from gtc_dist.data.storage_errors import FileOperation
 from gtc_dist.errors import InputError, Unreachable
 from gtc_dist.launch.ray_train import FATAL
 
 
-def test_what_is_written_is_read_back(folder):
+def test_files_are_read_back(folder):
     name = storage.join(folder, "a/b.bin")
     assert not storage.exists(name)
     written = storage.write_bytes(name, b"hello")
     assert storage.exists(name)
     assert written.bytes == 5
     assert storage.read_bytes(name) == b"hello"
-    storage.check(name, b"hello", written.sha256)
+    storage.check_sha256(name, b"hello", written.sha256)
     storage.write_json(storage.join(folder, "j.json"), {"ä": [1, None]})
     assert storage.read_json(storage.join(folder, "j.json")) == {"ä": [1, None]}
 
@@ -51,11 +52,11 @@ def test_errors_name_the_uri(folder):
         storage.glob(storage.join(folder, "f"))
 
 
-PART = 5 << 20  # the smallest part that S3 takes
+PART = 5 << 20  # the smallest part that S3 accepts
 
 
-def test_a_write_that_fails_leaves_what_was_there(folder, monkeypatch):
-    """Also when parts of it have been uploaded."""
+def test_a_failed_write_leaves_the_previous_file(folder, monkeypatch):
+    """Also after parts have been uploaded."""
     monkeypatch.setattr(storage, "PART_BYTES", PART)
     uri = storage.join(folder, "a/x.bin")
     for before in (None, b"before"):
@@ -70,7 +71,7 @@ def test_a_write_that_fails_leaves_what_was_there(folder, monkeypatch):
         assert not fs.list_multipart_uploads(path.split("/")[0])
 
 
-def test_changed_missing_and_cut_files_are_found(folder):
+def test_changed_missing_and_truncated_files_are_found(folder):
     expected = {n: storage.write_bytes(storage.join(folder, n), n.encode() * 9) for n in ("a", "b")}
     storage.check_files(folder, expected, checksum=True)
     storage.write_bytes(storage.join(folder, "b"), b"B" * 9)
@@ -92,14 +93,14 @@ def test_a_failed_local_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
 
 
-def test_whether_a_folder_can_be_written_to_leaves_nothing(folder):
+def test_checking_that_a_folder_is_writable_leaves_nothing(folder):
     storage.write_bytes(storage.join(folder, "x/1.csv"), b"1")
     for below in ("x", "y/z"):
         storage.check_writable(storage.join(folder, below))
     assert list(storage.listing(folder)) == ["x/1.csv"]
 
 
-def test_a_folder_that_cannot_be_written_to(tmp_path):
+def test_a_folder_that_is_not_writable(tmp_path):
     (tmp_path / "file").write_text("mine")
     for uri in (f"{tmp_path}/file/below", "/proc/none/below"):
         with pytest.raises(InputError, match=f"{uri}.*(cannot be written to|does not exist)"):
@@ -107,20 +108,20 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_store_that_cannot_be_reached_is_told_in_one_line(tmp_path):
+def test_an_unreachable_object_store_gives_a_one_line_error():
     script = "from gtc_dist.data import storage; from gtc_dist.errors import run_command\n"
     script += "run_command(lambda: storage.read_bytes('s3://bucket/x'))"
     keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
-    away = keys | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}  # the port that discards
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ | away, capture_output=True, text=True)
+    unreachable = keys | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}  # nothing listens there
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | unreachable, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: cannot reach the object store to read s3://bucket/x")
     assert done.stderr.count("\n") == 1
-    assert issubclass(Unreachable, OSError)  # so that it is no bad input: the ranks of a training try again
+    assert issubclass(Unreachable, OSError)  # so it is not bad input: training is retried
     assert "Unreachable" not in FATAL
 
 
-def test_broken_connections_are_told_from_broken_files():
+def test_broken_connections_differ_from_broken_files():
     connections = [
         exceptions.EndpointConnectionError(endpoint_url="u"),
         exceptions.ConnectTimeoutError(endpoint_url="u"),
@@ -130,7 +131,7 @@ def test_broken_connections_are_told_from_broken_files():
         ConnectionResetError(104, "reset"),
     ]
     for error in connections:
-        for context in (storage._named("s3://b/x", "read"), formats.parsing("s3://b/x", "a table")):
+        for context in (FileOperation("s3://b/x", "read"), formats.parsing("s3://b/x", "a table")):
             with pytest.raises(Unreachable, match=r"cannot reach the object store to read s3://b/x"), context:
                 raise error
     for error, kind in ((pa.ArrowInvalid("odd"), InputError), (OSError(28, "full"), OSError), (RuntimeError(), None)):

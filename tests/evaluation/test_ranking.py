@@ -12,6 +12,7 @@ from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.evaluation import ranking
+from gtc_dist.evaluation.metrics import K_VALUES, user_metrics
 from gtc_dist.evaluation.ranking import RankingOptions
 from gtc_dist.graph.csc import Graphs, by_destination
 
@@ -38,7 +39,7 @@ def score(
     tables = embeddings(comm, catalog)
     truth = ranking.load_ground_truth(catalog, "test", tables[0].start, tables[0].stop)
     options = RankingOptions(item_block, user_block, users, seed)
-    return ranking.evaluate(*tables, Graphs.load(catalog), truth, options)
+    return ranking.evaluate_split(*tables, Graphs.load(catalog), truth, options)
 
 
 def reference(catalog: Catalog) -> dict:
@@ -57,7 +58,7 @@ def reference(catalog: Catalog) -> dict:
         for part, positives in (("overall", test[u]), ("cold", test[u] - warm)):
             if not positives:
                 continue
-            for k in ranking.K_VALUES:
+            for k in K_VALUES:
                 hits = [n for n, i in enumerate(ranked[:k]) if i in positives]
                 ideal = sum(1 / math.log2(n + 2) for n in range(min(k, len(positives))))
                 values = {
@@ -91,14 +92,14 @@ def test_ranks_share_the_work_and_agree(catalog):
         assert result == want
 
 
-def test_users_without_a_train_interaction_do_not_count(catalog):
+def test_users_without_a_train_interaction_are_not_ranked(catalog):
     truth = by_destination(np.arange(catalog.users), np.zeros(catalog.users, int), catalog.users)
     graphs = Graphs.load(catalog)
-    users = ranking.evaluate(*embeddings(Communicator(), catalog), graphs, truth)["users"]
+    users = ranking.evaluate_split(*embeddings(Communicator(), catalog), graphs, truth)["users"]
     assert users == int((graphs.user_degree > 0).sum())
 
 
-def test_a_sample_of_users_is_the_same_over_ranks_and_another_for_another_seed(catalog):
+def test_a_sample_of_users_depends_on_the_seed_but_not_on_ranks(catalog):
     everyone = score(Communicator(), catalog.uri, 16, 7)["users"]
     alone = score(Communicator(), catalog.uri, 16, 7, 30)
     assert 15 <= alone["users"] <= 45 < everyone
@@ -109,7 +110,7 @@ def test_a_sample_of_users_is_the_same_over_ranks_and_another_for_another_seed(c
     assert score(Communicator(), catalog.uri, 16, 7, everyone) == score(Communicator(), catalog.uri, 16, 7)
 
 
-def test_truth_is_read_for_a_range_of_users(catalog):
+def test_ground_truth_is_read_for_a_range_of_users(catalog):
     whole = ranking.load_ground_truth(catalog, "test")
     part = ranking.load_ground_truth(catalog, "test", 20, 50)
     for user in range(20, 50):
@@ -125,14 +126,14 @@ def test_train_positives_and_padding_are_never_recommended(catalog):
     for u in everyone:
         listed = top[u][top[u] >= 0]
         assert len(listed) == catalog.items - graphs.user_degree[u]
-        assert not graphs.crossed(np.array([u]), listed).any()
+        assert not graphs.is_interacted(np.array([u]), listed).any()
 
 
 def test_popularity_ranks_by_train_interactions(catalog):
     graphs = Graphs.load(catalog)
     tables = ranking.popularity(graphs, Communicator())
     top, _ = ranking.top_k_items(*tables, graphs, np.arange(5), 10, RankingOptions(16, 7))
-    for blocks in ((1, 1), (7, 3), (1000, 1000)):  # ties are everywhere, and must not hang on the blocks
+    for blocks in ((1, 1), (7, 3), (1000, 1000)):  # many ties, whose order must not depend on the blocks
         assert np.array_equal(ranking.top_k_items(*tables, graphs, np.arange(5), 10, RankingOptions(*blocks))[0], top)
     for u in range(5):
         degree = graphs.item_degree[top[u]]
@@ -142,7 +143,7 @@ def test_popularity_ranks_by_train_interactions(catalog):
 def test_perfect_and_worst_lists():
     hit = np.zeros((2, 50), bool)
     hit[0, :3] = True
-    metrics = ranking.user_metrics(hit, np.array([3, 2]))
+    metrics = user_metrics(hit, np.array([3, 2]))
     assert metrics["recall@5"].tolist() == [1.0, 0.0]
     assert metrics["ndcg@5"].tolist() == pytest.approx([1.0, 0.0])
     assert metrics["mrr@10"].tolist() == [1.0, 0.0]

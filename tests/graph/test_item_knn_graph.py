@@ -1,4 +1,4 @@
-"""The item-item graph: exact against dense cosines, approximate against exact."""
+"""The item-item graph: exact search equals dense cosines, approximate search is close to exact search."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from gtc_dist.graph import item_knn_graph
 
 
 def slow_item_item(features: dict, weights: dict, k: int) -> np.ndarray:
-    """Dense cosines, the item itself left out, ties to the lower index."""
+    """Top k of dense cosines without the item itself, ties to the lower index."""
     items = len(next(iter(features.values())))
     similarity = np.zeros((items, items))
     for name, matrix in features.items():
@@ -26,7 +26,7 @@ def slow_item_item(features: dict, weights: dict, k: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("k", [1, 4, 24, 100])
-def test_item_item_is_the_top_of_the_dense_cosines(k):
+def test_item_item_equals_the_top_k_of_dense_cosines(k):
     rng = np.random.default_rng(k)
     features = {
         "a": rng.normal(size=(ITEMS, 6)).astype(np.float16),
@@ -40,7 +40,7 @@ def test_item_item_is_the_top_of_the_dense_cosines(k):
     np.testing.assert_allclose(dense(graph, ITEMS), slow_item_item(features, weights, k), atol=2e-5)
 
 
-def test_item_item_weight_zero_leaves_a_modality_out():
+def test_item_item_weight_zero_excludes_a_modality():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, ITEMS, 5)).astype(np.float16)
     both = item_knn_graph.build_item_knn_graph({"a": a, "b": b}, {"a": 1.0, "b": 0.0}, 4, threads=1)
@@ -49,8 +49,8 @@ def test_item_item_weight_zero_leaves_a_modality_out():
     np.testing.assert_allclose(both.weight, alone.weight, atol=1e-5)
 
 
-def test_item_item_among_more_twins_than_neighbours():
-    """An item is never its own neighbour, also where many items are alike and it does not find itself."""
+def test_item_item_with_more_duplicates_than_neighbours():
+    """An item is never its own neighbour, even if the search returns k + 1 duplicates without the item itself."""
     features = {"a": np.ones((50, 4), np.float16)}
     graph = item_knn_graph.build_item_knn_graph(features, {"a": 1.0}, 3, threads=1)
     check_layout(graph, 50)
@@ -59,8 +59,8 @@ def test_item_item_among_more_twins_than_neighbours():
     np.testing.assert_allclose(graph.weight, 1 / 3, rtol=1e-6)
 
 
-def test_an_item_that_is_similar_to_none_has_nothing_of_others():
-    """Zeros (no vector) and opposed vectors: weights of zero, with no NaN."""
+def test_an_item_without_similar_items_has_only_zero_weights():
+    """Zeros (no vector) and negative cosines give weights of zero, without NaN."""
     features = {"a": np.array([[0, 0], [1, 0], [-1, 0], [0, 0], [1, 1]], np.float16)}
     graph = item_knn_graph.build_item_knn_graph(features, {"a": 1.0}, 2, threads=1)
     check_layout(graph, 5)
@@ -76,7 +76,7 @@ def test_item_item_of_a_tiny_catalog(items):
     assert (graph.degree == items - 1).all()
 
 
-def test_item_item_is_the_same_again_and_with_other_threads():
+def test_item_item_is_reproducible_with_any_number_of_threads():
     features = {"a": np.random.default_rng(5).normal(size=(300, 8)).astype(np.float16)}
     runs = [item_knn_graph.build_item_knn_graph(features, {"a": 1.0}, 5, threads=t) for t in (1, 1, 2)]
     for other in runs[1:]:
@@ -85,7 +85,7 @@ def test_item_item_is_the_same_again_and_with_other_threads():
 
 
 def clustered(items: int, groups: int = 40, widths: tuple[int, int] = (48, 32)) -> dict[str, np.ndarray]:
-    """Content of two modalities around centres that both know."""
+    """Content of two modalities around common cluster centres."""
     rng = np.random.default_rng(groups)
     group = rng.integers(0, groups, items)
     out = {}
@@ -104,14 +104,14 @@ def approximate(content: dict, k: int = 10, probes: int = 8, **options):
 
 
 def test_auto_search_is_exact_for_few_items():
-    assert not item_knn_graph.approximates("auto", item_knn_graph.EXACT_ITEMS)
-    assert item_knn_graph.approximates("auto", item_knn_graph.EXACT_ITEMS + 1)
-    assert item_knn_graph.approximates("approximate", 3)
-    assert not item_knn_graph.approximates("exact", 1 << 40)
+    assert not item_knn_graph.is_approximate("auto", item_knn_graph.EXACT_ITEMS)
+    assert item_knn_graph.is_approximate("auto", item_knn_graph.EXACT_ITEMS + 1)
+    assert item_knn_graph.is_approximate("approximate", 3)
+    assert not item_knn_graph.is_approximate("exact", 1 << 40)
 
 
 def test_exact_search_in_several_blocks():
-    """More items than a block, with twins in different ones: ties go to the lower index."""
+    """More items than one block, with duplicates in different blocks: ties go to the lower index."""
     items = item_knn_graph.ITEM_BLOCK + 300
     content = {"a": np.random.default_rng(0).integers(-2, 3, (items, 6)).astype(np.float16)}
     graph = item_knn_graph.build_item_knn_graph(content, {"a": 1.0}, 5, threads=1, search="exact")
@@ -128,7 +128,7 @@ def test_exact_search_in_several_blocks():
 
 
 def test_approximate_search_is_exact_when_all_lists_are_searched():
-    content = clustered(3000, widths=(10, 6))  # narrow enough to be searched in all directions
+    content = clustered(3000, widths=(10, 6))  # narrow enough for the projection to keep all directions
     exact = item_knn_graph.build_item_knn_graph(content, WEIGHTS, 10, threads=1)
     graph = approximate(content, probes=3000 // item_knn_graph.LIST_ITEMS)
     check_layout(graph, 3000)
@@ -146,7 +146,7 @@ def test_approximate_search_finds_most_and_more_with_more_probes():
         check_layout(graph, 10_000)
         same_edges = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(*_rows(graph, exact, 10), strict=True)])
         recalls.append(item_knn_graph.graph_recall(graph, content, WEIGHTS, 1, sample=10_000))
-        assert recalls[-1] == pytest.approx(same_edges, abs=0.002)  # measured as an outsider would
+        assert recalls[-1] == pytest.approx(same_edges, abs=0.002)  # equals the overlap with the exact graph
         sampled = item_knn_graph.graph_recall(graph, content, WEIGHTS, 1, sample=1000)
         assert sampled == pytest.approx(recalls[-1], abs=0.03)
     assert recalls == sorted(recalls)
@@ -159,7 +159,7 @@ def _rows(*graphs_and_k):
     return [graph.indices.reshape(-1, k).tolist() for graph in graphs]
 
 
-def test_approximate_search_is_the_same_again_and_with_other_memory_and_threads():
+def test_approximate_search_is_reproducible_with_any_memory_and_threads():
     content = clustered(9000, groups=10, widths=(10, 6))
     first = approximate(content, probes=2)
     assert same(first, approximate(content, probes=2))
@@ -168,10 +168,10 @@ def test_approximate_search_is_the_same_again_and_with_other_memory_and_threads(
         with Scratch(memory_bytes=memory) as scratch:
             assert same(first, approximate(content, probes=2, scratch=scratch))
     other = approximate(content, probes=2, seed=1)
-    assert not np.array_equal(first.indices, other.indices)  # other lists, other oversights
+    assert not np.array_equal(first.indices, other.indices)  # other lists, so other neighbours are missed
 
 
-def test_approximate_search_takes_mapped_content_and_reports_progress(tmp_path):
+def test_approximate_search_reads_mapped_content_and_reports_progress(tmp_path):
     content = clustered(9000)
     mapped, seen = {}, []
     for name, matrix in content.items():
@@ -186,7 +186,7 @@ def test_approximate_search_takes_mapped_content_and_reports_progress(tmp_path):
 
 
 def test_approximate_search_of_items_without_a_vector():
-    """As with exact search: they are near to none, the lowest indexes are listed with weights of zero."""
+    """As in exact search, their neighbours are the lowest indexes, with weights of zero."""
     content = clustered(2000, widths=(10, 6))
     without = [0, 3, 700, 1999]
     for matrix in content.values():
@@ -219,8 +219,8 @@ def test_approximate_search_of_a_tiny_catalog(items, empty):
     np.testing.assert_allclose(dense(graph, items), dense(exact, items), atol=1e-6)
 
 
-def test_approximate_search_among_many_twins():
-    """One content fills whole lists: an item finds its twins, never itself."""
+def test_approximate_search_with_many_duplicates():
+    """Duplicates fill whole lists: an item finds its duplicates, never itself."""
     content = clustered(2000)
     for matrix in content.values():
         matrix[500:1700] = matrix[500]

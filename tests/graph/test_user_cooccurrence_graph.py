@@ -1,4 +1,4 @@
-"""The user-user graph against dense counts, in blocks of any size."""
+"""The user-user graph equals dense counts, for blocks of any size."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def slow_user_user(user, item, users: int, k: int) -> np.ndarray:
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10_000), st.integers(1, 45), st.sampled_from([1, 7, 60, 1 << 24]), st.integers(1, 3))
-def test_user_user_is_the_top_of_the_dense_counts(seed, k, block_pairs, threads):
+def test_user_user_equals_the_top_k_of_dense_counts(seed, k, block_pairs, threads):
     user, item = train_pairs(seed)
     both = user_item_graph.build_user_item_graph(user, item, USERS, ITEMS)
     graph = user_cooccurrence_graph.build_user_cooccurrence_graph(
@@ -39,9 +39,9 @@ def test_user_user_is_the_top_of_the_dense_counts(seed, k, block_pairs, threads)
 
 @pytest.mark.parametrize("sorted_by_group", [False, True])
 @pytest.mark.parametrize("k", [3, 40])
-def test_user_user_of_many_users_with_few_shared_items(k, sorted_by_group):
-    """Most counts are 1 and most entries are passed over. With users sorted by group the lowest indexes are not spread
-    evenly, so rows fall back to all of their entries."""
+def test_user_user_of_many_users_with_few_common_items(k, sorted_by_group):
+    """Most counts are 1 and most entries are skipped. With users sorted by group, low indexes are not
+    evenly distributed, so rows fall back to all of their entries."""
     users, items, rng = 1500, 60, np.random.default_rng(k)
     user = np.repeat(np.arange(users), 2)
     item = np.where(rng.random(2 * users) < 0.9, user * items // users, rng.integers(0, items, 2 * users))
@@ -90,7 +90,7 @@ def test_user_user_reports_its_progress_and_frees_its_scratch():
     assert seen[-1] == (USERS, USERS)
 
 
-def test_user_user_without_shared_items_is_empty():
+def test_user_user_without_common_items_is_empty():
     user = np.arange(5, dtype=np.int32)
     graph = user_cooccurrence_graph.build_user_cooccurrence_graph(
         *user_item_graph.build_user_item_graph(user, user, 6, 6), 3, hub_cap=10, seed=0
@@ -99,8 +99,8 @@ def test_user_user_without_shared_items_is_empty():
     assert len(graph.indices) == 0
 
 
-def test_a_hub_counts_for_a_sample_of_its_users_only():
-    """Everyone has item 0; users 0 and 1 also share item 1, which is no hub."""
+def test_a_hub_counts_only_for_a_sample_of_its_users():
+    """All users have item 0; users 0 and 1 also share item 1, which is not a hub."""
     users, cap = 30, 4
     user = np.r_[np.arange(users), 0, 1].astype(np.int32)
     item = np.r_[np.zeros(users), 1, 1].astype(np.int32)
@@ -124,9 +124,9 @@ def test_hub_cap_is_exact_for_each_item(memory):
     user, item = train_pairs(1)
     both = user_item_graph.build_user_item_graph(user, item, USERS, ITEMS)
     with Scratch(memory_bytes=memory) as scratch:
-        shared = user_cooccurrence_graph._Shared(*both, hub_cap=3, seed=0, scratch=scratch)
-        capped = shared.by_user(slice(0, USERS))
-        assert (shared.by_item != capped.T).nnz == 0  # both directions have the same sample
+        common = user_cooccurrence_graph._CommonItems(*both, hub_cap=3, seed=0, scratch=scratch)
+        capped = common.by_user(slice(0, USERS))
+        assert (common.by_item != capped.T).nnz == 0  # both directions have the same sample
     degree = np.bincount(item, minlength=ITEMS)
     assert degree.max() > 3
     assert np.asarray(capped.sum(axis=0)).ravel().tolist() == np.minimum(degree, 3).tolist()
@@ -136,12 +136,14 @@ def test_hub_cap_is_exact_for_each_item(memory):
     )
 
 
-def test_every_user_of_a_hub_is_as_likely_in_its_sample():
+def test_all_users_of_a_hub_are_equally_likely_in_its_sample():
     users, cap = 60, 15
     both = user_item_graph.build_user_item_graph(np.arange(users, dtype=np.int32), np.zeros(users, np.int32), users, 1)
     hits = np.zeros(users)
     for seed in range(400):
         with Scratch() as scratch:
-            hits += user_cooccurrence_graph._Shared(*both, cap, seed, scratch).by_user(slice(0, users)).toarray()[:, 0]
+            hits += (
+                user_cooccurrence_graph._CommonItems(*both, cap, seed, scratch).by_user(slice(0, users)).toarray()[:, 0]
+            )
     assert hits.sum() == 400 * cap
     assert abs(hits - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)

@@ -1,4 +1,4 @@
-"""The user-item graph against dense matrices, in blocks of any size."""
+"""The user-item graph equals dense matrices, for blocks of any size."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_user_item_is_the_same_in_blocks_of_any_size(seed, memory):
             assert same(graph, whole)
 
 
-def test_user_item_takes_mapped_arrays_and_frees_what_it_sorted(tmp_path):
+def test_user_item_reads_mapped_arrays_and_frees_the_sorted_copies(tmp_path):
     user, item = train_pairs(4)
     np.save(tmp_path / "user.npy", user)
     np.save(tmp_path / "item.npy", item)
@@ -57,10 +57,10 @@ def test_user_item_without_interactions():
 
 
 @given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 25), st.integers(1, 8))
-def test_ranges_are_whole_and_bounded(degrees, most, at_most):
+def test_edge_ranges_cover_all_destinations_within_the_limits(degrees, max_edges, max_destinations):
     ends = np.concatenate([[0], np.cumsum(degrees, dtype=np.int64)])
-    found = user_item_graph.ranges(ends, most, at_most)
+    found = user_item_graph.edge_ranges(ends, max_edges, max_destinations)
     assert [n for part in found for n in range(part.start, part.stop)] == list(range(len(degrees)))
     for part in found:
-        assert part.stop - part.start <= at_most
-        assert part.stop - part.start == 1 or ends[part.stop] - ends[part.start] <= most
+        assert part.stop - part.start <= max_destinations
+        assert part.stop - part.start == 1 or ends[part.stop] - ends[part.start] <= max_edges

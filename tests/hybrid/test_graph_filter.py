@@ -1,4 +1,4 @@
-"""The untrained parts of an embedding: walks over co-interactions against dense matrices, alone and over ranks."""
+"""The untrained scorers against dense matrices, alone and over ranks, and score fusion."""
 
 import numpy as np
 import pytest
@@ -11,15 +11,16 @@ from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs, both_directions
 from gtc_dist.graph.user_item_graph import build_user_item_graph
-from gtc_dist.hybrid import content_profile
-from gtc_dist.hybrid.cold_start import WarmNeighbours
+from gtc_dist.hybrid import embeddings
 from gtc_dist.hybrid.content_profile import content_profile_scores
-from gtc_dist.hybrid.graph_filter import CooccurrenceOperator, WalkOptions
-from gtc_dist.hybrid.score_fusion import MEMBERS, NEIGHBOR_SMOOTHING, NORM_DAMPING, ScoreFusion, unit_variance
-from gtc_dist.hybrid.spectral import graph_filter_scores
-from gtc_dist.model.build import build_blend, load_features, network_shape
+from gtc_dist.hybrid.embeddings import Embeddings, unit_variance
+from gtc_dist.hybrid.graph_filter import CooccurrenceOperator, graph_filter_scores
+from gtc_dist.hybrid.score_fusion import MEMBERS, NEIGHBOR_SMOOTHING, NORM_DAMPING, ScoreFusion
+from gtc_dist.hybrid.scorer import build_score_fusion
+from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
+from gtc_dist.model.build import load_features
 
-OPTIONS = WalkOptions(0.6, 0.3, 7)
+USER_EXPONENT, ITEM_EXPONENT = 0.6, 0.3
 
 
 @pytest.fixture(scope="module")
@@ -27,28 +28,32 @@ def catalog(tmp_path_factory):
     return small_catalog(tmp_path_factory.mktemp("catalog") / "c")
 
 
+def operator_of(graphs: Graphs) -> CooccurrenceOperator:
+    return CooccurrenceOperator(graphs, Communicator(), 7, USER_EXPONENT, ITEM_EXPONENT)
+
+
 def dense(catalog) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """N [users, items], C [items, items] and degree^-q [items] of OPTIONS."""
+    """N [users, items], C [items, items] and degree^-ITEM_EXPONENT [items]."""
     users, items = catalog.interactions("train")
     R = np.zeros((catalog.users, catalog.items))
     R[users, items] = 1
-    of_user, of_item = R.sum(1).clip(1) ** -0.6, R.sum(0).clip(1) ** -0.3
+    of_user, of_item = R.sum(1).clip(1) ** -USER_EXPONENT, R.sum(0).clip(1) ** -ITEM_EXPONENT
     N = of_user[:, None] * R * of_item
     C = N.T @ N
     np.fill_diagonal(C, 0)
     return N, C, of_item
 
 
-def test_walk_is_the_dense_operator_without_its_diagonal(catalog):
-    walk = CooccurrenceOperator(Graphs.load(catalog), Communicator(), OPTIONS)
+def test_operator_is_dense_cooccurrence_without_its_diagonal(catalog):
+    operator = operator_of(Graphs.load(catalog))
     N, C, _ = dense(catalog)
     x = torch.randn(catalog.items, 40, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(walk.to_users(x), torch.from_numpy(N).float() @ x, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(walk(x), torch.from_numpy(C).float() @ x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(operator.to_users(x), torch.from_numpy(N).float() @ x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(operator(x), torch.from_numpy(C).float() @ x, rtol=1e-4, atol=1e-5)
 
 
-def test_spectral_scores_are_those_of_the_leading_eigenpairs(catalog):
-    users, items = graph_filter_scores(CooccurrenceOperator(Graphs.load(catalog), Communicator(), OPTIONS), 3, seed=1)
+def test_graph_filter_scores_are_those_of_the_leading_eigenpairs(catalog):
+    users, items = graph_filter_scores(operator_of(Graphs.load(catalog)), 3, seed=1)
     N, C, of_item = dense(catalog)
     values, Q = np.linalg.eigh(C)
     values, Q = values[::-1][:3] / values.max(), Q[:, ::-1][:, :3]
@@ -59,137 +64,139 @@ def test_spectral_scores_are_those_of_the_leading_eigenpairs(catalog):
 
 
 def test_more_modes_than_the_graph_has(catalog):
-    _, items = graph_filter_scores(CooccurrenceOperator(Graphs.load(catalog), Communicator(), OPTIONS), 64, seed=1)
+    _, items = graph_filter_scores(operator_of(Graphs.load(catalog)), 64, seed=1)
     values = np.linalg.eigvalsh(dense(catalog)[1])
     assert items.width == (values > 1e-6 * values.max()).sum()
 
 
 def test_without_two_items_of_one_user_there_is_no_mode():
     graphs = Graphs(3, 3, both_directions(*build_user_item_graph(np.arange(3), np.arange(3), 3, 3)))
-    users, items = graph_filter_scores(CooccurrenceOperator(graphs, Communicator(), OPTIONS), 4, seed=0)
+    users, items = graph_filter_scores(operator_of(graphs), 4, seed=0)
     assert users.weight.shape == items.weight.shape == (3, 0)
 
 
 @pytest.mark.parametrize("width", [100, 3])
 def test_profile_is_the_content_of_a_users_items_and_of_those_near_them(catalog, width, monkeypatch):
-    monkeypatch.setattr(content_profile, "ROW_BLOCK", 30)  # a few rows at once
-    features = load_features(network_shape(small_config(catalog.uri), catalog), catalog, Communicator())["m0"]
-    users, items = content_profile_scores(
-        CooccurrenceOperator(Graphs.load(catalog), Communicator(), OPTIONS), features, width
-    )
+    monkeypatch.setattr(embeddings, "BLOCK_VALUES", 30)  # a few rows at once
+    features = load_features(catalog.modalities(), catalog, Communicator())["m0"]
+    users, items = content_profile_scores(operator_of(Graphs.load(catalog)), features, width)
     raw = features.weight.double().numpy()
     V = raw - raw.mean(0)
     V /= np.linalg.norm(V, axis=1, keepdims=True)
     if width == 3:
         V = V @ np.linalg.svd(V, full_matrices=False)[2][:3].T
     N, C, _ = dense(catalog)
-    near, far = (P @ V @ V.T for P in (N, N @ C))
-    want = near / near.std(1, keepdims=True) + far / far.std(1, keepdims=True)
+    one_hop, two_hop = (P @ V @ V.T for P in (N, N @ C))
+    want = one_hop / one_hop.std(1, keepdims=True) + two_hop / two_hop.std(1, keepdims=True)
     torch.testing.assert_close(users.weight @ items.weight.T, torch.from_numpy(want).float(), rtol=1e-3, atol=1e-3)
 
 
 def scores(comm: Communicator, uri: str, config) -> dict:
     catalog = Catalog(uri)
-    features = load_features(network_shape(config, catalog), catalog, comm)
+    features = load_features(catalog.modalities(), catalog, comm)
     graphs = Graphs.load(catalog)
-    blend = build_blend(config, graphs, features, comm, WarmNeighbours(graphs, comm, 9))
-    members = tuple(ShardedTable(n, r, 4, comm, init_std=1.0) for n, r in (("u", catalog.users), ("i", catalog.items)))
-    blend.weights |= {MEMBERS: 0.5, NORM_DAMPING: 0.75, NEIGHBOR_SMOOTHING: 2.0, "m1": 0.0}
-    users, items = blend.joined(members)
-    return {"users": users.weight, "items": items.weight, "parts": list(blend.parts)}
+    fusion = build_score_fusion(config, graphs, features, comm, WarmNeighbours(graphs, comm, 9))
+    members = Embeddings(
+        *(ShardedTable(n, r, 4, comm, init_std=1.0) for n, r in (("u", catalog.users), ("i", catalog.items)))
+    )
+    fusion.weights |= {MEMBERS: 0.5, NORM_DAMPING: 0.75, NEIGHBOR_SMOOTHING: 2.0, "m1": 0.0}
+    users, items = fusion.fuse(members)
+    return {"users": users.weight, "items": items.weight, "scorers": list(fusion.scorers)}
 
 
 def test_ranks_make_the_same_scores(catalog):
-    config = small_config(catalog.uri, model={"walk": {"spectral": 3, "profile": 4}}, eval={"chunk": 9})
+    config = small_config(
+        catalog.uri, model={"hybrid": {"graph_filter": 3, "content_profile": 4}}, eval={"block_rows": 9}
+    )
     alone = run_ranks(scores, 1, catalog.uri, config)[0]
     together = run_ranks(scores, 3, catalog.uri, config)
     users, items = (torch.cat([part[kind] for part in together]) for kind in ("users", "items"))
-    assert alone["parts"] == ["spectral", "m0", "m1"]
+    assert alone["scorers"] == ["spectral", "m0", "m1"]
     assert users.shape[1] == 4 + 3 + 4
     torch.testing.assert_close(users @ items.T, alone["users"] @ alone["items"].T, rtol=1e-3, atol=1e-3)
 
 
-def pair(users: list, items: list) -> tuple[ShardedTable, ShardedTable]:
+def pair(users: list, items: list) -> Embeddings:
     tables = []
     for name, rows in (("u", users), ("i", items)):
         table = ShardedTable(name, len(rows), len(rows[0]), Communicator(), trainable=False)
         table.weight = torch.tensor(rows)
         tables.append(table)
-    return tuple(tables)
+    return Embeddings(*tables)
 
 
-def test_parts_are_measured_by_their_spread():
+def test_scores_are_standardised_per_user():
     part = pair([[2.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [3.0, 5.0], [-2.0, 1.0]])
     users, items = unit_variance(part)
     score = part[0].weight @ part[1].weight.T
     torch.testing.assert_close((users.weight @ items.weight.T)[0], score[0] / score[0].std(correction=0))
-    assert (users.weight[1] == 0).all()  # all items alike
+    assert (users.weight[1] == 0).all()  # all items have the same score
 
 
-def test_weights_are_those_that_are_worth_most():
+def test_weights_maximise_the_objective():
     good, bad = pair([[1.0]], [[1.0], [0.0], [-1.0]]), pair([[1.0]], [[-1.0], [0.0], [1.0]])
     wanted = torch.tensor([2.0, 0.0, -2.0])
 
-    def worth(part):
+    def objective(part):
         return -float((part[0].weight @ part[1].weight.T - wanted).square().sum())
 
-    blend = ScoreFusion({"spectral": good, "helps": good, "hurts": bad}, [], None)
-    blend.choose(worth)
-    assert blend.weights["spectral"] == 1
-    assert blend.weights["helps"] > 0
-    assert blend.weights["hurts"] == 0
-    before = worth(blend.joined(bad))
-    blend.choose_members(bad, worth)
-    assert blend.weights[MEMBERS] == 0.125
-    assert worth(blend.joined(bad)) > before
+    fusion = ScoreFusion({"spectral": good, "helps": good, "hurts": bad}, [], None)
+    fusion.tune_untrained(objective)
+    assert fusion.weights["spectral"] == 1
+    assert fusion.weights["helps"] > 0
+    assert fusion.weights["hurts"] == 0
+    before = objective(fusion.fuse(bad))
+    fusion.tune_network(bad, objective)
+    assert fusion.weights[MEMBERS] == 0.125
+    assert objective(fusion.fuse(bad)) > before
 
 
-def test_members_that_are_far_better_than_the_rest_are_hardly_blended():
+def test_a_network_that_is_far_better_gets_the_largest_weight():
     good, bad = pair([[1.0]], [[1.0], [0.0], [-1.0]]), pair([[1.0]], [[-1.0], [0.0], [1.0]])
 
-    def worth(part):
+    def objective(part):
         score = (part[0].weight @ part[1].weight.T)[0]
         return float((score[0] - score[2]) / (score.abs().sum() + 0.1))
 
-    blend = ScoreFusion({"spectral": bad}, [], None)
-    blend.choose(worth)
-    blend.choose_members(good, worth)
-    assert blend.weights[MEMBERS] == 32
+    fusion = ScoreFusion({"spectral": bad}, [], None)
+    fusion.tune_untrained(objective)
+    fusion.tune_network(good, objective)
+    assert fusion.weights[MEMBERS] == 32
 
 
-def test_length_of_members_is_taken_away_where_direction_says_more():
+def test_norms_are_damped_where_directions_rank_better():
     angle, length = torch.tensor([0.0, 0.7, 1.4, 2.1, 2.8, 0.3]), torch.tensor([1.0, 6.0, 0.5, 3.0, 0.2, 0.0])
     rows = torch.stack([angle.cos(), angle.sin()], dim=1)
     wanted = torch.where(length > 0, angle.cos(), 0.0)
     members = pair([[1.0, 0.0]], (rows * length[:, None]).tolist())
 
-    def worth(part):
+    def objective(part):
         return float(torch.cosine_similarity(part[0].weight @ part[1].weight.T, wanted[None]))
 
-    blend = ScoreFusion({"spectral": pair([[1.0]], [[0.1], [-0.1], [0.2], [-0.2], [0.1], [0.0]])}, [], None)
-    blend.choose(worth)
-    blend.choose_members(members, worth)
-    assert blend.weights[NORM_DAMPING] == 1
-    assert worth(blend.joined(members)) > 0.99
-    once = dict(blend.weights)
-    blend.choose_members(members, worth)  # from there on nothing is better
-    assert blend.weights == once
+    fusion = ScoreFusion({"spectral": pair([[1.0]], [[0.1], [-0.1], [0.2], [-0.2], [0.1], [0.0]])}, [], None)
+    fusion.tune_untrained(objective)
+    fusion.tune_network(members, objective)
+    assert fusion.weights[NORM_DAMPING] == 1
+    assert objective(fusion.fuse(members)) > 0.99
+    once = dict(fusion.weights)
+    fusion.tune_network(members, objective)  # nothing is better
+    assert fusion.weights == once
 
 
-def test_users_also_have_what_walks_bring_them(catalog):
-    """Own and walked scores, each in its spread, with a weight for the walks; without cold items to be filled."""
+def test_users_are_smoothed_over_neighbours(catalog):
+    """Own and smoothed scores, both z-scored, with a weight for the smoothed ones; cold items are not imputed."""
     graphs, comm = Graphs.load(catalog), Communicator()
-    walk = CooccurrenceOperator(graphs, comm, OPTIONS)
+    operator = operator_of(graphs)
     users = ShardedTable("u", catalog.users, 4, comm, init_std=1.0, trainable=False)
     items = ShardedTable("i", catalog.items, 4, comm, init_std=1.0, trainable=False)
-    blend = ScoreFusion({"spectral": graph_filter_scores(walk, 3, 0)}, [], None, walk)
-    blend.weights |= {MEMBERS: 1.0, NEIGHBOR_SMOOTHING: 0.5, "spectral": 0.0}
-    joined = blend.joined((users, items))
+    fusion = ScoreFusion({"spectral": graph_filter_scores(operator, 3, 0)}, [], None, operator)
+    fusion.weights |= {MEMBERS: 1.0, NEIGHBOR_SMOOTHING: 0.5, "spectral": 0.0}
+    joined = fusion.fuse(Embeddings(users, items))
     N, C, _ = dense(catalog)
     warm = graphs.item_degree > 0
     V = items.weight.double().numpy()
-    own, walked = users.weight.double().numpy() @ V.T, N @ C @ (V - V[warm].mean(0)) @ V.T
-    want = own / own.std(1, keepdims=True) + 0.5 * walked / walked.std(1, keepdims=True)
+    own, smoothed = users.weight.double().numpy() @ V.T, N @ C @ (V - V[warm].mean(0)) @ V.T
+    want = own / own.std(1, keepdims=True) + 0.5 * smoothed / smoothed.std(1, keepdims=True)
     want /= want.std(1, keepdims=True)
     torch.testing.assert_close(
         joined[0].weight @ joined[1].weight.T, torch.from_numpy(want).float(), rtol=1e-3, atol=1e-3

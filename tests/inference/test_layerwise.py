@@ -1,4 +1,4 @@
-"""Layer-wise inference equals what training sees on the whole graph, in chunks and over ranks."""
+"""Layer-wise inference equals full-graph propagation, in chunks and over ranks."""
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ from test_gtc import reference, setup
 
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.graph.csc import load_graphs
 from gtc_dist.inference.layerwise import embed_catalog
-from gtc_dist.model.build import build_network, load_features, load_graphs
+from gtc_dist.model.build import build_network, load_features
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def catalog(tmp_path_factory):
 @pytest.mark.parametrize("model", [{}, GATED])
 def test_matches_the_dense_reference(catalog, chunk, hops, model):
     config, network, tables = setup(catalog, model={"item_hop": hops, "user_hop": hops, **model})
-    features = load_features(network.shape, catalog, Communicator())
+    features = load_features(network.modalities, catalog, Communicator())
     users, items = embed_catalog(network, tables, features, load_graphs(config, catalog), config.model.layers, chunk)
     want_users, want_items = reference(network, tables, catalog, config)
     torch.testing.assert_close(users.weight, want_users.detach(), rtol=1e-4, atol=1e-5)
@@ -32,10 +33,10 @@ def test_matches_the_dense_reference(catalog, chunk, hops, model):
 def own_rows(comm: Communicator, uri: str, config) -> dict:
     catalog = Catalog(uri)
     network, tables = build_network(config, catalog, comm)
-    features = load_features(network.shape, catalog, comm)
-    watched: dict[str, float] = {}
-    out = embed_catalog(network, tables, features, load_graphs(config, catalog), 2, 9, watched)
-    return {"users": out[0].weight, "items": out[1].weight, "watched": watched}
+    features = load_features(network.modalities, catalog, comm)
+    diagnostics: dict[str, float] = {}
+    out = embed_catalog(network, tables, features, load_graphs(config, catalog), 2, 9, diagnostics)
+    return {"users": out[0].weight, "items": out[1].weight, "diagnostics": diagnostics}
 
 
 @pytest.mark.parametrize("model", [{}, GATED])
@@ -47,8 +48,8 @@ def test_ranks_compute_their_own_rows(catalog, model):
         rows = torch.cat([result[kind] for result in together])
         torch.testing.assert_close(rows, alone[kind], rtol=1e-5, atol=1e-6)
     for result in together:
-        assert result["watched"] == pytest.approx(alone["watched"], rel=1e-5)
-    assert sum(v for k, v in alone["watched"].items() if k.startswith("gate/")) == pytest.approx(1, rel=1e-5)
+        assert result["diagnostics"] == pytest.approx(alone["diagnostics"], rel=1e-5)
+    assert sum(v for k, v in alone["diagnostics"].items() if k.startswith("gate/")) == pytest.approx(1, rel=1e-5)
 
 
 def test_twice_the_same_bits(catalog):

@@ -1,23 +1,25 @@
-"""Items that arrive after training: they get what a cold item of the catalog with their content has."""
+"""New items get the embedding of a cold item of the catalog with the same content."""
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from small import small_catalog, write_config
-from test_train import cold_items, export_embeddings, read_export, train_without_ray
+from test_train import cold_items, read_export, train_without_ray
 
+from gtc_dist import export
+from gtc_dist.checkpoint.existing_run import find_run
 from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, NORM_SCALE, REGRESSION
 from gtc_dist.inference.new_items import embed_new_items
-from gtc_dist.inference.trained_run import find_run, load_run
+from gtc_dist.inference.trained_run import load_run
 
-WALKS = ["model.walk.spectral=3", "model.walk.profile=4"]
+HYBRID = ["model.hybrid.graph_filter=3", "model.hybrid.content_profile=4"]
 
 
-@pytest.fixture(scope="module", params=[[], WALKS])
+@pytest.fixture(scope="module", params=[[], HYBRID])
 def run(tmp_path_factory, request) -> tuple[str, Catalog]:
     """The folder of a finished run, without Ray."""
     folder = tmp_path_factory.mktemp("run")
@@ -51,7 +53,7 @@ def test_new_items_are_exported_after_those_of_the_catalog(run, tmp_path, capsys
     content = {name: np.concatenate([raw(catalog, i)[name] for i in cold]) for name in catalog.modalities()}
     new_ids = [9000 + int(i) for i in cold]
     file = write_items(str(tmp_path / "new.parquet"), new_ids, content)
-    export_embeddings.main(["--run", uri, "--out", str(tmp_path / "e"), "--new-items", file, "--faiss"])
+    export.main(["--run", uri, "--out", str(tmp_path / "e"), "--new-items", file, "--faiss"])
     assert f"(and {len(cold)} new ones)" in capsys.readouterr().out
     ids, rows = read_export(str(tmp_path / "e"), "items")
     assert ids[catalog.items :] == new_ids
@@ -64,20 +66,20 @@ def test_new_items_are_exported_after_those_of_the_catalog(run, tmp_path, capsys
 
 
 @pytest.mark.parametrize("form", [0.0, 1.0])
-def test_a_new_item_has_what_a_cold_item_with_its_content_has(run, form):
-    """By regression the very same; by neighbours the mean of the nearest warm ones and its own profile."""
+def test_a_new_item_equals_a_cold_item_with_its_content(run, form):
+    """By regression exactly; by neighbours it has the mean of the nearest warm items, and its own profile."""
     uri, catalog = run
     opened = load_run(find_run(uri))
-    opened.final.cold.weights |= {REGRESSION: form, CONTENT_WEIGHT: 2.0, NORM_SCALE: 1.21}
+    opened.scorer.cold_start.weights |= {REGRESSION: form, CONTENT_WEIGHT: 2.0, NORM_SCALE: 1.21}
     items = opened.embed()[1]
     warm = Graphs.load(catalog).item_degree > 0
     cold = np.flatnonzero(~warm)
     rows = embed_new_items(opened, items, {n: x[cold] for n, x in features(catalog).items()}).numpy()
     in_catalog, all_rows = items.weight[cold].numpy(), items.weight.numpy()
     own = np.zeros(rows.shape[1], bool)
-    for columns in opened.final.profiles(items.width).values():
+    for columns in opened.scorer.profile_columns(items.width).values():
         own[columns] = True
-    assert own.any() == (opened.final.blend is not None)
+    assert own.any() == (opened.scorer.fusion is not None)
     np.testing.assert_allclose(rows[:, own], in_catalog[:, own], rtol=1e-2, atol=1e-3)
     if form:
         np.testing.assert_allclose(rows, in_catalog, rtol=1e-2, atol=1e-3)
@@ -95,12 +97,12 @@ def test_a_new_item_has_what_a_cold_item_with_its_content_has(run, form):
     ("change", "message"),
     [
         (lambda t: t.drop_columns(["m1"]), "has no column 'm1'; columns found: id, m0"),
-        (lambda t: t.set_column(0, "id", pa.array(["x", "y"])), "column 'id' is string, the catalog's are int64"),
+        (lambda t: t.set_column(0, "id", pa.array(["x", "y"])), "column 'id': the items of"),
         (lambda t: t.set_column(0, "id", pa.array([1, None])), "column 'id' has 1 nulls"),
         (lambda t: t.set_column(0, "id", pa.array([5, 5])), "column 'id' has an id twice"),
         (lambda t: t.set_column(0, "id", pa.array([5, 107])), "the catalog has item 107 already"),
         (lambda t: t.set_column(1, "m0", pa.array([[1.0], [2.0]])), "'m0' has a vector of length 1"),
-        (lambda t: t.set_column(0, "id", pa.array([[1], [2]])), "column 'id' is list<"),
+        (lambda t: t.set_column(0, "id", pa.array([[1], [2]])), "have int64 ids, not list<"),
         (lambda t: t.set_column(1, "m0", pa.array([[1.0] * 6, None])), "'m0' has no vector in row 1"),
         (lambda t: t.set_column(1, "m0", pa.array([[1.0] * 6, [float("nan")] * 6])), "'m0', row 1: the vector has"),
         (lambda t: t.set_column(1, "m0", pa.array([1.0, 2.0])), "column 'm0' is double; it must hold vectors"),
@@ -113,19 +115,19 @@ def test_bad_files_are_refused_and_nothing_is_written(run, tmp_path, change, mes
     )
     formats.write_table(file, change(formats.read_table(file)))
     with pytest.raises(InputError, match=r"a\.parquet") as error:
-        export_embeddings.main(["--run", uri, "--out", str(tmp_path / "e"), "--new-items", file])
+        export.main(["--run", uri, "--out", str(tmp_path / "e"), "--new-items", file])
     assert message in str(error.value)
     assert not storage.listing(str(tmp_path / "e"))
 
 
-def test_what_cold_items_get_is_shown_beside_content_alone(run, capsys):
+def test_cold_items_tool_compares_with_content_alone(run, capsys):
     uri, catalog = run
     cold_items.main(["--run", uri, "--threads", "1"])
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
     table = {name: cells for name, *cells in lines}
     want = load_run(find_run(uri)).evaluate("test", None)["cold"]["recall@20"]
-    assert table["**as chosen**"][0].startswith(f"{want:.4f} (")
-    assert float(table["without cold items in the lists"][2]) <= float(table["cold items' rows 1.77 as long"][2])
+    assert table["**as tuned**"][0].startswith(f"{want:.4f} (")
+    assert float(table["without cold items"][2]) <= float(table["norm of cold items x 1.77"][2])
 
     users, items = catalog.interactions("train")
     unit = features(catalog)["m0"].astype(np.float64)
@@ -144,12 +146,12 @@ def test_what_cold_items_get_is_shown_beside_content_alone(run, capsys):
     assert table["content, m0"][0] == f"{mean:.4f} ({len(found)} users)"
 
 
-def test_the_nearest_items_embeddings_are_shown_beside(run, capsys):
+def test_cold_items_tool_compares_with_nearest_items(run, capsys):
     uri, catalog = run
     cold_items.main(["--run", uri, "--threads", "1"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| nearest |"))
     restored = load_run(find_run(uri))
-    users, items = (rows.weight.numpy().copy() for rows in restored.blended())
+    users, items = (rows.weight.numpy().copy() for rows in restored.fuse())
     hop, warm = restored.graphs.item_item, restored.graphs.item_degree > 0
     for item in np.flatnonzero(~warm):
         near = hop.indices[hop.indptr[item] : hop.indptr[item + 1]]

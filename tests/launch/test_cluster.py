@@ -1,4 +1,4 @@
-"""cluster/: the local cluster really runs, and the manifests hold what their readers need."""
+"""cluster/: the local cluster runs, and the YAML files are valid."""
 
 import os
 import re
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from local_cluster import MARK, LocalCluster, _environment_of, _process_ids
+from local_cluster import MARK, LocalCluster
+from processes import environment_of, process_ids
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT_NODES = (
@@ -22,8 +23,8 @@ COUNT_NODES = (
 
 
 @pytest.mark.long
-def test_script_prints_lines_that_work_and_ends_on_sigterm(tmp_path):
-    mine = set(_clusters())
+def test_script_prints_working_commands_and_ends_on_sigterm(tmp_path):
+    before = set(_clusters())
     with open(tmp_path / "out.txt", "wb") as log:
         script = subprocess.Popen(
             [sys.executable, str(ROOT / "cluster" / "local_cluster.py"), "--nodes", "1", "--cpus", "1"],
@@ -55,7 +56,7 @@ def test_script_prints_lines_that_work_and_ends_on_sigterm(tmp_path):
         status = script.wait(60)
     assert status == 0
     assert not env_file.exists()
-    assert set(_clusters()) <= mine
+    assert set(_clusters()) <= before
 
 
 def test_bad_sizes_are_refused():
@@ -103,8 +104,8 @@ def test_aws_cluster_file_passes_rays_own_schema():
 
 
 def _clusters() -> list[bytes]:
-    """Marks of all local clusters that have a process."""
-    marks = (v for pid in _process_ids() for v in _environment_of(pid).split(b"\0"))
+    """Marks of all local clusters with a running process."""
+    marks = (v for pid in process_ids() for v in environment_of(pid).split(b"\0"))
     return [v for v in marks if v.startswith(MARK.encode())]
 
 

@@ -1,4 +1,4 @@
-"""Elastic ranks: a node is lost, another one comes, and training goes on with as many as there are."""
+"""Elastic ranks: nodes are lost and added, and training continues with the remaining ones."""
 
 import subprocess
 import sys
@@ -17,11 +17,11 @@ EPOCHS = 400
 
 
 @pytest.mark.long
-def test_training_goes_on_with_the_nodes_that_there_are(s3_server, tmp_path):
+def test_training_continues_with_the_remaining_nodes(s3_server, tmp_path):
     catalog = small_catalog(tmp_path / "catalog", users=400, items=200)
     config, run = write_config(tmp_path, catalog.uri, str(tmp_path / "runs")), str(tmp_path / "runs/r")
     keys = ["cluster.workers=2", "cluster.min_workers=1", f"train.epochs={EPOCHS}", f"eval.every={EPOCHS}"]
-    keys += ["train.batch_size=16", "train.checkpoint.minutes=0", "train.checkpoint.keep=4"]
+    keys += ["train.batch_size=16", "train.checkpoint_minutes=0"]
     log = tmp_path / "log"
     with LocalCluster(nodes=2, cpus=1, storage=s3_server) as cluster:
         submit = [Path(sys.executable).with_name("ray"), "job", "submit", "--address", cluster.address, "--"]
@@ -38,7 +38,7 @@ def test_training_goes_on_with_the_nodes_that_there_are(s3_server, tmp_path):
             wait_for(run, 1, job, log)
         finally:
             job.kill()
-    # the rest of the epochs would take long; the whole cluster is gone now, and one process ends the run
+    # the remaining epochs would take long: the cluster is gone, and one process finishes the run after one more epoch
     newest = checkpoint_files.read_manifest(
         f"{run}/checkpoints/{checkpoint_files.list_checkpoints(run, 'step-')[0][-1]}"
     )
@@ -51,7 +51,7 @@ def test_training_goes_on_with_the_nodes_that_there_are(s3_server, tmp_path):
 
 
 def wait_for(run: str, ranks: int, job: subprocess.Popen, log: Path, limit: float = 240) -> None:
-    """Until a state is whole that so many ranks wrote."""
+    """Wait until the newest complete state was written by `ranks` ranks."""
     deadline = time.monotonic() + limit
     while True:
         assert job.poll() is None, log.read_text()
@@ -60,7 +60,7 @@ def wait_for(run: str, ranks: int, job: subprocess.Popen, log: Path, limit: floa
             try:
                 files = checkpoint_files.read_manifest(f"{run}/checkpoints/{name}")["files"]
             except (ValueError, OSError):
-                continue  # removed meanwhile
+                continue  # pruned meanwhile
             if sum(file.startswith("user.weight.") for file in files) == ranks:
                 return
         time.sleep(0.2)

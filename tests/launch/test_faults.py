@@ -1,4 +1,4 @@
-"""What ends processes: lost ranks, killed and stopped commands. Afterwards the run ends as it would have."""
+"""Lost ranks, killed and stopped commands: the run still ends with the result of an undisturbed one."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
 
 EPOCHS = 5
-LONG = [f"train.epochs={EPOCHS}", "train.batch_size=32", "train.checkpoint.minutes=0.0", "train.log_every=5"]
+LONG = [f"train.epochs={EPOCHS}", "train.batch_size=32", "train.checkpoint_minutes=0", "train.log_every=5"]
 LONG += ["model.propagation=sampled", "model.fanout=[3,3]", "train.refresh=4"]
 
 
@@ -47,7 +47,7 @@ def result(run: Path | str) -> dict:
 
 @pytest.fixture(scope="module")
 def undisturbed(catalog, tmp_path_factory) -> dict[int, Path]:
-    """By the number of ranks, a folder with their finished run. Without Ray."""
+    """Number of ranks -> folder with their finished run, trained without Ray."""
     folders = {ranks: tmp_path_factory.mktemp("undisturbed") for ranks in (1, 2)}
     for ranks, folder in folders.items():
         _, file, *overrides = command(folder, catalog, ranks)
@@ -60,7 +60,7 @@ def train_on(comm: Communicator, file: str, overrides: list[str]) -> None:
 
 
 def wait_for_states(run: Path | str, count: int, limit: float = 120) -> None:
-    """Until so many states were whole, one after the other."""
+    """Wait until `count` training states have been completed."""
     seen: set[str] = set()
     deadline = time.monotonic() + limit
     while len(seen) < count:
@@ -77,8 +77,8 @@ TWICE = [signal.SIGKILL, signal.SIGSTOP]
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGKILL], pytest.param(TWICE, marks=pytest.mark.long)])
-def test_a_rank_that_is_lost_is_replaced_and_the_result_is_the_same(ray_local, undisturbed, catalog, tmp_path, numbers):
-    """Killed; and, at another place, stopped: then it keeps the other waiting until that is too long."""
+def test_a_lost_rank_is_replaced_and_the_result_is_the_same(ray_local, undisturbed, catalog, tmp_path, numbers):
+    """Killed; and then stopped (SIGSTOP), so that it keeps the other rank waiting beyond the limit."""
     run, lost = tmp_path / "runs/r", []
 
     def disturb() -> None:
@@ -104,14 +104,12 @@ def test_a_rank_that_is_lost_is_replaced_and_the_result_is_the_same(ray_local, u
     ) == ([], [])
 
 
-ENDED = [(2, signal.SIGKILL, -signal.SIGKILL), (3, signal.SIGTERM, train.LEFT)]
+ENDED = [(2, signal.SIGKILL, -signal.SIGKILL), (3, signal.SIGTERM, train.STOPPED)]
 
 
 @pytest.mark.parametrize("endings", [ENDED[:1], pytest.param(ENDED, marks=pytest.mark.long)])
-def test_a_command_that_is_ended_goes_on_when_it_is_given_again(
-    ray_local, undisturbed, catalog, tmp_path, endings, capfd
-):
-    """In a cluster of its own, which goes with it: killed, stopped; at last in another cluster, left alone."""
+def test_an_interrupted_command_resumes_when_it_is_rerun(ray_local, undisturbed, catalog, tmp_path, endings, capfd):
+    """Killed, then stopped, each time with its own local cluster; finally undisturbed in another cluster."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     arguments = [sys.executable, "-m", "gtc_dist.train", *command(tmp_path, catalog, 1)]
     run, log = tmp_path / "runs/r", tmp_path / "log"
@@ -126,18 +124,16 @@ def test_a_command_that_is_ended_goes_on_when_it_is_given_again(
         assert process.wait(60) == status, log.read_text()
         assert not (run / "metrics.json").exists()
         _, alive = psutil.wait_procs(children, timeout=60)
-        assert alive == []  # no orphans; Ray's agents leave a minute later
+        assert alive == []  # no orphans; Ray's agents exit a minute later
     assert train.main(command(tmp_path, catalog, 1)) == 0
-    assert f"going on with {run}" in capfd.readouterr().err
+    assert f"resuming {run}" in capfd.readouterr().err
     assert result(run) == result(undisturbed[1] / "runs/r")
     assert not (run / "stop").exists()
-    assert (
-        checkpoint_files.list_checkpoints(str(run), "step-")[1] == []
-    )  # nor what was being written when it was killed
+    assert checkpoint_files.list_checkpoints(str(run), "step-")[1] == []  # nor the one being written when it was killed
 
 
 @pytest.mark.long
-def test_a_job_that_is_stopped_and_submitted_again_ends_as_if_it_was_not(undisturbed, catalog, tmp_path):
+def test_a_job_that_is_stopped_and_submitted_again_has_the_same_result(undisturbed, catalog, tmp_path):
     words = ["python", "-m", "gtc_dist.train", *command(tmp_path, catalog, 1)]
     run = tmp_path / "runs/r"
     with LocalCluster(nodes=1, cpus=2) as cluster, ThreadPoolExecutor(1) as pool:
@@ -149,7 +145,7 @@ def test_a_job_that_is_stopped_and_submitted_again_ends_as_if_it_was_not(undistu
         assert not (run / "metrics.json").exists()
         again = cluster.submit(words, job="second", timeout=200)
         assert again.returncode == 0, again.stdout[-3000:]
-        assert "going on with" in again.stdout
+        assert "resuming" in again.stdout
     assert result(run) == result(undisturbed[1] / "runs/r")
     assert (
         checkpoint_files.list_checkpoints(str(run), "step-")[1],
@@ -157,19 +153,19 @@ def test_a_job_that_is_stopped_and_submitted_again_ends_as_if_it_was_not(undistu
     ) == ([], [])
 
 
-def test_given_again_a_finished_run_says_so_and_another_configuration_is_refused(undisturbed, catalog, capsys):
+def test_rerun_a_finished_run_is_reported_and_another_configuration_is_refused(undisturbed, catalog, capsys):
     run, same = undisturbed[2] / "runs/r", command(undisturbed[2], catalog, 2)
     written = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
     assert train.main(same) == 0
-    told = capsys.readouterr()
-    assert "is finished" in told.err
-    assert f"best epoch {result(run)['best_epoch']} of" in told.out
-    assert "or more epochs to go on" in told.err
-    early = [*same, "train.epochs=99"]  # as of a run that stopped early: its settings, but not as many epochs
+    printed = capsys.readouterr()
+    assert "is finished" in printed.err
+    assert f"best epoch {result(run)['best_epoch']} of" in printed.out
+    assert "or more epochs to continue it" in printed.err
+    early = [*same, "train.epochs=99"]  # as if the run had stopped early
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(re.sub(r"epochs: \d+", "epochs: 99", config))
     assert train.main(early) == 0
-    assert re.search(r"or an eval\.patience above \d+ to go on", capsys.readouterr().err)
+    assert re.search(r"or an eval\.patience above \d+ to continue it", capsys.readouterr().err)
     (run / "config.yaml").write_text(config)
     written[run / "config.yaml"] = (run / "config.yaml").stat().st_mtime_ns
     with pytest.raises(InputError, match=r"another configuration \(train\.lr: 0\.001 there, 0\.5 here\)"):
@@ -186,10 +182,10 @@ def test_a_loss_that_is_not_finite_ends_the_command_with_a_step_to_replay(catalo
     module = [sys.executable, "-m", "gtc_dist.train"]
     words = command(tmp_path, catalog, 1, "train.table_lr=1e30", "train.lr=1e30")
     ended = subprocess.run([*module, *words], capture_output=True, text=True)
-    told = ended.stderr.splitlines()[-1]
-    assert (ended.returncode, told[:14]) == (3, "error: epoch 1"), ended.stderr
+    message = ended.stderr.splitlines()[-1]
+    assert (ended.returncode, message[:14]) == (3, "error: epoch 1"), ended.stderr
     [file] = (tmp_path / "runs/r").glob("not-finite-*.npz")
-    assert f"--replay {file}" in told
+    assert f"--replay {file}" in message
     again = subprocess.run([*module, "--replay", str(file)], capture_output=True, text=True, check=True)
     assert json.loads(again.stdout)["not_finite"]
     assert not (tmp_path / "runs/r/failed.json").exists()

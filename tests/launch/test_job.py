@@ -1,4 +1,4 @@
-"""The main job as a user of a cluster runs it: `ray job submit`, two nodes, two ranks, everything under s3://."""
+"""Prepare and train on a cluster: `ray job submit`, two nodes, two ranks, everything under s3://."""
 
 import json
 import os
@@ -10,35 +10,34 @@ from pathlib import Path
 import pytest
 from local_cluster import LocalCluster
 
-from gtc_dist import evaluate
+from gtc_dist import evaluate, export
 from gtc_dist.data import storage
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import export_embeddings  # noqa: E402  (scripts)
-import make_dataset  # noqa: E402
+import make_dataset  # noqa: E402  (a script)
 
 
 def test_prepare_and_train_as_jobs_on_object_storage(s3, s3_server, capsys):
     make_dataset.main(["--out", f"{s3}/raw", "--users", "400", "--items", "200", "--interactions", "5000"])
     places = [f"data.raw={s3}/raw", f"data.catalog={s3}/catalog", f"run.storage={s3}/runs", "run.name=job"]
     keys = ["cluster.workers=2", "cluster.threads=1", "train.epochs=3", "train.batch_size=256", "model.width=16"]
-    told: list[str] = []
+    output: list[str] = []
     with LocalCluster(nodes=2, cpus=1, storage=s3_server) as cluster:
-        with pytest.raises(urllib.error.HTTPError, match="401"):  # no token, no answer
+        with pytest.raises(urllib.error.HTTPError, match="401"):  # no token
             urllib.request.urlopen(f"{cluster.address}/nodes?view=summary", timeout=30)
         for command in ("prepare", "train"):
             words = ["python", "-m", f"gtc_dist.{command}", "--config", "configs/demo.yaml", *places, *keys]
             done = cluster.submit(words, working_dir=ROOT, timeout=280)
             assert done.returncode == 0, done.stdout[-3000:]
-            told += [done.stdout, done.stderr or ""]
+            output += [done.stdout, done.stderr or ""]
         folder = cluster.folder
         assert len(cluster.running()) > 2
         assert cluster._all_alive()  # both nodes, after the jobs
     assert cluster.running() == []
     assert not folder.exists()
-    assert s3_server.process.poll() is None  # not the cluster's own, so it stays
+    assert s3_server.process.poll() is None  # it belongs to the test, not to the cluster
     assert "epoch 3/3" in done.stdout
     metrics = storage.read_json(f"{s3}/runs/job/metrics.json")
     assert metrics["workers"] == 2
@@ -48,13 +47,13 @@ def test_prepare_and_train_as_jobs_on_object_storage(s3, s3_server, capsys):
     evaluate.main(["--run", f"{s3}/runs/job"])
     alone = json.loads(capsys.readouterr().out)
     assert alone["overall"] == pytest.approx(metrics["test"]["overall"], abs=1e-6)
-    export_embeddings.main(["--run", f"{s3}/runs/job", "--out", f"{s3}/embeddings"])
+    export.main(["--run", f"{s3}/runs/job", "--out", f"{s3}/embeddings"])
     manifest = storage.read_json(f"{s3}/embeddings/manifest.json")
     assert manifest["users"] == 400
-    assert manifest["dim"] >= 64 + 16  # four streams of width 16, and the spectral part
+    assert manifest["dim"] >= 64 + 16  # four modality views of width 16, and the graph filter
 
     written = {name: storage.read_bytes(f"{s3}/{name}") for name in storage.listing(s3)}
     assert len(written) > 40
-    written["what the jobs said"] = "".join(told).encode()
+    written["output of the jobs"] = "".join(output).encode()
     for secret in (s3_server.access_key, s3_server.secret_key, os.environ["RAY_AUTH_TOKEN"]):
         assert [name for name, data in written.items() if secret.encode() in data] == []

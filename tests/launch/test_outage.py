@@ -1,4 +1,4 @@
-"""An object store that is gone for a while: what was asked of it is done when it is back."""
+"""Outage of the object store: actions are retried until it is back."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ SECONDS = 12
 
 @pytest.fixture(scope="module")
 def server(s3_server):
-    """One of its own, since the others' tests need theirs."""
+    """An S3 server for this module alone; other tests need theirs to be up."""
     with SeaweedServer(buckets=[BUCKET]) as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.env.items():
             patch.setenv(name, value)
@@ -33,21 +33,21 @@ def server(s3_server):
 
 @pytest.fixture
 def folder(server, tmp_path):
-    # file systems are kept by their arguments, and take the endpoint from the environment when they are made
+    # file systems are cached by their arguments and read the endpoint from the environment when made
     storage.filesystem("s3://x")[0].clear_instance_cache()
     yield f"s3://{BUCKET}/{tmp_path.name}"
     storage.filesystem("s3://x")[0].clear_instance_cache()
 
 
 class Outage:
-    """The server is gone from now on for some seconds."""
+    """Halt the server for some seconds."""
 
     def __init__(self, server: SeaweedServer, seconds: float = SECONDS):
         server.halt()
         self.thread = threading.Timer(seconds, server.resume)
         self.thread.start()
 
-    def over(self) -> None:
+    def wait(self) -> None:
         self.thread.join()
 
 
@@ -85,7 +85,7 @@ def test_every_action_waits_for_the_store(server, folder, tmp_path, capfd):
         thread.start()
     for thread in threads:
         thread.join()
-    outage.over()
+    outage.wait()
     assert problems == {}
     assert got["read a table"].equals(table)
     assert np.array_equal(got["read vectors"], vectors[5:9])
@@ -100,14 +100,14 @@ def test_every_action_waits_for_the_store(server, folder, tmp_path, capfd):
 
 @pytest.mark.long
 @pytest.mark.parametrize("line", ["", "interactions read", "features read and checked"])
-def test_prepare_and_what_loads_a_catalog_wait_for_the_store(server, folder, tmp_path, line):
-    """Gone for 30 s: from the start, or when prepare has said how far it is."""
+def test_prepare_and_reading_a_catalog_wait_for_the_store(server, folder, tmp_path, line):
+    """Outage of 30 s: from the start, or after prepare has printed `line`."""
     write_raw(f"{folder}/raw")
-    catalogs = {name: config(f"{folder}/raw", f"{folder}/{name}") for name in ("whole", "disturbed")}
+    catalogs = {name: config(f"{folder}/raw", f"{folder}/{name}") for name in ("undisturbed", "disturbed")}
     for name, one in catalogs.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(one.model_dump()))
     command = [sys.executable, "-m", "gtc_dist.prepare", "--config"]
-    subprocess.run([*command, str(tmp_path / "whole.yaml")], check=True, capture_output=True)
+    subprocess.run([*command, str(tmp_path / "undisturbed.yaml")], check=True, capture_output=True)
     log = tmp_path / "log"
     with open(log, "wb") as out:
         process = subprocess.Popen([*command, str(tmp_path / "disturbed.yaml")], stdout=out, stderr=out)
@@ -116,37 +116,37 @@ def test_prepare_and_what_loads_a_catalog_wait_for_the_store(server, folder, tmp
         time.sleep(0.01)
     outage = Outage(server, 30)
     assert process.wait(240) == 0, log.read_text()
-    outage.over()
+    outage.wait()
     one, other = (Catalog(one.data.catalog) for one in catalogs.values())
     assert contents(one) == contents(other)
     assert "building.json" not in storage.listing(other.uri)
 
     outage = Outage(server, 30)
     assert contents(Catalog(other.uri, verify="checksum")) == contents(other)
-    outage.over()
+    outage.wait()
 
 
 @pytest.mark.long
-def test_a_training_goes_through_an_outage(server, folder, tmp_path):
-    """At a checkpoint or whatever else it comes upon; and the export."""
+def test_training_and_export_survive_an_outage(server, folder, tmp_path):
+    """Training while it writes checkpoints; then the export."""
     catalog = small_catalog(f"{folder}/catalog", users=120, items=80)
-    runs = {name: f"{folder}/{name}" for name in ("whole", "disturbed")}
+    runs = {name: f"{folder}/{name}" for name in ("undisturbed", "disturbed")}
     commands = {}
     for name, uri in runs.items():
         (tmp_path / name).mkdir()
         config = write_config(tmp_path / name, catalog.uri, uri)
         commands[name] = [sys.executable, "-m", "gtc_dist.train", "--config", config, *LONG, "cluster.retries=0"]
-    subprocess.run(commands["whole"], check=True, capture_output=True)
+    subprocess.run(commands["undisturbed"], check=True, capture_output=True)
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen(commands["disturbed"], stdout=log, stderr=log)
     wait_for_states(f"{runs['disturbed']}/r", 1)
-    Outage(server).over()
+    Outage(server).wait()
     assert process.wait(240) == 0, (tmp_path / "log").read_text()
-    assert result(f"{runs['disturbed']}/r") == result(f"{runs['whole']}/r")
+    assert result(f"{runs['disturbed']}/r") == result(f"{runs['undisturbed']}/r")
     assert checkpoint_files.list_checkpoints(f"{runs['disturbed']}/r", "step-")[1] == []
-    export = [sys.executable, "tools/export_embeddings.py", "--run", f"{runs['whole']}/r", "--out", f"{folder}/e"]
+    export = [sys.executable, "-m", "gtc_dist.export", "--run", f"{runs['undisturbed']}/r", "--out", f"{folder}/e"]
     process = subprocess.Popen(export, stdout=subprocess.DEVNULL)
     time.sleep(4)
-    Outage(server).over()
+    Outage(server).wait()
     assert process.wait(120) == 0
     assert storage.read_json(f"{folder}/e/manifest.json")["users"] == 120

@@ -1,4 +1,4 @@
-"""What train refuses: before Ray starts, or as one error of all ranks."""
+"""Bad input of train is refused: before Ray starts, or as one error of all ranks."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_more_workers_than_cpus_are_refused_with_their_number(ray_local, plain_c
         train.main(["--config", config, "cluster.workers=9"])
     with pytest.raises(InputError, match=r"needs 4 CPUs, and 0\.25 to read data; the cluster has 4"):
         train.main(["--config", config, "cluster.workers=2", "cluster.cpus_per_worker=2"])
-    with pytest.raises(InputError, match="needs 5 CPUs"):  # 5 CPUs on no node
+    with pytest.raises(InputError, match="needs 5 CPUs"):  # no node has 5 CPUs
         train.main(["--config", config, "cluster.workers=1", "cluster.cpus_per_worker=5"])
     with pytest.raises(InputError, match="needs 1 GPUs; the cluster has 0"):
         train.main(["--config", config, "cluster.gpu=true"])
@@ -50,7 +50,7 @@ def test_more_workers_than_cores_are_refused_where_ray_is_started_here(plain_cat
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_a_rank_refuses_arrives_as_one_error_and_blocks_no_retry(ray_local, tmp_path):
+def test_an_error_of_a_rank_arrives_as_one_line_and_leaves_no_run_folder(ray_local, tmp_path):
     catalog = small_catalog(tmp_path / "catalog")
     path = tmp_path / "catalog/features/m0/part-00000.parquet"
     data = path.read_bytes()
@@ -64,7 +64,7 @@ def test_what_a_rank_refuses_arrives_as_one_error_and_blocks_no_retry(ray_local,
 
 
 def test_splits_that_cannot_be_scored_are_refused(tmp_path):
-    catalog = small_catalog(tmp_path / "catalog", users=5, items=12, per_user=2)  # nothing is left for train
+    catalog = small_catalog(tmp_path / "catalog", users=5, items=12, per_user=2)  # no interaction remains for train
     with pytest.raises(InputError, match=r"the valid split .* has no user with a train interaction"):
         train.main(["--config", write_config(tmp_path, catalog.uri, str(tmp_path / "runs"))])
 
@@ -86,7 +86,7 @@ def test_a_user_with_every_item_is_refused_by_id(tmp_path):
         train.main(["--config", write_config(tmp_path, catalog.uri, str(tmp_path / "runs"))])
 
 
-def test_a_folder_with_something_else_is_refused(tmp_path):
+def test_a_folder_with_foreign_files_is_refused(tmp_path):
     catalog = small_catalog(tmp_path / "catalog")
     (tmp_path / "runs/r").mkdir(parents=True)
     (tmp_path / "runs/r/notes.txt").write_text("mine")

@@ -10,34 +10,34 @@ import yaml
 from small import ROOT, refused, small_catalog, write_config
 from test_resume import trainer_of
 
-from gtc_dist import evaluate, train
+from gtc_dist import evaluate, export, train
 from gtc_dist.checkpoint import checkpoint_files
+from gtc_dist.checkpoint.existing_run import find_run
 from gtc_dist.config import Config
 from gtc_dist.config_file import load_config
 from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
-from gtc_dist.inference.trained_run import find_run, load_run
+from gtc_dist.inference.trained_run import load_run
 from gtc_dist.model.build import build_network
 
 sys.path.insert(0, str(ROOT / "tools"))
 
 import cold_items  # noqa: F401  (for test_arrivals)
-import export_embeddings
 import recommend
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> str:
-    """The folder of a finished run of one rank, by the trainer without Ray."""
+    """Folder of a finished run of one rank, trained without Ray."""
     folder = tmp_path_factory.mktemp("run")
     catalog = small_catalog(folder / "catalog")
     return train_without_ray(write_config(folder, catalog.uri, str(folder / "runs")))
 
 
 def train_without_ray(file: str, *overrides: str, comm: Communicator | None = None) -> str:
-    """Train a configuration in this process, or on the ranks of a world, and return the run folder."""
+    """Train a configuration in this process or on the ranks of `comm`; returns the run folder."""
     config = train.with_absolute_uris(load_config(file, list(overrides)))
     run = storage.join(config.run.storage, config.run.name)
     storage.write_bytes(f"{run}/config.yaml", yaml.safe_dump(config.model_dump()).encode())
@@ -53,7 +53,7 @@ def resolved_catalog(run: str) -> str:
     return yaml.safe_load(storage.read_bytes(f"{run}/config.yaml"))["data"]["catalog"]
 
 
-def test_a_run_folder_holds_what_is_promised(run):
+def test_contents_of_a_run_folder(run):
     names = storage.listing(run)
     for name in ("config.yaml", "metrics.json", "metrics.jsonl"):
         assert name in names
@@ -89,7 +89,7 @@ def test_tensorboard_has_every_curve(run):
         assert np.isfinite([event.value for event in events.Scalars(tag)]).all(), tag
 
 
-def test_evaluate_prints_what_the_run_says(run, capsys):
+def test_evaluate_prints_the_metrics_of_the_run(run, capsys):
     for split in ("valid", "test"):
         capsys.readouterr()
         evaluate.main(["--run", run, "--split", split])
@@ -112,12 +112,12 @@ def untrained_run(folder: str, config: Config, catalog: Catalog) -> str:
     head = {"epoch": 0, "catalog": catalog.manifest.fingerprint}
     weights = checkpoint_files.weight_shards(list(tables.all()))
     uri = f"{folder}/checkpoints/epoch-00000"
-    checkpoint_files.save(uri, head, {"network": network.state_dict()}, weights, Communicator())
+    checkpoint_files.save(uri, head, {"network": network.state_dict(), "cold": {}}, weights, Communicator())
     return folder
 
 
 def test_evaluate_against_another_run(run, tmp_path, capsys):
-    """With itself: no difference. With one that was hardly trained: a difference that is that of the means."""
+    """With itself: no difference. With an untrained run: the difference of the means."""
     catalog = Catalog(find_run(run).config.data.catalog)
     folder = untrained_run(str(tmp_path / "other"), find_run(run).config, catalog)
     for than, same in ((run, True), (folder, False)):
@@ -127,17 +127,17 @@ def test_evaluate_against_another_run(run, tmp_path, capsys):
         against = printed.pop("against")
         assert against.pop("run") == than
         assert set(against) == set(printed["overall"])
-        for told in against.values():
-            assert told["low"] <= told["difference"] <= told["high"]
+        for row in against.values():
+            assert row["low"] <= row["difference"] <= row["high"]
             if same:
-                assert (told["low"], told["high"]) == (0, 0)
+                assert (row["low"], row["high"]) == (0, 0)
         if not same:
             capsys.readouterr()
             evaluate.main(["--run", folder])
             theirs = json.loads(capsys.readouterr().out)["overall"]
-            for name, told in against.items():
-                assert told["difference"] == pytest.approx(printed["overall"][name] - theirs[name], abs=1e-9)
-            assert any(told["low"] < told["high"] for told in against.values())
+            for name, row in against.items():
+                assert row["difference"] == pytest.approx(printed["overall"][name] - theirs[name], abs=1e-9)
+            assert any(row["low"] < row["high"] for row in against.values())
 
 
 def read_export(folder: str, kind: str) -> tuple[list, np.ndarray]:
@@ -151,7 +151,7 @@ def read_export(folder: str, kind: str) -> tuple[list, np.ndarray]:
 
 def test_exported_embeddings_rank_as_evaluate_does(run, tmp_path):
     out = str(tmp_path / "e")
-    export_embeddings.main(["--run", run, "--out", out])
+    export.main(["--run", run, "--out", out])
     users, user_vectors = read_export(out, "users")
     items, item_vectors = read_export(out, "items")
     catalog = load_run(find_run(run)).catalog
@@ -175,7 +175,7 @@ def test_exported_embeddings_rank_as_evaluate_does(run, tmp_path):
 
 def test_export_is_deterministic_typed_and_in_half_precision(run, tmp_path):
     for name in ("a", "b"):
-        export_embeddings.main(["--run", run, "--out", str(tmp_path / name), "--dtype", "float16", "--faiss"])
+        export.main(["--run", run, "--out", str(tmp_path / name), "--dtype", "float16", "--faiss"])
     a, b = ((tmp_path / n / "items" / "part-000000000000.parquet").read_bytes() for n in ("a", "b"))
     assert a == b
     schema = pq.read_schema(tmp_path / "a" / "users" / "part-000000000000.parquet")
@@ -188,7 +188,7 @@ def test_export_is_deterministic_typed_and_in_half_precision(run, tmp_path):
 
 
 def test_recommend_shows_original_ids(run, tmp_path, capsys):
-    export_embeddings.main(["--run", run, "--out", str(tmp_path / "e")])
+    export.main(["--run", run, "--out", str(tmp_path / "e")])
     capsys.readouterr()
     recommend.main(["--embeddings", str(tmp_path / "e"), "--user", "u003", "--top", "4"])
     lines = capsys.readouterr().out.split()
@@ -208,8 +208,8 @@ def test_ray_and_object_storage_give_the_same_run(run, ray_local, s3, tmp_path):
     here = metrics_of(run)
     for part in ("valid", "test", "popularity", "best_epoch"):
         assert there[part] == here[part]
-    export_embeddings.main(["--run", f"{s3}/runs/r", "--out", f"{s3}/embeddings"])
-    export_embeddings.main(["--run", run, "--out", str(tmp_path / "e")])
+    export.main(["--run", f"{s3}/runs/r", "--out", f"{s3}/embeddings"])
+    export.main(["--run", run, "--out", str(tmp_path / "e")])
     assert np.array_equal(read_export(f"{s3}/embeddings", "items")[1], read_export(str(tmp_path / "e"), "items")[1])
     names = storage.listing(f"{s3}/runs/r")
     assert any(name.startswith("tensorboard/events.out") for name in names)
@@ -219,21 +219,21 @@ LARGE = ["model.propagation=sampled", "model.fanout=[3,3]", "model.layer_nodes=6
 LARGE += ["train.table_optimizer=rowwise_adam", "train.epoch_steps=5", "eval.users=50"]
 
 
-WALKS = ["model.walk.spectral=4", "model.walk.profile=4"]
+HYBRID = ["model.hybrid.graph_filter=4", "model.hybrid.content_profile=4"]
 
 
-@pytest.fixture(scope="module", params=[LARGE, pytest.param(WALKS, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[LARGE, pytest.param(HYBRID, marks=pytest.mark.long)])
 def run_of_two(ray_local, tmp_path_factory, request) -> tuple[str, list[str]]:
-    """The folder of a finished run of two ranks, and what was configured."""
+    """Folder of a finished run of two ranks, and its overrides."""
     folder = tmp_path_factory.mktemp("two")
     catalog = small_catalog(folder / "catalog", users=120, items=80, seed=1)
-    assert catalog.manifest.interactions["train"] % 2 == 1  # equal shares would drop one
+    assert catalog.manifest.interactions["train"] % 2 == 1  # an uneven split over the ranks
     config = write_config(folder, catalog.uri, str(folder / "runs"))
     train.main(["--config", config, "cluster.workers=2", *request.param])
     return str(folder / "runs/r"), request.param
 
 
-def test_what_two_ranks_scored_one_process_scores(run_of_two):
+def test_one_process_scores_as_two_ranks(run_of_two):
     run, _ = run_of_two
     metrics = metrics_of(run)
     assert metrics["workers"] == 2
@@ -262,15 +262,15 @@ def test_two_workers_evaluate_as_one_process(run_of_two, capsys):
 def test_two_workers_export_as_one_process(run_of_two, tmp_path):
     run, overrides = run_of_two
     for name, workers in (("one", "0"), ("two", "2")):
-        export_embeddings.main(["--run", run, "--out", str(tmp_path / name), "--workers", workers])
+        export.main(["--run", run, "--out", str(tmp_path / name), "--workers", workers])
     assert len(storage.listing(str(tmp_path / "two/items"))) == 2
     one, two = (
         {kind: read_export(str(tmp_path / name), kind) for kind in ("users", "items")} for name in ("one", "two")
     )
     for kind in ("users", "items"):
         assert two[kind][0] == one[kind][0]
-        # of the members; modes are found up to a rotation, so behind them vectors differ and scores do not
-        own = slice(None if overrides is not WALKS else 24)
+        # embeddings of the members; eigenvectors are unique up to a rotation, so the rest differs while scores do not
+        own = slice(None if overrides is not HYBRID else 24)
         np.testing.assert_allclose(two[kind][1][:, own], one[kind][1][:, own], rtol=1e-4, atol=1e-5)
     scores = [np.asarray(out["users"][1]) @ np.asarray(out["items"][1]).T for out in (one, two)]
     np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-4)
@@ -284,25 +284,25 @@ def test_evaluate_refuses_a_run_on_another_catalog(run, tmp_path):
         evaluate.main(["--run", run, "--against", folder])
 
 
-def test_an_export_that_was_cut_off_is_made_anew(run, tmp_path, capsys):
-    export = ["--run", run, "--out", str(tmp_path / "e")]
-    export_embeddings.main(export)
-    whole = {p: p.read_bytes() for p in sorted((tmp_path / "e").rglob("*.parquet"))}
+def test_an_interrupted_export_is_repeated(run, tmp_path, capsys):
+    arguments = ["--run", run, "--out", str(tmp_path / "e")]
+    export.main(arguments)
+    complete = {p: p.read_bytes() for p in sorted((tmp_path / "e").rglob("*.parquet"))}
     with pytest.raises(InputError, match="is not empty"):
-        export_embeddings.main(export)
+        export.main(arguments)
     (tmp_path / "e/manifest.json").unlink()
-    first, *_ = whole
+    first, *_ = complete
     first.rename(f"{first}.12345678.partial")
     (tmp_path / "e/manifest.json.12345678.partial").write_text("{")
     capsys.readouterr()
-    export_embeddings.main(export)
+    export.main(arguments)
     assert "was cut off: starting again" in capsys.readouterr().out
-    assert {p: p.read_bytes() for p in sorted((tmp_path / "e").rglob("*.p*"))} == whole
+    assert {p: p.read_bytes() for p in sorted((tmp_path / "e").rglob("*.p*"))} == complete
 
 
-def test_evaluate_and_export_refuse_what_is_no_run(run, tmp_path):
+def test_evaluate_and_export_refuse_other_folders(run, tmp_path):
     refused(["-m", "gtc_dist.evaluate", "--run", str(tmp_path)], "holds no run")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").write_text("1")
-    refused(["tools/export_embeddings.py", "--run", run, "--out", str(tmp_path / "full")], "is not empty")
+    refused(["-m", "gtc_dist.export", "--run", run, "--out", str(tmp_path / "full")], "is not empty")
     assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["x"]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from gtc_dist.model.diffusion import ContentFilter, Denoiser, Schedule
+from gtc_dist.model.diffusion import ContentFilter, Denoiser, NoiseSchedule
 
-SCHEDULE = Schedule(600, 1e-4, 0.02)
+SCHEDULE = NoiseSchedule(600, 1e-4, 0.02)
 
 
 def test_schedule_is_the_running_product_of_one_minus_beta():

@@ -1,4 +1,4 @@
-"""Files with any bytes and ids of any kind are read as they are, or refused."""
+"""Files with random bytes and ids of any kind are read without change, or refused."""
 
 import gzip
 from pathlib import Path
@@ -16,15 +16,15 @@ ROLES = {"user": "user_id", "item": "item_id"}
 
 
 def rows_of(path: Path) -> list[dict] | None:
-    """The rows of one file without Ray, or None if it is refused by its name."""
+    """The rows of one file without Ray, or None if it is refused with its name in the message."""
     found = None
     try:
         found = [
-            row for table in parse.read_table_file(parse.inspect_tables(str(path), ROLES)) for row in table.to_pylist()
+            row for table in parse.read_table_file(parse.inspect_table(str(path), ROLES)) for row in table.to_pylist()
         ]
     except InputError as error:
-        said = str(error)
-    assert found is not None or str(path) in said
+        message = str(error)
+    assert found is not None or str(path) in message
     return found
 
 
@@ -44,7 +44,7 @@ words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\
 
 @QUICK
 @given(st.lists(st.tuples(words, st.integers(-(2**63), 2**63 - 1)), min_size=1, max_size=8))
-def test_any_ids_come_through_a_csv_as_they_are(tmp_path_factory, pairs):
+def test_any_ids_are_read_unchanged_from_csv(tmp_path_factory, pairs):
     path = tmp_path_factory.mktemp("any") / "a.csv"
     lines = ['"' + user.replace('"', '""') + f'",{item}\n' for user, item in pairs]
     path.write_text("user_id,item_id\n" + "".join(lines), encoding="utf-8", newline="")
@@ -63,11 +63,11 @@ def test_the_first_bad_id_is_found(values):
         )
 
     encoded = [value.encode() if isinstance(value, str) else value for value in values]
-    bad, said = ids.first_bad(pa.array(encoded, pa.binary()).view(pa.string()))
+    bad, problem_text = ids.first_bad(pa.array(encoded, pa.binary()).view(pa.string()))
     wrong = {
         kind: [n for n, value in enumerate(values) if problem(value) == kind]
         for kind in ("UTF-8", "null or empty", "NUL")
     }
     expected = next(((kind, rows[0]) for kind, rows in wrong.items() if rows), None)
     assert bad == (None if expected is None else expected[1])
-    assert (expected or ("",))[0] in said
+    assert (expected or ("",))[0] in problem_text

@@ -1,4 +1,4 @@
-"""Configurations that are refused, each with the key, the line or the value; nothing is written."""
+"""Configurations that are refused with the key, the line or the value in the message; nothing is written."""
 
 import pytest
 
@@ -96,7 +96,7 @@ def test_a_folder_as_configuration(tmp_path):
 
 
 def test_anchors_and_merge_keys_work(tmp_path):
-    """A merged key may be given again, also where what is merged has merged keys itself."""
+    """A merged key may be given again, even if the merged section has merged keys itself."""
     (tmp_path / "c.yaml").write_text(
         "data: {raw: &r x, catalog: *r, features: {a: &a {path: p, pca: 3}, b: &b {<<: *a, pca: 4}, "
         "c: {<<: *b, path: q}}}\nrun: {storage: s, name: n}\n"

@@ -1,5 +1,5 @@
-"""The command against broken inputs that it finds before Ray starts. Each ends in an InputError that says where, what
-and what to do, and leaves no catalog. Found later: test_broken_late.py; configurations: test_broken_configs.py."""
+"""Broken inputs that prepare finds before Ray starts: each gives an InputError with the place, the problem and the
+remedy, and leaves no catalog. Found later: test_broken_late.py; configurations: test_broken_configs.py."""
 
 import gzip
 
@@ -62,19 +62,19 @@ INTERACTIONS = {  # found before Ray starts
     "a missing column": Case(
         {}, ["{raw}/a.parquet has no column 'asin'; columns found:"], ["data.interactions.item=asin"]
     ),
-    "ids of floats": one("a.parquet", parquet(user_id=[0.5] * ROWS), "'user_id' (user) has type double; integers or"),
+    "ids of floats": one("a.parquet", parquet(user_id=[0.5] * ROWS), "'user_id' (user) has type double; expected"),
     "times of words": one(
         "a.parquet", parquet(time=["soon"] * ROWS), "'time' (time) has type string", overrides=BY_TIME
     ),
     "one time of words in csv": one(
         "a.csv",
         text(time=replaced("time", 18, "soon")),
-        "type string ('soon' in row 18); numbers or",
+        "type string ('soon' in row 18); expected",
         overrides=BY_TIME,
     ),
     "ratings of words": one("a.parquet", parquet(rating=["good"] * ROWS), "'rating' (rating) has", overrides=[RATING]),
     "one rating of words in tsv": one(
-        "a.tsv", text("\t", rating=replaced("rating", 5, "good")), "('good' in row 5); numbers are", overrides=[RATING]
+        "a.tsv", text("\t", rating=replaced("rating", 5, "good")), "('good' in row 5); expected", overrides=[RATING]
     ),
     "a split by time without times": Case({}, ["set data.interactions.time"], ["data.split.method=leave_last_out"]),
     "gz that ends early": one("a.csv.gz", gzip.compress(CSV)[:-30], "Truncated compressed stream"),
@@ -116,9 +116,9 @@ INTERACTIONS = {  # found before Ray starts
     "jsonl of arrays": one("a.jsonl", b"[1, 2]\n", "from object to array in row 1"),
     "jsonl with one array": one("a.jsonl", JSON + b"[1, 2]\n", "from object to array in row 2"),
     "json that is one array": one("a.json", b'[{"user_id": 1, "item_id": 2}]', "from object to array in row 1"),
-    "jsonl of null": one("a.jsonl", b"null\n", "line 1 is null; one JSON object a line is needed"),
+    "jsonl of null": one("a.jsonl", b"null\n", "line 1 is null; expected one JSON object per line"),
     "jsonl with a null line": one(
-        "a.jsonl.gz", gzip.compress(JSON * 3 + b" null\n"), "line 4 is null; one JSON object a"
+        "a.jsonl.gz", gzip.compress(JSON * 3 + b" null\n"), "line 4 is null; expected one JSON object"
     ),
     "jsonl with fractions as ids": one(
         "a.jsonl", JSON + b'{"user_id": 1.5, "item_id": 3}\n', "'user_id' (user) has type"
@@ -136,10 +136,10 @@ INTERACTIONS = {  # found before Ray starts
     ),
     "a glob that matches nothing": Case({}, ["no file matches {raw}/b-*.csv"], ["data.interactions.files=['b-*.csv']"]),
     "a file that is not there": Case({}, ["{raw}/b.csv does not exist"], ["data.interactions.files=[b.csv]"]),
-    "a name that does not tell the format": one("a.dat", GOOD, "set data.interactions.format"),
-    "labels that are alike": Case({}, ["test_label must differ"], [LABEL, "data.split.test_label=1"]),
+    "a name with an unknown extension": one("a.dat", GOOD, "set data.interactions.format"),
+    "labels that are equal": Case({}, ["[0, 1, 1]; the labels must differ"], [LABEL, "data.split.labels=[0, 1, 1]"]),
     "a catalog that is a file": Case(
-        {}, ["v.npy is a file; name another folder"], ["data.catalog={raw}/v.npy/catalog"]
+        {}, ["v.npy is a file, not a folder; name another folder"], ["data.catalog={raw}/v.npy/catalog"]
     ),
     "user and item in one column": Case(
         {}, ["user and item are both column 'item_id'; name two columns"], ["data.interactions.user=item_id"]
@@ -147,23 +147,25 @@ INTERACTIONS = {  # found before Ray starts
 }
 
 FEATURES = {  # found before Ray starts
-    "npy without a byte": one("v.npy", b"", "is not a .npy file that can be read: EOF"),
+    "npy without a byte": one("v.npy", b"", "is not a readable .npy file: EOF"),
     "npy that is no npy": one("v.npy", b"PK\x03\x04" + b"0" * 90, "the magic string is not correct"),
-    "npy cut at its end": one("v.npy", NPY[:-10], "is truncated: 214 bytes, its header needs 224"),
+    "npy cut at its end": one("v.npy", NPY[:-10], "is truncated: 214 bytes, but its header declares 224"),
     "npy cut in its head": one("v.npy", NPY[:40], "EOF: reading array header"),
-    "npy with a broken head": one("v.npy", NPY.replace(b"{'descr'", b"{{{descr'"), "its head is broken"),
+    "npy with a broken head": one("v.npy", NPY.replace(b"{'descr'", b"{{{descr'"), "its header is invalid"),
     "npy with a negative shape": one(
-        "v.npy", NPY.replace(b"(8, 3), ", b"(-8, 3),"), "its head gives the shape (-8, 3)"
+        "v.npy", NPY.replace(b"(8, 3), ", b"(-8, 3),"), "its header has the shape (-8, 3)"
     ),
     "npy of objects": one(
-        "v.npy", npy(np.array([[1, "a"]], object)), "holds Python objects, which are not read; save a"
+        "v.npy", npy(np.array([[1, "a"]], object)), "holds Python objects, which are refused; save a"
     ),
     "npy of text": one("v.npy", npy(np.array([["a"]])), "features must be float or integer numbers"),
-    "npy of one dimension": one("v.npy", npy(np.ones(8)), "has shape (8,); features must be a matrix, one row an item"),
+    "npy of one dimension": one(
+        "v.npy", npy(np.ones(8)), "has shape (8,); features must be a matrix with one row per item"
+    ),
     "npy without rows": one("v.npy", npy(np.ones((0, 3))), "hold no vector"),
     "npy without columns": one("v.npy", npy(np.ones((8, 0))), "has shape (8, 0)"),
     "npy narrower than its pca": Case(
-        {}, ["data.features.v.pca is 4, but the vectors have just 3"], ["data.features.v.pca=4"]
+        {}, ["data.features.v.pca is 4, but the vectors have only 3"], ["data.features.v.pca=4"]
     ),
     "ids of another length": listed("i.txt", b"1\n2\n", "has 2 ids, but {raw}/v.npy has 8 rows"),
     "ids with a blank line": listed("i.txt", b"0\n1\n2\n\n4\n5\n6\n7\n", "the item id of row 4 is null or empty"),
@@ -173,7 +175,7 @@ FEATURES = {  # found before Ray starts
     ),
     "ids npy of objects": listed("i.npy", npy(np.arange(8).astype(object)), "holds Python objects"),
     "ids npy of two dimensions": listed(
-        "i.npy", npy(np.ones((8, 1), int)), "shape (8, 1); one integer or string a row"
+        "i.npy", npy(np.ones((8, 1), int)), "shape (8, 1); expected one integer or string per"
     ),
     "ids npy cut at its end": listed("i.npy", npy(np.arange(8))[:-8], "it ends before its last row"),
     "ids npy with a huge shape": listed(
@@ -204,7 +206,7 @@ FEATURES = {  # found before Ray starts
     "vectors in text": one(
         "v.parquet",
         vectors([1], ["[1]"], pa.string()),
-        "'vector' has type string; lists of numbers",
+        "'vector' has type string; expected lists of",
         overrides=[AS_PARQUET],
     ),
     "vectors whose files disagree on the id type": Case(
@@ -220,7 +222,7 @@ FEATURES = {  # found before Ray starts
         overrides=[AS_PARQUET],
     ),
     "vectors of two formats": Case(
-        {"v.parquet": EIGHT}, ["names .npy and Parquet files", "keep one kind"], ["data.features.v.path='v.*'"]
+        {"v.parquet": EIGHT}, ["names .npy and Parquet files", "use one format"], ["data.features.v.path='v.*'"]
     ),
     "a folder of vectors": Case({"w.npy": FOLDER}, ["{raw}/w.npy is a folder"], ["data.features.v.path=w.npy"]),
 }
@@ -235,6 +237,6 @@ def test_refused_before_ray_starts(tmp_path, capsys, name):
 
 
 def test_a_catalog_that_is_a_file_is_left_alone(tmp_path):
-    case = Case({}, ["cannot be a folder, since", "c.yaml is a file"], [f"data.catalog={tmp_path}/c.yaml"])
+    case = Case({}, ["c.yaml is a file, not a folder"], [f"data.catalog={tmp_path}/c.yaml"])
     refused(case, tmp_path)
     assert (tmp_path / "c.yaml").read_text().startswith("data:")

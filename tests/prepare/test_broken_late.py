@@ -1,6 +1,5 @@
-"""The command against inputs whose faults are found while they are read, or later: they end in an InputError that says
-where, what and what to do, and leave no catalog. Those that are odd but not wrong end in a catalog whose manifest
-counts what was left out."""
+"""Broken inputs that prepare finds while reading or later: each gives an InputError with the place, the problem and the
+remedy, and leaves no catalog. Unusual but valid inputs give a catalog whose manifest counts the dropped rows."""
 
 from dataclasses import dataclass, field
 
@@ -61,7 +60,7 @@ LATE = {
         "column 'time' is null or empty in row 4",
         overrides=BY_TIME,
     ),
-    "nanoseconds that say milliseconds": one(
+    "nanoseconds declared as milliseconds": one(
         "a.parquet",
         parquet(time=pa.array(replaced("time", 3, 17 * 10**17), pa.timestamp("ms"))),
         "column 'time' (time) is out of range in row 3",
@@ -85,12 +84,12 @@ LATE = {
     "another label": one(
         "a.parquet",
         parquet(x_label=replaced("x_label", 5, 7)),
-        "label '7' in column 'x_label', row 5, is none of data.split.train_label",
+        "label '7' in column 'x_label', row 5, is not in data.split.labels (0, 1, 2)",
         overrides=[LABEL],
     ),
     "a label that never occurs": Case(
         {"a.parquet": parquet(rows=30)},
-        ["the test split is empty", "column 'x_label' needs rows with data.split.test_label=2"],
+        ["the test split is empty", "column 'x_label' needs rows with the label 2 (data.split.labels)"],
         [LABEL],
     ),
     "a k-core that removes everything": Case({}, ["k_core=9 leaves no interaction"], ["data.interactions.k_core=9"]),
@@ -111,7 +110,7 @@ LATE = {
     ),
     "vectors of another width": Case(
         {"v1.parquet": vectors([0, 1], [[1, 2]] * 2), "v2.parquet": vectors([2, 3], [[1, 2], [1, 2, 3]])},
-        ["{raw}/v2.parquet: the vector of item 3 (row 2) has 3 values where others have 2"],
+        ["{raw}/v2.parquet: the vector of item 3 (row 2) has 3 values, but others have 2"],
         ["data.features.v.path=v*.parquet"],
     ),
     "vectors of other items": one(
@@ -128,7 +127,7 @@ def test_refused_after_reading(tmp_path, ray_local, name):
 
 @dataclass
 class Kept(Case):
-    """What becomes of it: rows that are dropped by reason, and further counts of the manifest."""
+    """Dropped rows by reason, and other counts of the manifest."""
 
     dropped: dict = field(default_factory=dict)
     counts: dict = field(default_factory=dict)
@@ -139,7 +138,7 @@ KEPT = {
     "repeated interactions": Kept({"a.parquet": GOOD, "a.2.parquet": GOOD}, dropped={"duplicate": ROWS}),
     "low ratings": Kept({}, [], [RATING, "data.interactions.min_rating=2"], {"min_rating": 12, "features/v": 1}),
     "vectors of unknown items": Kept({"v.npy": npy(np.arange(60.0).reshape(20, 3))}, dropped={"features/v": 12}),
-    "ids alike to the eye": Kept(
+    "ids that look the same": Kept(
         {"a.csv": text(user_id=[[NFC, NFD, "a", CYRILLIC, "e", "A"][u] for u in COLUMNS["user_id"]])},
         counts={"users": 6},
     ),
@@ -166,7 +165,7 @@ KEPT = {
         {"v.npy": npy(np.asfortranarray(VECTORS)), "i.npy": npy(np.arange(8, dtype=">i8"))},
         overrides=["data.features.v.ids=i.npy"],
     ),
-    "vectors that are all alike": Kept(
+    "vectors that are all equal": Kept(
         {"v.npy": npy(np.full((8, 3), 2.5)), "i.txt": b"\xef\xbb\xbf0\n1\n2\n3\n4\n5\n6\n7\n"},
         overrides=["data.features.v.ids=i.txt"],
     ),
@@ -187,7 +186,7 @@ def test_kept_with_counts(tmp_path, ray_local, name):
         assert np.isfinite(catalog.graph(graph).weight).all()
 
 
-def test_an_error_leaves_the_catalog_before_it_alone(tmp_path, ray_local):
+def test_an_error_leaves_the_old_catalog_unchanged(tmp_path, ray_local):
     arguments, _ = Case().write(tmp_path)
     build_catalog.main(arguments)
     before = {path: path.read_bytes() for path in (tmp_path / "catalog").rglob("*") if path.is_file()}

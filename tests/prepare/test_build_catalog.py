@@ -1,6 +1,5 @@
-"""The whole command: catalogs from local disk and from S3, reruns, half-written folders, refusals."""
+"""The whole command: catalogs on local disk and on S3, reruns, incomplete folders, refusals."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +12,10 @@ import pytest
 from gtc_dist import progress
 from gtc_dist.config import Config, PrepareConfig
 from gtc_dist.data import formats, storage
-from gtc_dist.data.catalog import BUILDING, GRAPHS, MANIFEST, SPLITS, Catalog
+from gtc_dist.data.catalog import GRAPHS, MANIFEST, SPLITS, Catalog
+from gtc_dist.data.feature_transform import FeatureTransform
 from gtc_dist.errors import InputError
 from gtc_dist.prepare import build_catalog
-from gtc_dist.prepare.features import FeatureTransform
 
 ROOT = Path(__file__).resolve().parents[2]
 TIKTOK = ROOT.parent / "shared" / "data" / "tiktok"
@@ -37,11 +36,16 @@ def write_raw(folder: str, seed: int = 0) -> None:
     formats.write_table(f"{folder}/textual.parquet", pa.table({"item_id": with_text, "vector": vectors}))
 
 
-def config(raw: str, catalog: str, **data) -> Config:
+def config(raw: str, catalog: str, user_hop: bool = True, **data) -> Config:
     features = {"visual": {"path": "visual.npy", "pca": 4}, "textual": {"path": "textual.parquet", "weight": 2.0}}
     tree = {"raw": str(raw), "catalog": str(catalog), "split": {"method": "given"}, "features": features, **data}
     return Config.model_validate(
-        {"data": tree, "run": {"storage": "runs", "name": "x"}, "graph": {"item_neighbours": 4, "user_neighbours": 6}}
+        {
+            "data": tree,
+            "run": {"storage": "runs", "name": "x"},
+            "graph": {"item_neighbours": 4},
+            "model": {"user_hop": user_hop},
+        }
     )
 
 
@@ -52,12 +56,12 @@ def raw(tmp_path) -> str:
 
 
 def contents(catalog: Catalog) -> dict:
-    """All that a catalog holds, in original ids where there are any."""
+    """The contents of a catalog: ids, interactions, graphs and features."""
     users, items = catalog.ids("users"), catalog.ids("items")
     held = {"users": users.to_pylist(), "items": items.to_pylist()}
     for split in SPLITS:
         held[split] = [part.tolist() for part in catalog.interactions(split)]
-    for name in GRAPHS:
+    for name in catalog.manifest.graphs:
         graph = catalog.graph(name)
         held[name] = [part.tolist() for part in (graph.indptr, graph.indices, graph.weight)]
     for name in catalog.modalities():
@@ -66,7 +70,7 @@ def contents(catalog: Catalog) -> dict:
 
 
 def test_catalog_holds_what_the_raw_tables_say(ray_local, tmp_path, raw):
-    manifest, built = build_catalog.prepare(config(raw, tmp_path / "catalog"))
+    manifest, built = build_catalog.prepare_catalog(config(raw, tmp_path / "catalog"))
     assert built
     catalog = Catalog(str(tmp_path / "catalog"), verify="checksum")
     assert catalog.manifest == manifest
@@ -111,46 +115,46 @@ def test_catalog_holds_what_the_raw_tables_say(ray_local, tmp_path, raw):
 
 def test_s3_gives_the_same_catalog_as_local_disk(ray_local, tmp_path, raw, s3):
     write_raw(f"{s3}/raw")
-    local, _ = build_catalog.prepare(config(raw, tmp_path / "catalog"))
-    remote, built = build_catalog.prepare(config(f"{s3}/raw", f"{s3}/catalog"))
+    local, _ = build_catalog.prepare_catalog(config(raw, tmp_path / "catalog"))
+    remote, built = build_catalog.prepare_catalog(config(f"{s3}/raw", f"{s3}/catalog"))
     assert built
     assert remote.model_dump(exclude={"fingerprint"}) == local.model_dump(exclude={"fingerprint"})  # with checksums
     assert contents(Catalog(f"{s3}/catalog", verify="checksum")) == contents(Catalog(str(tmp_path / "catalog")))
     assert set(storage.listing(f"{s3}/catalog")) == {*remote.files, MANIFEST}
-    _, built = build_catalog.prepare(config(f"{s3}/raw", f"{s3}/catalog"))
+    _, built = build_catalog.prepare_catalog(config(f"{s3}/raw", f"{s3}/catalog"))
     assert not built
-    _, built = build_catalog.prepare(config(f"{s3}/raw", f"{s3}/catalog"), force=True)
+    _, built = build_catalog.prepare_catalog(config(f"{s3}/raw", f"{s3}/catalog"), force=True)
     assert built
 
 
 @pytest.mark.parametrize("method", ["given", "ratio"])
 def test_memory_and_scratch_do_not_change_the_catalog(ray_local, tmp_path, raw, method):
-    """Every file has the same bytes, and the fingerprint does not know of them."""
+    """Every file has the same bytes, and the fingerprint is the same."""
     data = {"split": {"method": method}, "interactions": {"files": ["train.parquet"], "k_core": 2}}
-    large, _ = build_catalog.prepare(config(raw, tmp_path / "large", **data))
+    large, _ = build_catalog.prepare_catalog(config(raw, tmp_path / "large", **data))
     tight = config(raw, tmp_path / "small", **data)
     (tmp_path / "scratch").mkdir()
     tight = tight.model_copy(update={"prepare": PrepareConfig(memory_gib=1e-6, scratch=str(tmp_path / "scratch"))})
-    small, _ = build_catalog.prepare(tight)
+    small, _ = build_catalog.prepare_catalog(tight)
     assert small == large
     assert not list((tmp_path / "scratch").iterdir())
 
 
-def test_intermediate_data_goes_also_after_an_error(ray_local, tmp_path, raw):
+def test_intermediate_data_is_removed_after_an_error(ray_local, tmp_path, raw):
     (tmp_path / "scratch").mkdir()
     broken = config(raw, tmp_path / "catalog", interactions={"k_core": 50})
     broken = broken.model_copy(update={"prepare": PrepareConfig(scratch=str(tmp_path / "scratch"))})
     with pytest.raises(InputError, match="k_core=50 leaves no interaction"):
-        build_catalog.prepare(broken)
+        build_catalog.prepare_catalog(broken)
     assert not list((tmp_path / "scratch").iterdir())
     gone = broken.model_copy(update={"prepare": PrepareConfig(scratch=str(tmp_path / "gone"))})
-    with pytest.raises(InputError, match=r"prepare\.scratch .*gone is no folder"):
-        build_catalog.prepare(gone)
+    with pytest.raises(InputError, match=r"prepare\.scratch .*gone is not a folder"):
+        build_catalog.prepare_catalog(gone)
 
 
-def test_long_steps_say_how_far_they_are(ray_local, tmp_path, raw, capsys, monkeypatch):
+def test_long_steps_report_progress(ray_local, tmp_path, raw, capsys, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS", 0.0)
-    build_catalog.prepare(config(raw, tmp_path / "catalog"))
+    build_catalog.prepare_catalog(config(raw, tmp_path / "catalog"))
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith("[") for line in lines)
     for part in (
@@ -161,85 +165,9 @@ def test_long_steps_say_how_far_they_are(ray_local, tmp_path, raw, capsys, monke
         assert any(line.endswith(part) for line in lines), lines
 
 
-def test_a_rerun_is_up_to_date_until_something_changes(ray_local, tmp_path, raw, capsys):
-    first, _ = build_catalog.prepare(config(raw, tmp_path / "catalog"))
-    again, built = build_catalog.prepare(config(raw, tmp_path / "catalog", verify="size"))
-    assert (again, built) == (first, False)
-    changed = config(raw, tmp_path / "catalog", interactions={"k_core": 2})
-    before = storage.listing(str(tmp_path / "catalog"))
-    with pytest.raises(InputError, match="another configuration or other raw files; --force"):
-        build_catalog.prepare(changed)
-    assert storage.listing(str(tmp_path / "catalog")) == before
-    write_raw(raw, seed=1)
-    with pytest.raises(InputError, match="another configuration or other raw files; --force"):
-        build_catalog.prepare(config(raw, tmp_path / "catalog"))
-    rebuilt, built = build_catalog.prepare(changed, force=True)
-    assert built
-    assert rebuilt.fingerprint != first.fingerprint
-    assert Catalog(str(tmp_path / "catalog"), verify="checksum").manifest == rebuilt
-
-
-def test_force_builds_the_same_again_and_leaves_no_old_file(ray_local, tmp_path, raw):
-    uri = str(tmp_path / "catalog")
-    build_catalog.prepare(config(raw, uri))
-    before = contents(Catalog(uri))
-    storage.write_bytes(f"{uri}/interactions/train/part-00099.parquet", b"of an earlier, larger catalog")
-    manifest, _ = build_catalog.prepare(config(raw, uri), force=True)
-    assert contents(Catalog(uri, verify="checksum")) == before
-    assert set(storage.listing(uri)) == {*manifest.files, MANIFEST}
-
-
-def test_a_half_written_catalog_is_refused_and_rebuilt(ray_local, tmp_path, raw):
-    """As a crash leaves it: the mark, some files, no manifest."""
-    uri = str(tmp_path / "catalog")
-    whole, _ = build_catalog.prepare(config(raw, uri))
-    storage.write_json(f"{uri}/{BUILDING}", {"schema_version": 1})
-    (tmp_path / "catalog" / MANIFEST).unlink()
-    with pytest.raises(InputError, match="half-written"):
-        Catalog(uri)
-    rebuilt, built = build_catalog.prepare(config(raw, uri))
-    assert built
-    assert rebuilt == whole
-    Catalog(uri, verify="checksum")
-
-
-def test_a_failure_while_writing_leaves_no_catalog(ray_local, tmp_path, raw):
-    """graph/item_user.indices.npy cannot be written, since a folder of that name stands there."""
-    blocked = tmp_path / "catalog" / "graph" / "item_user.indices.npy"
-    blocked.mkdir(parents=True)
-    with pytest.raises(OSError, match=r"item_user\.indices\.npy"):
-        build_catalog.prepare(config(raw, tmp_path / "catalog"))
-    with pytest.raises(InputError, match="half-written"):
-        Catalog(str(tmp_path / "catalog"))
-    blocked.rmdir()
-    assert build_catalog.prepare(config(raw, tmp_path / "catalog"))[1]
-
-
-def test_clearing_marks_the_folder_then_removes_the_manifest_then_the_rest(tmp_path):
-    """So a crash at any point leaves a folder that is half-written, neither foreign nor whole."""
-    uri = str(tmp_path)
-    names = ["graph/a.npy", MANIFEST, "users/part-00000.parquet"]
-    for name in names:
-        storage.write_bytes(f"{uri}/{name}", b"{}")
-    seen: list[tuple[str, str]] = []
-    watching = [True]  # an audit hook stays for good
-
-    def watch(event: str, args: tuple) -> None:
-        if watching and event in ("os.remove", "os.rename"):
-            path = str(args[0] if event == "os.remove" else args[1])
-            seen.append((event, os.path.relpath(path, uri)))
-
-    sys.addaudithook(watch)
-    build_catalog.clear(uri)
-    watching.clear()
-    assert seen[:2] == [("os.rename", BUILDING), ("os.remove", MANIFEST)]
-    assert sorted(seen[2:]) == [("os.remove", "graph/a.npy"), ("os.remove", "users/part-00000.parquet")]
-    assert list(storage.listing(uri)) == [BUILDING]
-
-
 def test_changed_files_of_a_catalog_are_named(ray_local, tmp_path, raw):
     uri = str(tmp_path / "catalog")
-    build_catalog.prepare(config(raw, uri))
+    build_catalog.prepare_catalog(config(raw, uri))
     path = tmp_path / "catalog" / "graph" / "item_item.weight.npy"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -255,26 +183,6 @@ def test_changed_files_of_a_catalog_are_named(ray_local, tmp_path, raw):
         Catalog(uri, verify="size")
 
 
-@pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"notes.txt": b"mine"},
-        {"users/part-00000.parquet": b"an export"},
-        {MANIFEST: b'{"metric": "dot"}', "users/part-00000.parquet": b"an export"},
-        {MANIFEST: b'{"schema_version": 1, "fingerprint": "x"}', "notes.txt": b"mine"},
-        {BUILDING: b"{}", "notes.txt": b"mine"},
-    ],
-)
-def test_a_folder_with_other_files_is_never_touched(tmp_path, raw, files, force):
-    uri = str(tmp_path / "catalog")
-    for name, data in files.items():
-        storage.write_bytes(f"{uri}/{name}", data)
-    with pytest.raises(InputError, match="name another folder"):
-        build_catalog.prepare(config(raw, uri), force)
-    assert {name: storage.read_bytes(f"{uri}/{name}") for name in storage.listing(uri)} == files
-
-
 def test_items_that_only_have_features(ray_local, tmp_path, raw):
     few = config(raw, tmp_path / "few", interactions={"k_core": 3})
     every = config(raw, tmp_path / "every", items="all", interactions={"k_core": 3})
@@ -284,7 +192,7 @@ def test_items_that_only_have_features(ray_local, tmp_path, raw):
         table = formats.read_table(f"{raw}/{split}.parquet")
         keep = pa.array([item < 20 for item in table["item_id"].to_pylist()])
         formats.write_table(f"{raw}/{split}.parquet", table.filter(keep))
-    less, more = build_catalog.prepare(few)[0], build_catalog.prepare(every)[0]
+    less, more = build_catalog.prepare_catalog(few)[0], build_catalog.prepare_catalog(every)[0]
     assert (less.items, more.items) == (20, ITEMS)
     assert more.cold_items == less.cold_items + 20
     assert less.dropped["features/visual"] == 20
@@ -294,16 +202,16 @@ def test_items_that_only_have_features(ray_local, tmp_path, raw):
 
 
 def bad(raw: str, catalog: Path, force: bool = False, **data) -> str:
-    """What prepare says; nothing is written."""
+    """The error message; nothing is written."""
     with pytest.raises(InputError) as caught:
-        build_catalog.prepare(config(raw, catalog, **data), force)
+        build_catalog.prepare_catalog(config(raw, catalog, **data), force)
     assert not catalog.exists()
     return str(caught.value)
 
 
 def test_raw_files_inside_the_catalog_are_refused(tmp_path, raw):
-    with pytest.raises(InputError, match=r"raw files, such as .*train\.parquet, lie inside data\.catalog"):
-        build_catalog.prepare(config(raw, tmp_path), force=True)
+    with pytest.raises(InputError, match=r"raw files, such as .*train\.parquet, are inside data\.catalog"):
+        build_catalog.prepare_catalog(config(raw, tmp_path), force=True)
 
 
 def test_bad_input_writes_nothing(ray_local, tmp_path, raw):
@@ -334,13 +242,13 @@ def run_prepare(*args: str) -> subprocess.CompletedProcess:
 
 
 def test_command_on_tiktok(tmp_path):
-    """In processes of their own: the real data, a rerun, and an error as a user sees it."""
+    """In separate processes: the real data, a rerun, and an error as a user sees it."""
     args = ("--config", "configs/tiktok.yaml", f"data.catalog={tmp_path / 'catalog'}")
     first = run_prepare(*args)
     assert first.returncode == 0, first.stderr
     assert "users 9,308  items 6,710" in first.stdout
     assert "train 59,541  valid 3,051  test 6,130" in first.stdout
-    assert all(line.startswith("[") for line in first.stderr.splitlines()), first.stderr  # stages and nothing else
+    assert all(line.startswith("[") for line in first.stderr.splitlines()), first.stderr  # progress lines only
     catalog = Catalog(str(tmp_path / "catalog"), verify="checksum")
     assert (catalog.users, catalog.items) == (9308, 6710)
     assert catalog.manifest.interactions == {"train": 59541, "valid": 3051, "test": 6130}

@@ -24,7 +24,7 @@ QUICK = settings(deadline=None, max_examples=80)
         (["1.0"], ["1.0"]),
     ],
 )
-def test_text_ids_are_integers_only_where_nothing_is_lost(texts, expected):
+def test_text_ids_are_integers_only_without_loss(texts, expected):
     assert ids.from_text(pa.array(texts)).to_pylist() == expected
 
 
@@ -47,7 +47,7 @@ any_ids = st.one_of(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1), st.l
 
 @QUICK
 @given(any_ids, st.data())
-def test_codes_point_to_their_ids_and_absent_ids_to_none(values, draw):
+def test_codes_and_positions_of_present_and_absent_ids(values, draw):
     column = pa.chunked_array([pa.array(values)])
     unique, codes = ids.encode(column)
     assert unique.to_pylist() == sorted(set(values), key=lambda v: v.encode() if isinstance(v, str) else v)
@@ -65,8 +65,8 @@ batches = st.lists(st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=5
 
 @QUICK
 @given(batches, st.integers(0, 30))
-def test_a_growing_vocabulary_gives_lasting_codes(batches, text_from):
-    """Columns batch by batch: files of the narrowest type that holds them, or a text file whose ids turn to strings."""
+def test_codes_do_not_change_while_a_vocabulary_grows(batches, text_from):
+    """Columns batch by batch: files of the narrowest integer type, or a text file whose ids become strings."""
     words, given, text = ids.Vocabulary("user ids"), [], False
     turns = text_from < sum(map(len, batches))
     for batch in batches:

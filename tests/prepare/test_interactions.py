@@ -1,4 +1,4 @@
-"""Raw interactions through Ray to users, items and splits; every kind of bad input that is not one file's own."""
+"""Raw interactions through Ray to users, items and splits; invalid input that concerns several files."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,47 +10,48 @@ import pytest
 from test_parse import FORMATS, rows_table, write
 from test_split import slow_core
 
-from gtc_dist.config import DataConfig
+from gtc_dist.config_data import DataConfig
 from gtc_dist.data.catalog import SPLITS
 from gtc_dist.data.scratch import Scratch
 from gtc_dist.errors import InputError
-from gtc_dist.prepare import ids, interactions, parse
-from gtc_dist.prepare.interactions import Raw
+from gtc_dist.prepare import catalog_interactions, ids, interactions, raw_file
+from gtc_dist.prepare.catalog_interactions import SplitInteractions
+from gtc_dist.prepare.clean import RawInteractions
 
 
 def data_config(raw: Path, **sections) -> DataConfig:
     return DataConfig.model_validate({"raw": str(raw), "catalog": str(raw / "catalog"), **sections})
 
 
-def raw_of(rows: list[tuple], time: bool = False, split_codes: list[int] | None = None) -> Raw:
+def raw_of(rows: list[tuple], time: bool = False, split_codes: list[int] | None = None) -> RawInteractions:
     """Raw interactions from (user, item[, time]) rows."""
     user_ids, user = ids.encode(pa.chunked_array([pa.array([r[0] for r in rows])]))
     item_ids, item = ids.encode(pa.chunked_array([pa.array([r[1] for r in rows])]))
     times = np.array([r[2] for r in rows]) if time else None
     codes = None if split_codes is None else np.array(split_codes, np.int8)
-    return Raw(user_ids, item_ids, user, item, time=times, split=codes)
+    return RawInteractions(user_ids, item_ids, user, item, time=times, split=codes)
 
 
-def read(files: list[parse.RawFile], memory: int = 1 << 30) -> Raw:
-    with Scratch(memory_bytes=memory) as scratch:  # what is mapped stays readable after the folder is gone
+def read(files: list[raw_file.RawFile], memory: int = 1 << 30) -> RawInteractions:
+    with Scratch(memory_bytes=memory) as scratch:  # mapped arrays stay readable after the folder is removed
         return interactions.read_interactions(files, scratch)
 
 
 def build(
-    raw: Raw, data: DataConfig, more: pa.Array | None = None, memory: int = 1 << 30
-) -> interactions.SplitInteractions:
+    raw: RawInteractions, data: DataConfig, more: pa.Array | None = None, memory: int = 1 << 30
+) -> SplitInteractions:
     with Scratch(memory_bytes=memory) as scratch:
-        return interactions.build(raw, data, scratch, more)
+        return catalog_interactions.build_interactions(raw, data, scratch, more)
 
 
-def triples(found: interactions.SplitInteractions) -> dict[str, list[tuple]]:
+def triples(found: SplitInteractions) -> dict[str, list[tuple]]:
     """Each split as pairs of original ids, in its order."""
     users, items = found.users.to_pylist(), found.items.to_pylist()
     return {name: [(users[u], items[i]) for u, i in zip(*pair, strict=True)] for name, pair in found.splits.items()}
 
 
 def test_all_formats_together_through_ray(tmp_path, ray_local):
-    """Ten files read at once give all rows, and codes that point to their ids."""
+    """Ten files read in parallel give all rows, and codes of their ids."""
     tables = [rows_table(seed=i) for i in range(10)]
     names = [f"{i}.{f}{z}" for i, (f, z) in enumerate((f, z) for f in FORMATS for z in ("", ".gz"))]
     for name, table in zip(names, tables, strict=True):
@@ -73,7 +74,7 @@ def test_all_formats_together_through_ray(tmp_path, ray_local):
 
 def test_text_ids_that_turn_out_strings_late_in_a_file_are_strings_throughout(tmp_path, ray_local):
     path = tmp_path / "a.csv"
-    rows = parse.BLOCK_BYTES // len("1234567,1\n") + 1000
+    rows = raw_file.TEXT_BLOCK_BYTES // len("1234567,1\n") + 1000
     path.write_text("user_id,item_id\n" + "".join(f"{1_000_000 + i},1\n" for i in range(rows)) + "abc,1\n")
     data = data_config(tmp_path, interactions={"files": ["a.csv"]})
     raw = read(interactions.inspect_interactions(data))
@@ -83,7 +84,7 @@ def test_text_ids_that_turn_out_strings_late_in_a_file_are_strings_throughout(tm
     assert raw.item_ids.to_pylist() == [1]
 
 
-def codes_of(raw: Raw, found: interactions.SplitInteractions) -> tuple[np.ndarray, ...]:
+def codes_of(raw: RawInteractions, found: SplitInteractions) -> tuple[np.ndarray, ...]:
     """All pairs as codes of `raw`, and their splits."""
     user, item = (np.concatenate([pair[n] for pair in found.splits.values()]) for n in range(2))
     codes = np.repeat(np.arange(3), list(found.counts.values()))
@@ -110,13 +111,13 @@ def test_global_time_puts_the_latest_into_test(tmp_path, kind):
 @pytest.mark.parametrize("method", ["ratio", "global_time", "leave_last_out", "label"])
 @pytest.mark.parametrize("memory", [1, 3000, 20_000])
 def test_result_does_not_depend_on_memory(tmp_path, monkeypatch, method, memory):
-    """Blocks of one row (one user), of some and of many; split files of many rows are shuffled in several buckets."""
-    monkeypatch.setattr(interactions, "INTERACTION_ROWS", 50)
+    """Blocks of one row (one user), of several and of many; large splits are shuffled in several buckets."""
+    monkeypatch.setattr(catalog_interactions, "INTERACTION_ROWS", 50)
     rng = np.random.default_rng(2)
     rows = [(int(u), int(i), int(t)) for u, i, t in rng.random((900, 3)) ** [1, 2, 1] * [25, 40, 20]]
     codes = [(u + i) % 3 for u, i, _ in rows] if method == "label" else None
     raw = raw_of(rows, time=True, split_codes=codes)
-    raw = Raw(raw.user_ids, raw.item_ids, raw.user, raw.item, raw.time, rng.random(900), raw.split)
+    raw = RawInteractions(raw.user_ids, raw.item_ids, raw.user, raw.item, raw.time, rng.random(900), raw.split)
     columns = {"time": "t", "rating": "r", "min_rating": 0.1, "k_core": 8, "files": ["x"]}
     data = data_config(tmp_path, interactions=columns, split={"method": method, "seed": 4})
     large, small = build(raw, data), build(raw, data, memory=memory)
@@ -133,7 +134,7 @@ def test_result_does_not_depend_on_memory(tmp_path, monkeypatch, method, memory)
 
 
 def test_reading_in_small_batches_gives_the_same_rows(tmp_path, ray_local):
-    """Codes are given out batch by batch while the known ids grow and change their type."""
+    """Codes are assigned batch by batch while the known ids grow and change their type."""
     tables = [pa.table({"user_id": [9, 3], "item_id": [5, 7]}), pa.table({"user_id": [2, 9], "item_id": [5, 1]})]
     for number, (table, type) in enumerate(
         zip(tables * 2, [pa.int32(), pa.int64(), pa.uint8(), pa.int16()], strict=True)
@@ -172,8 +173,8 @@ def test_result_does_not_depend_on_the_order_of_rows(tmp_path, method):
     assert first.items.equals(second.items)
     merged = {(u, i) for u, i, _ in rows}
     kept = [pair for name in SPLITS for pair in triples(first)[name]]
-    assert len(kept) == len(set(kept))  # the splits share nothing
-    assert set(kept) == slow_core(merged, 2)  # and leave nothing out
+    assert len(kept) == len(set(kept))  # the splits are disjoint
+    assert set(kept) == slow_core(merged, 2)  # and complete
     assert first.dropped == {"duplicate": len(rows) - len(merged), "k_core": len(merged) - len(kept)}
     other = data.model_copy(update={"split": data.split.model_copy(update={"seed": 5})})
     assert build(raw_of(rows, time=True), other).users.to_pylist() != first.users.to_pylist()
@@ -189,8 +190,8 @@ def test_indexes_are_shuffled_and_interactions_too(tmp_path):
     assert (np.diff(user) < 0).any()
 
 
-def test_rows_below_the_rating_go_before_duplicates_merge(tmp_path):
-    """A pair stays if its highest rating passes; its time is then the earliest among the rows that pass."""
+def test_ratings_are_filtered_before_duplicates_merge(tmp_path):
+    """A pair is kept if its highest rating passes; its time is the earliest among the rows that pass."""
     rows = [
         (1, 1, 5, 1.0),
         (1, 1, 9, 4.0),
@@ -201,7 +202,7 @@ def test_rows_below_the_rating_go_before_duplicates_merge(tmp_path):
         (2, 2, 3, 2.9),
     ]
     raw = raw_of(rows, time=True)
-    raw = Raw(raw.user_ids, raw.item_ids, raw.user, raw.item, raw.time, np.array([r[3] for r in rows]))
+    raw = RawInteractions(raw.user_ids, raw.item_ids, raw.user, raw.item, raw.time, np.array([r[3] for r in rows]))
     columns = {"rating": "r", "time": "t", "min_rating": 3.0}
     found = build(raw, data_config(tmp_path, interactions=columns, split={"method": "leave_last_out"}))
     assert found.dropped == {"min_rating": 2, "duplicate": 1}
@@ -217,7 +218,7 @@ GIVEN = [(1, 1), (1, 2), (2, 1), (2, 1), (1, 3), (2, 3), (2, 4)]
 GIVEN_CODES = [0, 0, 0, 0, 1, 2, 2]
 
 
-def test_given_splits_stay_as_they_are(tmp_path):
+def test_given_splits_are_kept(tmp_path):
     found = build(raw_of(GIVEN, split_codes=GIVEN_CODES), data_config(tmp_path, split={"method": "given"}))
     assert {name: sorted(rows) for name, rows in triples(found).items()} == {
         "train": [(1, 1), (1, 2), (2, 1)],
@@ -227,7 +228,7 @@ def test_given_splits_stay_as_they_are(tmp_path):
     assert found.dropped == {"duplicate": 1}
 
 
-def test_more_items_come_as_items_without_interactions(tmp_path):
+def test_more_items_become_items_without_interactions(tmp_path):
     data = data_config(tmp_path, split={"method": "given"})
     found = build(raw_of(GIVEN, split_codes=GIVEN_CODES), data, pa.array([0, 3, 9, 100]))
     assert sorted(found.items.to_pylist()) == [0, 1, 2, 3, 4, 9, 100]
@@ -252,7 +253,7 @@ def test_given_files_through_ray(tmp_path, ray_local):
 
 
 def refused(data: DataConfig) -> str:
-    """What inspecting says (no Ray)."""
+    """The error message of inspecting, without Ray."""
     with pytest.raises(InputError) as caught:
         interactions.inspect_interactions(data)
     return str(caught.value)
@@ -281,7 +282,7 @@ def test_files_that_disagree_on_the_id_type_are_both_named(tmp_path, ray_local):
     assert f"{tmp_path}/train.parquet" in message
     assert f"{tmp_path}/test.parquet" in message
     assert "integers (int64)" in message
-    write(tmp_path / "one.csv", pa.table({"user_id": ["1"], "item_id": [3]}))  # text shows its type when it is read
+    write(tmp_path / "one.csv", pa.table({"user_id": ["1"], "item_id": [3]}))  # the type of text is known after reading
     write(tmp_path / "two.csv", pa.table({"user_id": ["x"], "item_id": [3]}))
     files = interactions.inspect_interactions(data_config(tmp_path, interactions={"files": ["one.csv", "two.csv"]}))
     with pytest.raises(InputError, match=r"user ids are integers \(int64\) in .*one\.csv but strings in .*two\.csv"):
@@ -335,6 +336,6 @@ def test_rows_repeated_in_train_are_counted_with_an_example(tmp_path, code, name
 @pytest.mark.parametrize(("key", "value"), [("k_core", 50), ("min_rating", 99.0)])
 def test_filters_that_leave_nothing_are_named(tmp_path, key, value):
     raw = raw_of([(1, 1), (2, 2)])
-    raw = Raw(raw.user_ids, raw.item_ids, raw.user, raw.item, rating=np.ones(2))
+    raw = RawInteractions(raw.user_ids, raw.item_ids, raw.user, raw.item, rating=np.ones(2))
     with pytest.raises(InputError, match=f"data.interactions.{key}={value:g} leaves no interaction"):
         build(raw, data_config(tmp_path, interactions={key: value, "rating": "r"}))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gtc_dist.errors import InputError
-from gtc_dist.prepare import ids, parse
+from gtc_dist.prepare import ids, parse, raw_file
 
 ROLES = {"user": "user_id", "item": "item_id", "time": "time", "rating": "rating"}
 
@@ -32,7 +32,7 @@ def rows_table(rows: int = 60, seed: int = 0, text_ids: bool = False) -> pa.Tabl
 
 
 def write(path: Path, table: pa.Table, suffixes: bool = False) -> str:
-    """Write a table in the format that the name says (.gz packs it)."""
+    """Write a table in the format of its file extension (.gz compresses it)."""
     name = path.name.removesuffix(".gz")
     names = [
         f"{n}:{t}" for n, t in zip(table.column_names, ["token"] * 2 + ["float"] * 2 + ["token_seq"], strict=False)
@@ -59,7 +59,7 @@ def write(path: Path, table: pa.Table, suffixes: bool = False) -> str:
 
 def read_alone(uri: str, roles: dict[str, str] = ROLES, **options) -> pa.Table:
     """Parse one file without Ray."""
-    return pa.concat_tables(parse.read_table_file(parse.inspect_tables(uri, roles, **options)))
+    return pa.concat_tables(parse.read_table_file(parse.inspect_table(uri, roles, **options)))
 
 
 FORMATS = ["parquet", "csv", "tsv", "inter", "jsonl"]
@@ -102,7 +102,7 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
 
 
 def test_quoted_lines_in_csv_may_cross_the_blocks_of_a_file(tmp_path):
-    rows = parse.BLOCK_BYTES // 500 + 100
+    rows = raw_file.TEXT_BLOCK_BYTES // 500 + 100
     text = "user_id,review,item_id\n" + "".join(f'{row},"{chr(10) * 500}",7\n' for row in range(rows))
     (tmp_path / "a.csv").write_text(text)
     found = read_alone(str(tmp_path / "a.csv"), {"user": "user_id", "item": "item_id"})
@@ -127,7 +127,7 @@ def test_id_types_are_preserved(tmp_path, type):
 
 
 def refused_file(uri: str, roles: dict[str, str] | None = None, **options) -> str:
-    """What parsing a file says."""
+    """The error message of parsing a file."""
     with pytest.raises(InputError) as caught:
         read_alone(uri, roles or {"user": "user_id", "item": "item_id"}, **options)
     assert uri in str(caught.value)
@@ -161,8 +161,8 @@ def test_ids_of_another_type_are_refused(tmp_path, extension):
 def test_ratings_and_times_of_another_type_are_refused(tmp_path):
     table = pa.table({"user_id": [1], "item_id": [1], "time": ["soon"], "rating": ["good"]})
     uri = write(tmp_path / "a.parquet", table)
-    assert "'time' (time) has type string; numbers or timestamps" in refused_file(uri, {"time": "time"})
-    assert "'rating' (rating) has type string; numbers" in refused_file(uri, {"rating": "rating"})
+    assert "'time' (time) has type string; expected numbers or timestamps" in refused_file(uri, {"time": "time"})
+    assert "'rating' (rating) has type string; expected numbers" in refused_file(uri, {"rating": "rating"})
 
 
 @pytest.mark.parametrize("extension", FORMATS)
@@ -174,7 +174,7 @@ def test_null_ids_are_named_by_row(tmp_path, extension):
 
 
 def test_null_ids_are_named_by_their_row_in_the_file_not_in_the_batch(tmp_path):
-    rows = parse.BATCH_ROWS + 10
+    rows = raw_file.PARQUET_BATCH_ROWS + 10
     item = np.arange(rows)
     mask = item == rows - 1
     table = pa.table({"user_id": item, "item_id": pa.array(item, mask=mask)})
@@ -192,7 +192,7 @@ def test_null_ratings_and_times_are_named_by_row(tmp_path, role, values):
 def test_ragged_rows_are_named(tmp_path):
     (tmp_path / "a.csv").write_text("user_id,item_id\n1,2\n3\n")
     assert "Row #3: Expected 2 columns, got 1" in refused_file(str(tmp_path / "a.csv"))
-    rows = parse.BLOCK_BYTES // len("1234567,1\n") + 1000
+    rows = raw_file.TEXT_BLOCK_BYTES // len("1234567,1\n") + 1000
     (tmp_path / "b.csv").write_text("user_id,item_id\n" + "1234567,1\n" * rows + "1,2,3\n")
     assert f"Row #{rows + 2}: Expected 2 columns, got 3" in refused_file(str(tmp_path / "b.csv"))
 

@@ -1,4 +1,4 @@
-"""Cleaning and splitting against slow plain references, on random interactions."""
+"""Cleaning and splitting against slow references, on random interactions."""
 
 from collections import Counter
 
@@ -12,7 +12,7 @@ from gtc_dist.prepare import split
 QUICK = settings(deadline=None, max_examples=80)
 
 
-memory = st.sampled_from([1, 500, 1 << 20])  # of a block: one row, some, all
+memory = st.sampled_from([1, 500, 1 << 20])  # bytes: blocks of one row, several, all
 
 
 pairs = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=1, max_size=60)
@@ -87,7 +87,7 @@ def test_a_time_cut_is_the_stable_sort_cut_at_a_rank(times, share, memory):
 
 @QUICK
 @given(timed)
-def test_leave_last_out_takes_each_users_last_two(rows):
+def test_leave_last_out_takes_the_last_two_of_each_user(rows):
     user, item, time = columns(rows)
     codes = split.leave_last_out(time, user, item)
     for u in set(user.tolist()):
@@ -102,11 +102,11 @@ def test_ratio_keeps_every_user_in_train_and_rounds_to_a_neighbouring_count(rows
     user, _, _ = columns(rows)
     user = np.sort(user)
     sizes = np.unique(user, return_counts=True)[1]
-    codes = split.ratio(user, valid_share, test_share, split.ratio_draws([seed], len(user), len(sizes)))
+    codes = split.ratio(user, valid_share, test_share, split.ratio_generators([seed], len(user), len(sizes)))
     whole = [np.random.default_rng([seed])] * 3  # one stream
     assert (codes == split.ratio(user, valid_share, test_share, whole)).all()
-    draws = split.ratio_draws([seed], len(user), len(sizes))  # user by user
-    parts = [split.ratio(part, valid_share, test_share, draws) for part in np.split(user, np.cumsum(sizes)[:-1])]
+    generators = split.ratio_generators([seed], len(user), len(sizes))  # user by user
+    parts = [split.ratio(part, valid_share, test_share, generators) for part in np.split(user, np.cumsum(sizes)[:-1])]
     assert (codes == np.concatenate(parts)).all()
     for u in set(user.tolist()):
         n = np.sum(user == u)
@@ -118,5 +118,5 @@ def test_ratio_keeps_every_user_in_train_and_rounds_to_a_neighbouring_count(rows
 
 def test_ratio_holds_over_many_short_histories():
     user = np.repeat(np.arange(20_000), 3)
-    counts = np.bincount(split.ratio(user, 0.1, 0.2, split.ratio_draws([0], len(user), 20_000)))
+    counts = np.bincount(split.ratio(user, 0.1, 0.2, split.ratio_generators([0], len(user), 20_000)))
     np.testing.assert_allclose(counts / len(user), [0.7, 0.1, 0.2], atol=0.01)

@@ -1,4 +1,4 @@
-"""The generator: same seed, same bytes, also as Ray tasks; the planted truth is in the tables; formats; refusals."""
+"""The generator: reproducible bytes, also as Ray tasks; planted structure in the tables; formats; refusals."""
 
 import hashlib
 import shutil
@@ -14,7 +14,8 @@ from gtc_dist.data import storage
 from gtc_dist.errors import InputError
 from gtc_dist.synthetic import choice
 from gtc_dist.synthetic import generate as generator
-from gtc_dist.synthetic.generate import PlantedWorld, generate, tasks, write_part
+from gtc_dist.synthetic.generate import generate_dataset, list_parts, write_part
+from gtc_dist.synthetic.planted_world import PlantedWorld, visible_factors
 from gtc_dist.synthetic.spec import Spec
 
 SPEC = Spec(
@@ -23,7 +24,7 @@ SPEC = Spec(
 
 
 class Dataset:
-    """A dataset read back with plain tools, ids turned to positions in the truth tables."""
+    """A dataset read back with plain tools; ids are mapped to rows of the truth tables."""
 
     def __init__(self, folder: Path, spec: Spec):
         self.spec = spec
@@ -45,7 +46,7 @@ class Dataset:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("synthetic") / "raw"
-    generate(SPEC, str(path))
+    generate_dataset(SPEC, str(path))
     return path
 
 
@@ -59,35 +60,35 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def test_same_seed_same_bytes_another_seed_others(folder, tmp_path):
-    generate(SPEC, str(tmp_path / "same"))
-    generate(replace(SPEC, seed=1), str(tmp_path / "other"))
+def test_same_seed_same_bytes_another_seed_other_bytes(folder, tmp_path):
+    generate_dataset(SPEC, str(tmp_path / "same"))
+    generate_dataset(replace(SPEC, seed=1), str(tmp_path / "other"))
     assert digests(tmp_path / "same") == digests(folder)
     other = digests(tmp_path / "other")
     assert other.keys() == digests(folder).keys()
     assert [n for n, d in digests(folder).items() if other[n] == d] == []
 
 
-@pytest.mark.parametrize("order", ["reversed", "each in a world of its own"])
-def test_parts_may_be_made_in_any_order_and_place(folder, tmp_path, order):
+@pytest.mark.parametrize("order", ["reversed", "each in a new world"])
+def test_parts_may_be_written_in_any_order_and_process(folder, tmp_path, order):
     shared = PlantedWorld(SPEC)
-    for kind, chunk in reversed(tasks(SPEC)):
+    for kind, chunk in reversed(list_parts(SPEC)):
         write_part(shared if order == "reversed" else PlantedWorld(SPEC), str(tmp_path), kind, chunk)
     expected = digests(folder)
     del expected[generator.DATASET]
     assert digests(tmp_path) == expected
 
 
-def test_counts_do_not_depend_on_which_part_ended_first(folder):
+def test_counts_do_not_depend_on_which_part_finished_first(folder):
     counts = storage.read_json(f"{folder}/{generator.DATASET}")["counts"]
     counts = {name: counts[name] for name in reversed(counts) if name not in ("users", "items")}
     before = digests(folder)
-    generator.finish(SPEC, str(folder), counts)
+    generator.finalize_dataset(SPEC, str(folder), counts)
     assert digests(folder) == before
 
 
 def test_ray_tasks_give_the_same_bytes(folder, tmp_path, ray_local):
-    dataset = generate(SPEC, str(tmp_path / "raw"), parallel=True)
+    dataset = generate_dataset(SPEC, str(tmp_path / "raw"), parallel=True)
     assert digests(tmp_path / "raw") == digests(folder)
     assert dataset == storage.read_json(f"{folder}/{generator.DATASET}")
 
@@ -95,46 +96,47 @@ def test_ray_tasks_give_the_same_bytes(folder, tmp_path, ray_local):
 @pytest.mark.parametrize("parallel", [False, True], ids=["in process", "Ray"])
 @pytest.mark.parametrize(
     ("obstacle", "message"),
-    [("file", r"part \d+ of users cannot be made: .*truth/users"), ("/proc", r"does not exist .*write it")],
+    [("file", r"part \d+ of users cannot be written: .*truth/users"), ("/proc", r"does not exist .*write it")],
 )
-def test_a_part_that_fails_ends_the_run_and_says_why(tmp_path, ray_local, parallel, obstacle, message):
-    """The folder of a kind cannot be written once the run has begun; nothing passes for a dataset then."""
+def test_a_failing_part_ends_the_run_and_names_the_cause(tmp_path, ray_local, parallel, obstacle, message):
+    """The folder of one kind becomes unwritable after the start; the dataset stays incomplete."""
     out = tmp_path / "raw"
 
-    def spoil(parts, total):
+    def spoil(done, total):
+        if done:
+            return
         (out / "truth").mkdir()
         if obstacle == "file":
             (out / "truth/users").write_text("in the way")
         else:
             (out / "truth/users").symlink_to(obstacle)
-        return parts
 
     with pytest.raises(InputError, match=message):
-        generate(SPEC, str(out), progress=spoil, parallel=parallel)
-    assert (out / generator.BUILDING).exists()
+        generate_dataset(SPEC, str(out), progress=spoil, parallel=parallel)
+    assert (out / generator.DATASET_MARKER).exists()
     assert not (out / generator.DATASET).exists()
     (out / "truth/users").unlink()
-    generate(SPEC, str(out), force=True, parallel=parallel)
+    generate_dataset(SPEC, str(out), force=True, parallel=parallel)
     assert (out / generator.DATASET).exists()
 
 
-def test_parts_that_are_not_there_make_no_dataset(tmp_path):
-    """As with a local folder on a cluster of several machines."""
+def test_missing_parts_leave_the_dataset_incomplete(tmp_path):
+    """For example with a local folder on a cluster of several machines."""
     out = tmp_path / "raw"
 
-    def lose(parts, total):
-        yield from parts
-        shutil.rmtree(out / "interactions")
-        shutil.rmtree(out / "features/visual")
+    def lose(done, total):
+        if done == total:
+            shutil.rmtree(out / "interactions")
+            shutil.rmtree(out / "features/visual")
 
-    with pytest.raises(InputError, match=r"features/visual/part-00000\.parquet was written, but is not there; if Ray"):
-        generate(SPEC, str(out), progress=lose)
+    with pytest.raises(InputError, match=r"features/visual/part-00000\.parquet was written but does not exist; if Ray"):
+        generate_dataset(SPEC, str(out), progress=lose)
     assert not (out / generator.DATASET).exists()
 
 
 def test_block_size_changes_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "PAIR_BLOCK", 1000)
-    generate(SPEC, str(tmp_path / "raw"))
+    generate_dataset(SPEC, str(tmp_path / "raw"))
     assert digests(tmp_path / "raw") == digests(folder)
 
 
@@ -147,10 +149,10 @@ def test_counts(folder, data):
     assert len(np.unique(pairs)) == len(pairs)
     assert len(data.user_ids) == SPEC.users
     assert len(data.item_ids) == SPEC.items
-    assert np.diff(np.sort(list(data.item_ids))).max() > 1  # ids with gaps, so they must be mapped
+    assert np.diff(np.sort(list(data.item_ids))).max() > 1  # ids have gaps, so they must be mapped
 
 
-def test_popularity_is_zipf_and_shows_in_the_counts(data):
+def test_popularity_follows_zipf_and_shows_in_the_counts(data):
     popularity = np.sort(data.items["popularity"].to_numpy())[::-1]
     rank = np.arange(1, SPEC.items + 1)
     np.testing.assert_allclose(popularity, rank**-SPEC.zipf, rtol=1e-4)
@@ -163,7 +165,7 @@ def test_popularity_is_zipf_and_shows_in_the_counts(data):
     assert activity[0] > 5 * np.median(activity)
 
 
-def test_users_follow_their_masks_and_not_the_dropped_factors(data):
+def test_users_follow_the_factors_in_their_masks_only(data):
     warm = ~data.items["cold"].to_numpy()
     centred = data.factors - data.factors[warm].mean(0)
     profile = np.zeros_like(data.taste)
@@ -176,16 +178,16 @@ def test_users_follow_their_masks_and_not_the_dropped_factors(data):
     assert np.abs(profile[mask]).mean() > 2.5 * np.abs(profile[~mask]).mean()
 
 
-def test_popularity_is_beaten_by_neighbours_and_these_by_the_truth(data):
-    """Recall@20 of held-out interactions: what a model can gain is there to be gained."""
+def test_item_knn_beats_popularity_and_the_ground_truth_beats_item_knn(data):
+    """Recall@20 of held-out interactions: the planted structure leaves room for a model to gain."""
     held = np.random.default_rng(0).random(len(data.user)) < 0.2
     train = np.zeros((SPEC.users, SPEC.items), np.float32)
     train[data.user[~held], data.item[~held]] = 1
     test = np.zeros_like(train)
     test[data.user[held], data.item[held]] = 1
     popularity = train.sum(0)
-    likeness = train.T @ train / np.sqrt(np.outer(popularity + 1, popularity + 1))
-    np.fill_diagonal(likeness, 0)
+    similarity = train.T @ train / np.sqrt(np.outer(popularity + 1, popularity + 1))
+    np.fill_diagonal(similarity, 0)
     truth = np.log(data.items["popularity"].to_numpy()) + SPEC.strength * data.taste @ data.factors.T
 
     def recall(scores):
@@ -193,21 +195,21 @@ def test_popularity_is_beaten_by_neighbours_and_these_by_the_truth(data):
         users = test.sum(1) > 0
         return (np.take_along_axis(test, top, 1).sum(1)[users] / test.sum(1)[users]).mean()
 
-    found = [recall(s) for s in (np.broadcast_to(popularity, train.shape), train @ likeness, truth)]
+    found = [recall(s) for s in (np.broadcast_to(popularity, train.shape), train @ similarity, truth)]
     assert found[0] > 2 * 20 / SPEC.items
     assert found[1] > 1.3 * found[0]
     assert found[2] > 1.2 * found[1]
 
 
-def test_features_show_factors_behind_nuisance(folder, data):
-    """A linear map finds the visible factors in the features, and most of the remaining variance is nuisance."""
-    for modality, seen in generator.visible(SPEC).items():
+def test_features_hold_factors_and_nuisance(folder, data):
+    """Linear regression recovers the visible factors from the features; most of the other variance is nuisance."""
+    for modality, seen in visible_factors(SPEC).items():
         ids, vectors = read_features(folder, modality)
         factors = data.factors[[data.item_ids[i] for i in ids]]
         x = np.c_[vectors, np.ones(len(vectors))]
         explained = 1 - ((factors - x @ np.linalg.lstsq(x, factors)[0]) ** 2).sum(0) / (factors**2).sum(0)
         hidden = np.setdiff1d(np.arange(SPEC.factors), seen)
-        # every map has a chance share: widths relative to the number of items
+        # explained by chance: width relative to the number of items
         chance = vectors.shape[1] / len(vectors)
         assert (explained[seen] > chance + 0.25).all()
         if len(hidden):
@@ -250,10 +252,10 @@ def test_formats(folder, data):
     parquet = pq.read_schema(folder / "features/visual/part-00000.parquet")
     assert str(parquet.field("vector").type) == "fixed_size_list<element: halffloat>[64]"
     ids, _ = read_features(folder, SPEC.npy_modality)
-    assert ids != sorted(ids)  # row number is not the item's place
+    assert ids != sorted(ids)  # rows are not in item order
 
 
-def test_cold_items_are_only_in_cold(folder, data):
+def test_cold_start_items_are_only_in_cold(folder, data):
     cold = data.items["cold"].to_numpy()
     assert cold.sum() == round(SPEC.items * SPEC.cold_share)
     assert not cold[data.item].any()
@@ -266,38 +268,38 @@ def test_cold_items_are_only_in_cold(folder, data):
 
 
 def test_activity_exponent_sets_the_tail(folder, data, tmp_path):
-    generate(replace(SPEC, activity=1.5), str(tmp_path / "raw"))
+    generate_dataset(replace(SPEC, activity=1.5), str(tmp_path / "raw"))
     heavy = Dataset(tmp_path / "raw", SPEC)
     counts = [np.sort(np.bincount(d.user))[::-1] for d in (data, heavy)]
     assert counts[1][: SPEC.users // 100].mean() > counts[0][: SPEC.users // 100].mean()
     assert np.median(counts[1]) < np.median(counts[0])
 
 
-def test_large_catalogs_have_no_matrix(tmp_path):
+def test_large_datasets_have_no_npy_matrix(tmp_path):
     """The last of several modalities is one .npy matrix only up to 65,536 items."""
     spec = Spec(users=50, items=1 << 16, interactions=400, modalities={"text": 2, "audio": 2}, factors=2, kept=1)
     assert (spec.npy_modality, replace(spec, modalities={"text": 2}).npy_modality) == ("audio", None)
     spec = replace(spec, items=(1 << 16) + 1)
     assert spec.npy_modality is None
-    dataset = generate(spec, str(tmp_path))
+    dataset = generate_dataset(spec, str(tmp_path))
     assert dataset["counts"]["missing_audio"] == 0
     assert sorted(p.name for p in (tmp_path / "features").iterdir()) == ["audio", "text"]
     assert [pq.read_metadata(p).num_rows for p in sorted((tmp_path / "features/audio").iterdir())] == [32768, 32768, 1]
-    user = pq.read_table(tmp_path / "interactions")["user_id"]  # drawn from candidates, since the items are many
+    user = pq.read_table(tmp_path / "interactions")["user_id"]  # drawn from candidates, because there are many items
     assert user.value_counts().field("counts").to_numpy().min() >= spec.minimum
 
 
 def test_object_storage_gets_the_same_bytes(folder, s3):
     spec = replace(SPEC, users=200, interactions=2_000)
-    dataset = generate(spec, f"{s3}/raw")
+    dataset = generate_dataset(spec, f"{s3}/raw")
     assert storage.read_json(f"{s3}/raw/{generator.DATASET}") == dataset
     names = storage.listing(f"{s3}/raw")
-    assert generator.BUILDING not in names
+    assert generator.DATASET_MARKER not in names
     items = "truth/items/part-00000.parquet"  # items do not depend on users
     assert storage.read_bytes(f"{s3}/raw/{items}") == (folder / items).read_bytes()
     with pytest.raises(InputError, match="holds a dataset"):
-        generate(spec, f"{s3}/raw")
-    generate(spec, f"{s3}/raw", force=True)
+        generate_dataset(spec, f"{s3}/raw")
+    generate_dataset(spec, f"{s3}/raw", force=True)
     assert storage.listing(f"{s3}/raw") == names
 
 
@@ -306,17 +308,17 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for force in (False, True):  # only a dataset may be replaced
         with pytest.raises(InputError, match=r"is not empty.*notes\.txt"):
-            generate(spec, str(tmp_path), force)
+            generate_dataset(spec, str(tmp_path), force)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-    storage.write_json(f"{tmp_path}/half/{generator.BUILDING}", {})
-    with pytest.raises(InputError, match="unfinished"):
-        generate(spec, f"{tmp_path}/half")
-    generate(spec, f"{tmp_path}/half", force=True)
+    storage.write_json(f"{tmp_path}/half/{generator.DATASET_MARKER}", {})
+    with pytest.raises(InputError, match="incomplete"):
+        generate_dataset(spec, f"{tmp_path}/half")
+    generate_dataset(spec, f"{tmp_path}/half", force=True)
     (tmp_path / "half/runs").mkdir()
     (tmp_path / "half/runs/metrics.json").write_text("mine")
-    for force in (False, True):  # whatever else is there stays
-        with pytest.raises(InputError, match=r"1 other files \(such as runs/metrics\.json\)"):
-            generate(spec, f"{tmp_path}/half", force)
+    for force in (False, True):  # files of others are never removed
+        with pytest.raises(InputError, match=r"1 of \d+ files are not part of a dataset, such as runs/m"):
+            generate_dataset(spec, f"{tmp_path}/half", force)
     assert (tmp_path / "half/runs/metrics.json").read_text() == "mine"
 
 
@@ -326,16 +328,16 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
         ({"users": 0}, "users is 0"),
         ({"kept": 99}, "only 16 factors"),
         ({"interactions": 100}, "the minimum is 5"),
-        ({"interactions": 10**7}, "more than a quarter of the 1500 items"),
+        ({"interactions": 10**7}, "more than a quarter of the 1500 warm items"),
         ({"cold_share": 1.0}, "cold_share is 1.0"),
         ({"modalities": {}}, "name at least one"),
         ({"noise": -1.0}, "noise is -1.0"),
         ({"noise": float("nan")}, "noise is nan; expected a finite number"),
         ({"activity": 1.0}, "activity is 1.0; it must be above 1"),
         ({"users": 10.5}, "users is 10.5; expected a whole number"),
-        ({"modalities": {"a/b": 4}}, "modalities has 'a/b'"),
+        ({"modalities": {"a/b": 4}}, "modalities has the name 'a/b'"),
     ],
 )
-def test_contradicting_parameters_are_refused(changes, message):
+def test_invalid_parameters_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         Spec(**changes)

@@ -1,4 +1,4 @@
-"""tools/ablate.py: trains what is missing, and what it writes is what the runs say."""
+"""tools/ablate.py: missing runs are trained, and the table holds their metrics."""
 
 import json
 import subprocess
@@ -11,20 +11,19 @@ from small import small_catalog, write_config
 
 from gtc_dist.config_file import load_config
 from gtc_dist.errors import InputError
-from tools.ablate import VARIANTS, main, named, summary
+from tools.ablate import VARIANTS, main, read_variants, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.long
-def test_the_table_is_made_of_the_runs_and_goes_on_where_it_was_stopped(tmp_path):
+def test_the_table_holds_the_metrics_of_the_runs_and_a_rerun_continues(tmp_path):
     catalog = small_catalog(tmp_path / "catalog")
     config = write_config(tmp_path, catalog.uri, str(tmp_path / "unused"), epochs=1)
     variants = tmp_path / "variants.yaml"
-    variants.write_text(yaml.safe_dump({"whole": [], "no-tc": ["model.correlation.enabled=false"]}, sort_keys=False))
+    variants.write_text(yaml.safe_dump({"full": [], "no-tc": ["train.w_tc=0"]}, sort_keys=False))
     words = ["--config", config, "--out", str(tmp_path / "out"), "--seeds", "0", "--variants", str(variants)]
-    torn = tmp_path / "out/runs/no-tc-0/checkpoints"  # of a run that was killed
-    torn.mkdir(parents=True)
+    (tmp_path / "out/runs/no-tc-0/checkpoints").mkdir(parents=True)  # of a run that was killed
 
     def ablate() -> str:
         command = [sys.executable, "tools/ablate.py", *words]
@@ -34,23 +33,23 @@ def test_the_table_is_made_of_the_runs_and_goes_on_where_it_was_stopped(tmp_path
 
     assert "2 runs, 0 of them finished" in ablate()
     table = json.loads((tmp_path / "out/ablation.json").read_text())
-    for name in ("whole", "no-tc"):
+    for name in ("full", "no-tc"):
         run = json.loads((tmp_path / f"out/runs/{name}-0/metrics.json").read_text())
         assert table[name]["ndcg@5"]["mean"] == run["test"]["overall"]["ndcg@5"]
-    assert table["whole"]["against"]["recall@20"] == {"mean": 0, "se": 0}
+    assert table["full"]["against"]["recall@20"] == {"mean": 0, "se": 0}
     lines = (tmp_path / "out/ablation.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| whole", "| no-tc"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| full", "| no-tc"]
     assert len({line.count("|") for line in lines}) == 1
 
-    before = (tmp_path / "out/runs/whole-0/metrics.json").stat().st_mtime_ns
+    before = (tmp_path / "out/runs/full-0/metrics.json").stat().st_mtime_ns
     assert "2 runs, 2 of them finished" in ablate()
-    assert (tmp_path / "out/runs/whole-0/metrics.json").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="whole-0 was trained with another configuration"):
+    assert (tmp_path / "out/runs/full-0/metrics.json").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="full-0 was trained with another configuration"):
         main([*words, "train.epochs=2"])
 
-    broken = {"breaks": ["train.lr=1e30", "train.table_lr=1e30"], "no-tc": ["model.correlation.enabled=false"]}
+    broken = {"breaks": ["train.lr=1e30", "train.table_lr=1e30"], "no-tc": ["train.w_tc=0"]}
     variants.write_text(yaml.safe_dump(broken, sort_keys=False))
-    with pytest.raises(InputError, match="1 runs failed: breaks-0; the same command"):
+    with pytest.raises(InputError, match="1 runs failed: breaks-0; rerun the same command"):
         main(words)
     assert "| no-tc |" in (tmp_path / "out/ablation.md").read_text()
 
@@ -67,24 +66,24 @@ def test_differences_are_over_the_seeds_of_both():
     assert row["against"]["recall@20"]["se"] == pytest.approx(0.1)
 
 
-def test_what_is_no_list_of_variants_is_refused(tmp_path):
+def test_a_file_without_lists_of_overrides_is_refused(tmp_path):
     file = tmp_path / "v.yaml"
-    with pytest.raises(InputError, match=r"no file .*v\.yaml"):
-        named(str(file))
+    with pytest.raises(InputError, match=r"v\.yaml of --variants does not exist"):
+        read_variants(str(file))
     for text in ("a", "[a]", "{a: b}", "{a: [1]}"):
         file.write_text(text)
         with pytest.raises(InputError, match=r"v\.yaml must be a mapping"):
-            named(str(file))
+            read_variants(str(file))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", read_variants(str(VARIANTS)))
 def test_every_variant_is_a_configuration(name):
     """The command reads all of them before it trains the first."""
-    config = load_config(str(ROOT / "configs/tiktok.yaml"), [*VARIANTS[name], f"run.name={name}-0"])
+    config = load_config(str(ROOT / "configs/tiktok.yaml"), [*read_variants(name)[name], f"run.name={name}-0"])
     assert config.run.name == f"{name}-0"
 
 
 def test_unknown_variants_are_refused():
     with pytest.raises(InputError, match=r"unknown variants \['no-such'\]"):
-        named("full,no-such")
-    assert named("full,no-tc") == {"full": [], "no-tc": VARIANTS["no-tc"]}
+        read_variants("full,no-such")
+    assert read_variants("full,no-tc") == {"full": [], "no-tc": ["train.w_tc=0"]}

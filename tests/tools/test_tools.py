@@ -1,4 +1,4 @@
-"""The tools that have no test file of their own."""
+"""Tools without a test file of their own: the benchmark and the demo."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def benchmark(folder: Path, *words: str) -> tuple[list[dict], str]:
-    """The rows of the JSON file and what was printed."""
+    """Rows of the JSON file, and the printed output."""
     done = subprocess.run(
         [sys.executable, "tools/benchmark.py", words[0], "--out", str(folder / "b.json"), *words[1:]],
         cwd=ROOT,
@@ -57,7 +57,7 @@ def test_benchmark_compares_with_an_earlier_file(tmp_path):
     words = ("lookup", "--rows", "100", "--ids", "50", "--width", "4", "--ranks", "2", "--repeats", "2")
     rows, _ = benchmark(tmp_path, *words)
     result = rows[0]["result"]
-    # each rank asks for at most 50 different of 100 rows, about half of them the other's: ids, rows and gradients
+    # each rank looks up at most 50 distinct rows, about half of them from the other rank: ids, rows and gradients
     assert 0 < result["sent_bytes"] < 50 * (8 + 2 * 4 * 4) + 16
     (tmp_path / "b.json").rename(tmp_path / "earlier.json")
     _, printed = benchmark(tmp_path, *words, "--compare", str(tmp_path / "earlier.json"))
@@ -68,11 +68,11 @@ def test_benchmark_compares_with_an_earlier_file(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["lookup", "--compare", "b.json"], "b.json would overwrite what it is compared with"),
-        (["lookup", "--compare", "none.json"], "no file none.json"),
-        (["lookup", "rows=5"], "lookup has no configuration to change: rows=5"),
-        (["command", "ls"], "the command to measure stands after --"),
-        (["command", "--"], "the command to measure stands after --"),
+        (["lookup", "--compare", "b.json"], "b.json would overwrite the file of --compare"),
+        (["lookup", "--compare", "none.json"], "the file none.json of --compare does not exist"),
+        (["lookup", "rows=5"], "lookup takes no configuration overrides: rows=5"),
+        (["command", "ls"], "give the command to measure after --"),
+        (["command", "--"], "give the command to measure after --"),
     ],
 )
 def test_benchmark_refuses_before_it_measures(tmp_path, words, message):
@@ -95,7 +95,7 @@ def test_benchmark_of_the_whole_catalog_and_of_commands(small, tmp_path):
     sampled, _ = benchmark(
         tmp_path, "sampling", "--nodes", "300", "--interactions", "3000", "--seeds", "50", "--repeats", "2"
     )
-    assert [row["case"]["sampler"] for row in sampled] == ["neighbor", "labor"]
+    assert len(sampled) == 1
     assert all(row["result"]["edges"] > 50 for row in sampled)
     saved, _ = benchmark(tmp_path, "checkpoint", "--config", config, "--repeats", "2", "--ranks", "2")
     assert saved[0]["result"]["state_mib"] > 0
@@ -105,15 +105,15 @@ def test_benchmark_of_the_whole_catalog_and_of_commands(small, tmp_path):
 
 
 @pytest.mark.long
-def test_benchmark_of_going_on(small, tmp_path):
-    words = ["train.checkpoint.minutes=0.01", "train.epochs=100000"]
+def test_benchmark_of_resuming(small, tmp_path):
+    words = ["train.checkpoint_minutes=0.01", "train.epochs=100000"]
     rows, _ = benchmark(tmp_path, "resume", "--config", small[0], *words)
     result = rows[0]["result"]
     assert 0 < result["seconds_to_ready"] < result["seconds_to_progress"]
     assert result["state_mib"] > 0
 
 
-def test_the_demo_leaves_a_folder_that_it_did_not_make_alone(tmp_path):
+def test_the_demo_refuses_a_folder_that_it_did_not_make(tmp_path):
     for name in ("tools", "configs", "gtc_dist"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "demo").mkdir()

@@ -8,7 +8,8 @@ from steps import assert_same_step, global_draws, loader_of, set_away_from_start
 
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
-from gtc_dist.model.build import build_network, load_features, load_graphs
+from gtc_dist.graph.csc import load_graphs
+from gtc_dist.model.build import build_network, load_features
 from gtc_dist.training.control_variate import HistoricalEmbeddings
 
 ALL = {"propagation": "sampled", "fanout": [-1, -1], "item_fanout": -1, "user_fanout": -1}
@@ -34,10 +35,8 @@ def network_with_history(config, catalog, comm, dtype=torch.float32, moved=0.0):
     """A network whose tables have moved since its history was made."""
     network, tables = build_network(config, catalog, comm)
     set_away_from_start(network)
-    features, graphs = load_features(network.shape, catalog, comm), load_graphs(config, catalog)
-    history = HistoricalEmbeddings(
-        network, tables, features, graphs, every=10**6, layers=config.model.layers, chunk=7, dtype=dtype
-    )
+    features, graphs = load_features(network.modalities, catalog, comm), load_graphs(config, catalog)
+    history = HistoricalEmbeddings(network, tables, features, graphs, every=10**6, chunk=7, dtype=dtype)
     history.refresh()
     move(tables, moved, network.user_widths[0])
     return network, tables, history
@@ -48,8 +47,8 @@ def step(comm: Communicator, uri: str, config, draws, counts, moved: float) -> d
     catalog = Catalog(uri)
     network, tables, history = network_with_history(config, catalog, comm, moved=moved)
     batch = loader_of(config, catalog, comm, network).assemble(share(draws, comm.rank, counts))
-    rows = history.rows(batch) if config.model.propagation == "sampled" else None
-    lookups = (tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route))
+    rows = history.rows(batch.subgraph) if config.model.propagation == "sampled" else None
+    lookups = (tables.user.lookup(batch.subgraph.user_lookup), tables.item.lookup(batch.subgraph.item_lookup))
     loss, parts = network(batch, *lookups, rows)
     loss.backward()
     names = sorted(parts)
@@ -79,13 +78,13 @@ def test_with_every_neighbour_it_is_the_whole_graph_however_old_the_history(cata
 
 @pytest.mark.parametrize("content", [{}, GATED])
 def test_ranks_leave_out_the_edges_of_all(catalog, content):
-    model = {**ALL, **content, "correlation": {"rows": 0}}
-    config = small_config(catalog.uri, model=model)
+    model = {**ALL, **content}
+    config = small_config(catalog.uri, model=model, train={"tc_rows": 0})
     draws = global_draws(config, catalog)
     alone = run_ranks(step, 1, catalog.uri, config, draws, [24], 0.2)[0]
     for result in run_ranks(step, 3, catalog.uri, config, draws, [15, 0, 9], 0.2):
         assert_same_step(result, alone)
-    other = small_config(catalog.uri, model=model, train={"exclude_seed_edges": False})
+    other = small_config(catalog.uri, model=model, train={"tc_rows": 0, "exclude_seed_edges": False})
     kept = step(Communicator(), catalog.uri, other, draws, [24], 0.2)
     assert abs(kept["parts"]["bpr"] - alone["parts"]["bpr"]) > 1e-3
 
@@ -115,9 +114,9 @@ def embeddings(catalog, config, moved: float, with_history: bool, draws: int, dt
         for n in range(draws):
             batch_draws.sampler_seed = 1000 + n
             batch = loader.assemble(batch_draws)
-            rows = (tables.user.lookup(batch.user_route), tables.item.lookup(batch.item_route))
-            embedded = network.embed(batch, *rows, history.rows(batch) if with_history else None)
-            out.append(torch.cat([embedded["users"], embedded["items"]]))
+            rows = (tables.user.lookup(batch.subgraph.user_lookup), tables.item.lookup(batch.subgraph.item_lookup))
+            embedded = network.embed(batch.subgraph, *rows, history.rows(batch.subgraph) if with_history else None)
+            out.append(torch.cat([embedded.users, embedded.items]))
     return torch.stack(out)
 
 
@@ -152,5 +151,5 @@ def test_refreshes_when_it_is_time_or_forgotten(catalog):
     for step in range(110):
         if step == 100:
             history.clear()
-        history.rows(batch)
+        history.rows(batch.subgraph)
     assert refreshed == [0, 2, 4, 8, 16, 32, 64, 96, 100]

@@ -14,33 +14,17 @@ from steps import loader_of
 
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
-from gtc_dist.errors import InputError
-from gtc_dist.graph.csc import Graphs, absent_source, both_directions, by_destination, edge_of, take
+from gtc_dist.graph.csc import Graphs, by_destination, find_edges, kth_non_neighbour, take_edges
 from gtc_dist.model.build import build_network
 from gtc_dist.training import data_loader as loader_module
 from gtc_dist.training.data_loader import (
     DataLoader,
-    LoaderOptions,
     _prefetch,
-    cumulative_share,
-    discounted,
     inclusion_chance,
     repartition_by_hash,
 )
 
 CATALOG_USERS, CATALOG_ITEMS = 60, 40
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.floats(0, 1))
-def test_discounted_users_weigh_one_on_average_over_interactions(degree, power):
-    degree = np.array(degree)
-    weight = discounted(degree, power)
-    assert (weight > 0).all()
-    if degree.sum():
-        assert (weight @ degree) / degree.sum() == pytest.approx(1, rel=1e-5)
-    if power == 1 and (degree > 0).any():
-        np.testing.assert_allclose((weight * degree)[degree > 0], degree.sum() / (degree > 0).sum(), rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +40,7 @@ def make_loader(comm: Communicator, catalog: Catalog, **sections) -> DataLoader:
 
 def pairs_of(batch) -> list[tuple[int, int]]:
     """Catalog indexes of a full-mode batch's pairs."""
-    users = batch.user_rows[batch.users]
+    users = batch.subgraph.user_seeds[batch.users]
     return list(zip(users.tolist(), batch.item_ids[batch.positives].tolist(), strict=True))
 
 
@@ -97,9 +81,9 @@ def test_crossed_tells_every_train_interaction_between_users_and_items(catalog):
     users, items = np.array([5, 0, 59, 5]), np.array([7, 3, 7, 39, 0])
     known = set(zip(*(a.tolist() for a in catalog.interactions("train")), strict=True))
     want = [[(u, i) in known for i in items.tolist()] for u in users.tolist()]
-    assert graphs.crossed(users, items).tolist() == want
-    assert graphs.crossed(np.arange(CATALOG_USERS), np.arange(CATALOG_ITEMS)).sum() == len(known)
-    assert graphs.crossed(users, items[:0]).shape == (4, 0)
+    assert graphs.is_interacted(users, items).tolist() == want
+    assert graphs.is_interacted(np.arange(CATALOG_USERS), np.arange(CATALOG_ITEMS)).sum() == len(known)
+    assert graphs.is_interacted(users, items[:0]).shape == (4, 0)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +94,7 @@ def test_negatives_are_never_train_positives_of_their_user(catalog, negatives):
     known = set(zip(*(a.tolist() for a in catalog.interactions("train")), strict=True))
     drawn = set()
     for batch in loader.epoch(1):
-        users = batch.user_rows[batch.users].tolist()
+        users = batch.subgraph.user_seeds[batch.users].tolist()
         items = batch.item_ids[batch.negatives]
         for n, user in enumerate(users):
             if batch.negative_mask is None:
@@ -136,29 +120,20 @@ def test_uniform_negatives_are_uniform_over_the_others(catalog):
     assert abs(others / 40_000 - 1 / len(others)).max() < 5 * np.sqrt(1 / len(others) / 40_000)
 
 
-def test_a_user_with_every_item_is_refused():
-    item_user = by_destination(np.array([0, 0, 1]), np.array([0, 1, 0]), 2)
-    user_item = by_destination(np.array([0, 1, 0]), np.array([0, 0, 1]), 2)
-    graphs = Graphs(2, 2, both_directions(item_user, user_item))
-    options = LoaderOptions(2, 0, "uniform", 1, 0, 1, 1, 4, 1)
-    with pytest.raises(InputError, match="index 0 interacted with all 2 items"):
-        DataLoader(np.array([0, 0, 1]), np.array([0, 1, 0]), graphs, None, options, Communicator())
-
-
 @settings(max_examples=80, deadline=None)
 @given(st.sets(st.tuples(st.integers(0, 6), st.integers(0, 9))), st.integers(0, 6), st.integers(0, 9))
 def test_graph_look_ups_match_sets(pairs, destination, source):
     d, s = (np.array([p[k] for p in sorted(pairs)], dtype=np.int64) for k in (0, 1))
     graph = by_destination(d, s, 7)
-    found = edge_of(graph, np.array([destination]), np.array([source]))[0]
+    found = find_edges(graph, np.array([destination]), np.array([source]))[0]
     assert (found >= 0) == ((destination, source) in pairs)
     if found >= 0:
         assert graph.indices[found] == source
     mine = sorted(item for who, item in pairs if who == destination)
     absent = [item for item in range(10) if item not in mine]
-    got = absent_source(graph, np.full(len(absent), destination), np.arange(len(absent)))
+    got = kth_non_neighbour(graph, np.full(len(absent), destination), np.arange(len(absent)))
     assert got.tolist() == absent
-    indptr, edges = take(graph, np.array([destination, destination]))
+    indptr, edges = take_edges(graph, np.array([destination, destination]))
     assert indptr.tolist() == [0, len(mine), 2 * len(mine)]
     assert graph.indices[edges].tolist() == mine * 2
 
@@ -223,30 +198,7 @@ def test_leaving_early_does_not_wait_for_a_batch_that_never_comes(monkeypatch):
     released.set()
 
 
-def test_negatives_by_popularity_follow_it_among_the_others(catalog):
-    graphs = Graphs.load(catalog)
-    user = int(graphs.user_degree.argmax())
-    share = cumulative_share(graphs.item_degree, 0.5)
-    drawn = graphs.draw_negatives(np.full(40_000, user), np.random.default_rng(0), share)
-    counts = np.bincount(drawn, minlength=graphs.items)
-    mine = catalog.interactions("train")[1][catalog.interactions("train")[0] == user]
-    want = graphs.item_degree**0.5
-    want[mine] = 0
-    want /= want.sum()
-    assert (counts[want == 0] == 0).all()
-    assert (abs(counts / 40_000 - want) < 5 * np.sqrt(want / 40_000) + 1e-9).all()
-
-
-def test_a_user_whose_draws_are_all_its_own_gets_another_item():
-    pairs = np.array([[0, 0], [1, 1]])
-    item_user = by_destination(pairs[:, 0], pairs[:, 1], 2)
-    graphs = Graphs(2, 3, both_directions(item_user, by_destination(pairs[:, 1], pairs[:, 0], 3)))
-    share = np.array([1.0, 1.0, 1.0])  # always item 0
-    drawn = graphs.draw_negatives(np.zeros(1000, np.int64), np.random.default_rng(0), share)
-    assert set(drawn) == {1, 2}
-
-
-def test_corrected_in_batch_negatives_stand_for_every_item_alike(catalog):
+def test_weighted_in_batch_negatives_count_every_item_equally(catalog):
     """Each item counts once on average over batches, however often it was taken."""
     loader = make_loader(Communicator(), catalog, train={"negatives": {"mode": "in_batch"}})
     sums, batches = np.zeros(CATALOG_ITEMS), 0

@@ -24,7 +24,7 @@ def catalog(tmp_path_factory):
 
 def poisoned(trainer, at: int, part: str = "loss", ranks: tuple[int, ...] = (0,)):
     """The trainer, with a loss or a gradient of one step that is not finite, on some ranks."""
-    gradients, done = trainer.gradients, 0
+    gradients, done = trainer.backward, 0
 
     def bad(batch, rows):
         nonlocal done
@@ -39,7 +39,7 @@ def poisoned(trainer, at: int, part: str = "loss", ranks: tuple[int, ...] = (0,)
                 trainer.network.members[0].project[0].weight.grad[0, 0] = float("nan")
         return parts
 
-    trainer.gradients = bad
+    trainer.backward = bad
     return trainer
 
 
@@ -77,7 +77,7 @@ def replayed(folder, capsys) -> dict:
 
 
 def test_the_step_is_computed_again(catalog, tmp_path, capsys):
-    config = config_of(catalog, tmp_path, checkpoint={"minutes": 0.0})
+    config = config_of(catalog, tmp_path, checkpoint_minutes=0.0)
     trainer = poisoned(trainer_of(Communicator(), config, f"{tmp_path}/small"), 9)
     with pytest.raises(NotFinite):
         trainer.fit()
@@ -93,7 +93,7 @@ def test_the_step_is_computed_again(catalog, tmp_path, capsys):
 def test_with_the_weights_that_met_it(catalog, tmp_path, capsys):
     """They were fine at the last checkpoint, and are in the file alone."""
     trainer = trainer_of(Communicator(), config_of(catalog, tmp_path), f"{tmp_path}/small")
-    step, done = trainer.step, 0
+    step, done = trainer.train_step, 0
 
     def broken(batch):
         nonlocal done
@@ -104,7 +104,7 @@ def test_with_the_weights_that_met_it(catalog, tmp_path, capsys):
                 trainer.network.members[0].project[0].weight[0, 0] = float("nan")
         return step(batch)
 
-    trainer.step = broken
+    trainer.train_step = broken
     with pytest.raises(NotFinite, match="loss bpr"):
         trainer.fit()
     told = replayed(tmp_path / "small", capsys)
@@ -164,13 +164,13 @@ def test_what_is_written_down_is_the_batch(catalog, tmp_path):
     order = trainer.loader._order(1)
     draws = trainer.loader.draw(1, 0, order[trainer.loader._rows(0)])
     batch = trainer.loader.assemble(draws)
-    rows = trainer.rows(batch)
+    rows = trainer.look_up(batch)
     storage.write_bytes(f"{tmp_path}/small/b.npz", dump_step(batch, rows, trainer.network))
     left = read_dumped_step(f"{tmp_path}/small/b.npz")
-    again = left.draws
+    again = left.sampled
     for name in ("users", "positives", "negatives", "timesteps", "noise", "dropout"):
         assert np.array_equal(getattr(again, name), getattr(draws, name)), name
-    assert np.array_equal(left.pairs, np.stack([draws.users, draws.positives], axis=1))
+    assert np.array_equal(left.all_pairs, np.stack([draws.users, draws.positives], axis=1))
     assert left.ranks == 1
     assert (again.seed, again.sampler_seed, again.counts) == (draws.seed, draws.sampler_seed, draws.counts)
     assert all(torch.equal(a, b) for a, b in zip(left.rows.values(), rows, strict=True))
@@ -181,24 +181,24 @@ def test_files_that_are_no_batch(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         replay_step(f"{tmp_path}/none.npz")
     (tmp_path / "x.npz").write_bytes(b"no archive")
-    with pytest.raises(InputError, match="is not a batch"):
+    with pytest.raises(InputError, match="is not a step"):
         replay_step(f"{tmp_path}/x.npz")
     np.savez(tmp_path / "p.npz", users=np.array([{}], dtype=object))
-    with pytest.raises(InputError, match="is not a batch"):
+    with pytest.raises(InputError, match="is not a step"):
         replay_step(f"{tmp_path}/p.npz")
 
 
 def skipping(comm: Communicator, config, run: str, ranks: tuple[int, ...]) -> dict:
     trainer = poisoned(trainer_of(comm, config, run), 4, "table", ranks)
     weights = []
-    step = trainer.step
+    step = trainer.train_step
 
     def kept(batch):
         parts = step(batch)
         weights.append(trainer.tables.item.weight.clone())
         return parts
 
-    trainer.step = kept
+    trainer.train_step = kept
     result = trainer.fit()
     shown = train.summary(run, result).splitlines()[-1]
     return {"weights": weights[:5], "skipped": result["skipped_steps"], "shown": shown}
@@ -210,7 +210,7 @@ def test_left_out_on_all_ranks_alike_and_counted(catalog, tmp_path, size):
     for result in run_ranks(skipping, size, config, f"{tmp_path}/small", (size - 1,)):
         w = result["weights"]
         assert result["skipped"] == 1
-        assert result["shown"] == "warning: 1 step(s) left out, as their loss or gradient was not finite"
+        assert result["shown"] == "warning: 1 step(s) skipped, because their loss or gradient was not finite"
         assert torch.equal(w[3], w[2])
         assert not torch.equal(w[4], w[3])
         assert all(x.isfinite().all() for x in w)
@@ -218,10 +218,10 @@ def test_left_out_on_all_ranks_alike_and_counted(catalog, tmp_path, size):
 
 def clipped(comm: Communicator, config, run: str, clip: float | None) -> dict:
     trainer = trainer_of(comm, config, run)
-    trainer.health.clip = clip
+    trainer.guard.clip = clip
     batch = trainer.loader.assemble(trainer.loader.draw(1, 0, trainer.loader._order(1)[trainer.loader._rows(0)]))
-    rows = trainer.rows(batch)
-    trainer.health.passes(trainer.gradients(batch, rows), batch, rows, "here")
+    rows = trainer.look_up(batch)
+    trainer.guard.passes(trainer.backward(batch, rows), batch, rows, "here")
     dense = sum(p.grad.square().sum() for p in trainer.network.parameters() if p.grad is not None)
     own = sum(table.gradient()[1].square().sum() for table in trainer.tables.all())
     return {"norm": float((dense + comm.all_reduce(own)).sqrt()), "row": trainer.tables.user.gradient()[1][0].clone()}

@@ -16,20 +16,12 @@ def catalog(tmp_path_factory):
     return small_catalog(tmp_path_factory.mktemp("catalog") / "c")
 
 
-OUTPUTS = {**GATED, "correlation": {"of": "outputs", "critic": "additive", "rows": 0}}
-
-
 @pytest.mark.parametrize(
-    ("propagation", "model"),
-    [
-        ("full", {}),
-        ("full", OUTPUTS),
-        ("sampled", {"correlation": {"rows": 0}}),
-        ("sampled", OUTPUTS),
-    ],
+    ("propagation", "model", "tc_rows"),
+    [("full", {}, 512), ("full", GATED, 0), ("sampled", {}, 0), ("sampled", GATED, 0)],
 )
-def test_two_ranks_give_the_loss_and_gradients_of_one(catalog, propagation, model):
-    config = small_config(catalog.uri, model={**MODELS[propagation], **model})
+def test_two_ranks_give_the_loss_and_gradients_of_one(catalog, propagation, model, tc_rows):
+    config = small_config(catalog.uri, model={**MODELS[propagation], **model}, train={"tc_rows": tc_rows})
     draws = global_draws(config, catalog)
     alone = run_ranks(step, 1, catalog.uri, config, draws, [24])[0]
     assert set(alone["parts"]) == {"bpr", "tc", "diffusion", "l2"}
@@ -42,8 +34,8 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(catalog, propagation, mode
 def test_four_ranks_with_uneven_and_empty_shares_give_the_same(catalog, model):
     config = small_config(
         catalog.uri,
-        model={**MODELS["sampled"], "correlation": {"rows": 0}, **model},
-        train={"negatives": {"mode": "shared", "count": 9}},
+        model={**MODELS["sampled"], **model},
+        train={"tc_rows": 0, "negatives": {"mode": "shared", "count": 9}},
     )
     draws = global_draws(config, catalog)
     alone = run_ranks(step, 1, catalog.uri, config, draws, [24])[0]

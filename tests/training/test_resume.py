@@ -15,22 +15,23 @@ from small import GATED, small_catalog, small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gtc_dist.checkpoint import checkpoint_files
-from gtc_dist.checkpoint.async_writer import AsyncCheckpointWriter, state_name
+from gtc_dist.checkpoint.async_writer import AsyncCheckpointWriter
+from gtc_dist.checkpoint.run_folder import step_name
 from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import InputError, Unreachable
-from gtc_dist.model.build import load_graphs
-from gtc_dist.training import trainer as trainer_module
+from gtc_dist.graph.csc import load_graphs
+from gtc_dist.training import checkpointing
 from gtc_dist.training.trainer import Trainer
 
 SAMPLED = {"propagation": "sampled", "fanout": [3, 3]}
 MODES = {
     "full": {},
     "walks, averaged, four steps a validation": {
-        "model": {**GATED, "walk": {"spectral": 3, "profile": 3}},
-        "train": {"average": 0.5, "epoch_steps": 4, "epochs": 6},
+        "model": {**GATED, "hybrid": {"graph_filter": 3, "content_profile": 3}},
+        "train": {"ema_decay": 0.5, "epoch_steps": 4, "epochs": 6},
         "eval": {"every": 2},
     },
     "sampled with a history": {"model": SAMPLED, "train": {"refresh": 4, "negatives": {"mode": "shared", "count": 9}}},
@@ -48,39 +49,41 @@ def catalog(tmp_path_factory):
 
 
 def config_of(catalog, mode: dict, **train):
-    always = {"epochs": 3, "log_every": 3, "checkpoint": {"minutes": 0.0}}
+    always = {"epochs": 3, "log_every": 3, "checkpoint_minutes": 0.0}
     mode = {**mode, "train": {**always, **mode.get("train", {}), **train}}
     return small_config(catalog.uri, **mode)
 
 
-def trainer_of(comm: Communicator, config, run: str, notice=lambda: "") -> Trainer:
+def trainer_of(comm: Communicator, config, run: str, stop_request=lambda: "") -> Trainer:
     catalog = Catalog(config.data.catalog)
     users, items = catalog.interactions("train")
     mine = slice(comm.rank, None, comm.size)
-    return Trainer(config, catalog, run, users[mine], items[mine], load_graphs(config, catalog), comm, notice=notice)
+    return Trainer(
+        config, catalog, run, users[mine], items[mine], load_graphs(config, catalog), comm, stop_request=stop_request
+    )
 
 
 def cut_after(comm: Communicator, config, run: str, steps: int) -> dict:
     """Train until the process is cut off in a step, on every rank the same."""
     trainer = trainer_of(comm, config, run)
     done = 0
-    whole_step = trainer.step
+    whole_step = trainer.train_step
 
     def step(batch):
         nonlocal done
         done += 1
-        if trainer.saver.thread:
-            trainer.saver.thread.join()  # on a slow machine too, the state before the last one is whole
+        if trainer.writer.thread:
+            trainer.writer.thread.join()  # on a slow machine too, the state before the last one is whole
         if done > steps:
             raise Cut
         return whole_step(batch)
 
-    trainer.step = step
+    trainer.train_step = step
     try:
         trainer.fit()
     except Cut:
         time.sleep(1.01 - time.time() % 1)  # names of TensorBoard's files order them by the second
-    return {"states": list(trainer.saver.states)}
+    return {"states": list(trainer.writer.states)}
 
 
 def train(comm: Communicator, config, run: str) -> dict:
@@ -137,7 +140,7 @@ def test_states_are_saved_where_every_validation_comes_before_a_refresh_is_due(c
     whole = [train(Communicator(), config, str(tmp_path / "whole"))]
     assert trainer_of(Communicator(), config, str(tmp_path / "new")).history.every > 6
     cut = cut_after(Communicator(), config, str(tmp_path / "cut"), 16)
-    assert cut["states"][-1] == state_name(9)
+    assert cut["states"][-1] == step_name(9)
     assert_same([train(Communicator(), config, str(tmp_path / "cut"))], whole)
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
@@ -147,7 +150,7 @@ def test_states_of_runs_without_a_history_come_after_validations_too(catalog, tm
     config = config_of(catalog, {}, epoch_steps=3, epochs=4)
     whole = [train(Communicator(), config, str(tmp_path / "whole"))]
     cut = cut_after(Communicator(), config, str(tmp_path / "cut"), 8)
-    assert cut["states"] == [state_name(3)]
+    assert cut["states"] == [step_name(3)]
     assert_same([train(Communicator(), config, str(tmp_path / "cut"))], whole)
     assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
 
@@ -179,13 +182,13 @@ def test_on_two_ranks_too(catalog, tmp_path):
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 3)])
 def test_on_another_number_of_ranks(catalog, tmp_path, before, after, capfd):
-    config = config_of(catalog, {"train": {"average": 0.5}})
+    config = config_of(catalog, {"train": {"ema_decay": 0.5}})
     run = str(tmp_path / "run")
     cut = ranks(cut_after, before, config, run, 7)
     state = checkpoint_files.read_manifest(f"{run}/checkpoints/{cut[0]['states'][-1]}")
     capfd.readouterr()
     results = ranks(train, after, config, run)
-    assert f"going on from epoch {state['epoch']}, step {state['step']}" in capfd.readouterr().out
+    assert f"resuming at epoch {state['epoch']}, step {state['step']}" in capfd.readouterr().out
     assert all(sum(result["rows"]) == catalog.manifest.interactions["train"] for result in results)
     for name in ("network",):  # dense modules stay alike on all ranks
         for result in results[1:]:
@@ -202,11 +205,11 @@ def curves_of_an_undisturbed_run(config, tmp_path) -> list:
 
 
 def test_asked_to_leave_it_saves_and_returns(catalog, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "NOTICE_SECONDS", 0.0)
-    config = config_of(catalog, {}, checkpoint={"minutes": 60.0})
+    monkeypatch.setattr(checkpointing, "POLL_SECONDS", 0.0)
+    config = config_of(catalog, {}, checkpoint_minutes=60.0)
     whole = [train(Communicator(), config, str(tmp_path / "whole"))]
     answers = iter(["", "", "leave"])
-    trainer = trainer_of(Communicator(), config, str(tmp_path / "left"), notice=lambda: next(answers))
+    trainer = trainer_of(Communicator(), config, str(tmp_path / "left"), stop_request=lambda: next(answers))
     assert trainer.fit() is None
     states, torn = checkpoint_files.list_checkpoints(str(tmp_path / "left"), "step-")
     assert (len(states), torn) == (1, [])
@@ -214,14 +217,14 @@ def test_asked_to_leave_it_saves_and_returns(catalog, tmp_path, monkeypatch):
 
 
 def test_warned_it_saves_at_once_and_goes_on(catalog, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "NOTICE_SECONDS", 0.0)
-    config = config_of(catalog, MODES["sampled with a history"], checkpoint={"minutes": 60.0})
+    monkeypatch.setattr(checkpointing, "POLL_SECONDS", 0.0)
+    config = config_of(catalog, MODES["sampled with a history"], checkpoint_minutes=60.0)
     answers, saved = iter(["", "save"]), []
-    trainer = trainer_of(Communicator(), config, str(tmp_path / "r"), notice=lambda: next(answers, ""))
-    settle = trainer.saver.settle
-    trainer.saver.settle = lambda best: (
-        trainer.saver.pending and saved.append(trainer.state.progress.step),
-        settle(best),
+    trainer = trainer_of(Communicator(), config, str(tmp_path / "r"), stop_request=lambda: next(answers, ""))
+    finalize = trainer.writer.finalize
+    trainer.writer.finalize = lambda best: (
+        trainer.writer.pending and saved.append(trainer.state.progress.step),
+        finalize(best),
     )[1]
     assert trainer.fit() is not None
     assert saved[0] == 6  # the second time that losses were logged, whenever the history is computed anew
@@ -258,7 +261,7 @@ def test_a_torn_or_changed_state_is_passed_over_with_a_warning(catalog, tmp_path
 
 
 def test_where_no_state_is_usable_it_starts_anew(catalog, tmp_path, capsys):
-    config = config_of(catalog, {"train": {"average": 0.5}})
+    config = config_of(catalog, {"train": {"ema_decay": 0.5}})
     whole = [train(Communicator(), config, str(tmp_path / "whole"))]
     run = tmp_path / "run"
     cut_after(Communicator(), config, str(run), 11)
@@ -310,7 +313,7 @@ def test_a_state_that_cannot_be_written_is_left_out_and_training_goes_on(catalog
     assert [met for _, met in ranks] == [True, False]
     assert_same([result for result, _ in ranks], whole)
     told = capfd.readouterr().out
-    assert told.count("could not be written and is left out: [Errno 28] No space left on device") == 1
+    assert told.count("could not be written and is skipped: [Errno 28] No space left on device") == 1
     assert checkpoint_files.list_checkpoints(run, "step-")[1] == []
     assert len(checkpoint_files.list_checkpoints(run, "step-")[0]) == 2
 
@@ -334,7 +337,7 @@ def test_a_disk_that_is_really_full(catalog, small_disk, capfd):
     config, run = config_of(catalog, {}), str(small_disk / "run")
     whole = [train(Communicator(), config, str(small_disk.parent / "whole"))]
     trainer, ballast, steps = trainer_of(Communicator(), config, run), small_disk / "ballast", []
-    step = trainer.step
+    step = trainer.train_step
 
     def step_on_a_full_disk(batch):
         steps.append(batch)
@@ -344,10 +347,10 @@ def test_a_disk_that_is_really_full(catalog, small_disk, capfd):
                     file.write(bytes(4096))
         return step(batch)
 
-    trainer.step = step_on_a_full_disk
+    trainer.train_step = step_on_a_full_disk
     with pytest.raises(OSError, match="No space left"):
         trainer.fit()
-    assert re.search(r"step-0+14 could not be written and is left out: .*No space left", capfd.readouterr().out)
+    assert re.search(r"step-0+14 could not be written and is skipped: .*No space left", capfd.readouterr().out)
     assert checkpoint_files.list_checkpoints(run, "step-")[1] == []
     ballast.unlink()
     assert_same([train(Communicator(), config, run)], whole)
@@ -361,16 +364,16 @@ def test_a_store_that_is_away_for_longer_leaves_out_a_state(tmp_path, monkeypatc
     saver = AsyncCheckpointWriter(str(tmp_path), Communicator(), 0.0, 1)
     for step in (1, 2):
         saver.start(step, {"best_epoch": 0}, {}, [])
-        assert saver.settle(0) == ""
+        assert saver.finalize(0) == ""
     for name in ("write_files", "remove", "list_checkpoints"):
         monkeypatch.setattr(checkpoint_files, name, away)
     saver.start(3, {"best_epoch": 0}, {}, [])
-    assert "left out: cannot reach the object store" in saver.settle(0)
+    assert "is skipped: cannot reach the object store" in saver.finalize(0)
     saver.prune(0)
     told = capfd.readouterr().out
     assert "step-000000000003 could not be removed" in told
     assert "older checkpoints could not be listed" in told
-    assert list(saver.states) == [state_name(2)]
+    assert list(saver.states) == [step_name(2)]
 
 
 def test_what_is_saved_is_what_was_when_it_began(tmp_path):
@@ -391,7 +394,7 @@ def test_what_is_saved_is_what_was_when_it_began(tmp_path):
         table.weight += 1
         dense["network"]["w"] += 1
         begun.set()
-        assert saver.settle(0) == ""
+        assert saver.finalize(0) == ""
     finally:
         checkpoint_files.write_files = checkpoint_write
     other = ShardedTable("t", 6, 2, Communicator())

@@ -7,10 +7,10 @@ import pytest
 from ranks import run_ranks
 from small import small_catalog, small_config
 
+from gtc_dist.checkpoint.existing_run import newest_checkpoint
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
-from gtc_dist.inference.trained_run import newest_checkpoint
-from gtc_dist.model.build import load_graphs
+from gtc_dist.graph.csc import load_graphs
 from gtc_dist.training.trainer import Trainer
 
 
@@ -32,19 +32,14 @@ def catalog(tmp_path_factory):
 
 
 ABLATIONS = {
-    "filter that is not trained, walks, popular negatives": {
-        "model": {"diffusion": {"trained": False}, "walk": {"spectral": 4, "profile": 3}},
-        "train": {"negatives": {"popularity": 1.0}},
-    },
-    "no filter": {"model": {"diffusion": {"enabled": False}}},
-    "no total correlation, no gate": {"model": {"correlation": {"enabled": False}, "gate": False}},
+    "untrained scorers": {"model": {"hybrid": {"graph_filter": 4, "content_profile": 3}}},
+    "no filter": {"train": {"w_diff": 0}},
+    "gated, no total correlation": {"model": {"variant": "gated"}, "train": {"w_tc": 0}},
     "no hops, sampled": {
         "model": {"item_hop": False, "user_hop": False, "propagation": "sampled", "fanout": [2, 2]},
         "train": {"negatives": {"mode": "shared", "count": 10}},
     },
-    "no convolution, sampled with LABOR": {
-        "model": {"layers": 0, "fanout": [], "propagation": "sampled", "sampler": "labor"}
-    },
+    "no convolution, sampled": {"model": {"layers": 0, "fanout": [], "propagation": "sampled"}},
 }
 
 

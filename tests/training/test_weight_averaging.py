@@ -9,7 +9,8 @@ from gtc_dist.checkpoint import checkpoint_files
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
-from gtc_dist.model.build import build_network, load_graphs
+from gtc_dist.graph.csc import load_graphs
+from gtc_dist.model.build import build_network
 from gtc_dist.training.trainer import Trainer
 from gtc_dist.training.weight_averaging import WeightAverage
 
@@ -54,7 +55,9 @@ def fit(comm: Communicator, uri: str, run: str, config) -> dict:
 def test_training_is_as_without_and_the_checkpoint_holds_the_average(catalog, tmp_path):
     # validated at the end alone, by a metric that tells it from the start: the last epoch is kept
     config = {
-        share: small_config(catalog.uri, train={"average": share, "epochs": 3}, eval={"every": 3, "metric": "ndcg@20"})
+        share: small_config(
+            catalog.uri, train={"ema_decay": share, "epochs": 3}, eval={"every": 3, "metric": "ndcg@20"}
+        )
         for share in (0.0, 0.5)
     }
     plain = run_ranks(fit, 2, catalog.uri, str(tmp_path / "plain"), config[0.0])

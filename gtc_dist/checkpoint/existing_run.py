@@ -1,0 +1,134 @@
+"""Look up an existing run: its status when training starts in its folder, and its best checkpoint for later commands.
+
+Only small files are read; the weights are loaded by inference/trained_run.py.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gtc_dist.checkpoint import checkpoint_files
+from gtc_dist.checkpoint.run_folder import (
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    EPOCH_PREFIX,
+    LOCK_FILE,
+    METRICS_FILE,
+    STEP_PREFIX,
+)
+from gtc_dist.config import Config
+from gtc_dist.config_file import read_run_config
+from gtc_dist.data import storage
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.errors import InputError
+
+# Configuration keys (prefixes) that may change when a run is resumed. They do not affect the learned weights, or, like
+# train.clip_norm and train.not_finite, are needed to get past a step whose loss was not finite. Keys of `prepare`
+# change the catalog, whose fingerprint is compared instead.
+RESUMABLE_KEYS = (
+    "cluster.",
+    "prepare.",
+    "graph.",
+    "run.",
+    "data.raw",
+    "data.verify",
+    "data.interactions.",
+    "data.split.",
+    "data.features",
+    "data.items",
+    "train.epochs",
+    "train.not_finite",
+    "train.clip_norm",
+    "train.log_every",
+    "train.checkpoint_minutes",
+    "eval.patience",
+    "eval.block_rows",
+)
+
+
+@dataclass(frozen=True)
+class RunRef:
+    """Reference to a run and its best checkpoint; both were checked against the catalog."""
+
+    uri: str
+    checkpoint: str  # relative to the run folder
+    epoch: int
+    config: Config
+
+
+def run_status(config: Config, run: str, fingerprint: str) -> Literal["new", "begun", "finished"]:
+    """Status of the run folder `run` for a training with `config`.
+
+    Args:
+        fingerprint: of the catalog.
+
+    Raises:
+        InputError: the folder holds foreign files, or a run with another configuration or catalog.
+    """
+    found = storage.listing(run).keys() - {LOCK_FILE}
+    if not found:
+        return "new"
+    if CONFIG_FILE not in found:
+        raise InputError(f"the run folder {run} is not empty; choose another run.name, or remove it")
+    path = storage.join(run, CONFIG_FILE)
+    before = read_run_config(storage.read_bytes(path), path)
+    changed = differences(before, config)
+    if changed:
+        shown = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, (old, new) in list(changed.items())[:5])
+        raise InputError(
+            f"{run} holds a run with another configuration ({shown}); choose another run.name, or remove it"
+        )
+    for prefix in (EPOCH_PREFIX, STEP_PREFIX):
+        for name in checkpoint_files.list_checkpoints(run, prefix)[0]:
+            manifest = checkpoint_files.read_manifest(storage.join(run, CHECKPOINT_FOLDER, name))
+            if manifest.get("catalog") != fingerprint:
+                raise InputError(
+                    f"{config.data.catalog} was rebuilt after the run {run} was started; choose another run.name"
+                )
+    same_length = (before.train.epochs, before.eval.patience) == (config.train.epochs, config.eval.patience)
+    return "finished" if METRICS_FILE in found and same_length else "begun"
+
+
+def differences(before: Config, now: Config) -> dict[str, tuple]:
+    """Keys that differ and may not change on resume, with both values."""
+    old, new = (_dotted_keys(config.model_dump()) for config in (before, now))
+    keys = [key for key in dict.fromkeys([*old, *new]) if not key.startswith(RESUMABLE_KEYS)]
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def find_run(uri: str) -> RunRef:
+    """Find a run and check that it matches its catalog.
+
+    Raises:
+        InputError: no run at `uri`, no complete checkpoint in it, or a catalog that is missing or was rebuilt.
+    """
+    path = storage.join(uri, CONFIG_FILE)
+    if not storage.exists(path):
+        raise InputError(f"{uri} holds no run (no {CONFIG_FILE}); give run.storage/run.name of a training")
+    config = read_run_config(storage.read_bytes(path), path)
+    name = newest_checkpoint(uri)
+    manifest = checkpoint_files.read_manifest(storage.join(uri, name))
+    catalog = Catalog(config.data.catalog, verify=config.data.verify)
+    if catalog.manifest.fingerprint != manifest["catalog"]:
+        raise InputError(f"{config.data.catalog} was rebuilt after the run {uri} was trained on it; train again")
+    return RunRef(uri, name, manifest["epoch"], config)
+
+
+def newest_checkpoint(run: str) -> str:
+    """Best checkpoint of a run, relative to it: the one in metrics.json, or during training the newest complete one."""
+    if storage.exists(storage.join(run, METRICS_FILE)):
+        return storage.read_json(storage.join(run, METRICS_FILE))["checkpoint"]
+    complete, _ = checkpoint_files.list_checkpoints(run, EPOCH_PREFIX)
+    if not complete:
+        raise InputError(f"{run} has no complete checkpoint yet")
+    return f"{CHECKPOINT_FOLDER}/{complete[-1]}"
+
+
+def _dotted_keys(tree: dict, prefix: str = "") -> dict:
+    """Nested sections as one dictionary with dotted keys."""
+    out = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            out |= _dotted_keys(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out

@@ -1,0 +1,122 @@
+"""Configuration of the raw data and the catalog (`data.*`), with the base class and the types of all sections."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+# Modalities cannot have these names: score fusion (hybrid/score_fusion.py) has weights of these names beside them.
+RESERVED = ("members", "length", "walked", "spectral", "cold")
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]  # of a file or folder, or a URI
+FileFormat = Literal["auto", "parquet", "csv", "tsv", "jsonl"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class InteractionsConfig(Section):
+    """Raw interactions: files and the meaning of their columns. Paths are relative to `data.raw`, or full URIs."""
+
+    files: list[str] = Field([], description="File names or globs. Not used by `split.method: given`.")
+    format: FileFormat = Field(
+        "auto", description="File format; auto decides by file name (`.inter` is TSV; `.gz` is allowed)."
+    )
+    user: str = Field("user_id", description="Column with the user id.")
+    item: str = Field("item_id", description="Column with the item id.")
+    rating: str | None = Field(None, description="Column with the rating; needed by `min_rating`.")
+    time: str | None = Field(None, description="Column with the time; needed by splits that order by time.")
+    min_rating: float | None = Field(None, description="Drop interactions with a lower rating.")
+    k_core: NonNegativeInt = Field(
+        0, description="Keep users and items with at least this many interactions, iterated to a fixed point. 0: off."
+    )
+
+    @model_validator(mode="after")
+    def _columns(self):
+        if self.user == self.item:
+            raise ValueError(f"user and item are both column {self.user!r}; name two columns")
+        if self.min_rating is not None and self.rating is None:
+            raise ValueError("min_rating needs the name of the rating column in data.interactions.rating")
+        return self
+
+
+class SplitConfig(Section):
+    """Split of the interactions into train, valid and test."""
+
+    method: Literal["given", "label", "global_time", "ratio", "leave_last_out"] = Field(
+        "ratio",
+        description="given: one set of files per split. label: a column names the split. global_time: by two points in "
+        "time. ratio: each user's interactions by shares, at random. "
+        "leave_last_out: each user's last interaction is test, the one before valid.",
+    )
+    train: list[str] = Field(["train.parquet"], description="given: files or globs of the train split.")
+    valid: list[str] = Field(["valid.parquet"], description="given: files or globs of the valid split.")
+    test: list[str] = Field(["test.parquet"], description="given: files or globs of the test split.")
+    label: str = Field("x_label", description="label: the column that names the split.")
+    labels: list[str | int] = Field(
+        [0, 1, 2], description="label: the column's values for train, valid and test (MMRec writes 0, 1, 2)."
+    )
+    valid_share: Share = Field(
+        0.1, description="global_time, ratio: share of the interactions in valid (of each user's, for ratio)."
+    )
+    test_share: Share = Field(0.1, description="global_time, ratio: share of the interactions in test.")
+    seed: NonNegativeInt = Field(0, description="Seed of random splits.")
+
+    @model_validator(mode="after")
+    def _shares(self):
+        if len(self.labels) != 3:
+            raise ValueError(f"labels is {self.labels}; name three values: of train, valid and test")
+        if self.method in ("global_time", "ratio") and not (self.valid_share and self.test_share):
+            raise ValueError(
+                "valid_share and test_share must be above 0: valid selects the epoch, test gives the final metrics"
+            )
+        if self.valid_share + self.test_share >= 1:
+            raise ValueError(
+                f"valid_share + test_share = {self.valid_share + self.test_share:g} leaves nothing to train on"
+            )
+        return self
+
+
+class ModalityConfig(Section):
+    """Raw features of one modality (visual, textual, ...): a `.npy` matrix or Parquet files."""
+
+    path: Name = Field(description="File relative to `data.raw`, or a URI. Parquet may be a glob.")
+    ids: Name | None = Field(
+        None, description="`.npy` only: file with one item id per row (.npy, .txt or .parquet). null: row number = id."
+    )
+    id_column: str = Field("item_id", description="Parquet: column with the item id (also in `ids`).")
+    vector_column: str = Field("vector", description="Parquet: column with the vectors.")
+    pca: PositiveInt | None = Field(None, description="Reduce the features to this many principal components.")
+    weight: Weight = Field(1.0, description="Weight of this modality in the item-item graph's similarity.")
+
+
+class DataConfig(Section):
+    """Raw data, and the catalog that prepare makes of it."""
+
+    raw: Name = Field(description="Folder or URI with the raw tables and features.")
+    catalog: Name = Field(description="Folder or URI that prepare writes and training reads.")
+    interactions: InteractionsConfig = InteractionsConfig()
+    split: SplitConfig = SplitConfig()
+    features: dict[str, ModalityConfig] = Field({}, description="Modality name -> its raw features.")
+    items: Literal["interactions", "all"] = Field(
+        "interactions", description="Items of the catalog: those with interactions, or all that have features, too."
+    )
+    verify: Literal["checksum", "size"] = Field(
+        "checksum", description="Check of the catalog's files against its manifest when a command opens it."
+    )
+
+    @field_validator("features")
+    @classmethod
+    def _names(cls, features: dict[str, ModalityConfig]) -> dict[str, ModalityConfig]:
+        for name in features:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                raise ValueError(f"the modality name {name!r} may have letters, digits, '_' and '-' only")
+            if name in RESERVED:
+                raise ValueError(f"a modality cannot be called {name!r}: that name is reserved")
+        return features

@@ -1,0 +1,84 @@
+"""Output folders of commands: a marker file is written first, a manifest last.
+
+A folder is `empty`, `incomplete` (a command is writing it, or was interrupted) or `complete` (the manifest exists). A
+crash at any point leaves one of these states. A folder with other files is refused: a command deletes only files that
+it writes itself.
+
+Order of use: `state` and `check_writable` before the work starts, `clear` and `mark` before the first file, `finish`.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from gtc_dist.data import storage
+from gtc_dist.errors import InputError
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that one kind of command fills.
+
+    Args:
+        uri: the folder, local or in object storage.
+        title: name of the folder in errors, such as `data.catalog`.
+        kind: what the folder holds, with an article, such as `a catalog`.
+        own_files: regular expression of the names that the command writes beside manifest and marker, relative to the
+            folder.
+        manifest: file that makes the folder complete.
+        marker: file that identifies an incomplete folder. None: `own_files` is so specific that it identifies one.
+        marker_content: written into the marker, as JSON.
+    """
+
+    uri: str
+    title: str
+    kind: str
+    own_files: str
+    manifest: str
+    marker: str | None
+    marker_content: dict = field(default_factory=dict)
+
+    def state(self) -> Literal["empty", "incomplete", "complete"]:
+        """Raises InputError if the folder has files that the command does not write, or files without a marker."""
+        names = [name for name in storage.listing(self.uri) if not name.startswith(storage.PROBE)]
+        fixed = "|".join(re.escape(name) for name in (self.manifest, self.marker) if name)
+        own = re.compile(rf"({self.own_files}|{fixed})(\.[^/]*partial)?", re.DOTALL)
+        foreign = sorted(name for name in names if not own.fullmatch(name))
+        if names and self.marker is not None and not {self.manifest, self.marker} & set(names):
+            foreign = sorted(names)
+        if foreign:
+            raise InputError(
+                f"{self.title} {self.uri} is not empty: {len(foreign)} of {len(names)} files are not part of "
+                f"{self.kind}, such as {foreign[0]}; name another folder"
+            )
+        return "complete" if self.manifest in names else "incomplete" if names else "empty"
+
+    def check_writable(self) -> None:
+        """Write and remove an empty file. Raises InputError if that fails, or if a file has the folder's name."""
+        if storage.is_local(self.uri):
+            path = Path(storage.absolute(self.uri))
+            nearest = next(above for above in (path, *path.parents) if above.exists())
+            if not nearest.is_dir():
+                raise InputError(f"{self.title} {self.uri}: {nearest} is a file, not a folder; name another folder")
+        storage.check_writable(self.uri)
+
+    def mark(self) -> None:
+        """Write the marker."""
+        if self.marker is not None:
+            storage.write_json(storage.join(self.uri, self.marker), self.marker_content)
+
+    def clear(self) -> None:
+        """Empty the folder, after `state` accepted it: write the marker, remove the manifest, then the other files."""
+        names = sorted(storage.listing(self.uri), key=lambda name: name != self.manifest)
+        if names:
+            self.mark()
+        for name in names:
+            if name != self.marker:
+                storage.remove_tree(storage.join(self.uri, name))
+
+    def finish(self, manifest: dict) -> None:
+        """Write the manifest, then remove the marker."""
+        storage.write_json(storage.join(self.uri, self.manifest), manifest)
+        if self.marker is not None:
+            storage.remove_tree(storage.join(self.uri, self.marker))

@@ -1,0 +1,87 @@
+"""The space in which items' contents are compared: unit vectors per modality, side by side.
+
+Each modality is centred over the items, scaled to unit rows (so that dot products are cosines) and projected on its
+principal directions; modality weights scale the columns. `graph/item_knn_graph.py` builds the same joint vectors out of
+core, without centring or projection, for catalogs that do not fit in memory.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import normalize
+
+from gtc_dist.distributed.sharded_table import ShardedTable
+from gtc_dist.hybrid.embeddings import row_blocks
+
+
+@dataclass(frozen=True)
+class ModalityMap:
+    """Features of one modality to unit rows in its principal directions.
+
+    mean: float64 [d]; None: not centred. directions: float64 [d, k]; None: no projection. scale: factor of all columns.
+    """
+
+    mean: torch.Tensor | None = None
+    directions: torch.Tensor | None = None
+    scale: float = 1.0
+
+    def apply(self, features: torch.Tensor) -> torch.Tensor:
+        """Features [n, d] to float32 [n, k]. Rows have length one (times `scale`) before the projection."""
+        return torch.cat([self._apply_block(block) for block in row_blocks(features)])
+
+    def _apply_block(self, features: torch.Tensor) -> torch.Tensor:
+        if self.mean is None:
+            return normalize(features.float(), dim=1) * self.scale
+        rows = normalize(features.double() - self.mean, dim=1)
+        return (rows if self.directions is None else rows @ self.directions).float()
+
+
+@dataclass(frozen=True)
+class ContentSpace:
+    """Maps of the modalities, in the order of their columns."""
+
+    maps: dict[str, ModalityMap]
+
+    @staticmethod
+    def fit(features: dict[str, ShardedTable], width: int, fitted: torch.Tensor | None = None) -> "ContentSpace":
+        """Mean and leading principal directions of each modality. Collective: every rank must call it.
+
+        Args:
+            features: modality -> table of the items' features.
+            width: columns of each modality; all of them without projection where it is not wider.
+            fitted: int64 [n], rows of this rank that are used; None: all.
+        """
+        return ContentSpace({name: _fit_modality(table, width, fitted) for name, table in features.items()})
+
+    @staticmethod
+    def uncentred(weights: dict[str, float]) -> "ContentSpace":
+        """Dot products are the weighted mean of the modalities' cosines, as in the item-item graph."""
+        total = sum(weights.values())
+        return ContentSpace({name: ModalityMap(scale=(weight / total) ** 0.5) for name, weight in weights.items()})
+
+    def apply(self, features: dict[str, torch.Tensor], missing_as_zero: bool = False) -> torch.Tensor:
+        """Local. Joint content vectors float32 [n, k].
+
+        Args:
+            features: modality -> [n, d].
+            missing_as_zero: items whose features are all zero have no content: zeros instead of the centred row.
+        """
+        parts = []
+        for name, modality in self.maps.items():
+            rows = modality.apply(features[name])
+            if missing_as_zero:
+                rows = torch.where((features[name] != 0).any(dim=1, keepdim=True), rows, 0)
+            parts.append(rows)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _fit_modality(table: ShardedTable, width: int, fitted: torch.Tensor | None) -> ModalityMap:
+    comm, rows = table.comm, table.weight if fitted is None else table.weight[fitted]
+    blocks = row_blocks(rows)
+    count = sum(comm.all_gather_int(len(rows)))
+    mean = comm.all_reduce(sum(block.double().sum(0) for block in blocks)) / max(count, 1)
+    if width >= table.width:
+        return ModalityMap(mean)
+    units = (normalize(block.double() - mean, dim=1) for block in blocks)
+    second = comm.all_reduce(sum(rows.T @ rows for rows in units))
+    return ModalityMap(mean, torch.linalg.eigh((second + second.T) / 2)[1][:, -width:])

@@ -1,0 +1,135 @@
+"""Loss terms of a batch, as functions of the network and its embeddings; each the mean over ensemble members."""
+
+import torch
+import torch.nn.functional as F
+
+from gtc_dist.model.batch import Batch
+from gtc_dist.model.total_correlation import total_correlation
+
+CONDITION_DROPOUT = 0.1  # share of pairs whose condition the denoising loss drops, so that cold items are covered
+USER_DROPOUT = 0.5  # share of pairs whose user it drops: embeddings are computed without a user
+
+
+def ranking_loss(network, users: torch.Tensor, items: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Ranking loss of each pair against its negatives, [B].
+
+    bpr: Bayesian personalised ranking (Rendle et al. 2009), averaged over the negatives. softmax: cross-entropy of the
+    positive among itself and the negatives, which weighs the hardest negatives most. Scores are divided by a
+    temperature. A pair's own negatives are split over the members; shared ones are used by every member. In-batch
+    negatives are importance-weighted.
+
+    Args:
+        users: [u, members * W], items: [i, members * W] joined embeddings.
+    """
+    members, train = network.n_members, network.train_config
+    width = network.out_width // members
+    user = users.index_select(0, batch.users).view(-1, members, width) / train.temperature
+    positive = items.index_select(0, batch.positives).view(-1, members, width)
+    score = (user * positive).sum(2).T[:, :, None]  # [members, B, 1]
+    if batch.negatives.dim() == 2:
+        split = batch.negatives.view(len(user), members, batch.negatives.shape[1] // members)
+        split = split * members + torch.arange(members, device=user.device)[:, None]  # rows of one member
+        rows = items.view(-1, width).index_select(0, split.reshape(-1)).view(*split.shape, width)
+        negative, mask = (user[:, :, None] * rows).sum(3).transpose(0, 1), None
+    else:
+        rows = items.index_select(0, batch.negatives).view(-1, members, width)
+        negative, mask = user.transpose(0, 1) @ rows.permute(1, 2, 0), batch.negative_mask
+    weight = batch.negative_weight
+    if train.loss == "bpr":
+        pairs = F.softplus(negative - score)
+        if mask is None:
+            return pairs.mean(2).mean(0)
+        weights = mask if weight is None else mask * weight
+        return ((pairs * weights).sum(2) / weights.sum(1).clamp(min=1e-12)).mean(0)
+    if weight is not None:
+        negative = negative + weight.log()
+    if mask is not None:
+        negative = negative.masked_fill(~mask, float("-inf"))
+    logits = torch.cat([score, negative], dim=2)
+    return (torch.logsumexp(logits, dim=2) - logits[:, :, 0]).mean(0)
+
+
+def total_correlation_loss(network, e, batch: Batch) -> torch.Tensor:
+    """Total-correlation loss of the global batch, this rank's share. A collective.
+
+    Of the items' views that enter the graph; or, with `Variant.correlates_outputs`, of the views that leave it, of
+    users and of items in equal parts, since these are scored.
+    """
+    counts = batch.tc_counts
+    chosen = slice(0, counts[network.comm.rank])
+    items, users = batch.positives[chosen], batch.users[chosen]
+    generator = torch.Generator().manual_seed(batch.permutation_seed)
+    of_items, of_users = network.split_members(e.items), network.split_members(e.users)
+    shape = (-1, network.n_graph_views, network.dim)
+    losses = []
+    for m, (member, encoded) in enumerate(zip(network.members, e.encoded, strict=True)):
+        scale = member.log_scale.exp()
+        if network.variant.correlates_outputs:
+            sides = [
+                (of_items[m].index_select(0, items).view(shape), batch.item_ids[items]),
+                (of_users[m].index_select(0, users).view(shape), batch.user_ids[users]),
+            ]
+        else:
+            views = encoded.views.index_select(0, batch.subgraph.item_inputs[items])
+            sides = [(views, batch.item_ids[items])]
+        for views, ids in sides:
+            args = (F.normalize(views, dim=2), ids, scale, generator, network.comm, counts)
+            losses.append(total_correlation(*args, additive=network.variant.additive_critic))
+    return torch.stack(losses).mean() / max(sum(counts), 1)
+
+
+def denoising_loss(network, e, batch: Batch) -> torch.Tensor:
+    """Denoising loss of the positives, mean over modalities, [B].
+
+    Content and condition are constants here: with a gradient into the content, shrinking it to a point would be the
+    cheapest way to a low loss. Some pairs' conditions and some pairs' users are dropped, as in the training of
+    classifier-free guidance (Ho and Salimans 2022), so that the filter also works without them.
+    """
+    inputs = batch.subgraph.item_inputs[batch.positives]
+    keep_condition = (batch.dropout[0] >= CONDITION_DROPOUT)[:, None]
+    keep_user = (batch.dropout[1] >= USER_DROPOUT)[:, None]
+    users = network.split_members(e.users.detach().index_select(0, batch.users))
+    losses = []
+    for member, encoded, user in zip(network.members, e.encoded, users, strict=True):
+        ids, content, audience = encoded.detached(inputs)
+        ids = torch.where(keep_condition, ids, 0)
+        audience = None if audience is None else torch.where(keep_condition, audience, 0)
+        for v, x0 in enumerate(content.values(), start=1):
+            condition = member.condition(ids, audience, v, torch.where(keep_user, user, 0))
+            losses.append(member.filters[v - 1].loss(x0, condition, batch.timesteps, batch.noise[v - 1]))
+    return torch.stack(losses).mean(0)
+
+
+def personal_ranking_loss(network, e, batch: Batch) -> torch.Tensor:
+    """BPR of dot product plus personal content score, of each pair against the negative with the largest dot product,
+    [B]. It trains the filters alone: embeddings are constants, so retrieval by dot products does not change."""
+    views, items = e.users.detach().index_select(0, batch.users), e.items.detach()
+    user, joined = network.join_views(views) / network.train_config.temperature, network.join_views(items)
+    if batch.negatives.dim() == 2:
+        dots = (user[:, None] * joined[batch.negatives]).sum(2)
+        hardest = dots.argmax(1, keepdim=True)
+        negatives, weight = batch.negatives.gather(1, hardest)[:, 0], 1.0
+    else:
+        dots = (user @ joined[batch.negatives].T).masked_fill(~batch.negative_mask, float("-inf"))
+        hardest = dots.argmax(1, keepdim=True) if len(dots) else dots.new_zeros(0, 1, dtype=torch.int64)
+        negatives, weight = batch.negatives[hardest[:, 0]], batch.negative_mask.gather(1, hardest)[:, 0]
+    margin = (user * joined[batch.positives]).sum(1) - dots.gather(1, hardest)[:, 0]
+    margin = torch.where(margin.isfinite(), margin, 0) / network.n_members
+    users = network.split_members(views)
+    inputs = batch.subgraph.item_inputs
+    for member, encoded, user in zip(network.members, e.encoded, users, strict=True):
+        positive, negative = (
+            member.personal_score(*encoded.detached(inputs[items]), user) for items in (batch.positives, negatives)
+        )
+        margin = margin + (positive - negative) / network.n_members
+    return F.softplus(-margin) * weight
+
+
+def l2_loss(network, user_rows: torch.Tensor, item_rows: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Half the squared norms of the looked-up rows of each pair and its first negatives, summed over pairs."""
+    graph = batch.subgraph
+    user = user_rows.index_select(0, graph.user_inputs[batch.users]).square().sum()
+    positive = item_rows.index_select(0, graph.item_inputs[batch.positives]).square().sum()
+    negative = item_rows.index_select(0, graph.item_inputs[batch.negatives.reshape(-1)]).square().sum()
+    share = len(batch.users) / max(batch.negatives.numel(), 1)
+    return 0.5 * (user + positive + share * negative) / network.n_members

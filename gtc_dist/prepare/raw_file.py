@@ -1,0 +1,185 @@
+"""Stream a raw interaction file as Arrow tables, whatever its format.
+
+Formats: Parquet, CSV, TSV (.tsv, .inter) and JSON lines; plain or gzipped (.gz); local or in object storage.
+"""
+
+import codecs
+import io
+import posixpath
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from gtc_dist.data import formats, storage
+from gtc_dist.errors import InputError
+
+FORMATS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".inter": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+}
+TEXT_BLOCK_BYTES = 8 << 20  # parsed at once
+PARQUET_BATCH_ROWS = 1 << 19  # read at once
+NULL_LINE = re.compile(rb"\n(?:\xef\xbb\xbf)?[ \t\r]*null")
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """How to read one raw file.
+
+    Attributes:
+        columns: role (user, item, time, rating, label) -> column name in this file.
+        types: role -> Arrow type to read the column as.
+        split: split of all rows (0 train, 1 valid, 2 test), or None.
+        labels: label text -> split, for files with a label column.
+    """
+
+    uri: str
+    format: str
+    gzipped: bool
+    columns: dict[str, str]
+    types: dict[str, pa.DataType]
+    split: int | None = None
+    labels: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def is_text(self) -> bool:
+        return self.format != "parquet"
+
+    @property
+    def has_typed_ids(self) -> bool:
+        """Whether integers and strings are different in the file: JSON quotes strings, CSV and TSV do not."""
+        return self.format not in ("csv", "tsv")
+
+
+def format_of(uri: str) -> str:
+    """The format that a file name indicates. Raises InputError for an unknown extension."""
+    extension = posixpath.splitext(uri.removesuffix(".gz"))[1].lower()
+    if extension not in FORMATS:
+        raise InputError(
+            f"{uri}: unknown file extension (known: {', '.join(FORMATS)}, each also with .gz); "
+            "set data.interactions.format"
+        )
+    return FORMATS[extension]
+
+
+def read_schema(file: RawFile) -> pa.Schema:
+    """Column names and types; those of text files come from the first block. Raises InputError."""
+    with readable(file):
+        if file.format == "parquet":
+            return pq.ParquetFile(_open(file)).schema_arrow
+        _check_encoding(file)
+        if file.format == "jsonl":
+            with pa.json.open_json(_open(file), read_options=_json_options()) as reader:
+                schema = reader.schema
+        else:
+            with _open_csv(file) as reader:
+                schema = reader.schema
+        schema.names  # noqa: B018 - raises for names that are not UTF-8
+        return schema
+
+
+def read_first_block(file: RawFile) -> pa.RecordBatch:
+    """The first block of a CSV or TSV file, with inferred types."""
+    with readable(file), _open_csv(file) as reader:
+        return reader.read_next_batch()
+
+
+def read_batches(file: RawFile) -> Iterator[pa.Table]:
+    """Yield the columns of the file's roles, read as their types."""
+    names = list(dict.fromkeys(file.columns.values()))
+    types = {name: file.types[role] for role, name in file.columns.items()}
+    if file.format == "parquet":
+        reader = pq.ParquetFile(_open(file))
+        batches = reader.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=names, use_threads=False)
+    elif file.format == "jsonl":
+        options = pa.json.ParseOptions(
+            explicit_schema=pa.schema(list(types.items())), unexpected_field_behavior="ignore", newlines_in_values=False
+        )
+        batches = pa.json.open_json(_open(file), read_options=_json_options(), parse_options=options)
+    else:
+        batches = _open_csv(file, pa.csv.ConvertOptions(column_types=types, include_columns=names))
+    for batch in batches:
+        yield pa.Table.from_batches([batch])
+
+
+@contextmanager
+def readable(file: RawFile, first_row: int = 1) -> Iterator[None]:
+    """Turn Arrow's errors about a broken file into an InputError with the file's name.
+
+    Args:
+        first_row: number of the first row of the current block; Arrow counts the rows of JSON from 0 in each block.
+    """
+    try:
+        with formats.parsing(file.uri, f"readable as {file.format}"):
+            yield
+    except InputError as error:
+        if file.format != "jsonl" or not isinstance(error.__cause__, pa.ArrowInvalid):
+            raise
+        text = re.sub(r"in row (\d+)$", lambda row: f"in row {first_row + int(row[1])}", str(error))
+        raise InputError(text) from error.__cause__
+
+
+def _check_encoding(file: RawFile) -> None:
+    """Refuse text that Arrow would misread. Raises InputError."""
+    head = _open(file).read(1 << 12)
+    if head.startswith(b"\x1f\x8b"):
+        raise InputError(f"{file.uri} is gzipped{' twice' if file.gzipped else ', but its name does not end in .gz'}")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
+        raise InputError(f"{file.uri} has NUL bytes, as UTF-16 or a broken file has; write it as UTF-8")
+
+
+class _JsonLines:
+    """A stream of JSON lines that refuses a line with null, which crashes Arrow's parser (pyarrow 26)."""
+
+    closed = False
+
+    def __init__(self, uri: str, stream: pa.NativeFile):
+        self.uri, self.stream, self.line, self.line_start = uri, stream, 1, b"\n"
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.stream.read(size)
+        text = self.line_start + data
+        found = NULL_LINE.search(text)
+        if found:
+            line = self.line + text.count(b"\n", 1, found.end())
+            raise InputError(f"{self.uri}: line {line} is null; expected one JSON object per line")
+        self.line += text.count(b"\n", 1)
+        self.line_start = b"\n" + text[text.rfind(b"\n") + 1 :].lstrip(b" \t\r")[:8]
+        return data
+
+
+def _open(file: RawFile) -> pa.NativeFile:
+    source = pa.PythonFile(storage.open_input(file.uri), mode="r")
+    if file.gzipped:
+        source = pa.CompressedInputStream(source, "gzip")
+    if file.format == "jsonl":
+        return pa.PythonFile(_JsonLines(file.uri, source), mode="r")
+    if file.gzipped and file.format == "parquet":  # the footer is at the end, so the whole file must be unpacked
+        return pa.PythonFile(io.BytesIO(source.read()), mode="r")
+    return source
+
+
+def _open_csv(file: RawFile, convert_options: pa.csv.ConvertOptions | None = None) -> pa.csv.CSVStreamingReader:
+    tab = file.format == "tsv"
+    return pa.csv.open_csv(
+        _open(file),
+        read_options=pa.csv.ReadOptions(use_threads=False, block_size=TEXT_BLOCK_BYTES),
+        parse_options=pa.csv.ParseOptions(delimiter="\t" if tab else ",", newlines_in_values=not tab),
+        convert_options=convert_options,
+    )
+
+
+def _json_options() -> pa.json.ReadOptions:
+    return pa.json.ReadOptions(use_threads=False, block_size=TEXT_BLOCK_BYTES)

@@ -1,0 +1,116 @@
+"""Validation: embed the catalog, tune the weights of score fusion and cold start, rank, and score the final test."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from gtc_dist.config import Config
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.distributed.sharded_table import ShardedTable
+from gtc_dist.evaluation import ranking
+from gtc_dist.evaluation.ranking import RankingOptions
+from gtc_dist.graph.csc import Graphs
+from gtc_dist.hybrid.embeddings import Embeddings
+from gtc_dist.hybrid.scorer import HybridScorer
+from gtc_dist.inference.layerwise import embed_catalog
+from gtc_dist.model.gtc import GTC, Tables
+from gtc_dist.training.control_variate import HistoricalEmbeddings
+
+TUNING_USERS = 4096  # valid users, about, that the post-training weights are tuned on
+PROJECTED = 1000  # most popular items whose embeddings TensorBoard's projector shows
+
+
+class Validator:
+    """Ranks the splits with the weights that are in the network and the tables. Methods are collectives unless marked
+    Local."""
+
+    def __init__(
+        self,
+        config: Config,
+        catalog: Catalog,
+        graphs: Graphs,
+        network: GTC,
+        tables: Tables,
+        features: dict[str, ShardedTable],
+        scorer: HybridScorer,
+        history: HistoricalEmbeddings | None,
+    ):
+        self.config, self.catalog, self.graphs = config, catalog, graphs
+        self.network, self.tables, self.features = network, tables, features
+        self.scorer, self.history = scorer, history
+        self.truth = {
+            split: ranking.load_ground_truth(catalog, split, tables.user.start, tables.user.stop)
+            for split in ("valid", "test")
+        }
+
+    def embed(self, diagnostics: dict[str, float] | None = None) -> Embeddings:
+        """The network's embeddings of the whole catalog, before score fusion.
+
+        Args:
+            diagnostics: filled with means over all items.
+        """
+        if self.history is not None:
+            self.history.clear()  # frees its memory; the next step refreshes
+        chunk, layers = self.config.eval.block_rows, self.config.model.layers
+        return embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk, diagnostics)
+
+    def validate(self, epoch: int, best: float) -> tuple[dict, dict[str, float]]:
+        """Tune the weights after the network and rank the valid split.
+
+        The cold-start weights are tuned only for epochs better than `best`, since that ranks the split several times;
+        the metrics after it decide, because with the previous weights cold items may cost more than they are allowed
+        to.
+
+        Returns:
+            Metrics of valid, and diagnostics for TensorBoard.
+        """
+        diagnostics: dict[str, float] = {}
+        fused = self.scorer.tune_fusion(self.embed(diagnostics), self.objective)
+        metrics = self.rank(self.scorer.impute_cold(fused), "valid")
+        is_better = metrics["overall"][self.config.eval.metric] > best
+        if is_better and (epoch > 0 or self.scorer.fusion is not None):
+            metrics = self._tune_cold_start(fused, metrics)
+        for part, weights in self.scorer.state().items():
+            diagnostics |= {f"{part}/{name}": weight for name, weight in weights.items()}
+        if self.network.tc_temperature is not None:
+            diagnostics["total_correlation/temperature"] = self.network.tc_temperature
+        return metrics, diagnostics
+
+    def _tune_cold_start(self, fused: Embeddings, metrics: dict) -> dict:
+        before = self.scorer.state()
+        self.scorer.tune_cold_start(fused, self.objective)
+        if self.scorer.state() == before:
+            return metrics
+        final = self.scorer.impute_cold(fused)
+        return metrics if final is fused else self.rank(final, "valid")
+
+    def rank(self, embeddings: Embeddings, split: str) -> dict:
+        """Metrics of a split."""
+        return ranking.evaluate_split(*embeddings, self.graphs, self.truth[split], RankingOptions.of(self.config))
+
+    def objective(self, embeddings: Embeddings, counted: np.ndarray | None) -> float:
+        """Objective for tuning post-training weights: geometric mean of `eval.metric` and NDCG@20 on a sample of the
+        valid users, so that a relative gain of one counts as much as the same gain of the other.
+
+        Args:
+            counted: bool [items], items that count as positives; None: all.
+        """
+        options = RankingOptions.of(self.config)
+        options = replace(options, users=min(options.users or TUNING_USERS, TUNING_USERS))
+        overall = ranking.evaluate_on_items(*embeddings, self.graphs, self.truth["valid"], options, counted)
+        return (overall[self.config.eval.metric] * overall["ndcg@20"]) ** 0.5
+
+    def final_metrics(self) -> tuple[dict, ShardedTable]:
+        """Metrics of valid and test, those of popularity on test, and the final item embeddings."""
+        embeddings = self.scorer(self.embed())
+        popularity = ranking.popularity(self.graphs, self.tables.user.comm)
+        scores = {split: self.rank(embeddings, split) for split in ("valid", "test")}
+        return scores | {"popularity": self.rank(popularity, "test")["overall"]}, embeddings[1]
+
+    def projector_points(self, items: ShardedTable) -> tuple[np.ndarray, list[str]]:
+        """Local. Embeddings and original ids of the most popular of this rank's items."""
+        degree = self.graphs.item_degree[items.start : items.stop]
+        chosen = np.argsort(-degree, kind="stable")[:PROJECTED]
+        labels = [str(i) for i in self.catalog.ids("items", items.start, items.stop).take(chosen).to_pylist()]
+        return items.weight[torch.from_numpy(chosen)].cpu().numpy(), labels

@@ -1,0 +1,74 @@
+"""Runs and a catalog made by version 0.1.0 open, evaluate, export and resume with the same results (tests/stored)."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from small import ROOT
+
+from gtc_dist import export
+from gtc_dist.checkpoint.existing_run import find_run, run_status
+from gtc_dist.config_file import read_run_config
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.graph.csc import load_graphs
+from gtc_dist.inference.trained_run import load_run
+from gtc_dist.training.trainer import Trainer
+
+STORED = ROOT / "tests" / "stored" / "f099d64"
+EXPECTED = json.loads((STORED / "expected.json").read_text())
+
+
+@pytest.fixture(params=["paper", "gated"])
+def stored(request, tmp_path) -> tuple[str, Path]:
+    """Name of a stored run, and a copy of it."""
+    shutil.copytree(STORED, tmp_path / "s")
+    run = tmp_path / "s" / request.param
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("STORED", str(tmp_path / "s")))
+    return request.param, run
+
+
+def test_it_opens_and_evaluates(stored):
+    name, run = stored
+    trained = load_run(find_run(str(run)))
+    for kind, table in zip(("users", "items"), trained.embed(), strict=True):
+        np.testing.assert_allclose(table.weight.numpy(), np.load(STORED / f"{name}.npz")[kind], rtol=1e-5, atol=1e-6)
+    for split in ("valid", "test"):
+        assert trained.evaluate(split, None)["overall"] == pytest.approx(EXPECTED[name][split], abs=1e-6)
+
+
+def test_it_exports(stored, tmp_path):
+    name, run = stored
+    export.main(["--run", str(run), "--out", str(tmp_path / "out")])
+    table = pq.read_table(tmp_path / "out" / "items")
+    ids = Catalog(str(run.parent / "catalog")).ids("items").to_pylist()
+    rows = dict(zip(table["id"].to_pylist(), table["embedding"].to_pylist(), strict=True))
+    got = np.array([rows[item] for item in ids])
+    np.testing.assert_allclose(got, np.load(STORED / f"{name}.npz")["items"], rtol=1e-5, atol=1e-6)
+
+
+def test_it_resumes_as_if_nothing_had_changed(stored):
+    """Two more epochs give what version 0.1.0 got from them."""
+    name, run = stored
+    config = read_run_config((run / "config.yaml").read_bytes(), "config.yaml")
+    config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 5})})
+    catalog = Catalog(config.data.catalog)
+    assert run_status(config, str(run), catalog.manifest.fingerprint) == "begun"
+    pairs = catalog.interactions("train")
+    result = Trainer(config, catalog, str(run), *pairs, load_graphs(config, catalog), Communicator()).fit()
+    expected = EXPECTED[name]["after_5_epochs"]
+    assert {key: result[key] for key in ("best_epoch", "last_epoch")} == {
+        key: expected[key] for key in ("best_epoch", "last_epoch")
+    }
+    for split in ("valid", "test"):
+        assert result[split]["overall"] == pytest.approx(expected[split], abs=1e-6)
+    epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(epochs) == len(EXPECTED[name]["epochs"])
+    for got, want in zip(epochs, EXPECTED[name]["epochs"], strict=True):
+        assert got.keys() == want.keys()
+        assert got["valid"] == pytest.approx(want["valid"], abs=1e-6)
+        assert {k: got[k] for k in got if k != "valid"} == pytest.approx({k: want[k] for k in want if k != "valid"})
