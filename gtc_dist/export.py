@@ -27,7 +27,7 @@ from gtc_dist.errors import InputError, run_command
 from gtc_dist.inference.embedding_files import export_rank
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
 
-MANIFEST = "manifest.json"
+EXPORT_MANIFEST = "manifest.json"
 INDEX = "items.faiss"
 
 
@@ -72,7 +72,7 @@ def empty_folder(out: str, named: str) -> OutputFolder:
         title="the output folder",
         kind="an export",
         own_files=r"(users|items)/part-(new-)?\d{12}\.parquet|items\.faiss",
-        manifest=MANIFEST,
+        manifest=EXPORT_MANIFEST,
         marker=None,
     )
     state = folder.state()

@@ -19,7 +19,7 @@ from ray.train import DataConfig
 from gtc_dist.data import formats
 from gtc_dist.errors import InputError, Unreachable
 
-ROW_BYTES = 8 << 20  # of a table per row: Ray buffers several rows per task, and its object store may be small
+ARROW_ROW_BYTES = 8 << 20  # of a table per row: Ray buffers several rows per task, and its object store may be small
 FORWARDED_ERRORS = {error.__name__: error for error in (InputError, Unreachable)}
 _SCHEMA = pa.schema([("spec", pa.int64()), ("error", pa.string()), ("kind", pa.string()), ("table", pa.large_binary())])
 
@@ -44,7 +44,7 @@ def map_tables(
     chunks = rows.map_batches(
         functools.partial(_run_batch, function=function, specs=list(specs)), batch_size=1, batch_format="pyarrow"
     )
-    chunks.context.target_max_block_size = ROW_BYTES  # otherwise Ray Data joins rows to 128 MB before it sends them
+    chunks.context.target_max_block_size = ARROW_ROW_BYTES  # otherwise Ray Data joins rows to 128 MB before it sends them
     errors: dict[int, Exception] = {}
     for block in chunks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         for spec, error, kind, data in zip(*(block[name] for name in _SCHEMA.names), strict=True):
@@ -80,8 +80,8 @@ def _run_batch(batch: pa.Table, function: Callable[[Any], Iterator[pa.Table]], s
 
 
 def _parts(table: pa.Table) -> Iterator[pa.Table]:
-    """Slices of a table of about `ROW_BYTES`, at least one."""
-    rows = max(table.num_rows * ROW_BYTES // max(table.nbytes, 1), 1)
+    """Slices of a table of about `ARROW_ROW_BYTES`, at least one."""
+    rows = max(table.num_rows * ARROW_ROW_BYTES // max(table.nbytes, 1), 1)
     for start in range(0, max(table.num_rows, 1), rows):
         yield table.slice(start, rows)
 
