@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "cluster"))  # scripts, not a package
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "cluster"))  # scripts, not packages
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 from seaweed import SeaweedServer
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from gtc_dist.checkpoint.run_folder import METRICS_FILE
 from gtc_dist.errors import InputError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +45,7 @@ def main() -> None:
     make_room()
     printed = [step(number, *entry) for number, entry in enumerate(STEPS, 1)]
     test = json.loads(printed[3].splitlines()[-1])
-    popularity = json.loads((ROOT / RUN / "metrics.json").read_text())["popularity"]
+    popularity = json.loads((ROOT / RUN / METRICS_FILE).read_text())["popularity"]
     print(f"\nTest metrics of {test['users']:,} users, all items ranked\n")
     print(f"{'':12}{'this run':>12}{'popularity':>12}")
     for name in SHOWN:

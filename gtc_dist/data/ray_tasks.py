@@ -44,7 +44,7 @@ def map_tables(
     chunks = rows.map_batches(
         functools.partial(_run_batch, function=function, specs=list(specs)), batch_size=1, batch_format="pyarrow"
     )
-    chunks.context.target_max_block_size = ARROW_ROW_BYTES  # otherwise Ray Data joins rows to 128 MB before it sends them
+    chunks.context.target_max_block_size = ARROW_ROW_BYTES  # else rows are joined to 128 MB before they are sent
     errors: dict[int, Exception] = {}
     for block in chunks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         for spec, error, kind, data in zip(*(block[name] for name in _SCHEMA.names), strict=True):

@@ -96,7 +96,7 @@ class RunLog:
                 for name in names:
                     path = os.path.join(root, name)
                     relative = os.path.relpath(path, self.folder).replace(os.sep, "/")
-                    storage.copy_file(path, storage.join(self.run, "tensorboard", relative))
+                    storage.copy_file(path, storage.join(self.run, TENSORBOARD_FOLDER, relative))
 
     def close(self) -> None:
         if not self.active:

@@ -75,6 +75,14 @@ def test_tables_of_another_size_are_refused(tmp_path):
         )
 
 
+def test_tables_of_another_width_are_refused(tmp_path):
+    train_and_save(Communicator(), str(tmp_path))
+    with pytest.raises(InputError, match=r"user\.weight is \(23, 5\) in the checkpoint, \(23, 6\) in this model"):
+        checkpoint_files.load(
+            str(tmp_path), checkpoint_files.state_shards([ShardedTable("user", 23, 6, Communicator())])
+        )
+
+
 def test_missing_rows_are_found(tmp_path):
     run_ranks(train_and_save, 2, str(tmp_path))
     manifest = storage.read_json(str(tmp_path / "manifest.json"))

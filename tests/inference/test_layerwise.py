@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from gtc_reference import reference, setup
 from ranks import run_ranks
 from small import GATED, small_catalog, small_config
-from test_gtc import reference, setup
 
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator

@@ -1,10 +1,11 @@
 """New items get the embedding of a cold item of the catalog with the same content."""
 
+import cold_items
 import numpy as np
 import pyarrow as pa
 import pytest
 from small import small_catalog, write_config
-from test_train import cold_items, read_export, train_without_ray
+from trainings import read_export, train_without_ray
 
 from gtc_dist import export
 from gtc_dist.checkpoint.existing_run import find_run

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from local_cluster import LocalCluster
 from small import small_catalog, write_config
-from test_train import train_without_ray
+from trainings import train_without_ray
 
 from gtc_dist.checkpoint import checkpoint_files
 from gtc_dist.data import storage

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,17 +16,12 @@ import yaml
 from local_cluster import LocalCluster
 from ranks import run_ranks
 from small import small_catalog, write_config
-from test_train import train_without_ray
+from trainings import EPOCHS, LONG_OVERRIDES, run_result, train_without_ray, wait_for_states
 
 from gtc_dist import train
 from gtc_dist.checkpoint import checkpoint_files
-from gtc_dist.data import storage
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
-
-EPOCHS = 5
-LONG = [f"train.epochs={EPOCHS}", "train.batch_size=32", "train.checkpoint_minutes=0", "train.log_every=5"]
-LONG += ["model.propagation=sampled", "model.fanout=[3,3]", "train.refresh=4"]
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +31,7 @@ def catalog(tmp_path_factory) -> str:
 
 def command(tmp_path: Path, catalog: str, workers: int, *overrides: str) -> list[str]:
     config = write_config(tmp_path, catalog, str(tmp_path / "runs"))
-    return ["--config", config, f"cluster.workers={workers}", *LONG, *overrides]
-
-
-def result(run: Path | str) -> dict:
-    found = storage.read_json(f"{run}/metrics.json")
-    return {name: value for name, value in found.items() if not name.startswith("seconds")}
+    return ["--config", config, f"cluster.workers={workers}", *LONG_OVERRIDES, *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +46,6 @@ def undisturbed(catalog, tmp_path_factory) -> dict[int, Path]:
 
 def train_on(comm: Communicator, file: str, overrides: list[str]) -> None:
     train_without_ray(file, *overrides, comm=comm)
-
-
-def wait_for_states(run: Path | str, count: int, limit: float = 120) -> None:
-    """Wait until `count` training states have been completed."""
-    seen: set[str] = set()
-    deadline = time.monotonic() + limit
-    while len(seen) < count:
-        assert time.monotonic() < deadline, f"{run} has {sorted(seen)}"
-        seen |= set(checkpoint_files.list_checkpoints(str(run), "step-")[0])
-        time.sleep(0.02)
 
 
 def ranks_of(process: psutil.Process) -> list[psutil.Process]:
@@ -97,7 +76,7 @@ def test_a_lost_rank_is_replaced_and_the_result_is_the_same(ray_local, undisturb
     finally:
         thread.join()
     assert [victim.is_running() for victim in lost] == [False] * len(numbers)
-    assert result(run) == result(undisturbed[2] / "runs/r")
+    assert run_result(run) == run_result(undisturbed[2] / "runs/r")
     assert (
         checkpoint_files.list_checkpoints(str(run), "step-")[1],
         checkpoint_files.list_checkpoints(str(run), "epoch-")[1],
@@ -127,7 +106,7 @@ def test_an_interrupted_command_resumes_when_it_is_rerun(ray_local, undisturbed,
         assert alive == []  # no orphans; Ray's agents exit a minute later
     assert train.main(command(tmp_path, catalog, 1)) == 0
     assert f"resuming {run}" in capfd.readouterr().err
-    assert result(run) == result(undisturbed[1] / "runs/r")
+    assert run_result(run) == run_result(undisturbed[1] / "runs/r")
     assert not (run / "stop").exists()
     assert checkpoint_files.list_checkpoints(str(run), "step-")[1] == []  # nor the one being written when it was killed
 
@@ -146,7 +125,7 @@ def test_a_job_that_is_stopped_and_submitted_again_has_the_same_result(undisturb
         again = cluster.submit(words, job="second", timeout=200)
         assert again.returncode == 0, again.stdout[-3000:]
         assert "resuming" in again.stdout
-    assert result(run) == result(undisturbed[1] / "runs/r")
+    assert run_result(run) == run_result(undisturbed[1] / "runs/r")
     assert (
         checkpoint_files.list_checkpoints(str(run), "step-")[1],
         checkpoint_files.list_checkpoints(str(run), "epoch-")[1],
@@ -159,7 +138,7 @@ def test_rerun_a_finished_run_is_reported_and_another_configuration_is_refused(u
     assert train.main(same) == 0
     printed = capsys.readouterr()
     assert "is finished" in printed.err
-    assert f"best epoch {result(run)['best_epoch']} of" in printed.out
+    assert f"best epoch {run_result(run)['best_epoch']} of" in printed.out
     assert "or more epochs to continue it" in printed.err
     early = [*same, "train.epochs=99"]  # as if the run had stopped early
     config = (run / "config.yaml").read_text()
@@ -173,7 +152,7 @@ def test_rerun_a_finished_run_is_reported_and_another_configuration_is_refused(u
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == written
     longer = EPOCHS + 1
     assert train.main([*same, f"train.epochs={longer}", "cluster.workers=1"]) == 0
-    assert (result(run)["last_epoch"], result(run)["workers"]) == (longer, 1)
+    assert (run_result(run)["last_epoch"], run_result(run)["workers"]) == (longer, 1)
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["epochs"] == longer
 
 

@@ -2,11 +2,11 @@
 
 import json
 import os
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import make_dataset
 import pytest
 from local_cluster import LocalCluster
 
@@ -14,9 +14,6 @@ from gtc_dist import evaluate, export
 from gtc_dist.data import storage
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import make_dataset  # noqa: E402  (a script)
 
 
 def test_prepare_and_train_as_jobs_on_object_storage(s3, s3_server, capsys):

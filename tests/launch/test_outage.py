@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
+from raw_files import catalog_config, catalog_contents, write_raw
 from seaweed import SeaweedServer
 from small import small_catalog, write_config
-from test_build_catalog import config, contents, write_raw
-from test_faults import LONG, result, wait_for_states
+from trainings import LONG_OVERRIDES, run_result, wait_for_states
 
 from gtc_dist.checkpoint import checkpoint_files
 from gtc_dist.data import formats, storage
@@ -103,7 +103,7 @@ def test_every_action_waits_for_the_store(server, folder, tmp_path, capfd):
 def test_prepare_and_reading_a_catalog_wait_for_the_store(server, folder, tmp_path, line):
     """Outage of 30 s: from the start, or after prepare has printed `line`."""
     write_raw(f"{folder}/raw")
-    catalogs = {name: config(f"{folder}/raw", f"{folder}/{name}") for name in ("undisturbed", "disturbed")}
+    catalogs = {name: catalog_config(f"{folder}/raw", f"{folder}/{name}") for name in ("undisturbed", "disturbed")}
     for name, one in catalogs.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(one.model_dump()))
     command = [sys.executable, "-m", "gtc_dist.prepare", "--config"]
@@ -118,11 +118,11 @@ def test_prepare_and_reading_a_catalog_wait_for_the_store(server, folder, tmp_pa
     assert process.wait(240) == 0, log.read_text()
     outage.wait()
     one, other = (Catalog(one.data.catalog) for one in catalogs.values())
-    assert contents(one) == contents(other)
+    assert catalog_contents(one) == catalog_contents(other)
     assert "building.json" not in storage.listing(other.uri)
 
     outage = Outage(server, 30)
-    assert contents(Catalog(other.uri, verify="checksum")) == contents(other)
+    assert catalog_contents(Catalog(other.uri, verify="checksum")) == catalog_contents(other)
     outage.wait()
 
 
@@ -135,14 +135,22 @@ def test_training_and_export_survive_an_outage(server, folder, tmp_path):
     for name, uri in runs.items():
         (tmp_path / name).mkdir()
         config = write_config(tmp_path / name, catalog.uri, uri)
-        commands[name] = [sys.executable, "-m", "gtc_dist.train", "--config", config, *LONG, "cluster.retries=0"]
+        commands[name] = [
+            sys.executable,
+            "-m",
+            "gtc_dist.train",
+            "--config",
+            config,
+            *LONG_OVERRIDES,
+            "cluster.retries=0",
+        ]
     subprocess.run(commands["undisturbed"], check=True, capture_output=True)
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen(commands["disturbed"], stdout=log, stderr=log)
     wait_for_states(f"{runs['disturbed']}/r", 1)
     Outage(server).wait()
     assert process.wait(240) == 0, (tmp_path / "log").read_text()
-    assert result(f"{runs['disturbed']}/r") == result(f"{runs['undisturbed']}/r")
+    assert run_result(f"{runs['disturbed']}/r") == run_result(f"{runs['undisturbed']}/r")
     assert checkpoint_files.list_checkpoints(f"{runs['disturbed']}/r", "step-")[1] == []
     export = [sys.executable, "-m", "gtc_dist.export", "--run", f"{runs['undisturbed']}/r", "--out", f"{folder}/e"]
     process = subprocess.Popen(export, stdout=subprocess.DEVNULL)

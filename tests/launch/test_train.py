@@ -1,31 +1,25 @@
 """The commands from raw tables to exported embeddings, on local Ray, on disk and in object storage."""
 
 import json
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import recommend
 import yaml
-from small import ROOT, refused, small_catalog, write_config
-from test_resume import trainer_of
+from small import refused, small_catalog, write_config
+from trainings import read_export, train_without_ray
 
 from gtc_dist import evaluate, export, train
 from gtc_dist.checkpoint import checkpoint_files
 from gtc_dist.checkpoint.existing_run import find_run
 from gtc_dist.config import Config
-from gtc_dist.config_file import load_config
-from gtc_dist.data import formats, storage
+from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
 from gtc_dist.inference.trained_run import load_run
 from gtc_dist.model.build import build_network
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import cold_items  # noqa: F401  (for test_arrivals)
-import recommend
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +28,6 @@ def run(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("run")
     catalog = small_catalog(folder / "catalog")
     return train_without_ray(write_config(folder, catalog.uri, str(folder / "runs")))
-
-
-def train_without_ray(file: str, *overrides: str, comm: Communicator | None = None) -> str:
-    """Train a configuration in this process or on the ranks of `comm`; returns the run folder."""
-    config = train.with_absolute_uris(load_config(file, list(overrides)))
-    run = storage.join(config.run.storage, config.run.name)
-    storage.write_bytes(f"{run}/config.yaml", yaml.safe_dump(config.model_dump()).encode())
-    trainer_of(comm or Communicator(), config, run).fit()
-    return run
 
 
 def metrics_of(run: str) -> dict:
@@ -138,15 +123,6 @@ def test_evaluate_against_another_run(run, tmp_path, capsys):
             for name, row in against.items():
                 assert row["difference"] == pytest.approx(printed["overall"][name] - theirs[name], abs=1e-9)
             assert any(row["low"] < row["high"] for row in against.values())
-
-
-def read_export(folder: str, kind: str) -> tuple[list, np.ndarray]:
-    ids, vectors = [], []
-    for name in sorted(storage.listing(storage.join(folder, kind))):
-        table = formats.read_table(storage.join(folder, kind, name))
-        ids += table["id"].to_pylist()
-        vectors.append(table["embedding"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1))
-    return ids, np.concatenate(vectors)
 
 
 def test_exported_embeddings_rank_as_evaluate_does(run, tmp_path):

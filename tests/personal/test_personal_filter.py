@@ -1,20 +1,19 @@
 """Personal content scores: against a loop over pairs and over ranks, and re-ranking with them."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import rescore
 import torch
 import torch.nn.functional as F
+from gtc_reference import dense, reference, setup
 from ranks import run_ranks
 from small import GATED, small_catalog, small_config
 from steps import global_draws, loader_of, set_away_from_start, share
-from test_gtc import dense, reference, setup
-from test_trainer import fit
+from trainings import fit
 
 from gtc_dist import evaluate
 from gtc_dist.checkpoint.existing_run import find_run
@@ -28,10 +27,6 @@ from gtc_dist.model.build import build_network, load_features
 from gtc_dist.model.variant import VARIANTS
 from gtc_dist.personal import personal_filter
 from gtc_dist.personal.personal_filter import PersonalFilter, reorder, rerank
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import rescore
 
 USER = {"diffusion": {"condition": "user"}}
 
@@ -123,7 +118,7 @@ def test_a_rank_without_pairs_has_no_personal_loss(catalog, negatives):
         empty = replace(empty, negatives=empty.negatives[:0])
     batch = loader_of(config, catalog, Communicator(), network).assemble(empty, np.empty((0, 2), np.int64))
     rows = tables.user.lookup(batch.subgraph.user_lookup), tables.item.lookup(batch.subgraph.item_lookup)
-    assert losses.personal_ranking(network, network.embed(batch.subgraph, *rows), batch).shape == (0,)
+    assert losses.personal_ranking_loss(network, network.embed(batch.subgraph, *rows), batch).shape == (0,)
 
 
 @pytest.mark.parametrize("negatives", [{"mode": "uniform", "count": 2}, {"mode": "shared", "count": 7}])
@@ -133,7 +128,7 @@ def test_the_personal_loss_trains_the_filters_alone(catalog, negatives):
     rows = tables.user.lookup(batch.subgraph.user_lookup), tables.item.lookup(batch.subgraph.item_lookup)
     e = network.embed(batch.subgraph, *rows)
     names = dict(network.named_parameters())
-    loss = losses.personal_ranking(network, e, batch)
+    loss = losses.personal_ranking_loss(network, e, batch)
     gradients = torch.autograd.grad(loss.sum(), list(names.values()), allow_unused=True)
     trained = {name for name, g in zip(names, gradients, strict=True) if g is not None and bool(g.abs().sum() > 0)}
     assert trained == {name for name in names if "denoiser" in name or "personal_scale" in name}
@@ -163,7 +158,7 @@ def test_rerank_of_a_trained_run_on_one_and_two_ranks(catalog, tmp_path, capsys)
     config = small_config(catalog.uri, str(tmp_path), model={**USER, **GATED}, train={"epochs": 3})
     run = storage.join(str(tmp_path), "small")
     storage.write_bytes(storage.join(run, "config.yaml"), config.model_dump_json().encode())
-    fit(Communicator(), catalog.uri, run, config)
+    fit(Communicator(), run, config)
     capsys.readouterr()
     evaluate.main(["--run", run, "--rerank", "20"])
     shown = json.loads(capsys.readouterr().out)
@@ -193,7 +188,7 @@ def test_candidates_are_rescored_under_their_original_ids(catalog, tmp_path):
     config = small_config(catalog.uri, str(tmp_path), model={**USER, **GATED})
     run = storage.join(str(tmp_path), "small")
     storage.write_bytes(storage.join(run, "config.yaml"), config.model_dump_json().encode())
-    fit(Communicator(), catalog.uri, run, config)
+    fit(Communicator(), run, config)
     users, items = catalog.ids("users"), catalog.ids("items")
     who, what = np.array([7, 3, 7, 0]), np.array([1, 39, 0, 5])
     pairs = pa.table({"item": items.take(pa.array(what)), "note": list("abcd"), "user": users.take(pa.array(who))})

@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from raw_files import ITEMS, catalog_config, catalog_contents, write_raw
 
 from gtc_dist import progress
-from gtc_dist.config import Config, PrepareConfig
+from gtc_dist.config import PrepareConfig
 from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import GRAPHS, MANIFEST, SPLITS, Catalog
 from gtc_dist.data.feature_transform import FeatureTransform
@@ -19,34 +20,6 @@ from gtc_dist.prepare import build_catalog
 
 ROOT = Path(__file__).resolve().parents[2]
 TIKTOK = ROOT.parent / "shared" / "data" / "tiktok"
-USERS, ITEMS = 60, 40
-
-
-def write_raw(folder: str, seed: int = 0) -> None:
-    """A small dataset: string users, int32 items, three splits; visual by row, textual by id with items left out."""
-    rng = np.random.default_rng(seed)
-    users, items = np.divmod(np.arange(USERS * ITEMS), ITEMS)
-    chosen = rng.permutation(USERS * ITEMS)[:600]
-    for split, rows in zip(SPLITS, np.split(chosen, [420, 500]), strict=True):
-        columns = {"user_id": [f"u{u}" for u in users[rows]], "item_id": pa.array(items[rows], pa.int32())}
-        formats.write_table(f"{folder}/{split}.parquet", pa.table(columns))
-    formats.write_array(f"{folder}/visual.npy", rng.normal(2, 3, (ITEMS, 8)).astype(np.float32))
-    with_text = rng.permutation(ITEMS)[:-3]
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(rng.normal(size=37 * 5).astype(np.float32)), 5)
-    formats.write_table(f"{folder}/textual.parquet", pa.table({"item_id": with_text, "vector": vectors}))
-
-
-def config(raw: str, catalog: str, user_hop: bool = True, **data) -> Config:
-    features = {"visual": {"path": "visual.npy", "pca": 4}, "textual": {"path": "textual.parquet", "weight": 2.0}}
-    tree = {"raw": str(raw), "catalog": str(catalog), "split": {"method": "given"}, "features": features, **data}
-    return Config.model_validate(
-        {
-            "data": tree,
-            "run": {"storage": "runs", "name": "x"},
-            "graph": {"item_neighbours": 4},
-            "model": {"user_hop": user_hop},
-        }
-    )
 
 
 @pytest.fixture
@@ -55,22 +28,8 @@ def raw(tmp_path) -> str:
     return str(tmp_path / "raw")
 
 
-def contents(catalog: Catalog) -> dict:
-    """The contents of a catalog: ids, interactions, graphs and features."""
-    users, items = catalog.ids("users"), catalog.ids("items")
-    held = {"users": users.to_pylist(), "items": items.to_pylist()}
-    for split in SPLITS:
-        held[split] = [part.tolist() for part in catalog.interactions(split)]
-    for name in catalog.manifest.graphs:
-        graph = catalog.graph(name)
-        held[name] = [part.tolist() for part in (graph.indptr, graph.indices, graph.weight)]
-    for name in catalog.modalities():
-        held[name] = catalog.features(name).tolist()
-    return held
-
-
 def test_catalog_holds_what_the_raw_tables_say(ray_local, tmp_path, raw):
-    manifest, built = build_catalog.prepare_catalog(config(raw, tmp_path / "catalog"))
+    manifest, built = build_catalog.prepare_catalog(catalog_config(raw, tmp_path / "catalog"))
     assert built
     catalog = Catalog(str(tmp_path / "catalog"), verify="checksum")
     assert catalog.manifest == manifest
@@ -115,15 +74,17 @@ def test_catalog_holds_what_the_raw_tables_say(ray_local, tmp_path, raw):
 
 def test_s3_gives_the_same_catalog_as_local_disk(ray_local, tmp_path, raw, s3):
     write_raw(f"{s3}/raw")
-    local, _ = build_catalog.prepare_catalog(config(raw, tmp_path / "catalog"))
-    remote, built = build_catalog.prepare_catalog(config(f"{s3}/raw", f"{s3}/catalog"))
+    local, _ = build_catalog.prepare_catalog(catalog_config(raw, tmp_path / "catalog"))
+    remote, built = build_catalog.prepare_catalog(catalog_config(f"{s3}/raw", f"{s3}/catalog"))
     assert built
     assert remote.model_dump(exclude={"fingerprint"}) == local.model_dump(exclude={"fingerprint"})  # with checksums
-    assert contents(Catalog(f"{s3}/catalog", verify="checksum")) == contents(Catalog(str(tmp_path / "catalog")))
+    assert catalog_contents(Catalog(f"{s3}/catalog", verify="checksum")) == catalog_contents(
+        Catalog(str(tmp_path / "catalog"))
+    )
     assert set(storage.listing(f"{s3}/catalog")) == {*remote.files, MANIFEST}
-    _, built = build_catalog.prepare_catalog(config(f"{s3}/raw", f"{s3}/catalog"))
+    _, built = build_catalog.prepare_catalog(catalog_config(f"{s3}/raw", f"{s3}/catalog"))
     assert not built
-    _, built = build_catalog.prepare_catalog(config(f"{s3}/raw", f"{s3}/catalog"), force=True)
+    _, built = build_catalog.prepare_catalog(catalog_config(f"{s3}/raw", f"{s3}/catalog"), force=True)
     assert built
 
 
@@ -131,8 +92,8 @@ def test_s3_gives_the_same_catalog_as_local_disk(ray_local, tmp_path, raw, s3):
 def test_memory_and_scratch_do_not_change_the_catalog(ray_local, tmp_path, raw, method):
     """Every file has the same bytes, and the fingerprint is the same."""
     data = {"split": {"method": method}, "interactions": {"files": ["train.parquet"], "k_core": 2}}
-    large, _ = build_catalog.prepare_catalog(config(raw, tmp_path / "large", **data))
-    tight = config(raw, tmp_path / "small", **data)
+    large, _ = build_catalog.prepare_catalog(catalog_config(raw, tmp_path / "large", **data))
+    tight = catalog_config(raw, tmp_path / "small", **data)
     (tmp_path / "scratch").mkdir()
     tight = tight.model_copy(update={"prepare": PrepareConfig(memory_gib=1e-6, scratch=str(tmp_path / "scratch"))})
     small, _ = build_catalog.prepare_catalog(tight)
@@ -142,7 +103,7 @@ def test_memory_and_scratch_do_not_change_the_catalog(ray_local, tmp_path, raw, 
 
 def test_intermediate_data_is_removed_after_an_error(ray_local, tmp_path, raw):
     (tmp_path / "scratch").mkdir()
-    broken = config(raw, tmp_path / "catalog", interactions={"k_core": 50})
+    broken = catalog_config(raw, tmp_path / "catalog", interactions={"k_core": 50})
     broken = broken.model_copy(update={"prepare": PrepareConfig(scratch=str(tmp_path / "scratch"))})
     with pytest.raises(InputError, match="k_core=50 leaves no interaction"):
         build_catalog.prepare_catalog(broken)
@@ -154,7 +115,7 @@ def test_intermediate_data_is_removed_after_an_error(ray_local, tmp_path, raw):
 
 def test_long_steps_report_progress(ray_local, tmp_path, raw, capsys, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS", 0.0)
-    build_catalog.prepare_catalog(config(raw, tmp_path / "catalog"))
+    build_catalog.prepare_catalog(catalog_config(raw, tmp_path / "catalog"))
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith("[") for line in lines)
     for part in (
@@ -167,7 +128,7 @@ def test_long_steps_report_progress(ray_local, tmp_path, raw, capsys, monkeypatc
 
 def test_changed_files_of_a_catalog_are_named(ray_local, tmp_path, raw):
     uri = str(tmp_path / "catalog")
-    build_catalog.prepare_catalog(config(raw, uri))
+    build_catalog.prepare_catalog(catalog_config(raw, uri))
     path = tmp_path / "catalog" / "graph" / "item_item.weight.npy"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -184,8 +145,8 @@ def test_changed_files_of_a_catalog_are_named(ray_local, tmp_path, raw):
 
 
 def test_items_that_only_have_features(ray_local, tmp_path, raw):
-    few = config(raw, tmp_path / "few", interactions={"k_core": 3})
-    every = config(raw, tmp_path / "every", items="all", interactions={"k_core": 3})
+    few = catalog_config(raw, tmp_path / "few", interactions={"k_core": 3})
+    every = catalog_config(raw, tmp_path / "every", items="all", interactions={"k_core": 3})
     some = formats.read_table(f"{raw}/test.parquet")
     keep = [item < 20 for item in some["item_id"].to_pylist()]
     for split in SPLITS:
@@ -204,14 +165,14 @@ def test_items_that_only_have_features(ray_local, tmp_path, raw):
 def bad(raw: str, catalog: Path, force: bool = False, **data) -> str:
     """The error message; nothing is written."""
     with pytest.raises(InputError) as caught:
-        build_catalog.prepare_catalog(config(raw, catalog, **data), force)
+        build_catalog.prepare_catalog(catalog_config(raw, catalog, **data), force)
     assert not catalog.exists()
     return str(caught.value)
 
 
 def test_raw_files_inside_the_catalog_are_refused(tmp_path, raw):
     with pytest.raises(InputError, match=r"raw files, such as .*train\.parquet, are inside data\.catalog"):
-        build_catalog.prepare_catalog(config(raw, tmp_path), force=True)
+        build_catalog.prepare_catalog(catalog_config(raw, tmp_path), force=True)
 
 
 def test_bad_input_writes_nothing(ray_local, tmp_path, raw):

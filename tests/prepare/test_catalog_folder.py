@@ -1,7 +1,7 @@
 """An existing catalog is up to date, rebuilt or refused; other files are never touched."""
 
 import pytest
-from test_build_catalog import config, contents, write_raw
+from raw_files import catalog_config, catalog_contents, write_raw
 
 from gtc_dist.config import Config
 from gtc_dist.data import storage
@@ -20,17 +20,17 @@ def raw(tmp_path) -> str:
 
 
 def test_a_rerun_is_up_to_date_until_something_changes(ray_local, tmp_path, raw, capsys):
-    first, _ = build_catalog.prepare_catalog(config(raw, tmp_path / "catalog"))
-    again, built = build_catalog.prepare_catalog(config(raw, tmp_path / "catalog", verify="size"))
+    first, _ = build_catalog.prepare_catalog(catalog_config(raw, tmp_path / "catalog"))
+    again, built = build_catalog.prepare_catalog(catalog_config(raw, tmp_path / "catalog", verify="size"))
     assert (again, built) == (first, False)
-    changed = config(raw, tmp_path / "catalog", interactions={"k_core": 2})
+    changed = catalog_config(raw, tmp_path / "catalog", interactions={"k_core": 2})
     before = storage.listing(str(tmp_path / "catalog"))
     with pytest.raises(InputError, match="built from another configuration or other raw files; --force"):
         build_catalog.prepare_catalog(changed)
     assert storage.listing(str(tmp_path / "catalog")) == before
     write_raw(raw, seed=1)
     with pytest.raises(InputError, match="built from another configuration or other raw files; --force"):
-        build_catalog.prepare_catalog(config(raw, tmp_path / "catalog"))
+        build_catalog.prepare_catalog(catalog_config(raw, tmp_path / "catalog"))
     rebuilt, built = build_catalog.prepare_catalog(changed, force=True)
     assert built
     assert rebuilt.fingerprint != first.fingerprint
@@ -39,23 +39,23 @@ def test_a_rerun_is_up_to_date_until_something_changes(ray_local, tmp_path, raw,
 
 def test_force_builds_the_same_catalog_and_removes_old_files(ray_local, tmp_path, raw):
     uri = str(tmp_path / "catalog")
-    build_catalog.prepare_catalog(config(raw, uri))
-    before = contents(Catalog(uri))
+    build_catalog.prepare_catalog(catalog_config(raw, uri))
+    before = catalog_contents(Catalog(uri))
     storage.write_bytes(f"{uri}/interactions/train/part-00099.parquet", b"of an earlier, larger catalog")
-    manifest, _ = build_catalog.prepare_catalog(config(raw, uri), force=True)
-    assert contents(Catalog(uri, verify="checksum")) == before
+    manifest, _ = build_catalog.prepare_catalog(catalog_config(raw, uri), force=True)
+    assert catalog_contents(Catalog(uri, verify="checksum")) == before
     assert set(storage.listing(uri)) == {*manifest.files, MANIFEST}
 
 
 def test_an_incomplete_catalog_is_refused_and_rebuilt(ray_local, tmp_path, raw):
     """As a crash leaves it: the marker, some files, no manifest."""
     uri = str(tmp_path / "catalog")
-    whole, _ = build_catalog.prepare_catalog(config(raw, uri))
+    whole, _ = build_catalog.prepare_catalog(catalog_config(raw, uri))
     storage.write_json(f"{uri}/{BUILDING}", {"schema_version": 1})
     (tmp_path / "catalog" / MANIFEST).unlink()
     with pytest.raises(InputError, match="is incomplete"):
         Catalog(uri)
-    rebuilt, built = build_catalog.prepare_catalog(config(raw, uri))
+    rebuilt, built = build_catalog.prepare_catalog(catalog_config(raw, uri))
     assert built
     assert rebuilt == whole
     Catalog(uri, verify="checksum")
@@ -66,11 +66,11 @@ def test_a_failure_while_writing_leaves_no_catalog(ray_local, tmp_path, raw):
     blocked = tmp_path / "catalog" / "graph" / "item_user.indices.npy"
     blocked.mkdir(parents=True)
     with pytest.raises(OSError, match=r"item_user\.indices\.npy"):
-        build_catalog.prepare_catalog(config(raw, tmp_path / "catalog"))
+        build_catalog.prepare_catalog(catalog_config(raw, tmp_path / "catalog"))
     with pytest.raises(InputError, match="is incomplete"):
         Catalog(str(tmp_path / "catalog"))
     blocked.rmdir()
-    assert build_catalog.prepare_catalog(config(raw, tmp_path / "catalog"))[1]
+    assert build_catalog.prepare_catalog(catalog_config(raw, tmp_path / "catalog"))[1]
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -89,7 +89,7 @@ def test_a_folder_with_other_files_is_never_touched(tmp_path, raw, files, force)
     for name, data in files.items():
         storage.write_bytes(f"{uri}/{name}", data)
     with pytest.raises(InputError, match="name another folder"):
-        build_catalog.prepare_catalog(config(raw, uri), force)
+        build_catalog.prepare_catalog(catalog_config(raw, uri), force)
     assert {name: storage.read_bytes(f"{uri}/{name}") for name in storage.listing(uri)} == files
 
 
@@ -143,7 +143,7 @@ def test_fingerprints_are_those_of_version_0_1(monkeypatch, data, graph, expecte
 
 def test_the_user_user_graph_is_built_only_for_user_hop(ray_local, tmp_path, raw):
     uri = str(tmp_path / "catalog")
-    without, asking = config(raw, uri, user_hop=False), config(raw, uri)
+    without, asking = catalog_config(raw, uri, user_hop=False), catalog_config(raw, uri)
     manifest, _ = build_catalog.prepare_catalog(without)
     assert list(manifest.graphs) == ["item_user", "user_item", "item_item"]
     assert not [name for name in manifest.files if "user_user" in name]
@@ -152,10 +152,10 @@ def test_the_user_user_graph_is_built_only_for_user_hop(ray_local, tmp_path, raw
         InputError, match=r"has no graph user_user, which the configured network uses; run .*prepare --force"
     ):
         Graphs.load(Catalog(uri))
-    before = contents(Catalog(uri))
+    before = catalog_contents(Catalog(uri))
     with pytest.raises(InputError, match=r"has no user-user graph, .* --force rebuilds it with the graph$"):
         build_catalog.prepare_catalog(asking)
-    assert contents(Catalog(uri, verify="checksum")) == before
+    assert catalog_contents(Catalog(uri, verify="checksum")) == before
 
     rebuilt, built = build_catalog.prepare_catalog(asking, force=True)
     assert built
@@ -163,5 +163,5 @@ def test_the_user_user_graph_is_built_only_for_user_hop(ray_local, tmp_path, raw
     assert rebuilt.fingerprint == manifest.fingerprint
     assert build_catalog.prepare_catalog(asking) == (rebuilt, False)
     assert build_catalog.prepare_catalog(without) == (rebuilt, False)  # an extra graph is fine
-    graphs = contents(Catalog(uri))
+    graphs = catalog_contents(Catalog(uri))
     assert {name: value for name, value in graphs.items() if name != "user_user"} == before

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_feature_files import ROWS, WIDTH, inspect, matrix, write_parquet
+from raw_files import ROWS, WIDTH, feature_matrix, inspect_visual, write_feature_parquet
 
 from gtc_dist.config_data import ModalityConfig
 from gtc_dist.data import formats
@@ -32,7 +32,7 @@ def scratch():
 
 
 def test_standardised_over_the_items_that_have_a_vector():
-    x = matrix() * [1, 100, 1e-3, 1e4, 1, 1]
+    x = feature_matrix() * [1, 100, 1e-3, 1e4, 1, 1]
     present = np.random.default_rng(1).random(ROWS) < 0.8
     transform = features.fit_feature_transform(gathered_of(x, present))
     np.testing.assert_allclose(transform.mean, x[present].mean(0), rtol=1e-12)
@@ -43,23 +43,23 @@ def test_standardised_over_the_items_that_have_a_vector():
 
 
 def test_a_large_mean_does_not_cancel_digits():
-    x = matrix().astype(np.float64) + 1e9
+    x = feature_matrix().astype(np.float64) + 1e9
     np.testing.assert_allclose(features.fit_feature_transform(gathered_of(x)).std, x.std(0), rtol=1e-6)
 
 
 def test_statistics_do_not_depend_on_the_size_of_blocks(monkeypatch):
-    whole = [features.fit_feature_transform(gathered_of(matrix()), pca) for pca in (None, 3)]
+    whole = [features.fit_feature_transform(gathered_of(feature_matrix()), pca) for pca in (None, 3)]
     monkeypatch.setattr(features, "BLOCK_BYTES", 8 * WIDTH * 3)  # 3 rows
     for one, other in zip(
-        whole, [features.fit_feature_transform(gathered_of(matrix()), pca) for pca in (None, 3)], strict=True
+        whole, [features.fit_feature_transform(gathered_of(feature_matrix()), pca) for pca in (None, 3)], strict=True
     ):
         np.testing.assert_allclose(one.std, other.std, rtol=1e-9)
-        np.testing.assert_allclose(one.apply(matrix()), other.apply(matrix()), atol=2e-3)
+        np.testing.assert_allclose(one.apply(feature_matrix()), other.apply(feature_matrix()), atol=2e-3)
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, -7.3, 1e30])
 def test_a_dimension_without_variance_becomes_zeros(constant):
-    x = matrix()
+    x = feature_matrix()
     x[:, 2] = constant
     transform = features.fit_feature_transform(gathered_of(x))
     assert transform.std[2] == 0
@@ -78,7 +78,7 @@ def test_values_beyond_float16_are_clipped():
 
 @pytest.mark.parametrize("width", [1, 3, WIDTH])
 def test_pca_is_the_svd_on_one_common_scale(width):
-    x = matrix()
+    x = feature_matrix()
     transform = features.fit_feature_transform(gathered_of(x), width)
     centred = x.astype(np.float64) - x.mean(0)
     _, singular, axes = np.linalg.svd(centred, full_matrices=False)
@@ -98,7 +98,7 @@ def test_pca_is_the_svd_on_one_common_scale(width):
 
 @pytest.mark.parametrize("pca", [None, 2])
 def test_written_transform_gives_new_vectors_the_same_features(tmp_path, scratch, pca):
-    x, present = matrix(), np.arange(ROWS) % 5 != 0
+    x, present = feature_matrix(), np.arange(ROWS) % 5 != 0
     transform = features.fit_feature_transform(gathered_of(x, present), pca)
     entry, out = features.write_features(
         CatalogWriter(str(tmp_path)), "visual", gathered_of(x, present), transform, scratch
@@ -115,7 +115,11 @@ def test_feature_files_are_cut(tmp_path, scratch, monkeypatch):
     monkeypatch.setattr(features, "FEATURE_ROWS", 16)
     writer = CatalogWriter(str(tmp_path))
     _, out = features.write_features(
-        writer, "visual", gathered_of(matrix()), features.fit_feature_transform(gathered_of(matrix())), scratch
+        writer,
+        "visual",
+        gathered_of(feature_matrix()),
+        features.fit_feature_transform(gathered_of(feature_matrix())),
+        scratch,
     )
     assert isinstance(out, np.memmap)
     names = sorted(name for name in writer.files if "part-" in name)
@@ -135,7 +139,7 @@ ITEMS = pa.array([30, 3, 77, 12, 5], pa.int32())  # in index order
 @pytest.mark.parametrize("text", [False, True])
 def test_rows_go_to_their_items(tmp_path, ray_local, kind, text):
     """Ids in random order; one item without a vector, two vectors without an item."""
-    x = matrix(rows=6)
+    x = feature_matrix(rows=6)
     row_ids = [5, 30, 1000, 77, 4, 3]
     row_ids = [str(i) for i in row_ids] if text else row_ids
     items = ITEMS.cast(pa.string()) if text else ITEMS
@@ -149,8 +153,8 @@ def test_rows_go_to_their_items(tmp_path, ray_local, kind, text):
         pq.write_table(pa.table({"item_id": row_ids}), tmp_path / "ids.parquet")
     else:
         settings = {"path": "v.parquet"}
-        write_parquet(tmp_path / "v.parquet", row_ids, x.tolist(), pa.list_(pa.float32()))
-    sources = {"visual": inspect(tmp_path, **settings)}
+        write_feature_parquet(tmp_path / "v.parquet", row_ids, x.tolist(), pa.list_(pa.float32()))
+    sources = {"visual": inspect_visual(tmp_path, **settings)}
     assert sorted(features.item_ids(sources, items.type).to_pylist()) == sorted(row_ids)
     for memory in (1, 3 * WIDTH * 8, 1 << 30):  # ranges of one item, several, all
         with Scratch(memory_bytes=memory) as scratch:
@@ -164,7 +168,7 @@ def test_rows_go_to_their_items(tmp_path, ray_local, kind, text):
 
 def test_several_modalities_and_row_numbers_as_ids(tmp_path, ray_local, scratch, monkeypatch):
     monkeypatch.setattr(feature_files, "CHUNK_BYTES", 2000)
-    wide, narrow = matrix(rows=78), matrix(1, rows=90, width=3).astype(np.float16)
+    wide, narrow = feature_matrix(rows=78), feature_matrix(1, rows=90, width=3).astype(np.float16)
     np.save(tmp_path / "wide.npy", wide)
     np.save(tmp_path / "narrow.npy", narrow)
     sources = {
@@ -191,10 +195,10 @@ def refused_rows(source: feature_files.FeatureSource, items: pa.Array = ITEMS) -
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_name_file_and_item(tmp_path, ray_local, value):
-    x = matrix(rows=80)
+    x = feature_matrix(rows=80)
     x[12, 4] = value
     np.save(tmp_path / "v.npy", x)
-    message = refused_rows(inspect(tmp_path))
+    message = refused_rows(inspect_visual(tmp_path))
     assert (
         f"{tmp_path}/v.npy: the vector of item 12 (row 13) has a value that is not finite ({value}, position 4)"
         in message
@@ -203,42 +207,42 @@ def test_values_that_are_not_finite_name_file_and_item(tmp_path, ray_local, valu
 
 def test_values_that_are_not_finite_in_parquet_and_beyond_float32(tmp_path, ray_local):
     type = pa.list_(pa.float64())
-    write_parquet(tmp_path / "a.parquet", ["x", "y"], [[1.0, 2.0]] * 2, type)
+    write_feature_parquet(tmp_path / "a.parquet", ["x", "y"], [[1.0, 2.0]] * 2, type)
     for value in (None, 1e300):
-        write_parquet(tmp_path / "b.parquet", ["z", "w"], [[1.0, 2.0], [1.0, value]], type)
-        message = refused_rows(inspect(tmp_path, "*.parquet"), pa.array(["x", "z"]))
+        write_feature_parquet(tmp_path / "b.parquet", ["z", "w"], [[1.0, 2.0], [1.0, value]], type)
+        message = refused_rows(inspect_visual(tmp_path, "*.parquet"), pa.array(["x", "z"]))
         assert f"{tmp_path}/b.parquet: the vector of item 'w' (row 2) has a value that is not finite" in message
 
 
 def test_vectors_of_another_width_name_file_and_item(tmp_path, ray_local):
     type = pa.list_(pa.float32())
-    write_parquet(tmp_path / "v.parquet", [30, 3, 5], [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0, 3.0]], type)
-    message = refused_rows(inspect(tmp_path, "v.parquet"))
+    write_feature_parquet(tmp_path / "v.parquet", [30, 3, 5], [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0, 3.0]], type)
+    message = refused_rows(inspect_visual(tmp_path, "v.parquet"))
     assert "v.parquet: the vector of item 5 (row 3) has 3 values, but others have 2" in message
 
 
 def test_fewer_rows_than_items(tmp_path):
-    np.save(tmp_path / "v.npy", matrix(rows=77))
+    np.save(tmp_path / "v.npy", feature_matrix(rows=77))
     with pytest.raises(InputError, match=r"v\.npy has 77 rows, .* have item 77"):
-        features.match_rows(inspect(tmp_path), ITEMS)
+        features.match_rows(inspect_visual(tmp_path), ITEMS)
     with pytest.raises(InputError, match="have item -1"):
-        features.match_rows(inspect(tmp_path), pa.array([-1, 3]))
+        features.match_rows(inspect_visual(tmp_path), pa.array([-1, 3]))
 
 
 def test_ids_of_another_type_than_the_interactions(tmp_path):
-    np.save(tmp_path / "v.npy", matrix())
+    np.save(tmp_path / "v.npy", feature_matrix())
     with pytest.raises(InputError, match=r"rows by integer item id, but .* are strings; list each row's id"):
-        features.match_rows(inspect(tmp_path), pa.array(["a", "b"]))
-    write_parquet(tmp_path / "v.parquet", ["1", "2"], [[1.0]] * 2, pa.list_(pa.float32()))
+        features.match_rows(inspect_visual(tmp_path), pa.array(["a", "b"]))
+    write_feature_parquet(tmp_path / "v.parquet", ["1", "2"], [[1.0]] * 2, pa.list_(pa.float32()))
     with pytest.raises(InputError, match=r"v\.parquet are string, but those of the interactions are int32"):
-        features.match_rows(inspect(tmp_path, "v.parquet"), ITEMS)
+        features.match_rows(inspect_visual(tmp_path, "v.parquet"), ITEMS)
 
 
 def test_no_item_in_common(tmp_path, ray_local):
-    write_parquet(tmp_path / "v.parquet", [100, 200], [[1.0]] * 2, pa.list_(pa.float32()))
+    write_feature_parquet(tmp_path / "v.parquet", [100, 200], [[1.0]] * 2, pa.list_(pa.float32()))
     with pytest.raises(
         InputError, match=r"none of its ids \(such as 100\) is an item of the interactions \(such as 30"
     ):
-        features.match_rows(inspect(tmp_path, "v.parquet"), ITEMS)
-    write_parquet(tmp_path / "v.parquet", [3, 200], [None, [1.0]], pa.list_(pa.float32()))
-    assert "no item of the interactions has a vector" in refused_rows(inspect(tmp_path, "v.parquet"))
+        features.match_rows(inspect_visual(tmp_path, "v.parquet"), ITEMS)
+    write_feature_parquet(tmp_path / "v.parquet", [3, 200], [None, [1.0]], pa.list_(pa.float32()))
+    assert "no item of the interactions has a vector" in refused_rows(inspect_visual(tmp_path, "v.parquet"))

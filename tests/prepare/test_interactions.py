@@ -7,8 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_parse import FORMATS, rows_table, write
-from test_split import slow_core
+from raw_files import FORMATS, rows_table, slow_core, write_table_file
 
 from gtc_dist.config_data import DataConfig
 from gtc_dist.data.catalog import SPLITS
@@ -55,7 +54,7 @@ def test_all_formats_together_through_ray(tmp_path, ray_local):
     tables = [rows_table(seed=i) for i in range(10)]
     names = [f"{i}.{f}{z}" for i, (f, z) in enumerate((f, z) for f in FORMATS for z in ("", ".gz"))]
     for name, table in zip(names, tables, strict=True):
-        write(tmp_path / name, table, suffixes=name.endswith(".inter"))
+        write_table_file(tmp_path / name, table, suffixes=name.endswith(".inter"))
     data = data_config(
         tmp_path, interactions={"files": ["*.*"], "time": "time", "rating": "rating"}, split={"method": "ratio"}
     )
@@ -152,8 +151,8 @@ def test_reading_in_small_batches_gives_the_same_rows(tmp_path, ray_local):
 
 
 def test_times_with_fractions_in_one_file_only(tmp_path, ray_local):
-    write(tmp_path / "a.csv", pa.table({"user_id": [1, 1], "item_id": [3, 4], "time": [2**31, -7]}))
-    write(tmp_path / "b.csv", pa.table({"user_id": [2], "item_id": [3], "time": [0.5]}))
+    write_table_file(tmp_path / "a.csv", pa.table({"user_id": [1, 1], "item_id": [3, 4], "time": [2**31, -7]}))
+    write_table_file(tmp_path / "b.csv", pa.table({"user_id": [2], "item_id": [3], "time": [0.5]}))
     data = data_config(tmp_path, interactions={"files": ["*.csv"], "time": "time"})
     for memory in (8, 1 << 30):
         raw = read(interactions.inspect_interactions(data), memory)
@@ -270,28 +269,30 @@ def test_missing_files_are_named_with_their_key(tmp_path):
 
 @pytest.mark.parametrize("method", ["global_time", "leave_last_out"])
 def test_splits_by_time_ask_for_the_time_column(tmp_path, method):
-    write(tmp_path / "a.csv", rows_table())
+    write_table_file(tmp_path / "a.csv", rows_table())
     message = refused(data_config(tmp_path, interactions={"files": ["a.csv"]}, split={"method": method}))
     assert "set data.interactions.time" in message
 
 
 def test_files_that_disagree_on_the_id_type_are_both_named(tmp_path, ray_local):
     data = write_given(tmp_path)
-    write(tmp_path / "test.parquet", pa.table({"user_id": ["a"], "item_id": [3]}))
+    write_table_file(tmp_path / "test.parquet", pa.table({"user_id": ["a"], "item_id": [3]}))
     message = refused(data)
     assert f"{tmp_path}/train.parquet" in message
     assert f"{tmp_path}/test.parquet" in message
     assert "integers (int64)" in message
-    write(tmp_path / "one.csv", pa.table({"user_id": ["1"], "item_id": [3]}))  # the type of text is known after reading
-    write(tmp_path / "two.csv", pa.table({"user_id": ["x"], "item_id": [3]}))
+    write_table_file(
+        tmp_path / "one.csv", pa.table({"user_id": ["1"], "item_id": [3]})
+    )  # the type of text is known after reading
+    write_table_file(tmp_path / "two.csv", pa.table({"user_id": ["x"], "item_id": [3]}))
     files = interactions.inspect_interactions(data_config(tmp_path, interactions={"files": ["one.csv", "two.csv"]}))
     with pytest.raises(InputError, match=r"user ids are integers \(int64\) in .*one\.csv but strings in .*two\.csv"):
         read(files)
 
 
 def test_files_that_disagree_on_time_are_both_named(tmp_path, ray_local):
-    write(tmp_path / "a.csv", pa.table({"user_id": [1], "item_id": [3], "time": [5]}))
-    write(tmp_path / "b.csv", pa.table({"user_id": [1], "item_id": [3], "time": ["2024-05-01 10:00:00"]}))
+    write_table_file(tmp_path / "a.csv", pa.table({"user_id": [1], "item_id": [3], "time": [5]}))
+    write_table_file(tmp_path / "b.csv", pa.table({"user_id": [1], "item_id": [3], "time": ["2024-05-01 10:00:00"]}))
     data = data_config(tmp_path, interactions={"files": ["*.csv"], "time": "time"})
     with pytest.raises(InputError, match=r"timestamps in .*b\.csv but numbers in .*a\.csv"):
         read(interactions.inspect_interactions(data))
@@ -299,7 +300,7 @@ def test_files_that_disagree_on_time_are_both_named(tmp_path, ray_local):
 
 def test_an_error_in_a_ray_task_arrives_as_itself(tmp_path, ray_local):
     for name in ("a", "b", "c"):
-        write(tmp_path / f"{name}.csv", rows_table())
+        write_table_file(tmp_path / f"{name}.csv", rows_table())
     for name in ("b", "c"):
         with (tmp_path / f"{name}.csv").open("a") as file:
             file.write(f",,,,{name}\n")
@@ -310,7 +311,7 @@ def test_an_error_in_a_ray_task_arrives_as_itself(tmp_path, ray_local):
 
 
 def test_files_without_rows_are_refused(tmp_path, ray_local):
-    write(tmp_path / "a.csv", rows_table(0))
+    write_table_file(tmp_path / "a.csv", rows_table(0))
     with pytest.raises(InputError, match=r"no interactions in .*a\.csv"):
         read(interactions.inspect_interactions(data_config(tmp_path, interactions={"files": ["a.csv"]})))
 

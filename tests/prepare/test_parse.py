@@ -1,14 +1,11 @@
 """One raw file of every format to normalised tables; every kind of broken file."""
 
-import gzip
-import io
-import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from raw_files import FORMATS, rows_table, write_table_file
 
 from gtc_dist.errors import InputError
 from gtc_dist.prepare import ids, parse, raw_file
@@ -16,60 +13,16 @@ from gtc_dist.prepare import ids, parse, raw_file
 ROLES = {"user": "user_id", "item": "item_id", "time": "time", "rating": "rating"}
 
 
-def rows_table(rows: int = 60, seed: int = 0, text_ids: bool = False) -> pa.Table:
-    rng = np.random.default_rng(seed)
-    pairs = rng.permutation(400)[:rows]
-    users = [f"u{p // 20}" if text_ids else p // 20 for p in pairs.tolist()]
-    return pa.table(
-        {
-            "item_id": (pairs % 20).tolist(),
-            "user_id": users,
-            "time": rng.integers(0, 50, rows),
-            "rating": rng.integers(1, 6, rows) / 2,
-            "title": ['some, "quoted" text'] * rows,
-        }
-    )
-
-
-def write(path: Path, table: pa.Table, suffixes: bool = False) -> str:
-    """Write a table in the format of its file extension (.gz compresses it)."""
-    name = path.name.removesuffix(".gz")
-    names = [
-        f"{n}:{t}" for n, t in zip(table.column_names, ["token"] * 2 + ["float"] * 2 + ["token_seq"], strict=False)
-    ]
-    columns = names if suffixes else table.column_names
-    if name.endswith(".parquet"):
-        sink = io.BytesIO()
-        pq.write_table(table, sink)
-        data = sink.getvalue()
-    elif name.endswith(".jsonl"):
-        data = "".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode()
-    else:
-        sep = "," if name.endswith(".csv") else "\t"
-
-        def cell(value) -> str:
-            text = str(value)
-            return '"' + text.replace('"', '""') + '"' if sep in text or '"' in text else text
-
-        lines = [sep.join(columns), *(sep.join(map(cell, row.values())) for row in table.to_pylist())]
-        data = ("\n".join(lines) + "\n").encode()
-    path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
-    return str(path)
-
-
 def read_alone(uri: str, roles: dict[str, str] = ROLES, **options) -> pa.Table:
     """Parse one file without Ray."""
     return pa.concat_tables(parse.read_table_file(parse.inspect_table(uri, roles, **options)))
-
-
-FORMATS = ["parquet", "csv", "tsv", "inter", "jsonl"]
 
 
 @pytest.mark.parametrize("text_ids", [False, True])
 @pytest.mark.parametrize("extension", [f + z for f in FORMATS for z in ("", ".gz")])
 def test_every_format_reads_the_same(tmp_path, extension, text_ids):
     table = rows_table(text_ids=text_ids)
-    found = read_alone(write(tmp_path / f"a.{extension}", table))
+    found = read_alone(write_table_file(tmp_path / f"a.{extension}", table))
     assert found.column_names == ["user", "item", "time", "rating"]
     for role, name in ROLES.items():
         assert found[role].to_pylist() == table[name].to_pylist(), role
@@ -91,7 +44,7 @@ def test_mmrec_file_with_header_suffixes_and_labels(tmp_path):
 def test_labels_of_any_type(tmp_path, type):
     table = pa.table({"u": [1, 1, 2], "i": [1, 2, 3], "l": pa.array([0, 2, 1]).cast(type)})
     roles = {"user": "u", "item": "i", "label": "l"}
-    found = read_alone(write(tmp_path / "a.parquet", table), roles, labels={"0": 0, "1": 1, "2": 2})
+    found = read_alone(write_table_file(tmp_path / "a.parquet", table), roles, labels={"0": 0, "1": 1, "2": 2})
     assert found["split"].to_pylist() == [0, 2, 1]
 
 
@@ -118,7 +71,7 @@ def test_id_types_are_preserved(tmp_path, type):
     values = [5, 3, 9, 3] if not ids.is_text(type) else ["ä", "b", "", "b"]
     values = [v or "c" for v in values]
     table = pa.table({"u": pa.array(values, type), "i": pa.array(values, type).dictionary_encode()})
-    found = read_alone(write(tmp_path / "a.parquet", table), {"user": "u", "item": "i"})
+    found = read_alone(write_table_file(tmp_path / "a.parquet", table), {"user": "u", "item": "i"})
     for role in ("user", "item"):
         unique, codes = ids.encode(found[role])
         if role == "user" or type != pa.large_string():  # Parquet reads those dictionaries as plain strings
@@ -135,7 +88,7 @@ def refused_file(uri: str, roles: dict[str, str] | None = None, **options) -> st
 
 
 def test_a_missing_column_is_named_with_those_found(tmp_path):
-    uri = write(tmp_path / "a.csv", rows_table())
+    uri = write_table_file(tmp_path / "a.csv", rows_table())
     message = refused_file(uri, {"user": "user_id", "item": "asin"})
     assert "no column 'asin'; columns found: item_id, user_id, time, rating, title" in message
 
@@ -146,7 +99,7 @@ def test_an_ambiguous_column_is_refused(tmp_path):
 
 
 def test_an_unknown_extension_asks_for_the_format(tmp_path):
-    write(tmp_path / "a.csv", rows_table())
+    write_table_file(tmp_path / "a.csv", rows_table())
     (tmp_path / "a.csv").rename(tmp_path / "a.dat")
     assert "set data.interactions.format" in refused_file(str(tmp_path / "a.dat"))
     assert read_alone(str(tmp_path / "a.dat"), format="csv").num_rows == 60
@@ -155,12 +108,14 @@ def test_an_unknown_extension_asks_for_the_format(tmp_path):
 @pytest.mark.parametrize("extension", ["parquet", "jsonl"])
 def test_ids_of_another_type_are_refused(tmp_path, extension):
     table = pa.table({"user_id": [1.5, 2.0], "item_id": [1, 2]})
-    assert "column 'user_id' (user) has type double" in refused_file(write(tmp_path / f"a.{extension}", table))
+    assert "column 'user_id' (user) has type double" in refused_file(
+        write_table_file(tmp_path / f"a.{extension}", table)
+    )
 
 
 def test_ratings_and_times_of_another_type_are_refused(tmp_path):
     table = pa.table({"user_id": [1], "item_id": [1], "time": ["soon"], "rating": ["good"]})
-    uri = write(tmp_path / "a.parquet", table)
+    uri = write_table_file(tmp_path / "a.parquet", table)
     assert "'time' (time) has type string; expected numbers or timestamps" in refused_file(uri, {"time": "time"})
     assert "'rating' (rating) has type string; expected numbers" in refused_file(uri, {"rating": "rating"})
 
@@ -170,7 +125,9 @@ def test_null_ids_are_named_by_row(tmp_path, extension):
     table = pa.table({"user_id": ["a", "b", None, "d"], "item_id": [1, 2, 3, 4]})
     if extension in ("csv", "tsv", "inter"):
         table = table.set_column(0, "user_id", pa.array(["a", "b", "", "d"]))
-    assert "column 'user_id' is null or empty in row 3" in refused_file(write(tmp_path / f"a.{extension}", table))
+    assert "column 'user_id' is null or empty in row 3" in refused_file(
+        write_table_file(tmp_path / f"a.{extension}", table)
+    )
 
 
 def test_null_ids_are_named_by_their_row_in_the_file_not_in_the_batch(tmp_path):
@@ -178,14 +135,14 @@ def test_null_ids_are_named_by_their_row_in_the_file_not_in_the_batch(tmp_path):
     item = np.arange(rows)
     mask = item == rows - 1
     table = pa.table({"user_id": item, "item_id": pa.array(item, mask=mask)})
-    assert f"null or empty in row {rows}" in refused_file(write(tmp_path / "a.parquet", table))
+    assert f"null or empty in row {rows}" in refused_file(write_table_file(tmp_path / "a.parquet", table))
 
 
 @pytest.mark.parametrize(("role", "values"), [("rating", [1.0, None]), ("rating", [1.0, np.nan]), ("time", [1, None])])
 def test_null_ratings_and_times_are_named_by_row(tmp_path, role, values):
     table = pa.table({role: pa.array(values, from_pandas=False)})
     assert f"column '{role}' is null or empty in row 2" in refused_file(
-        write(tmp_path / "a.parquet", table), {role: role}
+        write_table_file(tmp_path / "a.parquet", table), {role: role}
     )
 
 
@@ -205,13 +162,13 @@ def test_empty_files_are_refused(tmp_path, name):
 
 @pytest.mark.parametrize("extension", ["csv.gz", "jsonl.gz", "parquet.gz", "parquet"])
 def test_truncated_files_are_refused(tmp_path, extension):
-    path = Path(write(tmp_path / f"a.{extension}", rows_table(300)))
+    path = Path(write_table_file(tmp_path / f"a.{extension}", rows_table(300)))
     path.write_bytes(path.read_bytes()[:-30])
     refused_file(str(path))
 
 
 def test_a_parquet_file_with_broken_pages_is_refused(tmp_path):
-    path = Path(write(tmp_path / "a.parquet", rows_table(300)))
+    path = Path(write_table_file(tmp_path / "a.parquet", rows_table(300)))
     data = bytearray(path.read_bytes())
     data[4:2000] = b"\xff" * 1996  # the pages; its footer stays
     path.write_bytes(data)

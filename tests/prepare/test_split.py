@@ -1,10 +1,9 @@
 """Cleaning and splitting against slow references, on random interactions."""
 
-from collections import Counter
-
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw_files import slow_core
 
 from gtc_dist.data.scratch import Scratch
 from gtc_dist.prepare import split
@@ -16,15 +15,6 @@ memory = st.sampled_from([1, 500, 1 << 20])  # bytes: blocks of one row, several
 
 
 pairs = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=1, max_size=60)
-
-
-def slow_core(edges: set[tuple], k: int) -> set[tuple]:
-    while True:
-        users, items = Counter(u for u, _ in edges), Counter(i for _, i in edges)
-        kept = {(u, i) for u, i in edges if users[u] >= k and items[i] >= k}
-        if kept == edges:
-            return kept
-        edges = kept
 
 
 @QUICK

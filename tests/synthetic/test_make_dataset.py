@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make_dataset
 import pytest
 
 from gtc_dist.config_file import load_config
@@ -14,9 +15,6 @@ from gtc_dist.synthetic.spec import Spec
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "make_dataset.py"
-sys.path.insert(0, str(TOOL.parent))
-
-import make_dataset  # noqa: E402  (a script)
 
 SMALL = "{users: 50, items: 200, interactions: 400, modalities: {text: 8}, zipf: 1, out: 'OUT', MORE}"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from small import small_catalog, small_config
-from test_resume import trainer_of
+from trainings import trainer_of
 
 from gtc_dist import train
 from gtc_dist.data import storage

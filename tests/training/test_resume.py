@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,18 +12,14 @@ import torch
 from ranks import run_ranks
 from small import GATED, small_catalog, small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainings import trainer_of
 
 from gtc_dist.checkpoint import checkpoint_files
-from gtc_dist.checkpoint.async_writer import AsyncCheckpointWriter
 from gtc_dist.checkpoint.run_folder import step_name
 from gtc_dist.data import formats, storage
-from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
-from gtc_dist.distributed.sharded_table import ShardedTable
-from gtc_dist.errors import InputError, Unreachable
-from gtc_dist.graph.csc import load_graphs
+from gtc_dist.errors import Unreachable
 from gtc_dist.training import checkpointing
-from gtc_dist.training.trainer import Trainer
 
 SAMPLED = {"propagation": "sampled", "fanout": [3, 3]}
 MODES = {
@@ -52,15 +47,6 @@ def config_of(catalog, mode: dict, **train):
     always = {"epochs": 3, "log_every": 3, "checkpoint_minutes": 0.0}
     mode = {**mode, "train": {**always, **mode.get("train", {}), **train}}
     return small_config(catalog.uri, **mode)
-
-
-def trainer_of(comm: Communicator, config, run: str, stop_request=lambda: "") -> Trainer:
-    catalog = Catalog(config.data.catalog)
-    users, items = catalog.interactions("train")
-    mine = slice(comm.rank, None, comm.size)
-    return Trainer(
-        config, catalog, run, users[mine], items[mine], load_graphs(config, catalog), comm, stop_request=stop_request
-    )
 
 
 def cut_after(comm: Communicator, config, run: str, steps: int) -> dict:
@@ -355,66 +341,3 @@ def test_a_disk_that_is_really_full(catalog, small_disk, capfd):
     ballast.unlink()
     assert_same([train(Communicator(), config, run)], whole)
     assert metrics(run) == metrics(small_disk.parent / "whole")
-
-
-def test_a_store_that_is_away_for_longer_leaves_out_a_state(tmp_path, monkeypatch, capfd):
-    def away(*args):
-        raise Unreachable("cannot reach the object store")
-
-    saver = AsyncCheckpointWriter(str(tmp_path), Communicator(), 0.0, 1)
-    for step in (1, 2):
-        saver.start(step, {"best_epoch": 0}, {}, [])
-        assert saver.finalize(0) == ""
-    for name in ("write_files", "remove", "list_checkpoints"):
-        monkeypatch.setattr(checkpoint_files, name, away)
-    saver.start(3, {"best_epoch": 0}, {}, [])
-    assert "is skipped: cannot reach the object store" in saver.finalize(0)
-    saver.prune(0)
-    told = capfd.readouterr().out
-    assert "step-000000000003 could not be removed" in told
-    assert "older checkpoints could not be listed" in told
-    assert list(saver.states) == [step_name(2)]
-
-
-def test_what_is_saved_is_what_was_when_it_began(tmp_path):
-    """Training goes on while a thread writes."""
-    table = ShardedTable("t", 6, 2, Communicator(), init_std=1.0)
-    saver = AsyncCheckpointWriter(str(tmp_path), Communicator(), 0.0, 2)
-    dense = {"network": {"w": torch.ones(3)}, "betas": (0.9, 0.99)}
-    begun, write = threading.Event(), checkpoint_files.write_files
-
-    def late(*args):
-        begun.wait()
-        return write(*args)
-
-    before = table.weight.clone()
-    checkpoint_write, checkpoint_files.write_files = checkpoint_files.write_files, late
-    try:
-        saver.start(5, {"best_epoch": 0}, dense, checkpoint_files.state_shards([table]))
-        table.weight += 1
-        dense["network"]["w"] += 1
-        begun.set()
-        assert saver.finalize(0) == ""
-    finally:
-        checkpoint_files.write_files = checkpoint_write
-    other = ShardedTable("t", 6, 2, Communicator())
-    loaded = checkpoint_files.load(
-        str(tmp_path / "checkpoints/step-000000000005"), checkpoint_files.state_shards([other])
-    )
-    assert torch.equal(other.weight, before)
-    assert loaded == {"network": {"w": loaded["network"]["w"]}, "betas": [0.9, 0.99]}
-    assert loaded["network"]["w"].tolist() == [1, 1, 1]
-
-
-def test_a_state_of_another_model_is_refused(tmp_path):
-    checkpoint_files.save(
-        str(tmp_path / "c"),
-        {},
-        {},
-        checkpoint_files.state_shards([ShardedTable("t", 6, 2, Communicator())]),
-        Communicator(),
-    )
-    with pytest.raises(InputError, match=r"t\.weight is \(6, 2\) in the checkpoint, \(6, 3\) in this model"):
-        checkpoint_files.load(
-            str(tmp_path / "c"), checkpoint_files.state_shards([ShardedTable("t", 6, 3, Communicator())])
-        )

@@ -6,24 +6,12 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks
 from small import small_catalog, small_config
+from trainings import fit
 
 from gtc_dist.checkpoint.existing_run import newest_checkpoint
-from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.graph.csc import load_graphs
 from gtc_dist.training.trainer import Trainer
-
-
-def fit(comm: Communicator, uri: str, run: str, config) -> dict:
-    catalog = Catalog(uri)
-    users, items = catalog.interactions("train")
-    mine = slice(comm.rank, None, comm.size)
-    reported = []
-    trainer = Trainer(
-        config, catalog, run, users[mine], items[mine], load_graphs(config, catalog), comm, reported.append
-    )
-    result = trainer.fit()
-    return {"epochs": [r["epoch"] for r in reported], "rows": trainer.loader.rank_rows, "test": result["test"]}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +34,7 @@ ABLATIONS = {
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_switch_trains_on_two_ranks(catalog, tmp_path, name):
     config = small_config(catalog.uri, **ABLATIONS[name])
-    one, other = run_ranks(fit, 2, catalog.uri, str(tmp_path / "run"), config)
+    one, other = run_ranks(fit, 2, str(tmp_path / "run"), config)
     assert one == other
     assert one["epochs"] == [0, 1, 2]
     assert one["test"]["overall"]["recall@50"] == 1.0  # of 40 items: nobody's positive was lost or masked
@@ -56,14 +44,14 @@ def test_ranks_without_interactions_take_every_step(tmp_path):
     """Four ranks share a catalog whose batches hold less than one pair a rank."""
     catalog = small_catalog(tmp_path / "c", users=6, items=12, per_user=4, cold=0)
     config = small_config(catalog.uri, train={"batch_size": 4}, model={"propagation": "sampled", "fanout": [2, 2]})
-    results = run_ranks(fit, 4, catalog.uri, str(tmp_path / "run"), config)
+    results = run_ranks(fit, 4, str(tmp_path / "run"), config)
     assert sum(results[0]["rows"]) == catalog.manifest.interactions["train"]
     assert all(result == results[0] for result in results)
 
 
 def test_validation_comes_every_so_often_and_at_the_end(catalog, tmp_path):
     config = small_config(catalog.uri, train={"epochs": 5}, eval={"every": 2})
-    result = fit(Communicator(), catalog.uri, str(tmp_path / "run"), config)
+    result = fit(Communicator(), str(tmp_path / "run"), config)
     assert result["epochs"] == [0, 2, 4, 5]
     lines = [json.loads(line) for line in Path(tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 2, 4, 5]
@@ -71,7 +59,7 @@ def test_validation_comes_every_so_often_and_at_the_end(catalog, tmp_path):
 
 def test_the_same_seed_gives_the_same_result_bit_for_bit(catalog, tmp_path):
     config = small_config(catalog.uri)
-    first, second = (fit(Communicator(), catalog.uri, str(tmp_path / name), config) for name in "ab")
+    first, second = (fit(Communicator(), str(tmp_path / name), config) for name in "ab")
     assert first == second
     a, b = (sorted((tmp_path / name / "checkpoints").rglob("*.npy")) for name in "ab")
     assert [p.name for p in a] == [p.name for p in b]
@@ -89,14 +77,14 @@ def test_interactions_that_got_lost_on_the_way_stop_the_run(catalog, tmp_path):
 def test_training_beats_popularity_where_there_is_something_to_learn(tmp_path):
     catalog = small_catalog(tmp_path / "c", users=300, items=120, per_user=12)
     config = small_config(catalog.uri, train={"epochs": 15, "table_lr": 1e-2, "batch_size": 64})
-    fit(Communicator(), catalog.uri, str(tmp_path / "run"), config)
+    fit(Communicator(), str(tmp_path / "run"), config)
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["test"]["overall"]["recall@20"] > 1.5 * metrics["popularity"]["recall@20"]
 
 
 def test_early_stopping_keeps_the_best(catalog, tmp_path):
     config = small_config(catalog.uri, train={"epochs": 40, "table_lr": 0.1}, eval={"patience": 2})
-    result = fit(Communicator(), catalog.uri, str(tmp_path / "run"), config)
+    result = fit(Communicator(), str(tmp_path / "run"), config)
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["last_epoch"] == result["epochs"][-1] < 40
     assert metrics["last_epoch"] - metrics["best_epoch"] == 2
