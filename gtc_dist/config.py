@@ -90,7 +90,11 @@ class NegativesConfig(Section):
         description="uniform: own negatives for each pair. shared: one pool for the batch. in_batch: the items of the "
         "rank's other pairs, importance-weighted by 1 / P(item in batch).",
     )
-    count: PositiveInt = Field(8, description="Negatives of each pair (uniform) or of a rank's pool (shared).")
+    count: PositiveInt = Field(
+        8,
+        description="uniform: negatives of each pair and ensemble member. shared: size of a rank's pool, which all "
+        "members use. in_batch: not used.",
+    )
 
 
 class TrainConfig(Section):
@@ -135,7 +139,9 @@ class TrainConfig(Section):
     checkpoint_minutes: Annotated[float, Field(ge=0)] = Field(
         2.0, description="Minutes between saved training states. 0: whenever losses are logged."
     )
-    log_every: PositiveInt = Field(10, description="Steps between points in TensorBoard.")
+    log_every: PositiveInt = Field(
+        10, description="Steps between points in TensorBoard. SIGTERM and a due training state are handled then, too."
+    )
     refresh: NonNegativeInt = Field(
         10,
         description="sampled: full-graph refreshes of the historical embeddings per pass over the interactions "
@@ -192,7 +198,8 @@ class ModelConfig(Section):
     item_fanout: int = Field(5, description="sampled: neighbours on the item-item graph. -1: all.")
     user_fanout: int = Field(
         5,
-        description="sampled: neighbours on the user-user graph, and users whose mean conditions the filter. -1: all.",
+        description="sampled: neighbours on the user-user graph; users of an item whose mean preference conditions the "
+        "filter. -1: all.",
     )
     layer_nodes: PositiveInt | None = Field(
         None,

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-# Modalities cannot have these names: score fusion (hybrid/score_fusion.py) has weights of these names beside them.
-RESERVED = ("members", "length", "walked", "spectral", "cold")
+# Modalities cannot have these names: checkpoints have the view `id` and weights of these names beside the modalities'.
+RESERVED = ("id", "members", "length", "walked", "spectral", "cold")
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -99,7 +99,9 @@ class ModalityConfig(Section):
 class DataConfig(Section):
     """Raw data, and the catalog that prepare makes of it."""
 
-    raw: Name = Field(description="Folder or URI with the raw tables and features.")
+    raw: Name = Field(
+        description="Folder with the raw tables and features (relative to the working directory), or a URI."
+    )
     catalog: Name = Field(description="Folder or URI that prepare writes and training reads.")
     interactions: InteractionsConfig = InteractionsConfig()
     split: SplitConfig = SplitConfig()
@@ -118,5 +120,5 @@ class DataConfig(Section):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise ValueError(f"the modality name {name!r} may have letters, digits, '_' and '-' only")
             if name in RESERVED:
-                raise ValueError(f"a modality cannot be called {name!r}: that name is reserved")
+                raise ValueError(f"{name!r} is a name that checkpoints use; call the modality something else")
         return features

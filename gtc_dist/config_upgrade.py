@@ -76,7 +76,7 @@ _VARIANTS = {  # content, unit_rows, join, gate, correlation.of, correlation.cri
 def old_keys(tree: dict) -> dict[str, str]:
     """Keys of version 0.1 in a configuration, each with what to do about it, in the order of the configuration."""
     found = {}
-    for key in _flatten(tree):
+    for key in flatten_keys(tree):
         if key in RENAMED:
             found[key] = f"was renamed in {SINCE}; write {RENAMED[key]}"
         elif key in REMOVED:
@@ -98,7 +98,7 @@ def upgrade(tree: dict, origin: str) -> dict:
     """
     if not old_keys(tree):
         return tree
-    old = _flatten(tree)
+    old = flatten_keys(tree)
     new = {key: value for key, value in old.items() if not _is_old(key)}
     new |= {RENAMED[key]: value for key, value in old.items() if key in RENAMED}
     if old.get("model.correlation.enabled") is False:
@@ -148,11 +148,12 @@ def _is_old(key: str) -> bool:
     return key in RENAMED or key in REMOVED or key in REPLACED or any(f"{key}.".startswith(f"{n}.") for n in IGNORED)
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+def flatten_keys(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of a nested configuration."""
     out = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            out |= _flatten(value, f"{prefix}{key}.")
+            out |= flatten_keys(value, f"{prefix}{key}.")
         else:
             out[f"{prefix}{key}"] = value
     return out

@@ -41,40 +41,40 @@ def main(argv: list[str] | None = None) -> None:
     if args.rerank is not None and (args.rerank < 1 or args.against):
         parser.error("--rerank takes a positive number, and cannot be combined with --against")
 
-    found = find_run(args.run)
-    users = found.config.eval.users if args.users is None else args.users or None
-    work = functools.partial(evaluate_run, split=args.split, users=users, depth=args.rerank)
+    run_ref = find_run(args.run)
+    users = run_ref.config.eval.users if args.users is None else args.users or None
+    work = functools.partial(evaluate_run, split=args.split, users=users, candidates=args.rerank)
     if args.against:
         other = find_run(args.against)
-        check_same_catalog(found, other)
+        check_same_catalog(run_ref, other)
         work = functools.partial(compare_runs, other=other, split=args.split, users=users)
-    print(json.dumps({"split": args.split, **run_on_ranks_or_here(args, found, work)}))
+    print(json.dumps({"split": args.split, **run_on_ranks_or_here(args, run_ref, work)}))
 
 
-def check_same_catalog(found: RunRef, other: RunRef) -> None:
+def check_same_catalog(run_ref: RunRef, other: RunRef) -> None:
     """Raises InputError for two runs on different catalogs, which cannot be compared user by user."""
-    prints = [Catalog(run.config.data.catalog, verify="size").manifest.fingerprint for run in (found, other)]
+    prints = [Catalog(run.config.data.catalog, verify="size").manifest.fingerprint for run in (run_ref, other)]
     if prints[0] != prints[1]:
         raise InputError(
-            f"{found.uri} was trained on {found.config.data.catalog}, {other.uri} on another catalog, "
+            f"{run_ref.uri} was trained on {run_ref.config.data.catalog}, {other.uri} on another catalog, "
             f"{other.config.data.catalog}, so their users differ; give two runs on one catalog"
         )
 
 
 def evaluate_run(
-    comm: Communicator, graphs: Graphs | None, found: RunRef, split: str, users: int | None, depth: int | None
+    comm: Communicator, graphs: Graphs | None, run_ref: RunRef, split: str, users: int | None, candidates: int | None
 ) -> dict:
     """Work of each rank."""
-    run = load_run(found, comm, graphs)
-    reranked = {} if depth is None else {"rerank": rerank(run, split, depth, users)}
+    run = load_run(run_ref, comm, graphs)
+    reranked = {} if candidates is None else {"rerank": rerank(run, split, candidates, users)}
     return run.evaluate(split, users) | reranked
 
 
 def compare_runs(
-    comm: Communicator, graphs: Graphs | None, found: RunRef, other: RunRef, split: str, users: int | None
+    comm: Communicator, graphs: Graphs | None, run_ref: RunRef, other: RunRef, split: str, users: int | None
 ) -> dict:
     """Work of each rank with --against."""
-    run = load_run(found, comm, graphs)
+    run = load_run(run_ref, comm, graphs)
     metrics, ours = run.evaluate(split, users), run.metrics_by_user(split, users)
     # the shared graphs are those that the first run's network uses, so the other run reads its own
     theirs = load_run(other, comm).metrics_by_user(split, users)

@@ -42,20 +42,20 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--new-items works in this process alone, without --workers")
 
     out = storage.absolute(args.out)
-    found = find_run(args.run)
+    run_ref = find_run(args.run)
     folder = empty_folder(out, args.out)
-    print(f"run {args.run}, {found.checkpoint}: computing embeddings", flush=True)
+    print(f"run {args.run}, {run_ref.checkpoint}: computing embeddings", flush=True)
     export = run_on_ranks_or_here(
-        args, found, functools.partial(export_rank, out=out, dtype=args.dtype, new_items=args.new_items)
+        args, run_ref, functools.partial(export_rank, out=out, dtype=args.dtype, new_items=args.new_items)
     )
     files = export["files"]
     if args.faiss:
         files[INDEX] = write_index([name for name in files if name.startswith("items/")], export["dim"], out)
     manifest = {
-        "run": found.uri,
-        "checkpoint": found.checkpoint,
-        "epoch": found.epoch,
-        "catalog": found.config.data.catalog,
+        "run": run_ref.uri,
+        "checkpoint": run_ref.checkpoint,
+        "epoch": run_ref.epoch,
+        "catalog": run_ref.config.data.catalog,
         **export,
         "dtype": args.dtype,
         "metric": "dot product",

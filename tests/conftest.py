@@ -23,6 +23,7 @@ os.environ.update(
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),  # otherwise ray.init writes one to the home folder
         "RAY_DEDUP_LOGS": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # 2 by default: each training would wait several times for it
         "RAY_worker_niceness": "0",  # default 15: the other pytest process would starve the ranks
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about CUDA_VISIBLE_DEVICES
     }

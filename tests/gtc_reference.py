@@ -37,16 +37,16 @@ def reference(network, tables, catalog: Catalog, config) -> tuple[torch.Tensor, 
         common = None if gated or network.variant.unit_rows else network.common[of_m]
         rows_m, ids_m = rows[:, of_m], ids[:, m * D : (m + 1) * D]
         sides = member_reference(network, m, rows_m, weights, common, ids_m, catalog, config.model)
-        for out, streams in zip((users, items), sides, strict=True):
-            streams = streams.view(len(streams), -1, D)
-            out.append(streams.sum(1) if network.variant.sum_views else streams.flatten(1))
+        for out, views in zip((users, items), sides, strict=True):
+            views = views.view(len(views), -1, D)
+            out.append(views.sum(1) if network.variant.sum_views else views.flatten(1))
     return torch.cat(users, dim=1), torch.cat(items, dim=1)
 
 
 def member_reference(
     network, m: int, rows, weights, common, ids, catalog: Catalog, model
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One member's streams of users and items, side by side."""
+    """One member's views of users and items, side by side."""
     variant, member, S, D, U = network.variant, network.members[m], network.n_views, network.dim, catalog.users
     gated = variant.gated_content
     if gated:
@@ -73,11 +73,11 @@ def member_reference(
         contents.append(x0)
     if gated:
         contents = [ids / (1 + torch.exp(-x)) for x in contents]
-    streams = torch.stack([F.normalize(x, dim=1) for x in [ids, *contents]], dim=1)
+    views = torch.stack([F.normalize(x, dim=1) for x in [ids, *contents]], dim=1)
     gate = torch.full((catalog.items, S), 1 / S)
     if variant.view_attention:
         for i in range(catalog.items):
-            cosine = streams[i] @ streams[i].T
+            cosine = views[i] @ views[i].T
             agreement = torch.stack([(cosine[s].sum() - cosine[s, s]) / (S - 1) for s in range(S)])
             gate[i] = torch.softmax(member.gate_scale * agreement, dim=0)
     if gated:
@@ -85,17 +85,17 @@ def member_reference(
         content = member.content_length * weighted / gate[:, 1:].sum(1, keepdim=True)
         if model.item_hop:
             content = dense(catalog.graph("item_item"), catalog.items) @ content
-        streams = torch.stack([ids, content], dim=1)
+        views = torch.stack([ids, content], dim=1)
     elif variant.unit_rows:
-        fused = sum(gate[:, s : s + 1] * streams[:, s] for s in range(S))
-        first = F.normalize(streams[:, 0] + fused, dim=1)
-        streams = torch.cat([first[:, None], streams[:, 1:]], dim=1) * S * gate[:, :, None]
+        fused = sum(gate[:, s : s + 1] * views[:, s] for s in range(S))
+        first = F.normalize(views[:, 0] + fused, dim=1)
+        views = torch.cat([first[:, None], views[:, 1:]], dim=1) * S * gate[:, :, None]
     else:
-        content = [streams[:, s] * member.content_length[s - 1] for s in range(1, S)]
+        content = [views[:, s] * member.content_length[s - 1] for s in range(1, S)]
         first = ids + sum(gate[:, s : s + 1] * content[s - 1] for s in range(1, S))
         scaled = [S * gate[:, s : s + 1] * content[s - 1] for s in range(1, S)]
-        streams = torch.stack([first, *scaled], dim=1)
-    nodes = torch.cat([preference.flatten(1), streams.flatten(1)])
+        views = torch.stack([first, *scaled], dim=1)
+    nodes = torch.cat([preference.flatten(1), views.flatten(1)])
     items = catalog.items
     A = torch.zeros(U + items, U + items)
     A[:U, U:] = dense(catalog.graph("item_user"), items)

@@ -1,4 +1,4 @@
-"""Run a function on the ranks of a world: one process each, gloo, one thread."""
+"""Run a function on ranks: one process each, gloo, one thread."""
 
 import os
 import tempfile
@@ -10,14 +10,16 @@ import torch.multiprocessing as mp
 
 from gtc_dist.distributed.collectives import Communicator
 
-# Ranks are forked from a process that has imported these once.
-mp.get_context("forkserver").set_forkserver_preload(
-    ["gtc_dist.training.trainer", "gtc_dist.graph.neighbor_sampler", "pytest"]
-)
+# Ranks are forked from a process that has imported these once. torch imports torch._dynamo with the first optimizer or
+# DDP, which takes longer than most tests.
+PRELOAD = ["gtc_dist.training.trainer", "gtc_dist.graph.neighbor_sampler", "gtc_dist.evaluate", "torch._dynamo"]
+PRELOAD += ["torch.utils.tensorboard", "tensorboard.backend.event_processing.event_accumulator"]
+PRELOAD += ["hypothesis", "pytest", "s3fs"]
+mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
 
 
 def run_ranks(function, size: int, *args) -> list:
-    """What `function(world, *args)` returns on each rank: tensors, numbers, and lists or dictionaries of them."""
+    """Results of `function(comm, *args)` on each rank: tensors, numbers, and lists or dictionaries of them."""
     if size == 1:
         return [function(Communicator(), *args)]
     with tempfile.TemporaryDirectory() as folder:
@@ -30,7 +32,7 @@ def run_ranks(function, size: int, *args) -> list:
 
 
 def _rank(rank: int, size: int, folder: str, function, args) -> None:
-    with open(Path(folder) / f"{rank}.out", "w") as out:  # a forked process does not have what pytest captures
+    with open(Path(folder) / f"{rank}.out", "w") as out:  # pytest does not capture the output of a forked process
         os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)

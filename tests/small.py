@@ -44,7 +44,7 @@ def _merge(below: dict, above: dict) -> dict:
 
 
 def small_catalog(uri: str | Path, users=60, items=40, modalities=2, seed=0, per_user=8, cold=3) -> Catalog:
-    """Users and items in four groups that like each other; features tell an item's group. The last `cold` items have
+    """Users and items in four groups that like each other; features encode an item's group. The last `cold` items have
     no train interaction."""
     rng = np.random.default_rng(seed)
     user_group, item_group = rng.integers(0, 4, users), rng.integers(0, 4, items)

@@ -1,4 +1,4 @@
-"""One training step on given draws, for tests that compare worlds and planners."""
+"""One training step on given draws, for tests that compare numbers of ranks and subgraph builders."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import load_graphs
-from gtc_dist.model.batch import SampledBatch
+from gtc_dist.model.batch import DrawnPairs
 from gtc_dist.model.build import build_network, load_features
 from gtc_dist.training.data_loader import DataLoader, build_loader
 
@@ -26,15 +26,15 @@ def loader_of(config: Config, catalog: Catalog, comm: Communicator, network) -> 
     return build_loader(config, network, users[mine], items[mine], graphs, features, thread_comm)
 
 
-def global_draws(config: Config, catalog: Catalog) -> SampledBatch:
-    """Draws of a batch of 24 pairs, as a world of one makes them."""
+def global_draws(config: Config, catalog: Catalog) -> DrawnPairs:
+    """Draws of a batch of 24 pairs, as a single rank makes them."""
     network, _ = build_network(config, catalog, Communicator())
     loader = loader_of(config, catalog, Communicator(), network)
     rows = np.random.default_rng(3).permutation(len(loader.users))[:24]
     return replace(loader.draw(1, 0, rows), counts=[len(rows)])
 
 
-def share(draws: SampledBatch, rank: int, counts: list[int]) -> SampledBatch:
+def share(draws: DrawnPairs, rank: int, counts: list[int]) -> DrawnPairs:
     """A rank's contiguous part of global draws."""
     start = sum(counts[:rank])
     rows = slice(start, start + counts[rank])
@@ -60,7 +60,7 @@ def set_away_from_start(network, seed: int = 11) -> None:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
-def step(comm: Communicator, catalog_uri: str, config: Config, draws: SampledBatch, counts: list[int]) -> dict:
+def step(comm: Communicator, catalog_uri: str, config: Config, draws: DrawnPairs, counts: list[int]) -> dict:
     """Loss parts of the global batch and all gradients: dense ones as DDP leaves them, tables' as dense rows."""
     catalog = Catalog(catalog_uri)
     network, tables = build_network(config, catalog, comm)

@@ -38,13 +38,13 @@ def imports(path: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-def room(module: str) -> str | None:
-    """Folder, or file at the top, of a module of the package."""
+def folder_of(module: str) -> str | None:
+    """Folder, or file at the top, of a module of the package; None for other modules."""
     parts = module.split(".")
     return parts[1] if parts[0] == "gtc_dist" and len(parts) > 1 else None
 
 
-def own_room(path: Path) -> str:
+def folder_of_file(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -54,9 +54,9 @@ def test_imports_go_one_way(path):
     if path == PACKAGE / "__init__.py":
         return
     for module in imports(path):
-        if (other := room(module)) is not None and other != own_room(path):
-            assert level[other] <= level[own_room(path)], f"{path} imports {module}"
-    if own_room(path) in ("distributed", "model"):
+        if (other := folder_of(module)) is not None and other != folder_of_file(path):
+            assert level[other] <= level[folder_of_file(path)], f"{path} imports {module}"
+    if folder_of_file(path) in ("distributed", "model"):
         assert not {module.split(".")[0] for module in imports(path)} & {"ray", "dgl"}
 
 
@@ -94,7 +94,7 @@ def chain(path: Path) -> int:
     return 1 + max((chain(other) for other in used), default=0)
 
 
-def test_one_name_is_one_thing():
+def test_public_names_are_unique():
     """No two public classes, functions or constants of the package share a name; every command has its main."""
     places = defaultdict(set)
     for path in FILES:

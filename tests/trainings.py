@@ -37,7 +37,11 @@ def fit(comm: Communicator, run: str, config) -> dict:
     reported = []
     trainer = trainer_of(comm, config, run, report=reported.append)
     result = trainer.fit()
-    return {"epochs": [r["epoch"] for r in reported], "rows": trainer.loader.rank_rows, "test": result["test"]}
+    return {
+        "epochs": [r["epoch"] for r in reported],
+        "rows": trainer.loader.interactions_per_rank,
+        "test": result["test"],
+    }
 
 
 def train_without_ray(file: str, *overrides: str, comm: Communicator | None = None) -> str:
@@ -47,6 +51,11 @@ def train_without_ray(file: str, *overrides: str, comm: Communicator | None = No
     storage.write_bytes(f"{run}/config.yaml", yaml.safe_dump(config.model_dump()).encode())
     trainer_of(comm or Communicator(), config, run).fit()
     return run
+
+
+def train_on(comm: Communicator, file: str, overrides: list[str]) -> None:
+    """`train_without_ray` as a function for `run_ranks`."""
+    train_without_ray(file, *overrides, comm=comm)
 
 
 def run_result(run: Path | str) -> dict:

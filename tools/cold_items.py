@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     names = list(run.features)
     for chosen in [[name] for name in names] + ([names] if len(names) > 1 else []):
         print_row(f"content, {' and '.join(chosen)}", run, content_scores(run, chosen), truth, args.users)
-    tuned, fused = cold_start.weights[NORM_SCALE], run.fuse()
+    tuned, fused = cold_start.weights[NORM_SCALE], run.fused_embeddings()
     if cold_start.neighbours is not None:
         users, items = fused
         print_row("nearest", run, Embeddings(users, cold_start.neighbours.impute(items)), truth, args.users)
@@ -89,7 +89,8 @@ def content_scores(run: TrainedRun, names: list[str]) -> Embeddings:
     users, items, graphs = run.tables.user, run.tables.item, run.graphs
     features = {name: run.features[name] for name in names}
     space = ContentSpace.fit(features, width=max(table.width for table in features.values()))
-    items = items.with_values(space.apply({name: table.weight for name, table in features.items()}))
+    content = {name: table.weight for name, table in features.items()}
+    items = items.with_values(space.apply(content, missing_as_zero=False))  # as in the content profiles
     to_users = ShardedSpMM(graphs.nodes.indptr, graphs.nodes.indices, None, 0, users, items, 1 << 14, base=graphs.users)
     return Embeddings(users.with_values(torch.cat([rows for _, _, rows in to_users.sums(items)])), items)
 

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     run = load_run(find_run(args.run))
     users, items = pair_indexes(run, table, args.candidates)
     personal = PersonalFilter(run).scores(users, items[:, None])[:, 0]
-    user_rows, item_rows = (embeddings.weight.numpy() for embeddings in run.embed())
+    user_rows, item_rows = (embeddings.weight.numpy() for embeddings in run.final_embeddings())
     dot = np.einsum("nd,nd->n", user_rows[users], item_rows[items])
     for name, values in (("dot", dot), ("personal", personal)):
         table = table.append_column(name, pa.array(values.astype(np.float32)))

@@ -5,8 +5,8 @@ once every thread is done, writes the manifest, which makes the checkpoint compl
 checkpoint that cannot be written (disk full, object store unreachable) is dropped with a warning and training
 continues: the earlier ones still exist.
 
-The best weights have folders of their own (`epoch-...`), which training states refer to. A best checkpoint is kept
-while any retained training state refers to it.
+Best checkpoints have folders of their own (`epoch-...`), which training states (`step-...`) refer to. A best
+checkpoint is kept while any retained training state refers to it.
 """
 
 import threading
@@ -129,7 +129,7 @@ class AsyncCheckpointWriter:
             return
         try:
             checkpoint_files.remove(self.run, name)
-        except (OSError, InputError) as error:  # what remains is incomplete; the next resume tries again
+        except (OSError, InputError) as error:  # it is incomplete now; the next resume tries again
             print(f"warning: {name} could not be removed: {error}", flush=True)
 
 

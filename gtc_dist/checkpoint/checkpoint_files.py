@@ -1,7 +1,7 @@
 """Checkpoint format: sharded by row range, readable by any number of ranks, complete only with its manifest.
 
-<run>/checkpoints/epoch-00012/             best weights so far
-<run>/checkpoints/step-000000001234/       full training state after that many steps
+<run>/checkpoints/epoch-00012/             best checkpoint: the weights of the best validation so far
+<run>/checkpoints/step-000000001234/       training state after that many steps: weights, optimizer, progress
     <table>.<tensor>.<start>-<stop>.npy    rows [start, stop) of weight, exp_avg, ...; FILE_BYTES at most
     dense.pt                               dense modules and everything that is no table (loaded without pickle)
     manifest.json                          written last: a head of plain values, shapes, sizes and checksums
@@ -116,15 +116,17 @@ def load(uri: str, shards: list[Shard]) -> dict:
     """Load this rank's rows into the shards, in place; returns the saved `dense`.
 
     Raises:
-        InputError: a missing or changed file, or a table of another size; the message names it.
+        InputError: a missing or changed file, or a tensor that is missing or of another size; the message names it.
     """
     manifest = read_manifest(uri)
     for shard in shards:
         found = manifest["tensors"].get(shard.name)
+        if found is None:
+            raise InputError(f"{uri} has no {shard.name}; it was saved with another configuration")
         if found != shard.shape:
             raise InputError(
-                f"{uri}: {shard.name} is {found and tuple(found)} in the checkpoint, {tuple(shard.shape)} in this "
-                "model; it was saved with another catalog or configuration"
+                f"{uri}: {shard.name} is {tuple(found)} in the checkpoint, {tuple(shard.shape)} in this model; it was "
+                "saved with another catalog or configuration"
             )
         _load_rows(uri, shard, manifest["files"])
     data = storage.read_bytes(storage.join(uri, "dense.pt"))

@@ -17,13 +17,14 @@ from gtc_dist.checkpoint.run_folder import (
 )
 from gtc_dist.config import Config
 from gtc_dist.config_file import read_run_config
+from gtc_dist.config_upgrade import flatten_keys
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.errors import InputError
 
 # Configuration keys (prefixes) that may change when a run is resumed. They do not affect the learned weights, or, like
-# train.clip_norm and train.not_finite, are needed to get past a step whose loss was not finite. Keys of `prepare`
-# change the catalog, whose fingerprint is compared instead.
+# train.clip_norm and train.not_finite, are needed to get past a step whose loss was not finite. The catalog's own keys
+# (data.*, graph.*) are covered by its fingerprint; prepare.* affects only memory and disk.
 RESUMABLE_KEYS = (
     "cluster.",
     "prepare.",
@@ -90,7 +91,7 @@ def run_status(config: Config, run: str, fingerprint: str) -> Literal["new", "be
 
 def differences(before: Config, now: Config) -> dict[str, tuple]:
     """Keys that differ and may not change on resume, with both values."""
-    old, new = (_dotted_keys(config.model_dump()) for config in (before, now))
+    old, new = (flatten_keys(config.model_dump()) for config in (before, now))
     keys = [key for key in dict.fromkeys([*old, *new]) if not key.startswith(RESUMABLE_KEYS)]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
@@ -105,7 +106,7 @@ def find_run(uri: str) -> RunRef:
     if not storage.exists(path):
         raise InputError(f"{uri} holds no run (no {CONFIG_FILE}); give run.storage/run.name of a training")
     config = read_run_config(storage.read_bytes(path), path)
-    name = newest_checkpoint(uri)
+    name = best_checkpoint(uri)
     manifest = checkpoint_files.read_manifest(storage.join(uri, name))
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
     if catalog.manifest.fingerprint != manifest["catalog"]:
@@ -113,22 +114,11 @@ def find_run(uri: str) -> RunRef:
     return RunRef(uri, name, manifest["epoch"], config)
 
 
-def newest_checkpoint(run: str) -> str:
-    """Best checkpoint of a run, relative to it: the one in metrics.json, or during training the newest complete one."""
+def best_checkpoint(run: str) -> str:
+    """Best checkpoint of a run, relative to it: the one in metrics.json, or during training the last complete one."""
     if storage.exists(storage.join(run, METRICS_FILE)):
         return storage.read_json(storage.join(run, METRICS_FILE))["checkpoint"]
     complete, _ = checkpoint_files.list_checkpoints(run, EPOCH_PREFIX)
     if not complete:
         raise InputError(f"{run} has no complete checkpoint yet")
     return f"{CHECKPOINT_FOLDER}/{complete[-1]}"
-
-
-def _dotted_keys(tree: dict, prefix: str = "") -> dict:
-    """Nested sections as one dictionary with dotted keys."""
-    out = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            out |= _dotted_keys(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out

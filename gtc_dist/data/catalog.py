@@ -247,7 +247,8 @@ class Catalog:
             allow_unknown: give ids that the catalog lacks the index -1 instead of raising.
 
         Raises:
-            InputError: ids that cannot be cast to the catalog's type, or that the catalog lacks (the first are named).
+            InputError: ids that cannot be cast to the catalog's type, or that the catalog lacks (the first are named,
+                rows are counted from 1).
         """
         known = self.ids(kind)
         try:
@@ -259,8 +260,9 @@ class Catalog:
         unknown = np.flatnonzero(index < 0)
         if len(unknown) and not allow_unknown:
             first = ", ".join(repr(wanted[row].as_py()) for row in unknown[:3].tolist())
+            row = int(unknown[0]) + 1
             raise InputError(
-                f"{len(unknown)} of {len(index)} ids are no {kind} of {self.uri}, such as {first} (row {unknown[0]})"
+                f"{len(unknown)} of {len(index)} ids are no {kind} of {self.uri}, such as {first} (row {row})"
             )
         return index
 

@@ -15,36 +15,35 @@ FLOAT16_MAX = 65504.0
 
 @dataclass(frozen=True)
 class FeatureTransform:
-    """Maps raw vectors x of a modality to (x - mean) @ components.T / std; without PCA there are no components.
+    """Maps raw vectors x of a modality to (x - mean) @ components.T / scale; without PCA there are no components.
 
     Attributes:
         mean: float64 [raw width].
-        std: float64 [width], 0 for a dimension without variance, which becomes 0.
+        scale: float64 [width]: without PCA the standard deviation of each dimension, 0 for one without variance,
+            which becomes 0; with PCA one common scale, repeated.
         components: float64 [width, raw width], or None.
-        explained_variance: share of the variance that PCA keeps.
     """
 
     mean: np.ndarray
-    std: np.ndarray
+    scale: np.ndarray
     components: np.ndarray | None = None
-    explained_variance: float = 1.0
 
     @property
     def width(self) -> int:
-        return len(self.std)
+        return len(self.scale)
 
     def apply(self, raw: np.ndarray) -> np.ndarray:
         """Raw vectors [n, raw width] -> float16 [n, width], clipped to the range of float16."""
         x = raw.astype(np.float64) - self.mean
         if self.components is not None:
             x = x @ self.components.T
-        x *= np.divide(1.0, self.std, out=np.zeros_like(self.std), where=self.std > 0)
+        x *= np.divide(1.0, self.scale, out=np.zeros_like(self.scale), where=self.scale > 0)
         return np.clip(x, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
 
     def save(self, writer: CatalogWriter, modality: str) -> None:
         """Write the arrays beside the modality's features."""
         writer.array(f"features/{modality}/mean.npy", self.mean)
-        writer.array(f"features/{modality}/std.npy", self.std)
+        writer.array(f"features/{modality}/std.npy", self.scale)
         if self.components is not None:
             writer.array(f"features/{modality}/components.npy", self.components)
 

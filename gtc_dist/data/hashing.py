@@ -1,8 +1,8 @@
 """Deterministic hashes of indexes: pseudo-random choices that are the same on every rank and in every order of work.
 
-A choice by hash (is this user in the sample, which rank owns this row) needs no shared random stream and no
-communication. Stored graphs, validation samples and the order of training depend on these formulas: changing a constant
-changes results. All are multiplicative hashes modulo 2^64, finished as far as their use needs well-mixed bits.
+A choice by hash (is this user in the sample, which rank trains on this interaction) needs no shared random stream and
+no communication. Stored graphs, validation samples and the order of training depend on these formulas: changing a
+constant changes results. All are multiplicative hashes modulo 2^64, finished as far as their use needs well-mixed bits.
 """
 
 import numpy as np
@@ -31,3 +31,12 @@ def hash_pair(first: np.ndarray, second: np.ndarray, seed: int = 0) -> np.ndarra
 def hash_bucket(key: np.ndarray, buckets: int) -> np.ndarray:
     """Bucket of each 64-bit key by Fibonacci hashing, from the upper 31 bits: int64 [n], in [0, buckets)."""
     return (((key.astype(np.uint64) * GOLDEN_RATIO) >> np.uint64(33)) % np.uint64(buckets)).astype(np.int64)
+
+
+def index_bucket(start: int, stop: int, buckets: int) -> np.ndarray:
+    """Bucket of each index from `start` to `stop`, from the upper 32 bits of `hash_index`: int64 [n], in [0, buckets).
+
+    `hash_bucket` is for keys beyond the 2^32 of `hash_index`, and its single multiplication gives consecutive keys
+    regularly spaced buckets: good enough to balance ranks, but not to draw folds and samples of items.
+    """
+    return ((hash_index(np.arange(start, stop)) >> np.uint64(32)) % np.uint64(buckets)).astype(np.int64)

@@ -95,8 +95,8 @@ class EveryRow(DataConfig):
     """Splits the train interactions among the ranks without dropping rows.
 
     Ray's default makes equal shares and drops the remainder. Ray Data hands out blocks by demand, so the rows of a rank
-    differ from run to run; therefore ranks re-partition them by hash, which makes resume and parity of any number of
-    ranks bit-exact (training/data_loader.py).
+    differ from run to run; therefore ranks re-partition them by hash, which makes a resume on the same number of ranks
+    bit-exact (training/data_loader.py).
     """
 
     def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):

@@ -1,8 +1,9 @@
 """Row-wise sharded embedding table: each rank owns a contiguous range of the rows.
 
 `lookup` asks the owners for rows with one all-to-all; its backward sends row gradients back to the owners, which apply
-Adam to the touched rows alone. Traffic is touched rows x width, independent of the table's size and of the number
-of ranks, and no rank ever holds a gradient of the whole table. Tables stay outside DDP.
+Adam to the touched rows alone. With a plan of some rows, traffic is those rows x width, independent of the table's
+size, and no rank holds a gradient of the whole table. With `plan_whole_table` (full-graph propagation) every rank gets
+the whole table. Tables stay outside DDP.
 
 A `LookupPlan` says which rows go where. It is made once and serves several tables with the same rows, forward and
 backward (TorchRec calls this the input distribution).
@@ -72,7 +73,7 @@ class ShardedTable:
         init_std: standard deviation of the normal initial values, for all columns or for each; 0: zeros.
         seed: of the initial values, which are the same for any number of ranks.
         trainable: False: no gradient and no optimizer state.
-        rowwise: Adam's second moment is one number per row, the mean over its width, as in FBGEMM's
+        rowwise_second_moment: Adam's second moment is one number per row, the mean over its width, as in FBGEMM's
             `PARTIAL_ROWWISE_ADAM`: a third less memory.
     """
 
@@ -87,7 +88,7 @@ class ShardedTable:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         trainable: bool = True,
-        rowwise: bool = False,
+        rowwise_second_moment: bool = False,
     ):
         self.name, self.rows, self.width, self.comm, self.trainable = name, rows, width, comm, trainable
         self.start, self.stop = comm.row_range(rows)
@@ -97,8 +98,9 @@ class ShardedTable:
         self.pending: list[tuple[torch.Tensor | None, torch.Tensor]] = []
         self.steps = 0
         self.exp_avg = torch.zeros_like(self.weight) if trainable else None
-        self.rowwise = rowwise
-        self.exp_avg_sq = torch.zeros_like(self.weight[:, :1] if rowwise else self.weight) if trainable else None
+        self.rowwise_second_moment = rowwise_second_moment
+        moments = self.weight[:, :1] if rowwise_second_moment else self.weight
+        self.exp_avg_sq = torch.zeros_like(moments) if trainable else None
         self._anchor = torch.zeros((), device=comm.device, requires_grad=trainable)
 
     def with_values(self, rows: torch.Tensor) -> "ShardedTable":
@@ -129,7 +131,7 @@ class ShardedTable:
         return unique, summed / self.comm.size
 
     @torch.no_grad()
-    def step(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+    def adam_step(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         """Local. Adam on the rows with a pending gradient (torch.optim.SparseAdam's arithmetic), which is then
         cleared."""
         gradient = self.gradient()
@@ -142,7 +144,7 @@ class ShardedTable:
         if rows is not None:  # index_select: several times faster than indexing
             avg, avg_sq = avg.index_select(0, rows), avg_sq.index_select(0, rows)
         avg.lerp_(grad, 1 - betas[0])
-        if self.rowwise:
+        if self.rowwise_second_moment:
             avg_sq.mul_(betas[1]).add_(grad.square().mean(dim=1, keepdim=True), alpha=1 - betas[1])
         else:
             avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])

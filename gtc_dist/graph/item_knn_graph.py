@@ -42,7 +42,7 @@ SearchProgress = Callable[[int, int], None]
 
 
 def build_item_knn_graph(
-    content: dict[str, np.ndarray],
+    features: dict[str, np.ndarray],
     weights: dict[str, float],
     k: int,
     threads: int,
@@ -60,7 +60,7 @@ def build_item_knn_graph(
     an item without positive similarity has only weights of 0.
 
     Args:
-        content: modality -> float16 [items, width].
+        features: modality -> float16 [items, width].
         k: number of neighbours, limited to the number of other items.
         probes: lists searched for each item, in the approximate search.
         scratch: holds the arrays of the graph; None: in memory, for few items.
@@ -69,9 +69,9 @@ def build_item_knn_graph(
     if scratch is None:
         with Scratch() as scratch:
             options = {"search": search, "probes": probes, "seed": seed, "scratch": scratch, "progress": progress}
-            return in_memory(build_item_knn_graph(content, weights, k, threads, **options))
+            return in_memory(build_item_knn_graph(features, weights, k, threads, **options))
     faiss.omp_set_num_threads(threads)
-    joint = JointContent(content, weights, threads, scratch)
+    joint = JointContent(features, weights, threads, scratch)
     k = max(min(k, joint.items - 1), 0)
     indices, weight = scratch.array((joint.items, k), np.int32), scratch.array((joint.items, k), np.float32)
     if is_approximate(search, joint.items):
@@ -96,7 +96,7 @@ def is_approximate(search: str, items: int) -> bool:
 
 def graph_recall(
     graph: CSC,
-    content: dict[str, np.ndarray],
+    features: dict[str, np.ndarray],
     weights: dict[str, float],
     threads: int,
     *,
@@ -107,9 +107,9 @@ def graph_recall(
     """Recall of the graph: share of its neighbours at least as similar as the true k-th nearest, on sampled items."""
     if scratch is None:
         with Scratch() as scratch:
-            return graph_recall(graph, content, weights, threads, seed=seed, sample=sample, scratch=scratch)
+            return graph_recall(graph, features, weights, threads, seed=seed, sample=sample, scratch=scratch)
     faiss.omp_set_num_threads(threads)
-    joint = JointContent(content, weights, threads, scratch)
+    joint = JointContent(features, weights, threads, scratch)
     k = len(graph.indices) // joint.items
     if not k:
         return 1.0
@@ -132,11 +132,11 @@ class JointContent:
         present: bool [items], whether an item has a vector in any modality.
     """
 
-    def __init__(self, content: dict[str, np.ndarray], weights: dict[str, float], threads: int, scratch: Scratch):
+    def __init__(self, features: dict[str, np.ndarray], weights: dict[str, float], threads: int, scratch: Scratch):
         self.threads, self.scratch = threads, scratch
-        total = sum(weights[name] for name in content)
-        self.parts, self.scales = [matrix for name, matrix in content.items() if weights[name]], []
-        factors = [np.float32(np.sqrt(weights[name] / total)) for name in content if weights[name]]
+        total = sum(weights[name] for name in features)
+        self.parts, self.scales = [matrix for name, matrix in features.items() if weights[name]], []
+        factors = [np.float32(np.sqrt(weights[name] / total)) for name in features if weights[name]]
         self.items, self.width = len(self.parts[0]), sum(matrix.shape[1] for matrix in self.parts)
         for matrix, factor in zip(self.parts, factors, strict=True):
             scale = np.zeros(self.items, np.float32)

@@ -2,7 +2,8 @@
 
 The id embedding of a cold item was never trained, or only as a negative. Its final embedding is predicted instead:
 
-1. **Neighbours**: the mean of its nearest warm items in the item-item graph (`warm_neighbours.py`)
+1. **Neighbours**: the mean of those of its k nearest items that are warm, in the item-item graph
+   (`warm_neighbours.py`)
 2. **Regression**: ridge regression from content to the embeddings of warm items (`content_regression.py`)
 
 Which predictor is better depends on the catalog. Both, and the weight of an item's own content profile beside them, are
@@ -22,10 +23,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from gtc_dist.data.hashing import index_bucket
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.hybrid.content_regression import ContentRegression, hashed_bucket
+from gtc_dist.hybrid.content_regression import ContentRegression
 from gtc_dist.hybrid.coordinate_search import grid_neighbours, nearest_step
 from gtc_dist.hybrid.embeddings import Embeddings
 from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
@@ -63,7 +65,7 @@ class ColdStart:
         self.cold, self.neighbours, self.regression, self.allowed_loss = cold, neighbours, regression, allowed_loss
         self.weights = self.initial_weights()
         # cold items, and warm ones that simulate them when the norm is tuned (chosen by a hash of the index)
-        self.simulated_cold = cold | (hashed_bucket(0, len(cold), 10_000) < 10_000 * (SIMULATED_SHARE - cold.mean()))
+        self.simulated_cold = cold | (index_bucket(0, len(cold), 10_000) < 10_000 * (SIMULATED_SHARE - cold.mean()))
 
     @staticmethod
     def build(

@@ -19,7 +19,9 @@ def content_profile_scores(operator: CooccurrenceOperator, features: ShardedTabl
     """Tables of users [users, k] and items [items, k], k = min(width, features' width). Collective: every rank must
     call it."""
     space = ContentSpace.fit({features.name: features}, width)
-    items = space.apply({features.name: features.weight})
+    # missing_as_zero=False, as in version 0.1, whose results docs/log.md has: all items without a vector share one
+    # direction, that of minus the mean
+    items = space.apply({features.name: features.weight}, missing_as_zero=False)
     one_hop = operator.to_users(items)
     two_hop = operator.to_users(operator(items))
     covariance = item_covariance(operator.items.with_values(items))

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from gtc_dist.data.hashing import hash_index
+from gtc_dist.data.hashing import index_bucket
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.hybrid.content_space import ContentSpace
 
@@ -37,10 +37,10 @@ class ContentRegression:
         self.features, self.chunk = features, chunk
         table = next(iter(features.values()))
         self.comm, rank_rows = table.comm, slice(table.start, table.stop)
-        sampled = hashed_bucket(table.start, table.stop, 1 << 30) < (1 << 30) * MAX_FITTED_ITEMS / max(warm.sum(), 1)
+        sampled = index_bucket(table.start, table.stop, 1 << 30) < (1 << 30) * MAX_FITTED_ITEMS / max(warm.sum(), 1)
         self.fitted = torch.from_numpy(np.flatnonzero(warm[rank_rows] & sampled)).to(self.comm.device)
         # fold FOLDS, of cold items, is the fit on all
-        fold = np.where(warm[rank_rows], hashed_bucket(table.start, table.stop, FOLDS), FOLDS)
+        fold = np.where(warm[rank_rows], index_bucket(table.start, table.stop, FOLDS), FOLDS)
         self.fold = torch.from_numpy(fold).to(self.comm.device)
 
     @cached_property
@@ -100,9 +100,3 @@ class ContentRegression:
         """Content and a column of ones, float64 [n, content]."""
         x = self.space.apply(features, missing_as_zero=True).double()
         return torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-
-
-def hashed_bucket(start: int, stop: int, buckets: int) -> np.ndarray:
-    """Bucket in [0, buckets) of each index from `start` to `stop`, int64, by a hash: the same for any number of
-    ranks."""
-    return ((hash_index(np.arange(start, stop)) >> np.uint64(32)) % np.uint64(buckets)).astype(np.int64)

@@ -1,8 +1,9 @@
-"""The space in which items' contents are compared: unit vectors per modality, side by side.
+"""The two spaces in which items' contents are compared: unit vectors per modality, side by side.
 
-Each modality is centred over the items, scaled to unit rows (so that dot products are cosines) and projected on its
-principal directions; modality weights scale the columns. `graph/item_knn_graph.py` builds the same joint vectors out of
-core, without centring or projection, for catalogs that do not fit in memory.
+- `ContentSpace` is fitted: each modality is centred over the items, scaled to unit rows (so that dot products are
+  cosines) and projected on its principal directions. Used for content profiles and by the regression.
+- `weighted_unit_rows` fits nothing: unit rows scaled by modality weights, the similarity of the item-item graph, which
+  `graph/item_knn_graph.py` computes out of core for catalogs that do not fit in memory. Used for new items.
 """
 
 from dataclasses import dataclass
@@ -16,29 +17,26 @@ from gtc_dist.hybrid.embeddings import row_blocks
 
 @dataclass(frozen=True)
 class ModalityMap:
-    """Features of one modality to unit rows in its principal directions.
+    """Features of one modality to centred unit rows in its principal directions.
 
-    mean: float64 [d]; None: not centred. directions: float64 [d, k]; None: no projection. scale: factor of all columns.
+    mean: float64 [d]. directions: float64 [d, k]; None: no projection, k = d.
     """
 
-    mean: torch.Tensor | None = None
+    mean: torch.Tensor
     directions: torch.Tensor | None = None
-    scale: float = 1.0
 
     def apply(self, features: torch.Tensor) -> torch.Tensor:
-        """Features [n, d] to float32 [n, k]. Rows have length one (times `scale`) before the projection."""
+        """Features [n, d] to float32 [n, k]. Rows have length one before the projection."""
         return torch.cat([self._apply_block(block) for block in row_blocks(features)])
 
     def _apply_block(self, features: torch.Tensor) -> torch.Tensor:
-        if self.mean is None:
-            return normalize(features.float(), dim=1) * self.scale
         rows = normalize(features.double() - self.mean, dim=1)
         return (rows if self.directions is None else rows @ self.directions).float()
 
 
 @dataclass(frozen=True)
 class ContentSpace:
-    """Maps of the modalities, in the order of their columns."""
+    """Fitted maps of the modalities, in the order of their columns."""
 
     maps: dict[str, ModalityMap]
 
@@ -53,12 +51,6 @@ class ContentSpace:
         """
         return ContentSpace({name: _fit_modality(table, width, fitted) for name, table in features.items()})
 
-    @staticmethod
-    def uncentred(weights: dict[str, float]) -> "ContentSpace":
-        """Dot products are the weighted mean of the modalities' cosines, as in the item-item graph."""
-        total = sum(weights.values())
-        return ContentSpace({name: ModalityMap(scale=(weight / total) ** 0.5) for name, weight in weights.items()})
-
     def apply(self, features: dict[str, torch.Tensor], missing_as_zero: bool = False) -> torch.Tensor:
         """Local. Joint content vectors float32 [n, k].
 
@@ -72,7 +64,26 @@ class ContentSpace:
             if missing_as_zero:
                 rows = torch.where((features[name] != 0).any(dim=1, keepdim=True), rows, 0)
             parts.append(rows)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return _side_by_side(parts)
+
+
+def weighted_unit_rows(features: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
+    """Joint content vectors float32 [n, all d], whose dot products are weighted means of the modalities' cosines.
+
+    Args:
+        features: modality -> [n, d].
+        weights: of the same modalities, with a sum above 0.
+    """
+    total, parts = sum(weights.values()), []
+    for name, weight in weights.items():
+        scale = (weight / total) ** 0.5
+        units = [normalize(block.float(), dim=1) * scale for block in row_blocks(features[name])]
+        parts.append(torch.cat(units))
+    return _side_by_side(parts)
+
+
+def _side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _fit_modality(table: ShardedTable, width: int, fitted: torch.Tensor | None) -> ModalityMap:

@@ -8,7 +8,7 @@ Only the `width` leading eigenpairs (Q, l) of C are kept, largest first, and
 
     user . item = (N Q (l^2 + 3 l^3) Q^T D_i^-q)[user, item]      l relative to the largest
 
-sums walks of two and three steps from item to item, the longer ones weighted by three, through the leading modes alone.
+sums paths of two and three steps from item to item, the longer ones weighted by three, through the leading modes alone.
 A graph convolution of few layers is a soft version of such a filter. The first mode ranks items by their centrality
 among co-interacting users, a better popularity signal than the number of interactions. Nothing is learned from a loss:
 the cost is some passes over the graph, once a run.

@@ -1,6 +1,6 @@
 """Post-processing of the network's embeddings: score fusion, then predicted embeddings for cold-start items.
 
-The results are what is ranked and exported.
+Its results are ranked and exported.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,9 @@ from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
 
 @dataclass
 class HybridScorer:
-    """Score fusion and cold start with their tuned weights. Methods are collectives unless marked Local.
+    """Score fusion and cold start with their tuned weights, together the hybrid weights.
+
+    Methods are collectives unless marked Local.
 
     fusion: None without untrained scorers. cold_start: None without an item-item graph and without content features.
     """
@@ -79,12 +81,12 @@ class HybridScorer:
         return {} if self.fusion is None else self.fusion.profile_columns(width)
 
     def state(self) -> dict[str, dict[str, float]]:
-        """Local. All weights, under the names that checkpoints use."""
+        """Local. The hybrid weights, under the names that checkpoints use."""
         parts = {"blend": self.fusion, "cold": self.cold_start}
         return {name: dict(part.weights) for name, part in parts.items() if part}
 
     def load(self, saved: dict) -> None:
-        """Local. Set the weights from a checkpoint that contains `state()` among other entries."""
+        """Local. Set the hybrid weights from a checkpoint that contains `state()` among other entries."""
         if self.fusion is not None:
             self.fusion.weights |= saved["blend"]
         if self.cold_start is not None:

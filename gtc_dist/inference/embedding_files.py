@@ -19,7 +19,7 @@ FILE_ROWS = 1 << 17
 
 
 def export_rank(
-    comm: Communicator, graphs: Graphs | None, found: RunRef, out: str, dtype: str, new_items: str | None = None
+    comm: Communicator, graphs: Graphs | None, run_ref: RunRef, out: str, dtype: str, new_items: str | None = None
 ) -> dict:
     """Compute and write this rank's rows. Collective: every rank must call it.
 
@@ -29,10 +29,10 @@ def export_rank(
     Returns:
         the manifest's entries on sizes and on the files of all ranks.
     """
-    run = load_run(found, comm, graphs)
-    ids, content = read_new_items(run, new_items) if new_items else (None, None)
-    tables = dict(zip(("users", "items"), run.embed(), strict=True))
-    new_rows = embed_new_items(run, tables["items"], content) if new_items else None
+    run = load_run(run_ref, comm, graphs)
+    ids, new_features = read_new_items(run, new_items) if new_items else (None, None)
+    tables = dict(zip(("users", "items"), run.final_embeddings(), strict=True))
+    new_rows = embed_new_items(run, tables["items"], new_features) if new_items else None
     for kind, rows in [(kind, table.weight) for kind, table in tables.items()] + [("new items", new_rows)]:
         if comm.all_reduce_max(int(rows is not None and not _fits(rows, dtype))):
             raise InputError(f"embeddings of {kind} are not finite in {dtype}; export them as float32")

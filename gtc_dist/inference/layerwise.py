@@ -21,11 +21,10 @@ COLUMNS = 32  # of a view that are propagated at once
 
 @torch.no_grad()
 def embed_catalog(
-    model: GTC,
+    network: GTC,
     tables: Tables,
     features: dict[str, ShardedTable],
     graphs: Graphs,
-    layers: int,
     chunk: int,
     diagnostics: dict[str, float] | None = None,
 ) -> Embeddings:
@@ -33,34 +32,33 @@ def embed_catalog(
     call it.
 
     Args:
-        features: modality -> table of the items' features, over the model's ranks.
-        layers: user-item convolution layers.
+        features: modality -> table of the items' features, over the network's ranks.
         chunk: rows of this rank computed at once.
         diagnostics: filled with the mean of each of `GTC.diagnostics` over all items.
     """
-    users, items = embed_views(model, tables, features, graphs, layers, chunk, diagnostics)
-    return Embeddings(_join_views(model, users), _join_views(model, items))
+    users, items = embed_views(network, tables, features, graphs, chunk, diagnostics)
+    return Embeddings(_join_views(network, users), _join_views(network, items))
 
 
 @torch.no_grad()
 def embed_views(
-    model: GTC,
+    network: GTC,
     tables: Tables,
     features: dict[str, ShardedTable],
     graphs: Graphs,
-    layers: int,
     chunk: int,
     diagnostics: dict[str, float] | None = None,
 ) -> Embeddings:
-    """`embed_catalog` before the views are joined: tables of width all views * D. Collective: every rank must call
+    """`embed_catalog` before the views are joined: tables of width node views * D. Collective: every rank must call
     it."""
-    users, items = graph_inputs(model, tables, features, graphs, chunk, torch.float32, diagnostics)
+    users, items = graph_inputs(network, tables, features, graphs, chunk, torch.float32, diagnostics)
     operators = GraphOperators(graphs, users, items, chunk * users.width // COLUMNS)
-    for columns in column_groups(model):
-        user_sums, item_sums = operators.propagate(*operators.input_columns(model, users, items, columns), layers)
-        apply_view_weights(user_sums, model, tables.user, columns)
+    for columns in column_groups(network):
+        inputs = operators.input_columns(network, users, items, columns)
+        user_sums, item_sums = operators.propagate(*inputs, network.model_config.layers)
+        apply_view_weights(user_sums, network, tables.user, columns)
         users.weight[:, columns], items.weight[:, columns] = user_sums.weight, item_sums.weight
-        item_hop = None if model.hops_first else operators.item_item
+        item_hop = None if network.item_hop_first else operators.item_item
         for out, sums, hop in ((users, user_sums, operators.user_user), (items, item_sums, item_hop)):
             for low, high, values in hop.sums(sums) if hop else ():
                 out.weight[low:high, columns] += values
@@ -69,7 +67,7 @@ def embed_views(
 
 @torch.no_grad()
 def graph_inputs(
-    model: GTC,
+    network: GTC,
     tables: Tables,
     features: dict[str, ShardedTable],
     graphs: Graphs,
@@ -77,26 +75,26 @@ def graph_inputs(
     dtype: torch.dtype,
     diagnostics: dict[str, float] | None = None,
 ) -> Embeddings:
-    """Rows of all users and items that enter the graph, tables of width all views * D. Collective: every rank must call
-    it."""
-    training = model.training
-    model.eval()
-    width = model.n_all_views * model.dim
+    """Rows of all users and items that enter the graph, tables of width node views * D. Collective: every rank must
+    call it."""
+    training = network.training
+    network.eval()
+    width = network.n_node_views * network.dim
     users, items = _empty_like(tables.user, width, dtype), _empty_like(tables.item, width, dtype)
     for low, high in row_chunks(users, chunk):
-        users.weight[low:high] = model.user_inputs(tables.user.weight[low:high])[0]
+        users.weight[low:high] = network.encode_users(tables.user.weight[low:high])[0]
     sums: dict[str, torch.Tensor] = {}
-    audiences = audience_spmm(graphs, users, items, chunk) if model.needs_audience else None
+    audiences = audience_spmm(graphs, users, items, chunk) if network.needs_audience else None
     for low, high, audience in audiences.sums(users) if audiences else _chunks_without_audience(items, chunk):
-        content = {name: table.weight[low:high] for name, table in features.items()}
-        items.weight[low:high], encoded = model.item_inputs(tables.item.weight[low:high], content, audience)
+        chunk_features = {name: table.weight[low:high] for name, table in features.items()}
+        items.weight[low:high], encoded = network.encode_items(tables.item.weight[low:high], chunk_features, audience)
         if diagnostics is not None:
-            for name, values in model.diagnostics(encoded).items():
+            for name, values in network.diagnostics(encoded).items():
                 sums[name] = sums.get(name, 0) + values.sum()
     if diagnostics is not None:
         total = items.comm.all_reduce(torch.stack(list(sums.values())))
         diagnostics |= {name: float(value) / items.rows for name, value in zip(sums, total, strict=True)}
-    model.train(training)
+    network.train(training)
     return Embeddings(users, items)
 
 
@@ -105,18 +103,18 @@ def audience_spmm(graphs: Graphs, users: ShardedTable, items: ShardedTable, chun
     return ShardedSpMM(graphs.nodes.indptr, graphs.nodes.indices, None, graphs.users, items, users, chunk)
 
 
-def apply_view_weights(sums: ShardedTable, model: GTC, user: ShardedTable, columns: slice) -> None:
+def apply_view_weights(sums: ShardedTable, network: GTC, user: ShardedTable, columns: slice) -> None:
     """Multiply a column group of the users' sums by the users' weights of its view, in place."""
-    weights = user.weight[:, model.user_widths[0] :]
-    sums.weight *= model.view_weights(weights)[:, columns.start // model.dim, None]
+    weights = user.weight[:, network.user_widths[0] :]
+    sums.weight *= network.view_weights(weights)[:, columns.start // network.dim, None]
 
 
-def column_groups(model: GTC) -> list[slice]:
+def column_groups(network: GTC) -> list[slice]:
     """The columns of all views in groups of at most `COLUMNS`, each within one view."""
     return [
-        slice(first, min(first + COLUMNS, view + model.dim))
-        for view in range(0, model.n_all_views * model.dim, model.dim)
-        for first in range(view, view + model.dim, COLUMNS)
+        slice(first, min(first + COLUMNS, view + network.dim))
+        for view in range(0, network.n_node_views * network.dim, network.dim)
+        for first in range(view, view + network.dim, COLUMNS)
     ]
 
 
@@ -134,11 +132,11 @@ class GraphOperators:
 
     @torch.no_grad()
     def input_columns(
-        self, model: GTC, users: ShardedTable, items: ShardedTable, columns: slice
+        self, network: GTC, users: ShardedTable, items: ShardedTable, columns: slice
     ) -> tuple[ShardedTable, ShardedTable]:
         """A column group of the graph inputs, float32; content views after the item-item hop where it comes first."""
         x_user, x_item = _columns(users, columns), _columns(items, columns)
-        if model.hops_first and model.is_content(columns.start // model.dim):
+        if network.item_hop_first and network.is_content(columns.start // network.dim):
             x_item = _product(self.item_item, x_item, x_item)
         return x_user, x_item
 
@@ -168,11 +166,11 @@ def _empty_like(table: ShardedTable, width: int, dtype: torch.dtype = torch.floa
     return ShardedTable(table.name, table.rows, width, table.comm, dtype=dtype, trainable=False)
 
 
-def _join_views(model: GTC, views: ShardedTable) -> ShardedTable:
-    if model.out_width == views.width:
+def _join_views(network: GTC, views: ShardedTable) -> ShardedTable:
+    if network.out_width == views.width:
         return views
-    out = _empty_like(views, model.out_width)
-    out.weight = model.join_views(views.weight)
+    out = _empty_like(views, network.out_width)
+    out.weight = network.join_views(views.weight)
     return out
 
 

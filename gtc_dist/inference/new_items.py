@@ -1,8 +1,9 @@
 """New items: embeddings of items that arrive after training, from their content alone.
 
 They are predicted like the cold-start items of the catalog (`hybrid/cold_start.py`): by the regression on content, or
-as the mean of the nearest warm items, with modality weights as in the item-item graph. Their content profiles are their
-own.
+as the mean of their nearest warm items. Unlike a catalog item, a new item gets its k nearest warm items, so it always
+has neighbours. Similarity is that of the item-item graph, with the modality weights of `data.features` in the run's
+config.yaml (1 for modalities that it does not list). Their content profiles are their own.
 """
 
 import faiss
@@ -11,14 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from gtc_dist.data import formats
+from gtc_dist.checkpoint.run_folder import CONFIG_FILE
+from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.data.feature_transform import FeatureTransform
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import similarity_weights
 from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, NORM_SCALE, REGRESSION
-from gtc_dist.hybrid.content_space import ContentSpace
+from gtc_dist.hybrid.content_space import ContentSpace, weighted_unit_rows
 from gtc_dist.inference.trained_run import TrainedRun
 
 WARM_BLOCK = 1 << 16  # warm items compared at once
@@ -31,14 +33,19 @@ def read_new_items(run: TrainedRun, uri: str) -> tuple[pa.Array, dict[str, np.nd
         uri: Parquet file with the column `id` and one column of raw vectors for each modality of the run.
 
     Raises:
-        InputError: a column that is missing or of another type or width, a null, a value that is not finite, an id
-            that is given twice or that the catalog has.
+        InputError: not a Parquet file, a column that is missing or of another type or width, a null, a value that is
+            not finite, an id that is given twice or that the catalog has. Rows are counted from 1.
     """
-    table = formats.read_table(uri)
-    wanted = ["id", *run.features]
-    missing = [name for name in wanted if name not in table.column_names]
+    modalities = ", ".join(run.features)
+    needed = f"--new-items needs a Parquet file with `id` and one column of vectors per modality ({modalities})"
+    try:
+        table = formats.read_table(uri)
+    except InputError as error:
+        raise InputError(f"{needed}; {error}") from error
+    missing = [name for name in ("id", *run.features) if name not in table.column_names]
     if missing:
-        raise InputError(f"{uri} has no column {missing[0]!r}; columns found: {', '.join(table.column_names)}")
+        found = ", ".join(table.column_names)
+        raise InputError(f"{needed}; {uri} has no column {missing[0]!r}; columns found: {found}")
     return _new_ids(run.catalog, table, uri), {name: _new_features(run, uri, table, name) for name in run.features}
 
 
@@ -66,7 +73,7 @@ def _new_features(run: TrainedRun, uri: str, table: pa.Table, name: str) -> np.n
         raise InputError(f"{uri}: column {name!r} is {column.type}; it must hold vectors (lists of numbers)")
     if column.null_count:
         row = column.is_null().index(True).as_py()
-        raise InputError(f"{uri}: column {name!r} has no vector in row {row}")
+        raise InputError(f"{uri}: column {name!r} has no vector in row {row + 1}")
     lengths = set(pc.list_value_length(column).to_pylist())
     if lengths - {width}:
         found = sorted(lengths - {width}, key=str)[0]
@@ -74,20 +81,20 @@ def _new_features(run: TrainedRun, uri: str, table: pa.Table, name: str) -> np.n
     raw = column.flatten().to_numpy(zero_copy_only=False).astype(np.float64).reshape(-1, width)
     if not np.isfinite(raw).all():
         row = int(np.flatnonzero(~np.isfinite(raw).all(axis=1))[0])
-        raise InputError(f"{uri}: column {name!r}, row {row}: the vector has a value that is not finite")
+        raise InputError(f"{uri}: column {name!r}, row {row + 1}: the vector has a value that is not finite")
     return FeatureTransform.load(run.catalog.uri, name).apply(raw)
 
 
 @torch.no_grad()
-def embed_new_items(run: TrainedRun, items: ShardedTable, content: dict[str, np.ndarray]) -> torch.Tensor:
+def embed_new_items(run: TrainedRun, items: ShardedTable, new_features: dict[str, np.ndarray]) -> torch.Tensor:
     """Embeddings of new items, float32 [n, width of `items`].
 
     Args:
         items: final embeddings of the catalog's items, all of them in this process.
-        content: modality -> float16 [n, d], transformed like the catalog's.
+        new_features: modality -> float16 [n, d], transformed like the catalog's.
     """
     cold_start = run.scorer.cold_start
-    features = {name: torch.from_numpy(rows) for name, rows in content.items()}
+    features = {name: torch.from_numpy(rows) for name, rows in new_features.items()}
     if cold_start.weights[REGRESSION]:
         rows = cold_start.regression.predict_new(cold_start.regression.fit(items), features)
     else:
@@ -97,7 +104,8 @@ def embed_new_items(run: TrainedRun, items: ShardedTable, content: dict[str, np.
         rows = torch.einsum("nk,nkd->nd", share, items.weight[torch.from_numpy(warm[neighbour])])
     for name, columns in run.scorer.profile_columns(items.width).items():
         space = ContentSpace.fit({name: run.features[name]}, run.config.model.hybrid.content_profile)
-        rows[:, columns] = space.apply({name: features[name]}) * cold_start.weights[CONTENT_WEIGHT]
+        profiles = space.apply({name: features[name]}, missing_as_zero=False)  # like those of the catalog's items
+        rows[:, columns] = profiles * cold_start.weights[CONTENT_WEIGHT]
     return rows * cold_start.weights[NORM_SCALE]
 
 
@@ -109,15 +117,23 @@ def nearest_warm_items(
 
     Args:
         features: modality -> [n, d] of the new items.
+
+    Raises:
+        InputError: the weights of these modalities are all 0.
     """
     k = min(run.config.graph.item_neighbours, len(warm))
     configured = run.config.data.features
-    space = ContentSpace.uncentred({name: configured[name].weight if name in configured else 1.0 for name in features})
-    queries = space.apply(features).numpy()
+    weights = {name: configured[name].weight if name in configured else 1.0 for name in features}
+    if not sum(weights.values()):
+        raise InputError(
+            f"data.features in {storage.join(run.uri, CONFIG_FILE)} gives {', '.join(weights)} weight 0, so new items "
+            "have no nearest items; train with a positive weight"
+        )
+    queries = weighted_unit_rows(features, weights).numpy()
     similarity, position = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     for first in range(0, len(warm), WARM_BLOCK):
         block = torch.from_numpy(warm[first : first + WARM_BLOCK])
-        keys = space.apply({name: run.features[name].weight[block] for name in features}).numpy()
+        keys = weighted_unit_rows({name: run.features[name].weight[block] for name in features}, weights).numpy()
         found, at = faiss.knn(queries, keys, min(k, len(block)), faiss.METRIC_INNER_PRODUCT)
         similarity, position = (
             np.concatenate([similarity, found], axis=1),

@@ -37,20 +37,20 @@ class TrainedRun:
     features: dict[str, ShardedTable]
     scorer: HybridScorer
 
-    def embed(self) -> Embeddings:
+    def final_embeddings(self) -> Embeddings:
         """Final embeddings of users and items; the row is the catalog index."""
-        return self.scorer.impute_cold(self.fuse())
+        return self.scorer.impute_cold(self.fused_embeddings())
 
-    def fuse(self) -> Embeddings:
+    def fused_embeddings(self) -> Embeddings:
         """Fused embeddings, before cold items are predicted."""
-        layers, chunk = self.config.model.layers, self.config.eval.block_rows
-        return self.scorer.fuse(embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk))
+        chunk = self.config.eval.block_rows
+        return self.scorer.fuse(embed_catalog(self.network, self.tables, self.features, self.graphs, chunk))
 
     def metrics_by_user(self, split: str, users: int | None) -> dict[str, np.ndarray]:
         """Each metric of the ranked users of all ranks, name@K -> float64 [users], in the order of user indexes."""
         comm = self.tables.user.comm
         options = replace(self.ranking_options(users), seed=0)
-        overall, _ = ranking.metrics_by_user(*self.embed(), self.graphs, self._ground_truth(split), options)
+        overall, _ = ranking.metrics_by_user(*self.final_embeddings(), self.graphs, self._ground_truth(split), options)
         counts = comm.all_gather_int(len(overall["recall@20"]))
         return {
             name: comm.all_gather(torch.from_numpy(values).to(comm.device), counts).cpu().numpy()
@@ -60,7 +60,7 @@ class TrainedRun:
     def evaluate(self, split: str, users: int | None) -> dict:
         """Metrics of a split over about `users` of its users; None: all."""
         return ranking.evaluate_split(
-            *self.embed(), self.graphs, self._ground_truth(split), self.ranking_options(users)
+            *self.final_embeddings(), self.graphs, self._ground_truth(split), self.ranking_options(users)
         )
 
     def ranking_options(self, users: int | None) -> RankingOptions:
@@ -72,7 +72,7 @@ class TrainedRun:
         return ranking.load_ground_truth(self.catalog, split, self.tables.user.start, self.tables.user.stop)
 
 
-def load_run(found: RunRef, comm: Communicator | None = None, graphs: Graphs | None = None) -> TrainedRun:
+def load_run(run_ref: RunRef, comm: Communicator | None = None, graphs: Graphs | None = None) -> TrainedRun:
     """Load a run: this rank's rows of its tables and features. Collective: every rank must call it.
 
     Args:
@@ -80,16 +80,25 @@ def load_run(found: RunRef, comm: Communicator | None = None, graphs: Graphs | N
         graphs: the node's shared copy; None: read from the catalog.
     """
     comm = comm or Communicator()
-    catalog = Catalog(found.config.data.catalog)
-    network, tables = build_network(found.config, catalog, comm, trainable=False)
+    catalog = Catalog(run_ref.config.data.catalog)
+    network, tables = build_network(run_ref.config, catalog, comm, trainable=False)
     dense = checkpoint_files.load(
-        storage.join(found.uri, found.checkpoint), checkpoint_files.weight_shards(list(tables.all()))
+        storage.join(run_ref.uri, run_ref.checkpoint), checkpoint_files.weight_shards(list(tables.all()))
     )
     network.load_state_dict(dense["network"])
     features = load_features(network.modalities, catalog, comm)
-    graphs = graphs or load_graphs(found.config, catalog)
-    scorer = HybridScorer.build(found.config, graphs, features, comm)
+    graphs = graphs or load_graphs(run_ref.config, catalog)
+    scorer = HybridScorer.build(run_ref.config, graphs, features, comm)
     scorer.load(dense)
     return TrainedRun(
-        found.uri, found.checkpoint, found.epoch, found.config, catalog, graphs, network, tables, features, scorer
+        run_ref.uri,
+        run_ref.checkpoint,
+        run_ref.epoch,
+        run_ref.config,
+        catalog,
+        graphs,
+        network,
+        tables,
+        features,
+        scorer,
     )

@@ -31,19 +31,19 @@ def parse_run_command(parser: argparse.ArgumentParser, argv: list[str] | None):
     return args
 
 
-def run_on_ranks_or_here(args, found: RunRef, work: Callable[..., dict]) -> dict:
-    """Run `work(comm, graphs, found=found)` in this process or, with --workers, on ranks; returns rank 0's result."""
-    work = functools.partial(work, found=found)
+def run_on_ranks_or_here(args, run_ref: RunRef, work: Callable[..., dict]) -> dict:
+    """Run `work(comm, graphs, run_ref=...)` in this process or, with --workers, on ranks; returns rank 0's result."""
+    work = functools.partial(work, run_ref=run_ref)
     if not args.workers:
         torch.set_num_threads(args.threads or torch.get_num_threads())
         return work(Communicator(), None)
 
     from gtc_dist.launch import ray_cluster, ray_train  # slow to import; needed only with --workers
 
-    graphs = load_graphs(found.config, Catalog(found.config.data.catalog))
+    graphs = load_graphs(run_ref.config, Catalog(run_ref.config.data.catalog))
     ray_cluster.connect(min(args.workers, ray_cluster.cores()) + 1, dashboard=True, shared_bytes=graphs.bytes)
     cluster = ClusterConfig(workers=args.workers, gpu=args.gpu, threads=args.threads)
     resources = ray_train.worker_resources(cluster)
     shared = ray_train.share_graphs(graphs)
     del graphs
-    return ray_train.run_on_ranks(work, cluster, shared, found.uri, resources)
+    return ray_train.run_on_ranks(work, cluster, shared, run_ref.uri, resources)

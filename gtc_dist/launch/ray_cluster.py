@@ -23,7 +23,7 @@ def connect(num_cpus_needed: int = 1, dashboard: bool = False, shared_bytes: int
         dashboard: start Ray's dashboard with a local cluster; Ray Train asks it for the state of its actors.
         shared_bytes: size of what the command will share; added to a local cluster's object store.
     """
-    # This logger reports at every start that token authentication is on; the README explains it.
+    # This logger reports at every start that token authentication is on; docs/cluster.md, Tokens, explains it.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS"):
@@ -70,7 +70,8 @@ def quiet() -> None:
 
 
 def object_store_bytes() -> int:
-    """Object store size of a local cluster: an eighth of the free memory, within bounds (prepare and train stream)."""
+    """Object store size of a local cluster: an eighth of the free memory, within bounds. prepare and train need no
+    more: both read the data block by block."""
     page = os.sysconf("SC_PAGE_SIZE")
     free = os.sysconf("SC_AVPHYS_PAGES") * page
     return int(min(max(free // 8, MIN_OBJECT_STORE), MAX_OBJECT_STORE))

@@ -63,10 +63,13 @@ def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
         min(math.floor(cpu / each), math.floor(gpu) if cluster.gpu else math.inf)
         for cpu, gpu in zip(cpus, gpus, strict=True)
     )
-    if slots < workers or workers * each + READER_CPUS > sum(cpus):
+    enough = workers * each + READER_CPUS <= sum(cpus)
+    if slots < workers or not enough:
+        room = f", with room for {slots} such ranks (a rank does not span nodes)" if enough else ""
         raise InputError(
             f"cluster.{key}={workers} needs {workers * (requested or 1):g} CPUs, and {READER_CPUS:g} to read data; the "
-            f"cluster has {sum(cpus):g} on {len(nodes)} nodes. Use fewer workers or a smaller cluster.cpus_per_worker"
+            f"cluster has {sum(cpus):g} on {len(nodes)} nodes{room}. Use fewer workers or a smaller "
+            "cluster.cpus_per_worker"
         )
     return {"CPU": each, "GPU": 1} if cluster.gpu else {"CPU": each}
 
@@ -92,7 +95,7 @@ def train_on_ray(
     for name in (RAY_FOLDER, STOP_FILE, FAILURE_FILE):  # left by an earlier command
         storage.remove_tree(storage.join(run, name))
     with stop_file_on_sigterm(run):
-        _trainer(
+        _ray_trainer(
             train_rank, settings, config.cluster, run, RAY_FOLDER, resources, config.cluster.retries, **datasets
         ).fit()
     failed, metrics = storage.join(run, FAILURE_FILE), storage.join(run, METRICS_FILE)
@@ -132,17 +135,17 @@ def run_on_ranks(
 
     The result comes back through the run's storage, since Ray Train keeps metrics only with checkpoints.
     """
-    name = f"ray-{uuid.uuid4().hex[:8]}"
+    name = f"{RAY_FOLDER}-{uuid.uuid4().hex[:8]}"
     result = storage.join(run, name, "result.json")
     try:
         settings = {"work": work, "cluster": cluster, "graphs": graphs, "result": result}
-        _trainer(work_rank, settings, cluster, run, name, resources).fit()
+        _ray_trainer(work_rank, settings, cluster, run, name, resources).fit()
         return storage.read_json(result)
     finally:
         storage.remove_tree(storage.join(run, name))
 
 
-def _trainer(
+def _ray_trainer(
     function, settings: dict, cluster: ClusterConfig, run: str, name: str, resources: dict, retries: int = 0, **datasets
 ):
     filesystem, path = storage.arrow_filesystem(run)
@@ -182,7 +185,7 @@ def train_rank(settings: dict) -> None:
         return  # a retry would only repeat the failure
     try:
         with watch_rank(comm, settings["watchdog"], 60 * config.cluster.wait_minutes):
-            catalog, poll = Catalog(config.data.catalog), StopRequest(run, comm)
+            catalog, poll = Catalog(config.data.catalog), RequestPoll(run, comm)
             Trainer(config, catalog, run, users, items, graphs, comm, train.report, poll).fit()
     except tuple(FATAL.values()) as error:
         kind = next(name for name, fatal in FATAL.items() if isinstance(error, fatal))
@@ -190,9 +193,15 @@ def train_rank(settings: dict) -> None:
         raise
 
 
-class StopRequest:
-    """Poll for a request to stop (SIGTERM, answer "leave") or to save now (a node is about to be preempted and Ray will
-    restart the ranks elsewhere, answer "save"); "" otherwise. Collective: every rank must call it."""
+class RequestPoll:
+    """Polls for requests to the training; a call returns the same answer on every rank.
+
+    - "leave": save the training state and stop; SIGTERM was received and the stop file is in the run folder.
+    - "save": save the training state now; a node is about to be preempted, and Ray will restart the ranks elsewhere.
+    - "": no request.
+
+    Calls are collectives: every rank must make them.
+    """
 
     def __init__(self, run: str, comm: Communicator):
         self.stop_file, self.comm, self.preempted = storage.join(run, STOP_FILE), comm, False

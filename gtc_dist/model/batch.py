@@ -15,8 +15,9 @@ from gtc_dist.distributed.sharded_table import LookupPlan
 
 
 @dataclass
-class SampledBatch:
-    """Pairs of this rank and their randomness, on the host; users and items are catalog indexes."""
+class DrawnPairs:
+    """Pairs of this rank with their negatives and the randomness of the step, on the host. Users and items are catalog
+    indexes."""
 
     users: np.ndarray  # int64 [B]
     positives: np.ndarray  # int64 [B]
@@ -24,8 +25,8 @@ class SampledBatch:
     timesteps: np.ndarray  # int64 [B], 1..T
     noise: np.ndarray  # float32 [modalities, B, D]
     dropout: np.ndarray  # float32 [2, B], uniform in [0, 1)
-    seed: int  # the same on every rank: permutations of the total correlation
-    sampler_seed: int  # of this rank: neighbour sampling
+    permutation_seed: int  # of the total correlation, the same on every rank
+    sampler_seed: int  # of this rank's neighbour sampling
     counts: list[int]  # pairs of each rank
 
 
@@ -48,10 +49,10 @@ class HistoryLookup:
 class HistoryRows:
     """Historical embeddings of the last full-graph refresh, at the rows of a batch: constants, float32."""
 
-    inputs: torch.Tensor  # [input users + input items, all views * D] what entered the graph
-    users: torch.Tensor  # [u, all views * D] convolved, before the user's view weights
-    user_hop: torch.Tensor | None  # [u, all views * D] what the user-user hop added
-    items: torch.Tensor  # [i, all views * D] convolved, with the item-item hop
+    inputs: torch.Tensor  # [input users + input items, node views * D] what entered the graph
+    users: torch.Tensor  # [u, node views * D] convolved, before the user's view weights
+    user_hop: torch.Tensor | None  # [u, node views * D] what the user-user hop added
+    items: torch.Tensor  # [i, node views * D] convolved, with the item-item hop
 
 
 @dataclass
@@ -64,15 +65,15 @@ class Subgraph:
     audience: Block | None  # input users -> input items, weights sum to one: mean preference of an item's users
     input_nodes: torch.Tensor | None  # [sources of the first block], rows of cat(input users, items); None: in order
     blocks: list[Block]  # one per user-item layer
-    seed_users: int
-    seed_items: int
+    n_seed_users: int
+    n_seed_items: int
     user_hop: Block | None  # seed users -> the batch's users
     input_hop: Block | None  # input items -> those of them that enter the graph, which come first
     item_hop: Block | None  # seed items -> the batch's items
-    user_seeds: torch.Tensor  # [u] positions of the batch's users among the seed users
-    item_seeds: torch.Tensor  # [i] positions of the batch's items among the seed items
-    user_inputs: torch.Tensor  # [u] positions of the batch's users among the input users
-    item_inputs: torch.Tensor  # [i] positions of the batch's items among the input items
+    users_in_seeds: torch.Tensor  # [u] positions of the batch's users among the seed users
+    items_in_seeds: torch.Tensor  # [i] positions of the batch's items among the seed items
+    users_in_inputs: torch.Tensor  # [u] positions of the batch's users among the input users
+    items_in_inputs: torch.Tensor  # [i] positions of the batch's items among the input items
     history: HistoryLookup | None = None  # sampled, with historical embeddings
 
     def to(self, device: torch.device) -> "Subgraph":
@@ -97,7 +98,7 @@ class Batch:
     permutation_seed: int  # of the total correlation's permutations, the same on every rank
     counts: list[int]  # pairs of each rank
     tc_counts: list[int]  # pairs of each rank that enter the total correlation
-    sampled: SampledBatch  # what the batch was made from; stays on the host
+    drawn: DrawnPairs  # the same pairs as catalog indexes; stays on the host
     all_pairs: np.ndarray  # int64 [n, 2] user and positive of all ranks' pairs, catalog indexes; stays on the host
 
     def to(self, device: torch.device) -> "Batch":

@@ -25,7 +25,7 @@ def build_network(
     modalities = catalog.modalities(config.model.modalities)
     torch.manual_seed(config.train.seed)
     network = GTC(modalities, config.model, config.train, comm, variant).to(comm.device)
-    options = {"trainable": trainable, "rowwise": config.train.table_optimizer == "rowwise_adam"}
+    options = {"trainable": trainable, "rowwise_second_moment": config.train.table_optimizer == "rowwise_adam"}
     return network, Tables.build(network, catalog.users, catalog.items, comm, config.train.seed, **options)
 
 

@@ -1,15 +1,19 @@
 """GTC: content filter, view attention, graph convolution over views, and the loss (arXiv 2604.03014).
 
-    item id rows ───────────────┐
-    features ─ project ─ filter ┴─ views [n, views, D] ─ attention ─┐
-    user preference rows [n, views, D] ─────────────────────────────┴─ x + Ax + A^2 x ─ join ─ hops ─ dot product
+    item id rows ─────────────┐
+    features ─ project ─ filter ┴ views ─ attention ─┐
+    user preference rows ────────────────────────────┴ [item hop] ─ x + Ax + A^2 x ─ [item hop] ─ user's view weights
+                                                       ─ [user hop] ─ join views ─ dot product
+
+The item-item hop comes before the convolution where content gates the id (`gated`), after it otherwise.
 
 The network knows neither where rows live nor how the graph was sampled: it gets rows, and a `Batch` with a subgraph.
 The whole graph is one block that every layer uses; a sampled mini-batch has one block per layer.
 
-Tables (row-sharded, outside this module): `item` [items, members * D], the id embeddings; `user` [users, preferences +
-view weights], preferences for each view and the user's weights of the views. Everything here is dense and goes through
-DDP. Columns of all members stand side by side: member m has [m * graph views * D, (m + 1) * graph views * D).
+Tables (row-sharded, outside this module): `item` [items, members * D], id embeddings; `user` [users, preferences + view
+weights], preferences of each member (one per view, or, where content gates the id, one) and weights of its views. All
+else is dense and goes through DDP. In the graph a node has members * graph views * D columns; member m has the columns
+[m * graph views * D, (m + 1) * graph views * D).
 """
 
 from dataclasses import dataclass
@@ -39,7 +43,7 @@ class Tables:
 
     @staticmethod
     def build(network: "GTC", users: int, items: int, comm: Communicator, seed: int, **options: bool) -> "Tables":
-        """`options`: `trainable` and `rowwise` of `ShardedTable`."""
+        """`options`: `trainable` and `rowwise_second_moment` of `ShardedTable`."""
         std = network.variant.init_std
         preferences, weights = network.user_widths
         per_column = torch.cat([torch.full((preferences,), std), torch.zeros(weights)])  # equal view weights at first
@@ -57,8 +61,8 @@ class Tables:
 class BatchEmbeddings:
     """Embeddings of a batch before views are joined."""
 
-    users: torch.Tensor  # [u, all views * D]
-    items: torch.Tensor  # [i, all views * D]
+    users: torch.Tensor  # [u, node views * D]
+    items: torch.Tensor  # [i, node views * D]
     encoded: list[EncodedItems]  # of each member, the input items
 
 
@@ -81,16 +85,17 @@ class GTC(nn.Module):
         variant: Variant | None = None,
     ):
         super().__init__()
-        self.modalities, self.model, self.train_config, self.comm = modalities, model, train, comm
+        self.modalities, self.model_config, self.train_config, self.comm = modalities, model, train, comm
         self.variant = variant or VARIANTS[model.variant]
         self.view_names = ["id", *modalities]
         self.n_views, self.dim, self.n_members = len(self.view_names), model.width, model.members
-        # views in the graph: all of them, or, where content gates the id, the id and the mean of the content views
+        # graph views: all views, or, where content gates the id, the id and the mean of the content views
         self.n_graph_views = 2 if self.variant.gated_content and modalities else self.n_views
-        self.n_all_views = self.n_members * self.n_graph_views
+        self.n_node_views = self.n_members * self.n_graph_views  # of a graph node, over all members
         self.members = nn.ModuleList(ItemEncoder(modalities, model, train, self.variant) for _ in range(self.n_members))
         if not self.variant.unit_rows and not self.variant.gated_content:
-            self.common = nn.Parameter(torch.zeros(self.n_all_views * self.dim))  # preference that all users share
+            # preference that all users share; only in combinations of parts that no model.variant has
+            self.common = nn.Parameter(torch.zeros(self.n_node_views * self.dim))
 
     @property
     def has_filter(self) -> bool:
@@ -99,23 +104,23 @@ class GTC(nn.Module):
     @property
     def needs_audience(self) -> bool:
         """Whether the filter's condition holds the mean preference of an item's users."""
-        return self.has_filter and self.model.diffusion.condition in ("audience", "user")
+        return self.has_filter and self.model_config.diffusion.condition in ("audience", "user")
 
     @property
     def is_personal(self) -> bool:
         """Whether pairs have a personal content score beside the dot product."""
-        return self.has_filter and self.model.diffusion.condition == "user"
+        return self.has_filter and self.model_config.diffusion.condition == "user"
 
     @property
     def user_widths(self) -> tuple[int, int]:
         """Columns of a user's row: preferences, view weights."""
-        preferences = self.n_members if self.variant.gated_content else self.n_all_views
-        return preferences * self.dim, self.n_all_views
+        preferences = self.n_members if self.variant.gated_content else self.n_node_views
+        return preferences * self.dim, self.n_node_views
 
     @property
     def out_width(self) -> int:
         """Columns of an embedding."""
-        return (self.n_members if self.variant.sum_views else self.n_all_views) * self.dim
+        return (self.n_members if self.variant.sum_views else self.n_node_views) * self.dim
 
     @property
     def has_total_correlation(self) -> bool:
@@ -136,8 +141,8 @@ class GTC(nn.Module):
 
     # --- embeddings -------------------------------------------------------------------------------------------------
 
-    def user_inputs(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """User rows -> what enters the graph [n, all views * D], and view weights [n, all views] with mean one.
+    def encode_users(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """User rows -> what enters the graph [n, node views * D], and view weights [n, node views] with mean one.
 
         Preferences are L2-normalised, or, without unit rows, a shared preference plus the user's own, which starts
         small and grows with the user's interactions. Where content gates the id, users have no preference of their own
@@ -147,28 +152,28 @@ class GTC(nn.Module):
         if self.variant.gated_content:
             preference = F.pad(preference.reshape(-1, self.n_members, 1, self.dim), (0, 0, 0, self.n_graph_views - 1))
         elif self.variant.unit_rows:
-            preference = F.normalize(preference.reshape(-1, self.n_all_views, self.dim), dim=2)
+            preference = F.normalize(preference.reshape(-1, self.n_node_views, self.dim), dim=2)
         else:
             preference = preference + self.common
-        return preference.reshape(-1, self.n_all_views * self.dim), self.view_weights(weight)
+        return preference.reshape(-1, self.n_node_views * self.dim), self.view_weights(weight)
 
     def view_weights(self, weight: torch.Tensor) -> torch.Tensor:
-        """View weights [n, all views], mean one over a member's views, from the columns of the user table."""
+        """View weights [n, node views], mean one over a member's views, from the columns of the user table."""
         shares = torch.softmax(weight.reshape(-1, self.n_members, self.n_graph_views), dim=2)
-        return (shares * self.n_graph_views).view(-1, self.n_all_views)
+        return (shares * self.n_graph_views).view(-1, self.n_node_views)
 
     def split_members(self, columns: torch.Tensor) -> list[torch.Tensor]:
         """Columns of each member."""
         return list(columns.view(-1, self.n_members, columns.shape[1] // self.n_members).unbind(1))
 
-    def item_inputs(
+    def encode_items(
         self, rows: torch.Tensor, features: dict[str, torch.Tensor], audience: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[EncodedItems]]:
-        """Item rows -> what enters the graph, [n, all views * D], and each member's encoded items.
+        """Item rows -> what enters the graph, [n, node views * D], and each member's encoded items.
 
         Args:
             rows: [n, members * D]; features: modality -> [n, d]; audience: mean preference of the items' users
-                [n, all views * D], or None.
+                [n, node views * D], or None.
         """
         audiences = [None] * self.n_members if audience is None else self.split_members(audience)
         inputs, encoded = [], []
@@ -181,33 +186,33 @@ class GTC(nn.Module):
         return (inputs[0] if self.n_members == 1 else torch.cat(inputs, dim=1)), encoded
 
     @property
-    def hops_first(self) -> bool:
+    def item_hop_first(self) -> bool:
         """Whether the item-item hop comes before the convolution: where content gates the id, an item's content view is
         that of its neighbours. Otherwise the hop is added to what leaves the graph."""
-        return self.variant.gated_content and self.model.item_hop
+        return self.variant.gated_content and self.model_config.item_hop
 
     def is_content(self, view: int) -> bool:
-        """Whether a view in the graph, by its number below `n_all_views`, is a content view."""
+        """Whether a view in the graph, by its number below `n_node_views`, is a content view."""
         return view % self.n_graph_views > 0
 
     def apply_input_hop(self, items: torch.Tensor, hop: Block) -> torch.Tensor:
         """Item inputs after the item-item hop, for its destinations, which are the first of its sources `items`
-        [n, all views * D]: their own id views, and their neighbours' content views."""
+        [n, node views * D]: their own id views, and their neighbours' content views."""
         items = items.view(-1, self.n_members, self.n_graph_views, self.dim)
         content = weighted_sum(hop, items[:, :, 1:].flatten(1))
         content = content.view(-1, self.n_members, self.n_graph_views - 1, self.dim)
         return torch.cat([items[: len(content), :, :1], content], dim=2).flatten(1)
 
     def join_views(self, views: torch.Tensor) -> torch.Tensor:
-        """Embeddings [n, out_width] of views [n, all views * D]."""
+        """Embeddings [n, out_width] of views [n, node views * D]."""
         if not self.variant.sum_views:
             return views
         summed = views.view(-1, self.n_members, self.n_graph_views, self.dim).sum(2)
         return summed.view(-1, self.n_members * self.dim)
 
     def weigh_views(self, propagated: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Propagated user views [n, all views * D] times the user's view weights [n, all views]."""
-        return (propagated.view(-1, self.n_all_views, self.dim) * weights[:, :, None]).flatten(1)
+        """Propagated user views [n, node views * D] times the user's view weights [n, node views]."""
+        return (propagated.view(-1, self.n_node_views, self.dim) * weights[:, :, None]).flatten(1)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -220,11 +225,11 @@ class GTC(nn.Module):
             user_rows: [input users, sum(user_widths)], item_rows: [input items, members * D], from the tables.
             history: historical embeddings; the blocks then carry the change since, to which they are added.
         """
-        preference, weights = self.user_inputs(user_rows)
+        preference, weights = self.encode_users(user_rows)
         audience = None
         if graph.audience is not None:
             audience = weighted_sum(graph.audience, preference)
-        item_inputs, encoded = self.item_inputs(item_rows, graph.features, audience)
+        item_inputs, encoded = self.encode_items(item_rows, graph.features, audience)
         if history is not None:
             inputs = history.inputs.split([len(preference), len(item_inputs)])
             preference, item_inputs = preference - inputs[0], item_inputs - inputs[1]
@@ -233,15 +238,15 @@ class GTC(nn.Module):
         nodes = torch.cat([preference, item_inputs])
         if graph.input_nodes is not None:
             nodes = nodes.index_select(0, graph.input_nodes)
-        seeds = convolve(graph.blocks, nodes, graph.seed_users + graph.seed_items)
-        users, items = seeds.split([graph.seed_users, graph.seed_items])
-        weights = weights[: graph.seed_users]  # seed users are the first input users
-        out_users, out_items = users.index_select(0, graph.user_seeds), items.index_select(0, graph.item_seeds)
+        seeds = convolve(graph.blocks, nodes, graph.n_seed_users + graph.n_seed_items)
+        users, items = seeds.split([graph.n_seed_users, graph.n_seed_items])
+        weights = weights[: graph.n_seed_users]  # seed users are the first input users
+        out_users, out_items = users.index_select(0, graph.users_in_seeds), items.index_select(0, graph.items_in_seeds)
         if graph.item_hop is not None:
             out_items = out_items + weighted_sum(graph.item_hop, items)
         if history is not None:
             out_users, out_items = out_users + history.users, out_items + history.items
-        out_users = self.weigh_views(out_users, weights.index_select(0, graph.user_seeds))
+        out_users = self.weigh_views(out_users, weights.index_select(0, graph.users_in_seeds))
         if graph.user_hop is not None:
             out_users = out_users + weighted_sum(graph.user_hop, self.weigh_views(users, weights))
             if history is not None:

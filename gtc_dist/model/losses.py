@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from gtc_dist.model.batch import Batch
-from gtc_dist.model.total_correlation import total_correlation
+from gtc_dist.model.total_correlation import total_correlation_cross_entropy
 
 CONDITION_DROPOUT = 0.1  # share of pairs whose condition the denoising loss drops, so that cold items are covered
 USER_DROPOUT = 0.5  # share of pairs whose user it drops: embeddings are computed without a user
@@ -70,11 +70,11 @@ def total_correlation_loss(network, e, batch: Batch) -> torch.Tensor:
                 (of_users[m].index_select(0, users).view(shape), batch.user_ids[users]),
             ]
         else:
-            views = encoded.views.index_select(0, batch.subgraph.item_inputs[items])
+            views = encoded.views.index_select(0, batch.subgraph.items_in_inputs[items])
             sides = [(views, batch.item_ids[items])]
         for views, ids in sides:
             args = (F.normalize(views, dim=2), ids, scale, generator, network.comm, counts)
-            losses.append(total_correlation(*args, additive=network.variant.additive_critic))
+            losses.append(total_correlation_cross_entropy(*args, additive=network.variant.additive_critic))
     return torch.stack(losses).mean() / max(sum(counts), 1)
 
 
@@ -85,7 +85,7 @@ def denoising_loss(network, e, batch: Batch) -> torch.Tensor:
     cheapest way to a low loss. Some pairs' conditions and some pairs' users are dropped, as in the training of
     classifier-free guidance (Ho and Salimans 2022), so that the filter also works without them.
     """
-    inputs = batch.subgraph.item_inputs[batch.positives]
+    inputs = batch.subgraph.items_in_inputs[batch.positives]
     keep_condition = (batch.dropout[0] >= CONDITION_DROPOUT)[:, None]
     keep_user = (batch.dropout[1] >= USER_DROPOUT)[:, None]
     users = network.split_members(e.users.detach().index_select(0, batch.users))
@@ -116,7 +116,7 @@ def personal_ranking_loss(network, e, batch: Batch) -> torch.Tensor:
     margin = (user * joined[batch.positives]).sum(1) - dots.gather(1, hardest)[:, 0]
     margin = torch.where(margin.isfinite(), margin, 0) / network.n_members
     users = network.split_members(views)
-    inputs = batch.subgraph.item_inputs
+    inputs = batch.subgraph.items_in_inputs
     for member, encoded, user in zip(network.members, e.encoded, users, strict=True):
         positive, negative = (
             member.personal_score(*encoded.detached(inputs[items]), user) for items in (batch.positives, negatives)
@@ -126,10 +126,10 @@ def personal_ranking_loss(network, e, batch: Batch) -> torch.Tensor:
 
 
 def l2_loss(network, user_rows: torch.Tensor, item_rows: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Half the squared norms of the looked-up rows of each pair and its first negatives, summed over pairs."""
+    """Half the squared norms of the looked-up rows of each pair, and the mean over its negatives, summed over pairs."""
     graph = batch.subgraph
-    user = user_rows.index_select(0, graph.user_inputs[batch.users]).square().sum()
-    positive = item_rows.index_select(0, graph.item_inputs[batch.positives]).square().sum()
-    negative = item_rows.index_select(0, graph.item_inputs[batch.negatives.reshape(-1)]).square().sum()
+    user = user_rows.index_select(0, graph.users_in_inputs[batch.users]).square().sum()
+    positive = item_rows.index_select(0, graph.items_in_inputs[batch.positives]).square().sum()
+    negative = item_rows.index_select(0, graph.items_in_inputs[batch.negatives.reshape(-1)]).square().sum()
     share = len(batch.users) / max(batch.negatives.numel(), 1)
     return 0.5 * (user + positive + share * negative) / network.n_members

@@ -30,9 +30,9 @@ def pair_sum(parts: list[torch.Tensor]) -> torch.Tensor:
     return (total.square().sum(1) - sum(part.square().sum(1) for part in parts)) / 2
 
 
-def total_correlation(
+def total_correlation_cross_entropy(
     views: torch.Tensor,
-    items: torch.Tensor,
+    ids: torch.Tensor,
     scale: torch.Tensor,
     generator: torch.Generator,
     comm: Communicator,
@@ -43,7 +43,7 @@ def total_correlation(
 
     Args:
         views: [n, S, D], rows L2-normalised per view; n = counts[rank] rows of this rank.
-        items: int64 [n] item of each row. A negative made of the row's own item throughout is masked.
+        ids: int64 [n] item or user of each row. A negative made of the row's own id throughout is masked.
         scale: learned 1 / temperature, scalar.
         generator: CPU generator in the same state on every rank; draws the permutations.
         counts: rows of each rank.
@@ -54,7 +54,7 @@ def total_correlation(
     """
     _, S, D = views.shape
     pool = all_gather_with_gradient(views, comm, counts)  # [N, S, D]
-    pool_items = comm.all_gather(items, counts)
+    pool_ids = comm.all_gather(ids, counts)
     N, first = len(pool), sum(counts[: comm.rank])
     rows = torch.arange(len(views), device=views.device)
     total = views.new_zeros(())
@@ -73,7 +73,7 @@ def total_correlation(
             positive = factor * ((views[:, anchor] * sum(own)).sum(1) + pair_sum(own))
         same = torch.ones_like(logits, dtype=torch.bool)
         for p in order:
-            same &= pool_items[p][None, :] == items[:, None]
+            same &= pool_ids[p][None, :] == ids[:, None]
         logits = logits.masked_fill(same, float("-inf"))
         logits[rows, first + rows] = positive
         total = total + torch.nn.functional.cross_entropy(logits, first + rows, reduction="sum")

@@ -4,6 +4,9 @@ Retrieval is a dot product of two embeddings, and an item's embedding cannot be 
 content filter with `condition: user` scores pairs: the item's content is filtered with the user as a condition, and
 compared with the user's preference. Each pair costs a pass of the filter, so only candidates are scored: `rerank`
 orders the first N items of a user by the dot product plus `weight` times the personal score, both z-scored over the N.
+
+The weight is tuned on the valid split for the geometric mean of `eval.metric` and NDCG@5: only the order of the first
+items changes here. The hybrid weights are tuned with NDCG@20 in place of NDCG@5.
 """
 
 from collections.abc import Iterator
@@ -37,10 +40,10 @@ class PersonalFilter:
                 "model.diffusion.condition=user"
             )
         network.eval()
-        layers, chunk = config.model.layers, config.eval.block_rows
-        self.users, items = embed_views(network, run.tables, run.features, run.graphs, layers, chunk)
+        chunk = config.eval.block_rows
+        self.users, items = embed_views(network, run.tables, run.features, run.graphs, chunk)
         self.audience = items.with_values(torch.zeros_like(items.weight))
-        preferences = self.users.with_values(network.user_inputs(run.tables.user.weight)[0])
+        preferences = self.users.with_values(network.encode_users(run.tables.user.weight)[0])
         for low, high, mean in audience_spmm(run.graphs, preferences, self.audience, chunk).sums(preferences):
             self.audience.weight[low:high] = mean
 
@@ -81,23 +84,25 @@ class PersonalFilter:
         return (total / network.n_members).view(items.shape).cpu().numpy()
 
 
-def rerank(run: TrainedRun, split: str, depth: int, users: int | None) -> dict:
-    """Metrics of a split before and after re-ranking the first `depth` items of each user. The weight of the personal
-    score is the best one on valid, by the geometric mean of the run's `eval.metric` and NDCG@5. Collective: every rank
+def rerank(run: TrainedRun, split: str, candidates: int, users: int | None) -> dict:
+    """Metrics of a split before and after re-ranking the first `candidates` items of each user. Collective: every rank
     must call it.
+
+    The weight of the personal score is the best one on valid, by the geometric mean of the run's `eval.metric` and
+    NDCG@5 (the hybrid weights: NDCG@20).
 
     Args:
         users: rank about this many users of a split; None: all.
     """
-    personal, embeddings = PersonalFilter(run), run.embed()
+    personal, embeddings = PersonalFilter(run), run.final_embeddings()
     options = run.ranking_options(users)
 
     def metrics(name: str) -> list[dict[str, float]]:
         table = embeddings.users
         truth = ranking.load_ground_truth(run.catalog, name, table.start, table.stop)
         rank_users = ranking.ranked_users(table, run.graphs, truth, options)
-        items, dot = ranking.top_k_items(*embeddings, run.graphs, rank_users, max(depth, *K_VALUES), options)
-        scores = personal.scores(rank_users, items[:, :depth])
+        items, dot = ranking.top_k_items(*embeddings, run.graphs, rank_users, max(candidates, *K_VALUES), options)
+        scores = personal.scores(rank_users, items[:, :candidates])
         results = []
         for weight in WEIGHTS:
             top = reorder(items, dot, scores, weight)[:, : max(K_VALUES)]
@@ -108,7 +113,7 @@ def rerank(run: TrainedRun, split: str, depth: int, users: int | None) -> dict:
     selected_by = run.config.eval.metric
     best = max(range(len(WEIGHTS)), key=lambda n: (valid[n][selected_by] * valid[n]["ndcg@5"]) ** 0.5)
     results = valid if split == "valid" else metrics(split)
-    return {"depth": depth, "weight": WEIGHTS[best], "before": results[0], "after": results[best]}
+    return {"depth": candidates, "weight": WEIGHTS[best], "before": results[0], "after": results[best]}
 
 
 def reorder(items: np.ndarray, dot: np.ndarray, personal: np.ndarray, weight: float) -> np.ndarray:
@@ -118,11 +123,11 @@ def reorder(items: np.ndarray, dot: np.ndarray, personal: np.ndarray, weight: fl
     Args:
         dot: [n, k]; personal: [n, d].
     """
-    depth = personal.shape[1]
-    present = items[:, :depth] >= 0
-    score = _z_score(dot[:, :depth], present) + weight * _z_score(personal, present)
+    candidates = personal.shape[1]
+    present = items[:, :candidates] >= 0
+    score = _z_score(dot[:, :candidates], present) + weight * _z_score(personal, present)
     order = np.argsort(np.where(present, -score, np.inf), axis=1, kind="stable")
-    return np.concatenate([np.take_along_axis(items[:, :depth], order, axis=1), items[:, depth:]], axis=1)
+    return np.concatenate([np.take_along_axis(items[:, :candidates], order, axis=1), items[:, candidates:]], axis=1)
 
 
 def _z_score(scores: np.ndarray, present: np.ndarray) -> np.ndarray:

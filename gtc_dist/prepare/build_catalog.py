@@ -36,7 +36,7 @@ from gtc_dist.graph import item_knn_graph, user_cooccurrence_graph, user_item_gr
 from gtc_dist.prepare import catalog_interactions, feature_files, features, interactions
 from gtc_dist.prepare.catalog_interactions import SplitInteractions
 from gtc_dist.prepare.feature_files import FeatureSource
-from gtc_dist.prepare.raw_file import RawFile
+from gtc_dist.prepare.interaction_file import InteractionFile
 from gtc_dist.progress import ProgressCallback, ProgressPrinter, no_progress
 
 SEARCH = "auto"  # of item neighbours: exact for small catalogs, approximate for large ones (graph/item_knn_graph.py)
@@ -83,13 +83,11 @@ def prepare_catalog(config: Config, force: bool = False) -> tuple[Manifest, bool
     return manifest, True
 
 
-def inspect_raw_data(config: Config) -> tuple[list[RawFile], dict[str, FeatureSource]]:
+def inspect_raw_data(config: Config) -> tuple[list[InteractionFile], dict[str, FeatureSource]]:
     """Find and check all raw files, without Ray. Raises InputError."""
     modalities = config.data.features
     if not modalities:
         raise InputError("data.features is empty; name at least one modality")
-    if "id" in modalities:
-        raise InputError("data.features: 'id' is the name of the id embedding; choose another name")
     if not any(modality.weight for modality in modalities.values()):
         raise InputError("data.features: every modality has weight 0; the item-item graph needs a positive one")
     files = interactions.inspect_interactions(config.data)
@@ -103,11 +101,11 @@ def inspect_raw_data(config: Config) -> tuple[list[RawFile], dict[str, FeatureSo
     return files, sources
 
 
-def raw_uris(files: list[RawFile], sources: dict[str, FeatureSource]) -> list[str]:
+def raw_uris(files: list[InteractionFile], sources: dict[str, FeatureSource]) -> list[str]:
     return [file.uri for file in files] + [uri for source in sources.values() for uri in source.files]
 
 
-def fingerprint(config: Config, files: list[RawFile], sources: dict[str, FeatureSource]) -> str:
+def fingerprint(config: Config, files: list[InteractionFile], sources: dict[str, FeatureSource]) -> str:
     """SHA-256 of everything that the catalog depends on: schema version, configuration, raw files (size and time).
 
     The hashed keys are those of version 0.1, so that catalogs of that version are still up to date. The user-user graph
@@ -164,7 +162,7 @@ def current_manifest(folder: OutputFolder, config: Config, digest: str, force: b
 def write_catalog(
     config: Config,
     digest: str,
-    files: list[RawFile],
+    files: list[InteractionFile],
     sources: dict[str, FeatureSource],
     scratch: Scratch,
     threads: int,
@@ -182,9 +180,9 @@ def write_catalog(
     progress("features read and checked: " + ", ".join(f"{name} {g.vectors.shape[1]}" for name, g in gathered.items()))
     catalog_folder(uri).clear()
     writer = CatalogWriter(uri)
-    entries, content = write_modalities(writer, config, gathered, scratch, progress.often)
+    entries, item_features = write_modalities(writer, config, gathered, scratch, progress.often)
     progress(f"features written to {uri}")
-    graphs, quality = write_graphs(writer, config, split, content, scratch, threads, progress.often)
+    graphs, quality = write_graphs(writer, config, split, item_features, scratch, threads, progress.often)
     progress("graphs: " + ", ".join(f"{name} {edges:,} edges" for name, edges in graphs.items()))
     writer.ids("users", split.users)
     writer.ids("items", split.items)
@@ -217,12 +215,14 @@ def write_modalities(
     Returns:
         Manifest entries, and features float16 [items, width] in scratch, both by modality.
     """
-    entries, content = {}, {}
+    entries, item_features = {}, {}
     for name, raw in gathered.items():
-        transform = features.fit_feature_transform(raw, config.data.features[name].pca)
-        entries[name], content[name] = features.write_features(writer, name, raw, transform, scratch, progress)
+        transform, explained_variance = features.fit_feature_transform(raw, config.data.features[name].pca)
+        entries[name], item_features[name] = features.write_features(
+            writer, name, raw, transform, explained_variance, scratch, progress
+        )
         scratch.discard(raw.vectors)
-    return entries, content
+    return entries, item_features
 
 
 def count_cold_items(split: SplitInteractions, scratch: Scratch) -> int:
@@ -238,7 +238,7 @@ def write_graphs(
     writer: CatalogWriter,
     config: Config,
     split: SplitInteractions,
-    content: dict[str, np.ndarray],
+    item_features: dict[str, np.ndarray],
     scratch: Scratch,
     threads: int,
     progress: ProgressCallback = no_progress,
@@ -261,11 +261,12 @@ def write_graphs(
     weights = {name: modality.weight for name, modality in config.data.features.items()}
     items, k = len(split.items), config.graph.item_neighbours
     item_item = item_knn_graph.build_item_knn_graph(
-        content, weights, k, threads, search=SEARCH, probes=PROBES, scratch=scratch, progress=report("item_item")
+        item_features, weights, k, threads, search=SEARCH, probes=PROBES, scratch=scratch, progress=report("item_item")
     )
     write("item_item", item_item)
     if item_knn_graph.is_approximate(SEARCH, items):
-        quality["item_item_recall"] = item_knn_graph.graph_recall(item_item, content, weights, threads, scratch=scratch)
+        recall = item_knn_graph.graph_recall(item_item, item_features, weights, threads, scratch=scratch)
+        quality["item_item_recall"] = recall
     scratch.discard(item_item.indices, item_item.weight)
 
     both = user_item_graph.build_user_item_graph(*split.splits["train"], len(split.users), items, scratch)

@@ -30,7 +30,7 @@ CHUNK_BYTES = 32 << 20
 class FeatureChunk:
     """Rows [start, stop) of a `.npy` file, or all rows of a Parquet file; `first` is the number of its first row."""
 
-    source: str
+    modality: str
     uri: str
     width: int
     dtype: str  # of the output: float16 or float32
@@ -47,7 +47,7 @@ class FeatureSource:
     Attributes:
         ids: item id of each row, or None if the row number is the id.
         ids_uri: separate file with the ids, if any.
-        untyped: the ids come from a text file, so strings may be integers.
+        ids_from_text: the ids come from a text file, so strings may be integers.
     """
 
     name: str
@@ -58,7 +58,7 @@ class FeatureSource:
     ids: pa.Array | None
     chunks: list[FeatureChunk]
     ids_uri: str | None = None
-    untyped: bool = False
+    ids_from_text: bool = False
 
     @property
     def files(self) -> list[str]:
@@ -158,8 +158,8 @@ def _inspect_npy(name: str, modality: ModalityConfig, raw: str, uris: list[str])
         FeatureChunk(name, uri, width, out_dtype, start, start, min(start + step, rows))
         for start in range(0, rows, max(step, 1))
     ]
-    untyped = (ids_uri or "").endswith(".txt")
-    return FeatureSource(name, uris, rows, width, out_dtype, ids, chunks, ids_uri, untyped)
+    ids_from_text = (ids_uri or "").endswith(".txt")
+    return FeatureSource(name, uris, rows, width, out_dtype, ids, chunks, ids_uri, ids_from_text)
 
 
 def _npy_header(uri: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:

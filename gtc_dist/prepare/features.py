@@ -73,14 +73,14 @@ def match_rows(source: FeatureSource, items: pa.Array) -> np.ndarray:
         extreme = low if low.as_py() < 0 else high
         if not 0 <= extreme.as_py() < source.rows:
             raise InputError(
-                f"{source.uris[0]} has {source.rows} rows, one for each item id from 0, but the interactions have item "
+                f"{source.uris[0]} has {source.rows} rows, one for each item id from 0, but the catalog has item "
                 f"{extreme}; add the missing rows, or list each row's id (data.features.{source.name}.ids)"
             )
     index = ids.positions(found, items)
     if not (index >= 0).any():
         raise InputError(
             f"{', '.join(source.uris[:3])}: none of its ids (such as {found[0].as_py()!r}) is an item of the "
-            f"interactions (such as {items[0].as_py()!r})"
+            f"catalog (such as {items[0].as_py()!r})"
         )
     return index
 
@@ -103,7 +103,7 @@ def gather_features(
     chunks = [chunk for source in sources.values() for chunk in source.chunks]
     total, done = sum(source.rows for source in sources.values()), 0
     for position, table in ray_tasks.map_tables(feature_files.read_feature_chunk, chunks):
-        name = chunks[position].source
+        name = chunks[position].modality
         if "bad_row" in table.column_names:
             row, problem = table["bad_row"][0].as_py(), table["problem"][0].as_py()
             uri, file_row = sources[name].locate(row)
@@ -113,7 +113,7 @@ def gather_features(
         progress(f"feature rows read: {done:,} of {total:,}")
     for name, source in sources.items():
         if not gatherers[name].present.any():
-            raise InputError(f"{', '.join(source.uris[:3])}: no item of the interactions has a vector")
+            raise InputError(f"{', '.join(source.uris[:3])}: no item of the catalog has a vector")
     return {name: gatherer.finish() for name, gatherer in gatherers.items()}
 
 
@@ -160,8 +160,11 @@ class _Gatherer:
         return GatheredFeatures(vectors, self.present, int(np.sum(self.index < 0)), self.scratch)
 
 
-def fit_feature_transform(gathered: GatheredFeatures, pca: int | None = None) -> FeatureTransform:
+def fit_feature_transform(gathered: GatheredFeatures, pca: int | None = None) -> tuple[FeatureTransform, float]:
     """Fit the transform on the items that have a vector, in float64 and one pass.
+
+    Returns:
+        The transform, and the share of the variance that it keeps (1 without PCA).
 
     Sums are shifted by the first vector: this avoids cancellation if the mean is large, and makes the variance of a
     constant dimension exactly zero.
@@ -177,7 +180,7 @@ def fit_feature_transform(gathered: GatheredFeatures, pca: int | None = None) ->
         squares += x.T @ x if pca else np.einsum("nd,nd->d", x, x)
     mean = total / count
     if not pca:
-        return FeatureTransform(shift + mean, np.sqrt(np.maximum(squares / count - mean**2, 0)))
+        return FeatureTransform(shift + mean, np.sqrt(np.maximum(squares / count - mean**2, 0))), 1.0
     return _pca_transform(shift + mean, squares / count - np.outer(mean, mean), pca)
 
 
@@ -186,6 +189,7 @@ def write_features(
     name: str,
     gathered: GatheredFeatures,
     transform: FeatureTransform,
+    explained_variance: float,
     scratch: Scratch,
     progress: ProgressCallback = no_progress,
 ) -> tuple[ModalityEntry, np.ndarray]:
@@ -209,12 +213,12 @@ def write_features(
         dim=transform.width,
         raw_dim=gathered.vectors.shape[1],
         missing=int(np.sum(~gathered.present)),
-        explained_variance=transform.explained_variance,
+        explained_variance=explained_variance,
     )
     return entry, out
 
 
-def _pca_transform(mean: np.ndarray, covariance: np.ndarray, width: int) -> FeatureTransform:
+def _pca_transform(mean: np.ndarray, covariance: np.ndarray, width: int) -> tuple[FeatureTransform, float]:
     """PCA to `width` dimensions, by decreasing variance; fixed signs: the largest entry of each axis is positive."""
     variance, axes = np.linalg.eigh(covariance)
     variance = np.maximum(variance[::-1], 0)
@@ -223,13 +227,14 @@ def _pca_transform(mean: np.ndarray, covariance: np.ndarray, width: int) -> Feat
     components = components * np.sign(components[np.arange(width), peak])[:, None]
     kept, total = variance[:width].sum(), variance.sum()
     scale = np.full(width, np.sqrt(kept / width))
-    return FeatureTransform(mean, scale, np.ascontiguousarray(components), float(kept / total) if total else 1.0)
+    transform = FeatureTransform(mean, scale, np.ascontiguousarray(components))
+    return transform, float(kept / total) if total else 1.0
 
 
 def _ids_like(source: FeatureSource, type: pa.DataType) -> pa.Array:
     """The ids of a source as integers or strings, like those of the interactions. Raises InputError."""
     found = source.all_ids()
-    if source.untyped and not ids.is_text(type):
+    if source.ids_from_text and not ids.is_text(type):
         found = ids.from_text(found)
     if ids.is_text(found.type) == ids.is_text(type):
         return found

@@ -19,13 +19,13 @@ from gtc_dist.data.scratch import GrowingColumn, Scratch
 from gtc_dist.errors import InputError
 from gtc_dist.prepare import ids, parse
 from gtc_dist.prepare.clean import RawInteractions
-from gtc_dist.prepare.raw_file import RawFile
+from gtc_dist.prepare.interaction_file import InteractionFile
 from gtc_dist.progress import ProgressCallback, no_progress
 
 BATCH_BYTES = 1 << 30  # largest batch of tables whose ids are looked up together
 
 
-def inspect_interactions(data: DataConfig) -> list[RawFile]:
+def inspect_interactions(data: DataConfig) -> list[InteractionFile]:
     """Find and check all raw interaction files, without Ray. Raises InputError for a file that cannot be read."""
     columns, method = data.interactions, data.split.method
     roles = {"user": columns.user, "item": columns.item}
@@ -58,7 +58,7 @@ def inspect_interactions(data: DataConfig) -> list[RawFile]:
 
 
 def read_interactions(
-    files: list[RawFile], scratch: Scratch, progress: ProgressCallback = no_progress
+    files: list[InteractionFile], scratch: Scratch, progress: ProgressCallback = no_progress
 ) -> RawInteractions:
     """Parse the files in Ray tasks and gather their columns in scratch.
 

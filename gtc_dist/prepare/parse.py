@@ -17,7 +17,14 @@ import pyarrow.compute as pc
 
 from gtc_dist.errors import InputError
 from gtc_dist.prepare import ids
-from gtc_dist.prepare.raw_file import RawFile, format_of, read_batches, read_first_block, read_schema, readable
+from gtc_dist.prepare.interaction_file import (
+    InteractionFile,
+    format_of,
+    read_batches,
+    read_first_block,
+    read_schema,
+    readable,
+)
 
 TIMESTAMP = pa.timestamp("us")
 
@@ -28,7 +35,7 @@ def inspect_table(
     format: str = "auto",
     split: int | None = None,
     labels: dict[str, int] | None = None,
-) -> RawFile:
+) -> InteractionFile:
     """Check that a file is readable and has the columns with usable types.
 
     Args:
@@ -40,14 +47,14 @@ def inspect_table(
         InputError: names the file, the column, the problem and the remedy.
     """
     format = format_of(uri) if format == "auto" else format
-    file = RawFile(uri, format, uri.endswith(".gz"), {}, {}, split, labels or {})
+    file = InteractionFile(uri, format, uri.endswith(".gz"), {}, {}, split, labels or {})
     schema = read_schema(file)
     columns = {role: _find_column(uri, name, schema.names) for role, name in roles.items()}
     types = {role: _read_type(file, role, name, schema.field(name).type) for role, name in columns.items()}
     return replace(file, columns=columns, types=types)
 
 
-def read_table_file(file: RawFile) -> Iterator[pa.Table]:
+def read_table_file(file: InteractionFile) -> Iterator[pa.Table]:
     """Yield the file's rows as tables: user, item (integer or string), time (int64, float64 or timestamp[us]), split
     (int8) and rating (float64).
 
@@ -76,7 +83,7 @@ def _find_column(uri: str, wanted: str, found: list[str]) -> str:
     raise InputError(f"{uri} {problem} {wanted!r}; columns found: {', '.join(found)} ({hint})")
 
 
-def _read_type(file: RawFile, role: str, name: str, found: pa.DataType) -> pa.DataType:
+def _read_type(file: InteractionFile, role: str, name: str, found: pa.DataType) -> pa.DataType:
     """The type to read a column as. Raises InputError if its type does not fit the role."""
     usable: pa.DataType | None
     number = pa.types.is_integer(found) or pa.types.is_floating(found)
@@ -102,7 +109,7 @@ def _read_type(file: RawFile, role: str, name: str, found: pa.DataType) -> pa.Da
     return usable
 
 
-def _first_non_number(file: RawFile, name: str) -> str:
+def _first_non_number(file: InteractionFile, name: str) -> str:
     """The first value of a text column that is not a number, and its row; empty if it is not in the first block."""
     column = read_first_block(file).column(name)
     try:
@@ -113,7 +120,7 @@ def _first_non_number(file: RawFile, name: str) -> str:
     return ""
 
 
-def _normalise(file: RawFile, table: pa.Table, first_row: int) -> pa.Table:
+def _normalise(file: InteractionFile, table: pa.Table, first_row: int) -> pa.Table:
     """Columns named by role, in their normalised types. Raises InputError for a null or invalid value."""
     out = {}
     for role, name in file.columns.items():
@@ -177,7 +184,7 @@ def _to_time(column: pa.Array) -> pa.Array:
     return column.cast(options=microseconds).cast(TIMESTAMP)
 
 
-def _label_splits(file: RawFile, name: str, column: pa.Array, first_row: int) -> pa.Array:
+def _label_splits(file: InteractionFile, name: str, column: pa.Array, first_row: int) -> pa.Array:
     """Split of each row, int8. Raises InputError for an unknown label."""
     texts = pc.replace_substring_regex(column.cast(pa.string()), r"^(-?[0-9]+)\.0+$", r"\1")  # 1.0 equals 1
     splits = np.full(len(texts), -1, np.int8)

@@ -10,10 +10,11 @@ A h is computed layer-wise for the whole catalog at each refresh (inference/laye
 estimated from the sample. The estimate stays unbiased, its noise shrinks with x - h, and its gradient is that of the
 sample (VR-GCN, Chen et al. 2018, with h refreshed exactly).
 
-The batch's own edges are excluded from A h, too, for walks of one step; longer walks over them stay in it. A hop
-neighbour's view weights multiply, and get their gradient from, the change since the refresh alone. A refresh costs one
-inference of the catalog; a fixed number of them per pass over the interactions keeps the cost linear in both. Weights
-change most at the start, so the first intervals are short: each as long as all before it together, up to `every`.
+The batch's own edges are excluded from A h, too, where they are paths of length one; longer paths over them stay in it.
+View weights of a neighbour in the user-user hop multiply, and get their gradient from, the change since the refresh. A
+refresh costs one inference of the catalog; a fixed number of them per pass over the interactions keeps the cost linear
+in both. Weights change most at the start, so the first intervals are short: each as long as all before it together, up
+to `every`.
 """
 
 import torch
@@ -90,21 +91,21 @@ class HistoricalEmbeddings:
         )
         self.users, self.items = self._like(self.user_inputs), self._like(self.item_inputs)
         # nodes of the graph: the inputs, unless content views take the item-item hop first
-        self.item_nodes = self._like(self.item_inputs) if model.hops_first else self.item_inputs
+        self.item_nodes = self._like(self.item_inputs) if model.item_hop_first else self.item_inputs
         if graphs.user_user is not None:
             self.user_hop = self._like(self.user_inputs)
         chunk = self.chunk * self.users.width // layerwise.COLUMNS
         edges = layerwise.GraphOperators(graphs, self.users, self.items, chunk)
         for columns in layerwise.column_groups(model):
             x_user, x_item = edges.input_columns(model, self.user_inputs, self.item_inputs, columns)
-            if model.hops_first:
+            if model.item_hop_first:
                 self.item_nodes.weight[:, columns] = x_item.weight
-            users, items = edges.propagate(x_user, x_item, model.model.layers)
+            users, items = edges.propagate(x_user, x_item, model.model_config.layers)
             self.users.weight[:, columns], self.items.weight[:, columns] = users.weight, items.weight
             layerwise.apply_view_weights(users, model, self.tables.user, columns)
             for low, high, hop in edges.user_user.sums(users) if edges.user_user else ():
                 self.user_hop.weight[low:high, columns] = hop
-            item_hop = None if model.hops_first else edges.item_item
+            item_hop = None if model.item_hop_first else edges.item_item
             for low, high, hop in item_hop.sums(items) if item_hop else ():
                 self.items.weight[low:high, columns] = items.weight[low:high] + hop
         self.age = 0

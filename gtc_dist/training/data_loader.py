@@ -3,7 +3,7 @@
     interactions of this rank (once per run, from Ray Data), re-partitioned by a hash so that they do not depend on
     which rank read them
       -> a permutation for each pass over them, seeded by (seed, pass, rank), cut into steps of nearly equal size
-      -> `SampledBatch`: negatives, timesteps and noise, seeded by (seed, pass, step, rank)
+      -> `DrawnPairs`: negatives, timesteps and noise, seeded by (seed, pass, step, rank)
       -> `Subgraph`: the whole graph or sampled blocks (subgraph.py), with feature rows looked up
       -> a bounded queue, filled by one thread while the previous step computes
 
@@ -24,7 +24,7 @@ from gtc_dist.data.hashing import hash_bucket
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.model.batch import Batch, SampledBatch
+from gtc_dist.model.batch import Batch, DrawnPairs
 from gtc_dist.model.gtc import GTC
 from gtc_dist.training.subgraph import FullGraphBuilder, SampledGraphBuilder
 
@@ -50,38 +50,43 @@ class DataLoader:
     Args:
         users, items: int32 [n] interactions of this rank, in any order.
         graphs: train graph; negatives are never train positives of their user.
-        subgraphs: builds the subgraph of a batch (subgraph.py).
+        subgraph_builder: FullGraphBuilder or SampledGraphBuilder (subgraph.py).
         comm: a communicator with a process group of the prefetch thread's own.
     """
 
-    def __init__(self, config: Config, users, items, graphs: Graphs, subgraphs, comm: Communicator):
-        self.graphs, self.subgraphs, self.comm = graphs, subgraphs, comm
+    def __init__(self, config: Config, users, items, graphs: Graphs, subgraph_builder, comm: Communicator):
+        self.graphs, self.subgraph_builder, self.comm = graphs, subgraph_builder, comm
         train, model = config.train, config.model
         self.seed, self.negatives, self.tc_rows = train.seed, train.negatives, train.tc_rows
         self.diffusion_steps, self.width = model.diffusion.steps, model.width
-        self.modalities = len(subgraphs.features)
+        self.n_modalities = len(subgraph_builder.features)
         # every ensemble member has its own negatives of a pair
         self.negative_count = train.negatives.count * (model.members if train.negatives.mode == "uniform" else 1)
         self.users, self.items = repartition_by_hash(users, items, graphs.items, comm)
-        self.rank_rows = comm.all_gather_int(len(self.users))
+        self.interactions_per_rank = comm.all_gather_int(len(self.users))
         self.item_counts = np.bincount(self.items, minlength=graphs.items)
-        self.pass_steps = max(1, -(-sum(self.rank_rows) // train.batch_size))
+        self.pass_steps = max(1, -(-sum(self.interactions_per_rank) // train.batch_size))
         self.steps = train.epoch_steps or self.pass_steps  # of an epoch
 
-    def counts(self, step: int) -> list[int]:
-        """Pairs of each rank in a step of a pass: its rows cut into parts whose sizes differ by at most one. Local."""
-        return [rows // self.pass_steps + (step < rows % self.pass_steps) for rows in self.rank_rows]
+    def pairs_per_rank(self, step: int) -> list[int]:
+        """Local. Pairs of each rank in a step of a pass: its interactions cut into parts whose sizes differ by at most
+        one."""
+        return [rows // self.pass_steps + (step < rows % self.pass_steps) for rows in self.interactions_per_rank]
 
     def tc_counts(self, counts: list[int]) -> list[int]:
-        """Pairs of each rank that enter the total correlation. Local."""
+        """Local. Pairs of each rank that enter the total correlation."""
         return [min(n, -(-self.tc_rows // self.comm.size)) if self.tc_rows else n for n in counts]
 
     def epoch(self, epoch: int, done: int = 0) -> Iterator[Batch]:
         """Batches of an epoch after the first `done`, prepared ahead by one thread, whose errors are raised here."""
         return _prefetch(self._batches(epoch, done), PREFETCH)
 
-    def draw(self, pass_number: int, step: int, rows: np.ndarray) -> SampledBatch:
-        """Randomness of a step of a pass (from 1) for the interactions `rows` of this rank. Local."""
+    def draw(self, pass_number: int, step: int, rows: np.ndarray) -> DrawnPairs:
+        """Local. Negatives and randomness of a step, for the interactions at positions `rows` of this rank.
+
+        Args:
+            pass_number: from 1; step: of the pass, from 0.
+        """
         rng = np.random.default_rng([self.seed, pass_number, step, self.comm.rank])
         users, positives = self.users[rows].astype(np.int64), self.items[rows].astype(np.int64)
         if self.negatives.mode == "uniform":
@@ -91,16 +96,16 @@ class DataLoader:
             negatives = rng.integers(0, self.graphs.items, self.negative_count)
         else:
             negatives = np.unique(positives)
-        return SampledBatch(
+        return DrawnPairs(
             users,
             positives,
             negatives,
             rng.integers(1, self.diffusion_steps + 1, len(rows)),
-            rng.standard_normal((self.modalities, len(rows), self.width), dtype=np.float32),
+            rng.standard_normal((self.n_modalities, len(rows), self.width), dtype=np.float32),
             rng.random((2, len(rows)), dtype=np.float32),
             int(np.random.default_rng([self.seed, pass_number, step]).integers(1 << 31)),
             int(rng.integers(1 << 31)),
-            self.counts(step),
+            self.pairs_per_rank(step),
         )
 
     def _batches(self, epoch: int, done: int) -> Iterator[Batch]:
@@ -121,52 +126,52 @@ class DataLoader:
         start = step * size + min(step, larger)
         return slice(start, start + size + (step < larger))
 
-    def assemble(self, sampled: SampledBatch, all_pairs: np.ndarray | None = None) -> Batch:
-        """The batch of sampled pairs.
+    def assemble(self, drawn: DrawnPairs, all_pairs: np.ndarray | None = None) -> Batch:
+        """The batch of drawn pairs.
 
         Args:
             all_pairs: pairs of all ranks, int64 [n, 2]; None: gathered from them.
         """
-        all_pairs = self._gather_pairs(sampled) if all_pairs is None else all_pairs
-        users, user_at = np.unique(sampled.users, return_inverse=True)
-        together = np.concatenate([sampled.positives, sampled.negatives.reshape(-1)])
+        all_pairs = self._gather_pairs(drawn) if all_pairs is None else all_pairs
+        users, user_at = np.unique(drawn.users, return_inverse=True)
+        together = np.concatenate([drawn.positives, drawn.negatives.reshape(-1)])
         items, item_at = np.unique(together, return_inverse=True)
-        positives, negatives = item_at[: len(sampled.positives)], item_at[len(sampled.positives) :]
+        positives, negatives = item_at[: len(drawn.positives)], item_at[len(drawn.positives) :]
         mask = None
-        if sampled.negatives.ndim == 1:
-            mask = torch.from_numpy(~self.graphs.is_interacted(users, sampled.negatives)[user_at])
+        if drawn.negatives.ndim == 1:
+            mask = torch.from_numpy(~self.graphs.is_interacted(users, drawn.negatives)[user_at])
         return Batch(
-            subgraph=self.subgraphs.build(users, items, all_pairs, sampled.sampler_seed),
+            subgraph=self.subgraph_builder.build(users, items, all_pairs, drawn.sampler_seed),
             users=torch.from_numpy(user_at),
             positives=torch.from_numpy(positives),
-            negatives=torch.from_numpy(negatives.reshape(sampled.negatives.shape)),
+            negatives=torch.from_numpy(negatives.reshape(drawn.negatives.shape)),
             negative_mask=mask,
-            negative_weight=self._negative_weight(sampled),
+            negative_weight=self._negative_weight(drawn),
             user_ids=torch.from_numpy(users),
             item_ids=torch.from_numpy(items),
-            timesteps=torch.from_numpy(sampled.timesteps),
-            noise=torch.from_numpy(sampled.noise),
-            dropout=torch.from_numpy(sampled.dropout),
-            permutation_seed=sampled.seed,
-            counts=sampled.counts,
-            tc_counts=self.tc_counts(sampled.counts),
-            sampled=sampled,
+            timesteps=torch.from_numpy(drawn.timesteps),
+            noise=torch.from_numpy(drawn.noise),
+            dropout=torch.from_numpy(drawn.dropout),
+            permutation_seed=drawn.permutation_seed,
+            counts=drawn.counts,
+            tc_counts=self.tc_counts(drawn.counts),
+            drawn=drawn,
             all_pairs=all_pairs,
         )
 
-    def _negative_weight(self, sampled: SampledBatch) -> torch.Tensor | None:
+    def _negative_weight(self, drawn: DrawnPairs) -> torch.Tensor | None:
         """Importance weight of an in-batch negative: 1 / P(item in batch), so that popular items are not negatives more
         often than others."""
         if self.negatives.mode != "in_batch":
             return None
-        chance = inclusion_chance(self.item_counts[sampled.negatives], len(self.users), len(sampled.users))
+        chance = inclusion_chance(self.item_counts[drawn.negatives], len(self.users), len(drawn.users))
         return torch.from_numpy((1 / chance).astype(np.float32))
 
-    def _gather_pairs(self, sampled: SampledBatch) -> np.ndarray:
+    def _gather_pairs(self, drawn: DrawnPairs) -> np.ndarray:
         """Interactions of all ranks in this step, int64 [n, 2]. Every rank excludes the edges of all of them, so that a
         step does not depend on how many ranks share its batch."""
-        own = torch.from_numpy(np.stack([sampled.users, sampled.positives], axis=1))
-        return self.comm.all_gather(own.to(self.comm.device), sampled.counts).cpu().numpy()
+        own = torch.from_numpy(np.stack([drawn.users, drawn.positives], axis=1))
+        return self.comm.all_gather(own.to(self.comm.device), drawn.counts).cpu().numpy()
 
 
 def repartition_by_hash(

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from gtc_dist.checkpoint.run_folder import not_finite_name
 from gtc_dist.config import TrainConfig
 from gtc_dist.data import storage
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import NotFinite
-from gtc_dist.model.batch import Batch, SampledBatch
+from gtc_dist.model.batch import Batch, DrawnPairs
 
 SHOWN = 6  # names in the message
 Rows = tuple[torch.Tensor, torch.Tensor]  # of the input users and input items of a batch
@@ -50,8 +51,7 @@ class GradientGuard:
         if not self._finite(terms):
             bad = non_finite_names(terms, self.network, self.tables) or ["the sum of all"]
         if bad and not self.skip:
-            name = f"not-finite-{place.replace(', ', '-').replace(' ', '-')}-rank-{self.comm.rank}.npz"
-            uri = storage.join(self.run, name)
+            uri = storage.join(self.run, not_finite_name(place, self.comm.rank))
             storage.write_bytes(uri, dump_step(batch, rows, self.network))
             shown = ", ".join(bad[:SHOWN]) + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
             raise NotFinite(
@@ -101,8 +101,8 @@ NETWORK = "network."  # prefix of a parameter or buffer in the file
 
 
 def dump_step(batch: Batch, rows: Rows, network: nn.Module) -> bytes:
-    """The sampled pairs of a batch, those of all ranks, and the weights that it was computed with, as .npz."""
-    arrays = {field.name: np.asarray(getattr(batch.sampled, field.name)) for field in fields(SampledBatch)}
+    """The drawn pairs of a batch, those of all ranks, and the weights that it was computed with, as .npz."""
+    arrays = {field.name: np.asarray(getattr(batch.drawn, field.name)) for field in fields(DrawnPairs)}
     tensors = {"user_rows": rows[0], "item_rows": rows[1]}
     tensors |= {NETWORK + name: tensor for name, tensor in network.state_dict().items()}
     if batch.negative_weight is not None:

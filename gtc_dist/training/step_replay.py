@@ -17,7 +17,7 @@ from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import load_graphs
-from gtc_dist.model.batch import SampledBatch
+from gtc_dist.model.batch import DrawnPairs
 from gtc_dist.training.gradient_guard import NETWORK, Rows, non_finite_names
 from gtc_dist.training.trainer import Trainer
 
@@ -26,7 +26,7 @@ from gtc_dist.training.trainer import Trainer
 class DumpedStep:
     """Content of a file that `gradient_guard.dump_step` wrote."""
 
-    sampled: SampledBatch
+    drawn: DrawnPairs
     all_pairs: np.ndarray  # of all ranks, int64 [n, 2]
     ranks: int
     negative_weight: torch.Tensor | None  # as in `Batch`
@@ -50,15 +50,15 @@ def replay_step(uri: str) -> dict:
     pairs = catalog.interactions("train")
     trainer = Trainer(config, catalog, run, *pairs, load_graphs(config, catalog), Communicator())
     found = trainer.state.resume()
-    batch = trainer.loader.assemble(dumped.sampled, dumped.all_pairs)
+    batch = trainer.loader.assemble(dumped.drawn, dumped.all_pairs)
     batch = replace(batch, negative_weight=dumped.negative_weight)
     rows = trainer.look_up(batch)
     set_weights(trainer, rows, dumped, uri)
-    terms = trainer.backward(batch, rows)
+    terms = trainer.forward_backward(batch, rows)
     gradients = {f"{table.name} table": table.pending[0][1] for table in trainer.tables.all() if table.pending}
     gradients |= {name: p.grad for name, p in trainer.network.named_parameters() if p.grad is not None}
     return {
-        "pairs": len(dumped.sampled.users),
+        "pairs": len(dumped.drawn.users),
         "newest_checkpoint": f"after {found.steps} steps" if found else None,
         "loss": {name: float(value) for name, value in terms.items()},
         "not_finite": non_finite_names(terms, trainer.network, trainer.tables.all()),
@@ -93,7 +93,7 @@ def read_dumped_step(uri: str) -> DumpedStep:
     content = storage.read_bytes(uri)
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {field.name: file[field.name] for field in fields(SampledBatch)}
+            arrays = {field.name: file[field.name] for field in fields(DrawnPairs)}
             all_pairs = file["all_pairs"]
             weight = torch.from_numpy(file["negative_weight"]) if "negative_weight" in file.files else None
             rows = {name: torch.from_numpy(file[f"{name}_rows"]) for name in ("user", "item")}
@@ -101,6 +101,6 @@ def read_dumped_step(uri: str) -> DumpedStep:
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise InputError(f"{uri} is not a step that a run wrote: {error}") from error
     ranks = len(arrays["counts"])
-    arrays |= {"seed": int(arrays["seed"]), "sampler_seed": int(arrays["sampler_seed"])}
-    sampled = SampledBatch(**arrays | {"counts": [len(arrays["users"])]})
-    return DumpedStep(sampled, all_pairs, ranks, weight, rows, state)
+    arrays |= {name: int(arrays[name]) for name in ("permutation_seed", "sampler_seed")}
+    drawn = DrawnPairs(**arrays | {"counts": [len(arrays["users"])]})
+    return DumpedStep(drawn, all_pairs, ranks, weight, rows, state)

@@ -21,7 +21,7 @@ from gtc_dist.model.gtc import GTC
 
 
 class FullGraphBuilder:
-    """The whole graph as one block; only the hops are restricted to the batch.
+    """The whole graph as one block. Hops after the convolution are restricted to the batch.
 
     Args:
         features: tables of the modalities' features, float16; read once, whole.
@@ -39,8 +39,8 @@ class FullGraphBuilder:
             "item_lookup": all_items.to(device),
         }
         self.block = Block.build(nodes.indptr, nodes.indices, nodes.weight, users + items).to(device)
-        self.hops_first, self.input_hop = network.hops_first, None
-        if network.hops_first:
+        self.item_hop_first, self.input_hop = network.item_hop_first, None
+        if network.item_hop_first:
             hop = graphs.item_item
             self.input_hop = Block.build(hop.indptr, hop.indices, hop.weight, items).to(device)
         self.audience = None
@@ -74,15 +74,15 @@ class FullGraphBuilder:
             audience=audience,
             input_nodes=None,
             blocks=[block] * self.layers,
-            seed_users=graphs.users,
-            seed_items=graphs.items,
+            n_seed_users=graphs.users,
+            n_seed_items=graphs.items,
             user_hop=_restricted_hop(graphs.user_user, users),
             input_hop=self.input_hop,
-            item_hop=None if self.hops_first else _restricted_hop(graphs.item_item, items),
-            user_seeds=users_at,
-            item_seeds=items_at,
-            user_inputs=users_at,
-            item_inputs=items_at,
+            item_hop=None if self.item_hop_first else _restricted_hop(graphs.item_item, items),
+            users_in_seeds=users_at,
+            items_in_seeds=items_at,
+            users_in_inputs=users_at,
+            items_in_inputs=items_at,
         )
         self.stopwatch.part(None)
         return subgraph
@@ -100,12 +100,12 @@ class SampledGraphBuilder:
     def __init__(self, config: Config, network: GTC, graphs: Graphs, features: dict[str, ShardedTable]):
         self.graphs, self.features, self.stopwatch = graphs, features, Stopwatch()
         self.model, self.exclude_seed_edges = config.model, config.train.exclude_seed_edges
-        self.needs_audience, self.hops_first = network.needs_audience, network.hops_first
+        self.needs_audience, self.item_hop_first = network.needs_audience, network.item_hop_first
         self.has_history = config.has_historical_embeddings
         self.comm = next(iter(features.values())).comm
-        nodes = config.model.layer_nodes
-        self.layer_nodes = None if nodes is None else -(-nodes // self.comm.size)  # of this rank
-        self.nodes, self.item_item, self.user_user = (
+        budget = config.model.layer_nodes
+        self.node_budget = None if budget is None else -(-budget // self.comm.size)  # new nodes of this rank per layer
+        self.user_item_sampler, self.item_sampler, self.user_sampler = (
             None if graph is None else NeighborSampler(graph)
             for graph in (graphs.nodes, graphs.item_item, graphs.user_user)
         )
@@ -115,12 +115,12 @@ class SampledGraphBuilder:
         self.stopwatch.part("sampling")
         n_users, model = self.graphs.users, self.model
         self.rng = np.random.default_rng(seed)
-        for offset, sampler in enumerate((self.nodes, self.item_item, self.user_user)):
+        for offset, sampler in enumerate((self.user_item_sampler, self.item_sampler, self.user_sampler)):
             if sampler is not None:
                 sampler.seed(seed + offset)
-        user_hop, seed_users = self._hop(self.user_user, users, model.user_fanout)
-        output_hop = None if self.hops_first else self.item_item
-        item_hop, seed_items = self._hop(output_hop, items, model.item_fanout)
+        user_hop, seed_users = self._hop(self.user_sampler, users, model.user_fanout)
+        output_sampler = None if self.item_hop_first else self.item_sampler
+        item_hop, seed_items = self._hop(output_sampler, items, model.item_fanout)
         excluded = np.sort(np.concatenate(_seed_edges(self.graphs, all_pairs))) if self.exclude_seed_edges else None
 
         frontier = np.concatenate([seed_users, seed_items + n_users])
@@ -128,10 +128,12 @@ class SampledGraphBuilder:
         for fanout in model.fanout:
             block, frontier = self._layer(frontier, fanout, excluded)
             blocks.insert(0, block)
+        # `frontier` now holds the sources of the first block, users and items mixed. `order` becomes the row of each in
+        # cat(input users, input items), after the hop has added items and the audience has added users at the end.
         in_users, in_items = frontier[frontier < n_users], frontier[frontier >= n_users] - n_users
         order = np.empty(len(frontier), np.int64)
         order[frontier >= n_users] = np.arange(len(in_items))
-        input_hop, in_items = self._hop(self.item_item if self.hops_first else None, in_items, model.item_fanout)
+        input_hop, in_items = self._hop(self.item_sampler if self.item_hop_first else None, in_items, model.item_fanout)
         audience, in_users = self._audience(in_users, in_items, excluded)
         order[frontier < n_users] = np.arange((frontier < n_users).sum())
         order[frontier >= n_users] += len(in_users)  # the audience may have added users
@@ -145,15 +147,15 @@ class SampledGraphBuilder:
             audience=audience,
             input_nodes=torch.from_numpy(order),
             blocks=blocks,
-            seed_users=len(seed_users),
-            seed_items=len(seed_items),
+            n_seed_users=len(seed_users),
+            n_seed_items=len(seed_items),
             user_hop=user_hop,
             input_hop=input_hop,
             item_hop=item_hop,
-            user_seeds=users_at,
-            item_seeds=items_at,
-            user_inputs=users_at,
-            item_inputs=items_at,
+            users_in_seeds=users_at,
+            items_in_seeds=items_at,
+            users_in_inputs=users_at,
+            items_in_inputs=items_at,
             history=self._history(users, items, all_pairs) if self.has_history else None,
         )
         self.stopwatch.part(None)
@@ -177,7 +179,7 @@ class SampledGraphBuilder:
         return HistoryLookup(*lookups, into_users, into_items)
 
     def _hop(self, sampler: NeighborSampler | None, batch: np.ndarray, fanout: int) -> tuple[Block | None, np.ndarray]:
-        """One hop to the batch's rows, and its sources, the batch first."""
+        """One hop to the rows `batch`, and its sources, those rows first."""
         if sampler is None:
             return None, batch
         layer = sampler.layer(batch, fanout)
@@ -188,7 +190,7 @@ class SampledGraphBuilder:
     def _layer(self, frontier: np.ndarray, fanout: int, excluded: np.ndarray | None) -> tuple[Block, np.ndarray]:
         """A user-item layer with weights 1 / sqrt(degree * degree), corrected for the sampling, and its sources, the
         frontier first."""
-        layer = self.nodes.layer(frontier, fanout)
+        layer = self.user_item_sampler.layer(frontier, fanout)
         norm = 1 / np.sqrt(np.maximum(_degree(self.graphs.nodes, layer.sources), 1)).astype(np.float32)
         weight = norm[layer.positions] * (norm[: len(frontier)] * layer.correction)[layer.destination]
         _zero_excluded(layer, weight, excluded)
@@ -202,7 +204,7 @@ class SampledGraphBuilder:
         if not self.needs_audience:
             return None, in_users
         destinations = in_items + self.graphs.users
-        layer = self.nodes.layer(destinations, self.model.user_fanout, keep_destinations=False)
+        layer = self.user_item_sampler.layer(destinations, self.model.user_fanout, keep_destinations=False)
         degree = np.maximum(_degree(self.graphs.nodes, destinations), 1).astype(np.float32)
         weight = (layer.correction / degree)[layer.destination]  # corrected sum over the degree: the mean
         _zero_excluded(layer, weight, excluded)
@@ -216,9 +218,9 @@ class SampledGraphBuilder:
     def _limit_nodes(
         self, layer: SampledLayer, weight: np.ndarray, already_present: np.ndarray
     ) -> tuple[SampledLayer, np.ndarray]:
-        if self.layer_nodes is None:
+        if self.node_budget is None:
             return layer, weight
-        return importance_sample_sources(layer, weight, already_present, self.layer_nodes, self.rng)
+        return importance_sample_sources(layer, weight, already_present, self.node_budget, self.rng)
 
 
 def mean_of_users(graphs: Graphs) -> Block:

@@ -6,7 +6,7 @@ after each validation (with Ray Train it is a barrier, so all ranks call it equa
 
 A run that was interrupted resumes from its newest training state. All randomness of a step comes from (seed, pass,
 step, rank), and a state is saved only where it is complete, so that on the same number of ranks the weights are
-bit-identical to those of an uninterrupted run.
+bit-identical to those of an uninterrupted run. The exception is a state saved on request with historical embeddings.
 """
 
 import math
@@ -25,6 +25,7 @@ from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.stopwatch import Stopwatch
+from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.scorer import HybridScorer
 from gtc_dist.model.batch import Batch
@@ -38,14 +39,13 @@ from gtc_dist.training.train_state import LossMeter, TrainProgress, TrainState
 from gtc_dist.training.validation import Validator
 from gtc_dist.training.weight_averaging import WeightAverage
 
-# parts of a step in TensorBoard; sampling and features run ahead in the prefetch thread, communication is part of
-# others
+# parts of a step in TensorBoard; sampling and features run in the prefetch thread, communication is part of others
 PARTS = ("data", "sampling", "features", "history", "lookup", "forward", "backward", "optimizer", "communication")
-KEEP_STATES = 2  # complete training states that are retained beside the best weights
+KEEP_STATES = 2  # complete training states that are retained beside the best checkpoint
 
 
 class Trainer:
-    """One rank of a run. Methods are collectives.
+    """One rank of a run. Methods are collectives unless marked Local.
 
     Args:
         run: URI of the run folder.
@@ -53,8 +53,8 @@ class Trainer:
         graphs: shared by the ranks of the node.
         comm: all ranks. Its process group must not be the default one, which DDP uses.
         report: called on every rank with each validation's metrics.
-        stop_request: called on all ranks together every few seconds: "leave" to save the state and return from `fit`,
-            "save" to save it now, "" to continue.
+        stop_request: called on all ranks together, at most every few seconds and only where losses are logged: "leave"
+            to save the state and return from `fit`, "save" to save it now, "" to continue.
     """
 
     def __init__(
@@ -76,9 +76,10 @@ class Trainer:
         self.features = with_communicator(features, comm)
         self.loader = build_loader(config, self.network, users, items, graphs, features, self.loader_comm)
         expected = catalog.manifest.interactions["train"]
-        if sum(self.loader.rank_rows) != expected:
-            raise RuntimeError(
-                f"the ranks hold {sum(self.loader.rank_rows)} train interactions, the catalog {expected}"
+        if (found := sum(self.loader.interactions_per_rank)) != expected:
+            raise InputError(
+                f"the ranks read {found} train interactions, the manifest of {catalog.uri} says {expected}; "
+                "check its files with data.verify=checksum, or run prepare --force"
             )
         self.history = None
         if config.has_historical_embeddings:
@@ -89,10 +90,10 @@ class Trainer:
         scorer = HybridScorer.build(config, graphs, self.features, comm)
         decay = config.train.ema_decay
         self.average = WeightAverage(self.network, self.tables, decay) if decay else None
-        self.forward = self.network
+        self.ddp_network = self.network
         if comm.size > 1:
             devices = [comm.device] if comm.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.network, device_ids=devices, forward_sync_buffers=False)
+            self.ddp_network = DistributedDataParallel(self.network, device_ids=devices, forward_sync_buffers=False)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.train.lr)
         self.validator = Validator(
             config, catalog, graphs, self.network, self.tables, self.features, scorer, self.history
@@ -155,7 +156,7 @@ class Trainer:
                 self.state.meter.add(terms, sum(batch.counts))
                 self.state.progress.step = step
                 if step % self.config.train.log_every == 0 or step == self.loader.steps:
-                    self._log(epoch, step, batch)
+                    self._log_and_poll(epoch, step, batch)
                     self.state.meter = LossMeter()
                 if self.checkpointer.wanted:
                     self.stopwatch.part(None)
@@ -171,14 +172,14 @@ class Trainer:
     def train_step(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Look-up, forward, backward and optimizers on one batch; returns this rank's share of the loss terms."""
         rows = self.look_up(batch)
-        terms = self.backward(batch, rows)
+        terms = self.forward_backward(batch, rows)
         self.stopwatch.part("optimizer")
         at = self.state.progress
         if self.guard.passes(terms, batch, rows, f"epoch {at.epoch}, step {at.step + 1}"):
             self.optimizer.step()
             self.network.clamp_parameters()
             for table in self.tables.all():
-                table.step(self.config.train.table_lr)
+                table.adam_step(self.config.train.table_lr)
         else:
             terms = {name: torch.nan_to_num(value, 0, 0, 0) for name, value in terms.items()}
         self.stopwatch.part(None)
@@ -190,15 +191,15 @@ class Trainer:
         graph = batch.subgraph
         return self.tables.user.lookup(graph.user_lookup), self.tables.item.lookup(graph.item_lookup)
 
-    def backward(self, batch: Batch, rows: Rows) -> dict[str, torch.Tensor]:
+    def forward_backward(self, batch: Batch, rows: Rows) -> dict[str, torch.Tensor]:
         """Forward and backward on one batch; returns this rank's share of the loss terms."""
         self.stopwatch.part("history")
         history = None if self.history is None else self.history.rows(batch.subgraph)
         self.stopwatch.part("forward")
-        loss, terms = self.forward(batch, *rows, history)
+        loss, terms = self.ddp_network(batch, *rows, history)
         self.stopwatch.part("backward")
         self.optimizer.zero_grad(set_to_none=True)
-        with self.comm.tracked():  # DDP sums gradients over the ranks
+        with self.comm.tracked():  # waits for other ranks: DDP averages gradients, look-ups send rows back to owners
             loss.backward()
         self.stopwatch.part(None)
         return terms
@@ -206,7 +207,7 @@ class Trainer:
     # --- validation, logs and the end -------------------------------------------------------------------------------
 
     def _validates(self, epoch: int) -> bool:
-        """Whether an epoch ends with a validation."""
+        """Local. Whether an epoch ends with a validation."""
         return epoch % self.config.eval.every == 0 or epoch == self.config.train.epochs
 
     def _validate(self, epoch: int) -> bool:
@@ -227,7 +228,8 @@ class Trainer:
                 self.report({"epoch": epoch, **metrics["overall"]})
         return better
 
-    def _log(self, epoch: int, step: int, batch: Batch) -> None:
+    def _log_and_poll(self, epoch: int, step: int, batch: Batch) -> None:
+        """Log the losses since the last point, and act on what the ranks signal with them (checkpointing.py)."""
         meter, config = self.state.meter, self.config.train
         elapsed = time.perf_counter() - meter.since
         means = torch.stack(list(meter.sums.values())) / meter.steps
@@ -238,7 +240,7 @@ class Trainer:
         scalars = {f"loss/{name}": value for name, value in losses.items()}
         if "tc" in losses:
             scalars["total_correlation/bound_nats"] = math.log(max(sum(batch.tc_counts), 1)) - losses["tc"]
-        seconds = dict.fromkeys(PARTS, 0.0) | self.stopwatch.take() | self.loader.subgraphs.stopwatch.take()
+        seconds = dict.fromkeys(PARTS, 0.0) | self.stopwatch.take() | self.loader.subgraph_builder.stopwatch.take()
         seconds["communication"] = self.comm.seconds + self.loader_comm.seconds
         self.comm.seconds = self.loader_comm.seconds = 0.0
         scalars |= {f"seconds_per_step/{part}": value / meter.steps for part, value in seconds.items()}
@@ -283,5 +285,6 @@ class Trainer:
         return result
 
     def _print(self, text: str) -> None:
+        """Local. Print on rank 0."""
         if self.comm.rank == 0:
             print(text, flush=True)

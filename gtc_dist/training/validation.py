@@ -1,4 +1,4 @@
-"""Validation: embed the catalog, tune the weights of score fusion and cold start, rank, and score the final test."""
+"""Validation: embed the catalog, tune the hybrid weights (score fusion, cold start), rank, and score the final test."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from gtc_dist.inference.layerwise import embed_catalog
 from gtc_dist.model.gtc import GTC, Tables
 from gtc_dist.training.control_variate import HistoricalEmbeddings
 
-TUNING_USERS = 4096  # valid users, about, that the post-training weights are tuned on
+TUNING_USERS = 4096  # valid users, about, that the hybrid weights are tuned on
 PROJECTED = 1000  # most popular items whose embeddings TensorBoard's projector shows
 
 
@@ -52,11 +52,11 @@ class Validator:
         """
         if self.history is not None:
             self.history.clear()  # frees its memory; the next step refreshes
-        chunk, layers = self.config.eval.block_rows, self.config.model.layers
-        return embed_catalog(self.network, self.tables, self.features, self.graphs, layers, chunk, diagnostics)
+        chunk = self.config.eval.block_rows
+        return embed_catalog(self.network, self.tables, self.features, self.graphs, chunk, diagnostics)
 
     def validate(self, epoch: int, best: float) -> tuple[dict, dict[str, float]]:
-        """Tune the weights after the network and rank the valid split.
+        """Tune the hybrid weights and rank the valid split.
 
         The cold-start weights are tuned only for epochs better than `best`, since that ranks the split several times;
         the metrics after it decide, because with the previous weights cold items may cost more than they are allowed
@@ -90,7 +90,7 @@ class Validator:
         return ranking.evaluate_split(*embeddings, self.graphs, self.truth[split], RankingOptions.of(self.config))
 
     def objective(self, embeddings: Embeddings, counted: np.ndarray | None) -> float:
-        """Objective for tuning post-training weights: geometric mean of `eval.metric` and NDCG@20 on a sample of the
+        """Objective for tuning the hybrid weights: geometric mean of `eval.metric` and NDCG@20 on a sample of the
         valid users, so that a relative gain of one counts as much as the same gain of the other.
 
         Args:

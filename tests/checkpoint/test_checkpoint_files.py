@@ -20,7 +20,7 @@ def train_and_save(comm: Communicator, uri: str) -> dict:
     for table in tables:
         ids = torch.arange(0, table.rows, 2)
         table.lookup(plan_lookup(ids, table.rows, comm)).square().sum().backward()
-        table.step(0.1)
+        table.adam_step(0.1)
     dense = {"network": {"w": torch.arange(3.0)}, "steps": [t.steps for t in tables]}
     checkpoint_files.save(uri, {"epoch": 4}, dense, checkpoint_files.state_shards(tables), comm)
     assert checkpoint_files.read_manifest(uri)["epoch"] == 4
@@ -73,6 +73,12 @@ def test_tables_of_another_size_are_refused(tmp_path):
         checkpoint_files.load(
             str(tmp_path), checkpoint_files.weight_shards([ShardedTable("user", 24, 5, Communicator())])
         )
+
+
+def test_missing_tensors_are_named(tmp_path):
+    train_and_save(Communicator(), str(tmp_path))
+    with pytest.raises(InputError, match=rf"{tmp_path.name} has no item\.average; it was saved with another"):
+        checkpoint_files.load(str(tmp_path), [checkpoint_files.Shard("item.average", torch.zeros(3, 2), 0, 3)])
 
 
 def test_tables_of_another_width_are_refused(tmp_path):

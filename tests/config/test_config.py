@@ -110,7 +110,7 @@ def test_bad_configs_are_refused_with_the_key(tmp_path, text, overrides, message
         load_config(write(tmp_path, text), overrides)
 
 
-def test_help_tells_all_words(capsys):
+def test_help_lists_the_options(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     shown = capsys.readouterr().out
@@ -134,7 +134,7 @@ def test_help_has_the_keys(capsys):
         assert key in shown
 
 
-# Switches of version 0.1 that differ from its defaults, and what this version makes of them
+# Switches of version 0.1 that differ from its defaults, and their keys and values in this version
 OLD_RUNS = {
     "paper": ({}, {"model.variant": "paper", "train.w_tc": 0.4, "train.w_diff": 0.7}),
     "gated": (

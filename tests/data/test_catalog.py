@@ -36,6 +36,6 @@ def test_ids_of_another_type_are_cast(catalog):
 
 def test_unknown_ids_are_named_or_have_the_index_minus_one(catalog):
     ids = pa.array([100, 5, 107, None])
-    with pytest.raises(InputError, match=r"2 of 4 ids are no items of .*, such as 5, None \(row 1\)"):
+    with pytest.raises(InputError, match=r"2 of 4 ids are no items of .*, such as 5, None \(row 2\)"):
         catalog.index_of("items", ids)
     assert catalog.index_of("items", ids, allow_unknown=True).tolist() == [0, -1, 1, -1]

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gtc_dist.data.hashing import hash_bucket, hash_index, hash_pair
+from gtc_dist.data.hashing import hash_bucket, hash_index, hash_pair, index_bucket
 
 
 def test_values_never_change():
@@ -17,6 +17,8 @@ def test_values_never_change():
         5162781667995771317,
     ]
     assert hash_bucket(np.array([0, 1, 2**62 + 7]), 5).tolist() == [0, 4, 3]
+    assert index_bucket(0, 6, 10).tolist() == [0, 4, 4, 0, 0, 9]
+    assert index_bucket(2, 5, 10).tolist() == [4, 0, 0]
 
 
 @given(st.integers(0, 2**32), st.integers(0, 2**31))

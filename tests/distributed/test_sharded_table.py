@@ -13,7 +13,7 @@ ROWS, WIDTH, STEPS = 37, 5, 4
 
 
 def ids_of(rank: int, step: int) -> torch.Tensor:
-    """Repeats, and nothing at all on rank 1 in step 2."""
+    """Row ids with repeats; none on rank 1 in step 2."""
     generator = torch.Generator().manual_seed(100 * step + rank)
     return torch.randint(0, ROWS, (0 if (rank, step) == (1, 2) else 11 + rank,), generator=generator)
 
@@ -27,12 +27,12 @@ def train_table(comm: Communicator, whole: bool) -> dict:
     first = None
     for step in range(STEPS):
         ids = torch.arange(ROWS) if whole else ids_of(comm.rank, step)
-        route = plan_whole_table(ROWS, comm) if whole else plan_lookup(ids, ROWS, comm)
-        rows = table.lookup(route)
+        plan = plan_whole_table(ROWS, comm) if whole else plan_lookup(ids, ROWS, comm)
+        rows = table.lookup(plan)
         if step == 0:
             first = rows.detach().clone()
         loss_of(rows, ids).backward()
-        table.step(lr=0.05)
+        table.adam_step(lr=0.05)
     return {"first": first, "weight": table.weight, "start": table.start, "avg": table.exp_avg}
 
 
@@ -79,28 +79,28 @@ def initial(comm: Communicator) -> torch.Tensor:
     return ShardedTable("t", 9000, 3, comm, init_std=1.0, seed=2).weight
 
 
-def test_initial_values_do_not_depend_on_the_world():
+def test_initial_values_do_not_depend_on_the_number_of_ranks():
     alone = run_ranks(initial, 1)[0]
     torch.testing.assert_close(torch.cat(run_ranks(initial, 2)), alone, rtol=0, atol=0)
     assert alone.std() == pytest.approx(1.0, abs=0.02)
     assert not torch.equal(alone[:4096], alone[4096:8192])
 
 
-def test_untouched_rows_stay_as_they_are():
+def test_untouched_rows_are_not_changed():
     table = ShardedTable("t", ROWS, WIDTH, Communicator(), init_std=1.0, seed=1)
     before = table.weight.clone()
     table.lookup(plan_lookup(torch.tensor([4, 4, 9]), ROWS, table.comm)).sum().backward()
-    table.step(lr=0.1)
+    table.adam_step(lr=0.1)
     changed = (table.weight != before).any(1).nonzero().flatten().tolist()
     assert changed == [4, 9]
 
 
 def train_rowwise(comm: Communicator) -> dict:
-    table = ShardedTable("t", ROWS, WIDTH, comm, init_std=0.3, seed=5, rowwise=True)
+    table = ShardedTable("t", ROWS, WIDTH, comm, init_std=0.3, seed=5, rowwise_second_moment=True)
     for step in range(STEPS):
         ids = ids_of(comm.rank, step)
         loss_of(table.lookup(plan_lookup(ids, ROWS, comm)), ids).backward()
-        table.step(lr=0.05)
+        table.adam_step(lr=0.05)
     return {"weight": table.weight, "exp_avg_sq": table.exp_avg_sq}
 
 

@@ -7,6 +7,7 @@ from ranks import run_ranks
 from small import small_catalog
 
 from gtc_dist.data.catalog import CSC, Catalog
+from gtc_dist.data.hashing import index_bucket
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs, by_destination
@@ -18,7 +19,7 @@ from gtc_dist.hybrid.cold_start import (
     REGRESSION,
     ColdStart,
 )
-from gtc_dist.hybrid.content_regression import FOLDS, ContentRegression, hashed_bucket
+from gtc_dist.hybrid.content_regression import FOLDS, ContentRegression
 from gtc_dist.hybrid.embeddings import Embeddings, unit_variance
 from gtc_dist.hybrid.score_fusion import MEMBERS, ScoreFusion
 from gtc_dist.hybrid.scorer import HybridScorer
@@ -68,7 +69,7 @@ def test_regression_predicts_out_of_fold(catalog, monkeypatch, directions):
         parts.append(unit)
     X, Y = np.hstack([*parts, np.ones((len(warm), 1))]), items.weight.double().numpy()
     penalty = (X[warm, :-1] ** 2).sum() / (X.shape[1] - 1) * np.eye(X.shape[1])
-    fold = hashed_bucket(0, len(warm), FOLDS)
+    fold = index_bucket(0, len(warm), FOLDS)
     assert set(fold) == set(range(FOLDS))
     for item in range(len(warm)):
         known = warm & ((fold != fold[item]) | ~warm[item])
@@ -116,17 +117,17 @@ def test_ranks_predict_the_same(catalog):
 def test_cold_items_get_the_mean_of_their_warm_neighbours(catalog):
     graphs = Graphs.load(catalog)
     items = table(catalog, Communicator())
-    filled = WarmNeighbours(graphs, Communicator(), 7).impute(items).weight
+    imputed = WarmNeighbours(graphs, Communicator(), 7).impute(items).weight
     warm = graphs.item_degree > 0
     assert not warm.all()
-    assert torch.equal(filled[warm], items.weight[warm])
+    assert torch.equal(imputed[warm], items.weight[warm])
     hop = graphs.item_item
     for item in np.flatnonzero(~warm):
         edges = slice(hop.indptr[item], hop.indptr[item + 1])
         near = hop.indices[edges]
         weight = hop.weight[edges] * warm[near]
         want = (torch.from_numpy(weight / weight.sum())[:, None] * items.weight[near]).sum(0)
-        torch.testing.assert_close(filled[item], want)
+        torch.testing.assert_close(imputed[item], want)
 
 
 def test_neighbours_without_similarity_have_no_weight():
@@ -185,11 +186,11 @@ def test_norm_scale_is_the_largest_within_the_allowed_loss(catalog):
     for each, scale in ((0.0071, 1.331), (0.012, 0.826), (0.0099, 1.0), (0.0, NORM_SCALE_STEPS[-1]), (5.0, 0.0)):
         cold.tune((users, items), {}, objective(each))
         assert cold.weights[NORM_SCALE] == scale
-    filled = cold.impute((users, items), {})[1].weight
-    assert (filled[cold.cold] == 0).all()
+    imputed = cold.impute((users, items), {})[1].weight
+    assert (imputed[cold.cold] == 0).all()
     cold.tune((users, items), {}, lambda pair, counted: 0.0)  # no warm item is found: no drop to measure
     assert cold.weights[NORM_SCALE] == 0
-    assert torch.equal(filled[~cold.cold], items.weight[~cold.cold])
+    assert torch.equal(imputed[~cold.cold], items.weight[~cold.cold])
 
 
 def test_weights_are_restored_from_a_checkpoint(catalog):

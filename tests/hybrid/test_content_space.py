@@ -6,7 +6,7 @@ from ranks import run_ranks
 
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
-from gtc_dist.hybrid.content_space import ContentSpace
+from gtc_dist.hybrid.content_space import ContentSpace, weighted_unit_rows
 
 WIDTHS = {"a": 5, "b": 3}
 
@@ -42,9 +42,9 @@ def held(features: dict[str, torch.Tensor]) -> dict[str, ShardedTable]:
     return {name: table.with_values(features[name]) for name, table in tables(Communicator()).items()}
 
 
-def test_uncentred_products_are_weighted_means_of_cosines():
+def test_products_of_weighted_unit_rows_are_weighted_means_of_cosines():
     features = {name: table.weight for name, table in tables(Communicator()).items()}
-    rows = ContentSpace.uncentred({"a": 3.0, "b": 1.0}).apply(features).numpy()
+    rows = weighted_unit_rows(features, {"a": 3.0, "b": 1.0}).numpy()
     a, b = (unit(features[name].numpy()) for name in WIDTHS)
     np.testing.assert_allclose(rows @ rows.T, 0.75 * a @ a.T + 0.25 * b @ b.T, atol=1e-6)
 

@@ -24,7 +24,7 @@ def catalog(tmp_path_factory):
 def test_matches_the_dense_reference(catalog, chunk, hops, model):
     config, network, tables = setup(catalog, model={"item_hop": hops, "user_hop": hops, **model})
     features = load_features(network.modalities, catalog, Communicator())
-    users, items = embed_catalog(network, tables, features, load_graphs(config, catalog), config.model.layers, chunk)
+    users, items = embed_catalog(network, tables, features, load_graphs(config, catalog), chunk)
     want_users, want_items = reference(network, tables, catalog, config)
     torch.testing.assert_close(users.weight, want_users.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(items.weight, want_items.detach(), rtol=1e-4, atol=1e-5)
@@ -35,7 +35,7 @@ def own_rows(comm: Communicator, uri: str, config) -> dict:
     network, tables = build_network(config, catalog, comm)
     features = load_features(network.modalities, catalog, comm)
     diagnostics: dict[str, float] = {}
-    out = embed_catalog(network, tables, features, load_graphs(config, catalog), 2, 9, diagnostics)
+    out = embed_catalog(network, tables, features, load_graphs(config, catalog), 9, diagnostics)
     return {"users": out[0].weight, "items": out[1].weight, "diagnostics": diagnostics}
 
 

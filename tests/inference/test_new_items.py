@@ -9,6 +9,7 @@ from trainings import read_export, train_without_ray
 
 from gtc_dist import export
 from gtc_dist.checkpoint.existing_run import find_run
+from gtc_dist.config_data import ModalityConfig
 from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.errors import InputError
@@ -62,7 +63,7 @@ def test_new_items_are_exported_after_those_of_the_catalog(run, tmp_path, capsys
     assert manifest["new_items"] == len(cold)
     assert manifest["files"]["items.faiss"]["rows"] == len(ids)
     opened = load_run(find_run(uri))
-    want = embed_new_items(opened, opened.embed()[1], {n: x[cold] for n, x in features(catalog).items()})
+    want = embed_new_items(opened, opened.final_embeddings()[1], {n: x[cold] for n, x in features(catalog).items()})
     np.testing.assert_allclose(rows[catalog.items :], want, rtol=1e-2, atol=1e-3)
 
 
@@ -72,7 +73,7 @@ def test_a_new_item_equals_a_cold_item_with_its_content(run, form):
     uri, catalog = run
     opened = load_run(find_run(uri))
     opened.scorer.cold_start.weights |= {REGRESSION: form, CONTENT_WEIGHT: 2.0, NORM_SCALE: 1.21}
-    items = opened.embed()[1]
+    items = opened.final_embeddings()[1]
     warm = Graphs.load(catalog).item_degree > 0
     cold = np.flatnonzero(~warm)
     rows = embed_new_items(opened, items, {n: x[cold] for n, x in features(catalog).items()}).numpy()
@@ -97,6 +98,7 @@ def test_a_new_item_equals_a_cold_item_with_its_content(run, form):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda t: t.drop_columns(["m1"]), "per modality (m0, m1); "),
         (lambda t: t.drop_columns(["m1"]), "has no column 'm1'; columns found: id, m0"),
         (lambda t: t.set_column(0, "id", pa.array(["x", "y"])), "column 'id': the items of"),
         (lambda t: t.set_column(0, "id", pa.array([1, None])), "column 'id' has 1 nulls"),
@@ -104,8 +106,8 @@ def test_a_new_item_equals_a_cold_item_with_its_content(run, form):
         (lambda t: t.set_column(0, "id", pa.array([5, 107])), "the catalog has item 107 already"),
         (lambda t: t.set_column(1, "m0", pa.array([[1.0], [2.0]])), "'m0' has a vector of length 1"),
         (lambda t: t.set_column(0, "id", pa.array([[1], [2]])), "have int64 ids, not list<"),
-        (lambda t: t.set_column(1, "m0", pa.array([[1.0] * 6, None])), "'m0' has no vector in row 1"),
-        (lambda t: t.set_column(1, "m0", pa.array([[1.0] * 6, [float("nan")] * 6])), "'m0', row 1: the vector has"),
+        (lambda t: t.set_column(1, "m0", pa.array([[1.0] * 6, None])), "'m0' has no vector in row 2"),
+        (lambda t: t.set_column(1, "m0", pa.array([[1.0] * 6, [float("nan")] * 6])), "'m0', row 2: the vector has"),
         (lambda t: t.set_column(1, "m0", pa.array([1.0, 2.0])), "column 'm0' is double; it must hold vectors"),
     ],
 )
@@ -119,6 +121,28 @@ def test_bad_files_are_refused_and_nothing_is_written(run, tmp_path, change, mes
         export.main(["--run", uri, "--out", str(tmp_path / "e"), "--new-items", file])
     assert message in str(error.value)
     assert not storage.listing(str(tmp_path / "e"))
+
+
+@pytest.mark.parametrize("content", [b"id,m0", None])
+def test_the_file_must_be_parquet(run, tmp_path, content):
+    file = str(tmp_path / "a.csv")
+    if content:
+        storage.write_bytes(file, content)
+    problem = "is not a readable Parquet file" if content else "does not exist"
+    with pytest.raises(InputError, match=rf"--new-items needs a Parquet file .* \(m0, m1\); .*a\.csv {problem}"):
+        export.main(["--run", run[0], "--out", str(tmp_path / "e"), "--new-items", file])
+
+
+def test_modalities_without_weight_give_no_nearest_items(run):
+    uri, catalog = run
+    opened = load_run(find_run(uri))
+    opened.scorer.cold_start.weights[REGRESSION] = 0.0
+    weightless = {name: ModalityConfig(path="x.npy", weight=0) for name in catalog.modalities()}
+    data = opened.config.data.model_copy(update={"features": weightless})
+    opened.config = opened.config.model_copy(update={"data": data})
+    content = {name: rows[:2] for name, rows in features(catalog).items()}
+    with pytest.raises(InputError, match=r"runs/.*config\.yaml gives m0, m1 weight 0, so new items have no nearest"):
+        embed_new_items(opened, opened.final_embeddings()[1], content)
 
 
 def test_cold_items_tool_compares_with_content_alone(run, capsys):
@@ -152,7 +176,7 @@ def test_cold_items_tool_compares_with_nearest_items(run, capsys):
     cold_items.main(["--run", uri, "--threads", "1"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| nearest |"))
     restored = load_run(find_run(uri))
-    users, items = (rows.weight.numpy().copy() for rows in restored.fuse())
+    users, items = (rows.weight.numpy().copy() for rows in restored.fused_embeddings())
     hop, warm = restored.graphs.item_item, restored.graphs.item_degree > 0
     for item in np.flatnonzero(~warm):
         near = hop.indices[hop.indptr[item] : hop.indptr[item + 1]]

@@ -16,11 +16,10 @@ import yaml
 from local_cluster import LocalCluster
 from ranks import run_ranks
 from small import small_catalog, write_config
-from trainings import EPOCHS, LONG_OVERRIDES, run_result, train_without_ray, wait_for_states
+from trainings import EPOCHS, LONG_OVERRIDES, run_result, train_on, wait_for_states
 
 from gtc_dist import train
 from gtc_dist.checkpoint import checkpoint_files
-from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
 
 
@@ -30,8 +29,10 @@ def catalog(tmp_path_factory) -> str:
 
 
 def command(tmp_path: Path, catalog: str, workers: int, *overrides: str) -> list[str]:
+    """Arguments of a training; one of a single rank is longer, so that it is still running when it is killed."""
     config = write_config(tmp_path, catalog, str(tmp_path / "runs"))
-    return ["--config", config, f"cluster.workers={workers}", *LONG_OVERRIDES, *overrides]
+    epochs = f"train.epochs={EPOCHS if workers > 1 else 4 * EPOCHS}"
+    return ["--config", config, f"cluster.workers={workers}", *LONG_OVERRIDES, epochs, *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +43,6 @@ def undisturbed(catalog, tmp_path_factory) -> dict[int, Path]:
         _, file, *overrides = command(folder, catalog, ranks)
         run_ranks(train_on, ranks, file, overrides)
     return folders
-
-
-def train_on(comm: Communicator, file: str, overrides: list[str]) -> None:
-    train_without_ray(file, *overrides, comm=comm)
 
 
 def ranks_of(process: psutil.Process) -> list[psutil.Process]:

@@ -1,7 +1,8 @@
-"""Prepare and train on a cluster: `ray job submit`, two nodes, two ranks, everything under s3://."""
+"""Prepare and train in one job on a cluster: `ray job submit`, two nodes, two ranks, everything under s3://."""
 
 import json
 import os
+import shlex
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,19 +17,21 @@ from gtc_dist.data import storage
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_prepare_and_train_as_jobs_on_object_storage(s3, s3_server, capsys):
+def test_prepare_and_train_as_a_job_on_object_storage(s3, s3_server, capsys):
     make_dataset.main(["--out", f"{s3}/raw", "--users", "400", "--items", "200", "--interactions", "5000"])
     places = [f"data.raw={s3}/raw", f"data.catalog={s3}/catalog", f"run.storage={s3}/runs", "run.name=job"]
     keys = ["cluster.workers=2", "cluster.threads=1", "train.epochs=3", "train.batch_size=256", "model.width=16"]
-    output: list[str] = []
     with LocalCluster(nodes=2, cpus=1, storage=s3_server) as cluster:
         with pytest.raises(urllib.error.HTTPError, match="401"):  # no token
             urllib.request.urlopen(f"{cluster.address}/nodes?view=summary", timeout=30)
-        for command in ("prepare", "train"):
-            words = ["python", "-m", f"gtc_dist.{command}", "--config", "configs/demo.yaml", *places, *keys]
-            done = cluster.submit(words, working_dir=ROOT, timeout=280)
-            assert done.returncode == 0, done.stdout[-3000:]
-            output += [done.stdout, done.stderr or ""]
+        commands = [
+            ["python", "-m", f"gtc_dist.{command}", "--config", "configs/demo.yaml", *places, *keys]
+            for command in ("prepare", "train")
+        ]
+        words = ["sh", "-c", " && ".join(shlex.join(command) for command in commands)]
+        done = cluster.submit(words, working_dir=ROOT, timeout=280)
+        assert done.returncode == 0, done.stdout[-3000:]
+        output = [done.stdout, done.stderr or ""]
         folder = cluster.folder
         assert len(cluster.running()) > 2
         assert cluster._all_alive()  # both nodes, after the jobs

@@ -15,7 +15,7 @@ from small import small_catalog, write_config
 from trainings import LONG_OVERRIDES, run_result, wait_for_states
 
 from gtc_dist.checkpoint import checkpoint_files
-from gtc_dist.data import formats, storage
+from gtc_dist.data import formats, storage, storage_errors
 from gtc_dist.data.catalog import Catalog
 
 BUCKET = "outage"
@@ -51,7 +51,8 @@ class Outage:
         self.thread.join()
 
 
-def test_every_action_waits_for_the_store(server, folder, tmp_path, capfd):
+def test_every_action_waits_for_the_store(server, folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(storage_errors, "WARN_SECONDS", 2.0)
     vectors = np.arange(4000, dtype=np.float32).reshape(1000, 4)
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), 4)
     table = pa.table({"item": np.arange(1000), "vector": column})
@@ -79,7 +80,7 @@ def test_every_action_waits_for_the_store(server, folder, tmp_path, capfd):
         except Exception as error:
             problems[name] = error
 
-    outage = Outage(server)
+    outage = Outage(server, seconds=4)
     threads = [threading.Thread(target=act, args=(name,)) for name in actions]
     for thread in threads:
         thread.start()

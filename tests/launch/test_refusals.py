@@ -5,10 +5,12 @@ import pytest
 from small import refused, small_catalog, write_config
 
 from gtc_dist import train
+from gtc_dist.config import ClusterConfig
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import CatalogWriter
 from gtc_dist.errors import InputError, find_shown
 from gtc_dist.graph import user_item_graph
+from gtc_dist.launch import ray_train
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,14 @@ def test_more_workers_than_cpus_are_refused_with_their_number(ray_local, plain_c
     with pytest.raises(InputError, match="needs 1 GPUs; the cluster has 0"):
         train.main(["--config", config, "cluster.gpu=true"])
     assert not (tmp_path / "runs").exists()
+
+
+def test_ranks_that_no_node_has_room_for_are_refused_though_the_sum_suffices(monkeypatch):
+    nodes = [{"Alive": True, "Resources": {"CPU": cpus}} for cpus in (4.0, 2.0, 2.0)]
+    monkeypatch.setattr(ray_train.ray, "nodes", lambda: nodes)
+    message = r"needs 6 CPUs, .* has 8 on 3 nodes, with room for 1 such ranks \(a rank does not span nodes\)"
+    with pytest.raises(InputError, match=message):
+        ray_train.worker_resources(ClusterConfig(workers=2, cpus_per_worker=3))
 
 
 @pytest.mark.long

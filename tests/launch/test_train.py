@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import recommend
 import yaml
+from ranks import run_ranks
 from small import refused, small_catalog, write_config
-from trainings import read_export, train_without_ray
+from trainings import read_export, train_on, train_without_ray
 
 from gtc_dist import evaluate, export, train
 from gtc_dist.checkpoint import checkpoint_files
@@ -65,7 +66,7 @@ def test_tensorboard_has_every_curve(run):
     events.Reload()
     tags = set(events.Tags()["scalars"])
     wanted = {f"loss/{part}" for part in ("bpr", "tc", "diffusion", "l2")} | {"total_correlation/bound_nats"}
-    wanted |= {f"gate/{stream}" for stream in ("id", "m0", "m1")} | {"kept_energy/m0", "kept_energy/m1"}
+    wanted |= {f"gate/{view}" for view in ("id", "m0", "m1")} | {"kept_energy/m0", "kept_energy/m1"}
     wanted |= {"lr/dense", "lr/tables", "interactions_per_second", "valid/recall@20", "valid/ndcg@5"}
     parts = ("data", "sampling", "features", "lookup", "forward", "backward", "optimizer", "communication")
     wanted |= {f"seconds_per_step/{part}" for part in parts}
@@ -199,13 +200,13 @@ HYBRID = ["model.hybrid.graph_filter=4", "model.hybrid.content_profile=4"]
 
 
 @pytest.fixture(scope="module", params=[LARGE, pytest.param(HYBRID, marks=pytest.mark.long)])
-def run_of_two(ray_local, tmp_path_factory, request) -> tuple[str, list[str]]:
-    """Folder of a finished run of two ranks, and its overrides."""
+def run_of_two(tmp_path_factory, request) -> tuple[str, list[str]]:
+    """Folder of a finished run of two ranks, trained without Ray, and its overrides."""
     folder = tmp_path_factory.mktemp("two")
     catalog = small_catalog(folder / "catalog", users=120, items=80, seed=1)
     assert catalog.manifest.interactions["train"] % 2 == 1  # an uneven split over the ranks
     config = write_config(folder, catalog.uri, str(folder / "runs"))
-    train.main(["--config", config, "cluster.workers=2", *request.param])
+    run_ranks(train_on, 2, config, request.param)
     return str(folder / "runs/r"), request.param
 
 
@@ -218,15 +219,15 @@ def test_one_process_scores_as_two_ranks(run_of_two):
         "user.weight.000000000000-000000000060.npy",
         "user.weight.000000000060-000000000120.npy",
     }
-    found = find_run(run)
-    alone = load_run(found).evaluate("test", found.config.eval.users)
+    run_ref = find_run(run)
+    alone = load_run(run_ref).evaluate("test", run_ref.config.eval.users)
     assert alone["users"] == metrics["test"]["users"]
     assert alone["overall"] == pytest.approx(metrics["test"]["overall"], abs=1e-6)
     assert not [n for n in storage.listing(run) if n.startswith("ray-")]
 
 
 @pytest.mark.long
-def test_two_workers_evaluate_as_one_process(run_of_two, capsys):
+def test_two_workers_evaluate_as_one_process(ray_local, run_of_two, capsys):
     run, _ = run_of_two
     capsys.readouterr()
     evaluate.main(["--run", run, "--workers", "2"])
@@ -235,7 +236,7 @@ def test_two_workers_evaluate_as_one_process(run_of_two, capsys):
     assert together["overall"] == pytest.approx(alone["overall"], abs=1e-6)
 
 
-def test_two_workers_export_as_one_process(run_of_two, tmp_path):
+def test_two_workers_export_as_one_process(ray_local, run_of_two, tmp_path):
     run, overrides = run_of_two
     for name, workers in (("one", "0"), ("two", "2")):
         export.main(["--run", run, "--out", str(tmp_path / name), "--workers", workers])

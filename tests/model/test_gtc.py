@@ -76,7 +76,7 @@ def test_any_number_of_modalities(catalogs, modalities):
     )
     assert modalities + 1 == network.n_views
     torch.testing.assert_close(out.items, items[batch.item_ids], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(out.users, users[batch.subgraph.user_seeds], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.users, users[batch.subgraph.users_in_seeds], rtol=1e-4, atol=1e-5)
 
 
 def test_a_chosen_modality_alone(catalogs):
@@ -118,10 +118,10 @@ def test_ranking_and_l2_losses_by_loops(catalogs, negatives, loss):
             value = torch.log(1 + sum(c * torch.exp(-s / 0.5) for c, s in zip(counts, scores, strict=True)))
         ranking.append(value)
         ego = [
-            user_rows[batch.subgraph.user_inputs[batch.users[n]]],
-            item_rows[batch.subgraph.item_inputs[batch.positives[n]]],
+            user_rows[batch.subgraph.users_in_inputs[batch.users[n]]],
+            item_rows[batch.subgraph.items_in_inputs[batch.positives[n]]],
         ]
-        other = sum(item_rows[batch.subgraph.item_inputs[k]].square().sum() for k in pool) / len(pool)
+        other = sum(item_rows[batch.subgraph.items_in_inputs[k]].square().sum() for k in pool) / len(pool)
         l2.append(0.5 * (sum(row.square().sum() for row in ego) + other))
     assert float(parts[loss]) == pytest.approx(float(sum(ranking).detach()) / len(ranking), rel=1e-4)
     assert float(parts["l2"]) == pytest.approx(float(sum(l2).detach()) / len(l2), rel=1e-4)
@@ -157,16 +157,16 @@ def test_the_weights_of_the_loss_parts(catalogs):
     assert float(loss.detach()) == pytest.approx(float(want), rel=1e-5)
 
 
-def test_what_is_watched(catalogs):
+def test_diagnostics(catalogs):
     _config, network, tables = setup(catalogs[2])
     member = network.members[0]
     content = member.content({n: torch.from_numpy(catalogs[2].features(n)) for n in network.modalities})
-    streams = member.views(tables.item.weight, content)
+    views = member.views(tables.item.weight, content)
     ids = tables.item.weight
-    untouched = member.diagnostics(EncodedItems(ids, None, content, content, streams))
+    untouched = member.diagnostics(EncodedItems(ids, None, content, content, views))
     assert untouched["kept_energy/m0"].tolist() == pytest.approx([1.0] * catalogs[2].items)
     half = {name: x / 2 for name, x in content.items()}
-    halved = member.diagnostics(EncodedItems(ids, None, content, half, streams))
+    halved = member.diagnostics(EncodedItems(ids, None, content, half, views))
     assert halved["kept_energy/m0"].tolist() == pytest.approx([0.75] * catalogs[2].items, rel=1e-5)
     assert sum(float(untouched[f"gate/{s}"][0]) for s in ("id", "m0", "m1")) == pytest.approx(1.0)
 

@@ -139,7 +139,7 @@ def test_the_personal_loss_trains_the_filters_alone(catalog, negatives):
         hardest = pool[(items[pool] @ users[u]).argmax()]  # by dot product
         score = {}
         for item in (positive, hardest):
-            constants = encoded.detached(batch.subgraph.item_inputs[item[None]])
+            constants = encoded.detached(batch.subgraph.items_in_inputs[item[None]])
             score[int(item)] = users[u] @ items[item] + member.personal_score(*constants, e.users[u[None]])[0]
         margin = score[int(positive)] - score[int(hardest)]
         assert float(loss[n].detach()) == pytest.approx(float(F.softplus(-margin).detach()), rel=1e-4)
@@ -164,7 +164,7 @@ def test_rerank_of_a_trained_run_on_one_and_two_ranks(catalog, tmp_path, capsys)
     shown = json.loads(capsys.readouterr().out)
     assert shown["rerank"]["before"] == pytest.approx(shown["overall"])
     assert shown["rerank"]["depth"] == 20
-    # what is among the first 20 stays there
+    # the first 20 items stay the first 20
     assert shown["rerank"]["after"]["recall@20"] == pytest.approx(shown["overall"]["recall@20"])
     on_valid = rerank(load_run(find_run(run)), "valid", 20, None)
     metric = {name: (on_valid[name]["recall@20"] * on_valid[name]["ndcg@5"]) for name in ("before", "after")}
@@ -198,7 +198,7 @@ def test_candidates_are_rescored_under_their_original_ids(catalog, tmp_path):
     scored = formats.read_table(f"{tmp_path}/scored.parquet")
     assert scored.select(pairs.column_names).equals(pairs)
     loaded = load_run(find_run(run))
-    of_users, of_items = (table.weight for table in loaded.embed())
+    of_users, of_items = (table.weight for table in loaded.final_embeddings())
     want = (of_users[who] * of_items[what]).sum(1)
     assert scored["dot"].to_pylist() == pytest.approx(want.tolist(), rel=1e-5)
     one_by_one = [float(PersonalFilter(loaded).scores(who[n : n + 1], what[None, n : n + 1])[0, 0]) for n in range(4)]
@@ -214,11 +214,11 @@ def test_candidates_are_rescored_under_their_original_ids(catalog, tmp_path):
     ("columns", "message"),
     [
         ({"user": ["u003"]}, "no column 'item'"),
-        ({"user": ["u003", "u001"], "item": [1, 1]}, "ids are no items of .*, such as 1, 1 .row 0"),
-        ({"user": ["nobody"], "item": [1]}, "ids are no users of .*, such as 'nobody' .row 0"),
+        ({"user": ["u003", "u001"], "item": [1, 1]}, "ids are no items of .*, such as 1, 1 .row 1"),
+        ({"user": ["nobody"], "item": [1]}, "ids are no users of .*, such as 'nobody' .row 1"),
         ({"user": ["u003"], "item": ["x"]}, "column 'item': the items of .* have int64 ids, not string"),
         ({"user": ["u003"], "item": [[1]]}, "column 'item': the items of .* have int64 ids, not list<"),
-        ({"user": [None], "item": [1]}, "ids are no users of .*, such as None .row 0"),
+        ({"user": [None], "item": [1]}, "ids are no users of .*, such as None .row 1"),
     ],
 )
 def test_candidates_that_cannot_be_scored(catalog, columns, message):

@@ -68,6 +68,16 @@ CONFIGS = {  # text, overrides, part of the message
     ),
     "start_step against steps": (MINIMAL, ["model.diffusion.steps=50"], "start_step 100 is beyond steps 50"),
     "shares that leave no train": (MINIMAL, ["data.split.valid_share=0.95"], "leaves nothing to train on"),
+    "a modality called like the id embedding": (
+        MINIMAL,
+        ["data.features.id.path=x.npy"],
+        "data.features: 'id' is a name that checkpoints use; call the modality something else",
+    ),
+    "a modality called like a weight": (
+        MINIMAL,
+        ["data.features.walked.path=x.npy"],
+        "data.features: 'walked' is a name that checkpoints use",
+    ),
     "an override without =": (MINIMAL, ["train.epochs"], "override 'train.epochs' is not of the form a.b=c"),
     "an override without a key": (MINIMAL, ["=3"], "override '=3' is not of the form a.b=c"),
     "an override of broken YAML": (MINIMAL, ["model.fanout=[1"], "override model.fanout is not valid YAML"),

@@ -1,5 +1,6 @@
 """The whole command: catalogs on local disk and on S3, reruns, incomplete folders, refusals."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ def raw(tmp_path) -> str:
     return str(tmp_path / "raw")
 
 
-def test_catalog_holds_what_the_raw_tables_say(ray_local, tmp_path, raw):
+def test_catalog_matches_the_raw_tables(ray_local, tmp_path, raw):
     manifest, built = build_catalog.prepare_catalog(catalog_config(raw, tmp_path / "catalog"))
     assert built
     catalog = Catalog(str(tmp_path / "catalog"), verify="checksum")
@@ -197,9 +198,9 @@ def test_bad_input_writes_nothing(ray_local, tmp_path, raw):
     assert "the test split is empty" in bad(raw, catalog)
 
 
-def run_prepare(*args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "gtc_dist.prepare", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def run_prepare(*args: str, **environment: str) -> subprocess.CompletedProcess:
+    command, env = [sys.executable, "-m", "gtc_dist.prepare", *args], {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
 
 
 def test_command_on_tiktok(tmp_path):
@@ -232,7 +233,7 @@ def test_command_on_tiktok(tmp_path):
     ]
 
 
-def test_an_error_found_by_ray_is_one_line(tmp_path, raw):
+def test_an_error_found_by_ray_is_one_line(ray_local, tmp_path, raw):
     write_raw(raw)
     visual = np.load(f"{raw}/visual.npy")
     visual[3, 0] = np.inf
@@ -242,7 +243,7 @@ def test_an_error_found_by_ray_is_one_line(tmp_path, raw):
         f"data: {{raw: {raw}, catalog: {tmp_path}/catalog, split: {{method: given}}, "
         "features: {visual: {path: visual.npy}}}\nrun: {storage: runs, name: x}\n"
     )
-    found = run_prepare("--config", str(path))
+    found = run_prepare("--config", str(path), RAY_ADDRESS=ray_local.address_info["address"])
     assert found.returncode == 2
     message = f"error: {raw}/visual.npy: the vector of item 3 (row 4) has a value that is not finite (inf, position 0)"
     assert [line for line in found.stderr.splitlines() if not line.startswith("[")] == [message]

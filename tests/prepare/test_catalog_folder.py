@@ -10,7 +10,7 @@ from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.prepare import build_catalog
 from gtc_dist.prepare.feature_files import FeatureSource
-from gtc_dist.prepare.raw_file import RawFile
+from gtc_dist.prepare.interaction_file import InteractionFile
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_fingerprints_are_those_of_version_0_1(monkeypatch, data, graph, expecte
     """Computed with version 0.1 for the same settings and file signatures: its catalogs are still up to date."""
     monkeypatch.setattr(storage, "file_signatures", lambda uris: [[uri, 10, "1.5"] for uri in uris])
     tree = {"data": data, "graph": graph, "model": {"user_hop": user_hop}, "run": {"storage": "runs", "name": "x"}}
-    files = [RawFile("/raw/train.parquet", "parquet", False, {}, {})]
+    files = [InteractionFile("/raw/train.parquet", "parquet", False, {}, {})]
     uris = {"visual": "/raw/visual.npy", "textual": "/raw/textual.parquet"}
     sources = {name: FeatureSource(name, [uri], 1, 1, "float32", None, []) for name, uri in uris.items()}
     assert build_catalog.fingerprint(Config.model_validate(tree), files, sources) == expected

@@ -34,9 +34,10 @@ def scratch():
 def test_standardised_over_the_items_that_have_a_vector():
     x = feature_matrix() * [1, 100, 1e-3, 1e4, 1, 1]
     present = np.random.default_rng(1).random(ROWS) < 0.8
-    transform = features.fit_feature_transform(gathered_of(x, present))
+    transform, explained_variance = features.fit_feature_transform(gathered_of(x, present))
+    assert explained_variance == 1
     np.testing.assert_allclose(transform.mean, x[present].mean(0), rtol=1e-12)
-    np.testing.assert_allclose(transform.std, x[present].std(0), rtol=1e-9)
+    np.testing.assert_allclose(transform.scale, x[present].std(0), rtol=1e-9)
     out = transform.apply(x[present])
     assert out.dtype == np.float16
     np.testing.assert_allclose(out, (x[present] - x[present].mean(0)) / x[present].std(0), rtol=1e-3, atol=1e-3)
@@ -44,16 +45,17 @@ def test_standardised_over_the_items_that_have_a_vector():
 
 def test_a_large_mean_does_not_cancel_digits():
     x = feature_matrix().astype(np.float64) + 1e9
-    np.testing.assert_allclose(features.fit_feature_transform(gathered_of(x)).std, x.std(0), rtol=1e-6)
+    np.testing.assert_allclose(features.fit_feature_transform(gathered_of(x))[0].scale, x.std(0), rtol=1e-6)
 
 
 def test_statistics_do_not_depend_on_the_size_of_blocks(monkeypatch):
-    whole = [features.fit_feature_transform(gathered_of(feature_matrix()), pca) for pca in (None, 3)]
+    def fit() -> list[FeatureTransform]:
+        return [features.fit_feature_transform(gathered_of(feature_matrix()), pca)[0] for pca in (None, 3)]
+
+    whole = fit()
     monkeypatch.setattr(features, "BLOCK_BYTES", 8 * WIDTH * 3)  # 3 rows
-    for one, other in zip(
-        whole, [features.fit_feature_transform(gathered_of(feature_matrix()), pca) for pca in (None, 3)], strict=True
-    ):
-        np.testing.assert_allclose(one.std, other.std, rtol=1e-9)
+    for one, other in zip(whole, fit(), strict=True):
+        np.testing.assert_allclose(one.scale, other.scale, rtol=1e-9)
         np.testing.assert_allclose(one.apply(feature_matrix()), other.apply(feature_matrix()), atol=2e-3)
 
 
@@ -61,14 +63,13 @@ def test_statistics_do_not_depend_on_the_size_of_blocks(monkeypatch):
 def test_a_dimension_without_variance_becomes_zeros(constant):
     x = feature_matrix()
     x[:, 2] = constant
-    transform = features.fit_feature_transform(gathered_of(x))
-    assert transform.std[2] == 0
+    transform, _ = features.fit_feature_transform(gathered_of(x))
+    assert transform.scale[2] == 0
     out = transform.apply(x)
     assert (out[:, 2] == 0).all()
     assert np.isfinite(out).all()
-    assert (
-        features.fit_feature_transform(gathered_of(np.full((9, 4), constant, np.float32)), 2).apply(x[:, :4] * 0) == 0
-    ).all()
+    by_pca, _ = features.fit_feature_transform(gathered_of(np.full((9, 4), constant, np.float32)), 2)
+    assert (by_pca.apply(x[:, :4] * 0) == 0).all()
 
 
 def test_values_beyond_float16_are_clipped():
@@ -79,11 +80,11 @@ def test_values_beyond_float16_are_clipped():
 @pytest.mark.parametrize("width", [1, 3, WIDTH])
 def test_pca_is_the_svd_on_one_common_scale(width):
     x = feature_matrix()
-    transform = features.fit_feature_transform(gathered_of(x), width)
+    transform, explained_variance = features.fit_feature_transform(gathered_of(x), width)
     centred = x.astype(np.float64) - x.mean(0)
     _, singular, axes = np.linalg.svd(centred, full_matrices=False)
     variance = singular**2 / ROWS
-    np.testing.assert_allclose(transform.explained_variance, variance[:width].sum() / variance.sum(), rtol=1e-9)
+    np.testing.assert_allclose(explained_variance, variance[:width].sum() / variance.sum(), rtol=1e-9)
     np.testing.assert_allclose(np.abs(np.sum(transform.components * axes[:width], axis=1)), 1, rtol=1e-6)
     peaks = transform.components[np.arange(width), np.abs(transform.components).argmax(1)]
     assert (peaks > 0).all()  # fixed signs
@@ -93,16 +94,17 @@ def test_pca_is_the_svd_on_one_common_scale(width):
     if width == WIDTH:  # no loss: distances equal those of the raw vectors, up to the scale
         raw = np.linalg.norm(x[:, None] - x[None], axis=2)
         new = np.linalg.norm(out[:, None] - out[None], axis=2)
-        np.testing.assert_allclose(new * transform.std[0], raw, atol=0.05)
+        np.testing.assert_allclose(new * transform.scale[0], raw, atol=0.05)
 
 
 @pytest.mark.parametrize("pca", [None, 2])
 def test_written_transform_gives_new_vectors_the_same_features(tmp_path, scratch, pca):
     x, present = feature_matrix(), np.arange(ROWS) % 5 != 0
-    transform = features.fit_feature_transform(gathered_of(x, present), pca)
+    transform, explained_variance = features.fit_feature_transform(gathered_of(x, present), pca)
     entry, out = features.write_features(
-        CatalogWriter(str(tmp_path)), "visual", gathered_of(x, present), transform, scratch
+        CatalogWriter(str(tmp_path)), "visual", gathered_of(x, present), transform, explained_variance, scratch
     )
+    assert entry.explained_variance == explained_variance
     assert (entry.dim, entry.raw_dim, entry.missing) == (pca or WIDTH, WIDTH, 8)
     assert (out[~present] == 0).all()
     assert np.array_equal(FeatureTransform.load(str(tmp_path), "visual").apply(x[present]), out[present])
@@ -118,7 +120,7 @@ def test_feature_files_are_cut(tmp_path, scratch, monkeypatch):
         writer,
         "visual",
         gathered_of(feature_matrix()),
-        features.fit_feature_transform(gathered_of(feature_matrix())),
+        *features.fit_feature_transform(gathered_of(feature_matrix())),
         scratch,
     )
     assert isinstance(out, np.memmap)
@@ -223,9 +225,9 @@ def test_vectors_of_another_width_name_file_and_item(tmp_path, ray_local):
 
 def test_fewer_rows_than_items(tmp_path):
     np.save(tmp_path / "v.npy", feature_matrix(rows=77))
-    with pytest.raises(InputError, match=r"v\.npy has 77 rows, .* have item 77"):
+    with pytest.raises(InputError, match=r"v\.npy has 77 rows, .* has item 77"):
         features.match_rows(inspect_visual(tmp_path), ITEMS)
-    with pytest.raises(InputError, match="have item -1"):
+    with pytest.raises(InputError, match="has item -1"):
         features.match_rows(inspect_visual(tmp_path), pa.array([-1, 3]))
 
 
@@ -240,9 +242,7 @@ def test_ids_of_another_type_than_the_interactions(tmp_path):
 
 def test_no_item_in_common(tmp_path, ray_local):
     write_feature_parquet(tmp_path / "v.parquet", [100, 200], [[1.0]] * 2, pa.list_(pa.float32()))
-    with pytest.raises(
-        InputError, match=r"none of its ids \(such as 100\) is an item of the interactions \(such as 30"
-    ):
+    with pytest.raises(InputError, match=r"none of its ids \(such as 100\) is an item of the catalog \(such as 30"):
         features.match_rows(inspect_visual(tmp_path, "v.parquet"), ITEMS)
     write_feature_parquet(tmp_path / "v.parquet", [3, 200], [None, [1.0]], pa.list_(pa.float32()))
-    assert "no item of the interactions has a vector" in refused_rows(inspect_visual(tmp_path, "v.parquet"))
+    assert "no item of the catalog has a vector" in refused_rows(inspect_visual(tmp_path, "v.parquet"))

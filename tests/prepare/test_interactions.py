@@ -13,7 +13,7 @@ from gtc_dist.config_data import DataConfig
 from gtc_dist.data.catalog import SPLITS
 from gtc_dist.data.scratch import Scratch
 from gtc_dist.errors import InputError
-from gtc_dist.prepare import catalog_interactions, ids, interactions, raw_file
+from gtc_dist.prepare import catalog_interactions, ids, interaction_file, interactions
 from gtc_dist.prepare.catalog_interactions import SplitInteractions
 from gtc_dist.prepare.clean import RawInteractions
 
@@ -31,7 +31,7 @@ def raw_of(rows: list[tuple], time: bool = False, split_codes: list[int] | None 
     return RawInteractions(user_ids, item_ids, user, item, time=times, split=codes)
 
 
-def read(files: list[raw_file.RawFile], memory: int = 1 << 30) -> RawInteractions:
+def read(files: list[interaction_file.InteractionFile], memory: int = 1 << 30) -> RawInteractions:
     with Scratch(memory_bytes=memory) as scratch:  # mapped arrays stay readable after the folder is removed
         return interactions.read_interactions(files, scratch)
 
@@ -73,7 +73,7 @@ def test_all_formats_together_through_ray(tmp_path, ray_local):
 
 def test_text_ids_that_turn_out_strings_late_in_a_file_are_strings_throughout(tmp_path, ray_local):
     path = tmp_path / "a.csv"
-    rows = raw_file.TEXT_BLOCK_BYTES // len("1234567,1\n") + 1000
+    rows = interaction_file.TEXT_BLOCK_BYTES // len("1234567,1\n") + 1000
     path.write_text("user_id,item_id\n" + "".join(f"{1_000_000 + i},1\n" for i in range(rows)) + "abc,1\n")
     data = data_config(tmp_path, interactions={"files": ["a.csv"]})
     raw = read(interactions.inspect_interactions(data))

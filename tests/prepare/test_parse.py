@@ -8,7 +8,7 @@ import pytest
 from raw_files import FORMATS, rows_table, write_table_file
 
 from gtc_dist.errors import InputError
-from gtc_dist.prepare import ids, parse, raw_file
+from gtc_dist.prepare import ids, interaction_file, parse
 
 ROLES = {"user": "user_id", "item": "item_id", "time": "time", "rating": "rating"}
 
@@ -55,7 +55,7 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
 
 
 def test_quoted_lines_in_csv_may_cross_the_blocks_of_a_file(tmp_path):
-    rows = raw_file.TEXT_BLOCK_BYTES // 500 + 100
+    rows = interaction_file.TEXT_BLOCK_BYTES // 500 + 100
     text = "user_id,review,item_id\n" + "".join(f'{row},"{chr(10) * 500}",7\n' for row in range(rows))
     (tmp_path / "a.csv").write_text(text)
     found = read_alone(str(tmp_path / "a.csv"), {"user": "user_id", "item": "item_id"})
@@ -131,7 +131,7 @@ def test_null_ids_are_named_by_row(tmp_path, extension):
 
 
 def test_null_ids_are_named_by_their_row_in_the_file_not_in_the_batch(tmp_path):
-    rows = raw_file.PARQUET_BATCH_ROWS + 10
+    rows = interaction_file.PARQUET_BATCH_ROWS + 10
     item = np.arange(rows)
     mask = item == rows - 1
     table = pa.table({"user_id": item, "item_id": pa.array(item, mask=mask)})
@@ -149,7 +149,7 @@ def test_null_ratings_and_times_are_named_by_row(tmp_path, role, values):
 def test_ragged_rows_are_named(tmp_path):
     (tmp_path / "a.csv").write_text("user_id,item_id\n1,2\n3\n")
     assert "Row #3: Expected 2 columns, got 1" in refused_file(str(tmp_path / "a.csv"))
-    rows = raw_file.TEXT_BLOCK_BYTES // len("1234567,1\n") + 1000
+    rows = interaction_file.TEXT_BLOCK_BYTES // len("1234567,1\n") + 1000
     (tmp_path / "b.csv").write_text("user_id,item_id\n" + "1234567,1\n" * rows + "1,2,3\n")
     assert f"Row #{rows + 2}: Expected 2 columns, got 3" in refused_file(str(tmp_path / "b.csv"))
 

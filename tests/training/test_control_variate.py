@@ -1,4 +1,4 @@
-"""The history: sampled steps that estimate what changed since a whole propagation."""
+"""Control variates: sampled steps estimate only the change since the last full propagation (the history)."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def network_with_history(config, catalog, comm, dtype=torch.float32, moved=0.0):
 
 
 def step(comm: Communicator, uri: str, config, draws, counts, moved: float) -> dict:
-    """Loss parts of the global batch and all gradients, with a history where the configuration samples."""
+    """Loss parts of the global batch and all gradients, with a history if the configuration samples."""
     catalog = Catalog(uri)
     network, tables, history = network_with_history(config, catalog, comm, moved=moved)
     batch = loader_of(config, catalog, comm, network).assemble(share(draws, comm.rank, counts))
@@ -64,20 +64,20 @@ def step(comm: Communicator, uri: str, config, draws, counts, moved: float) -> d
 @pytest.mark.parametrize("layers", [0, 1, 2])
 @pytest.mark.parametrize("hops", [True, False])
 @pytest.mark.parametrize("content", [{}, GATED])
-def test_with_every_neighbour_it_is_the_whole_graph_however_old_the_history(catalog, layers, hops, content):
+def test_all_neighbours_give_the_full_graph_with_a_history_of_any_age(catalog, layers, hops, content):
     outcomes = []
     for model in ({"propagation": "full"}, {**ALL, "fanout": [-1] * layers}):
         model = {**model, **content, **ITEM, "layers": layers, "item_hop": hops, "user_hop": hops}
         config = small_config(catalog.uri, model=model, train={"exclude_seed_edges": False, "loss": "softmax"})
         outcomes.append(step(Communicator(), catalog.uri, config, global_draws(config, catalog), [24], moved=0.2))
-    # a hop neighbour's stream weights get their gradient from what changed alone
+    # the view weights of a hop neighbour get a gradient only from the change since the refresh
     for outcome in outcomes:
         outcome["tables"]["user"] = outcome["tables"]["user"][:, : (2 if content else 3) * config.model.width]
     assert_same_step(outcomes[1], outcomes[0])
 
 
 @pytest.mark.parametrize("content", [{}, GATED])
-def test_ranks_leave_out_the_edges_of_all(catalog, content):
+def test_every_rank_excludes_the_edges_of_all_ranks(catalog, content):
     model = {**ALL, **content}
     config = small_config(catalog.uri, model=model, train={"tc_rows": 0})
     draws = global_draws(config, catalog)
@@ -91,7 +91,7 @@ def test_ranks_leave_out_the_edges_of_all(catalog, content):
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("content", [{}, {**GATED, "item_hop": True}])
-def test_left_out_edges_are_gone_from_walks_of_one_step(catalog, layers, content):
+def test_excluded_edges_are_not_on_paths_of_one_step(catalog, layers, content):
     outcomes = []
     for model in ({"propagation": "full"}, {**ALL, "fanout": [-1] * layers}):
         model = {**model, **ITEM, "layers": layers, "user_hop": False, "item_hop": False, **content}
@@ -120,7 +120,7 @@ def embeddings(catalog, config, moved: float, with_history: bool, draws: int, dt
     return torch.stack(out)
 
 
-def test_few_neighbours_are_unbiased_and_err_by_what_changed(catalog):
+def test_few_neighbours_are_unbiased_with_an_error_that_follows_the_change(catalog):
     options = {"train": {"exclude_seed_edges": False}}
     few = small_config(catalog.uri, model={**FEW, **ITEM, "user_hop": False, "layer_nodes": 12}, **options)
     whole = small_config(catalog.uri, model={"propagation": "full", **ITEM, "user_hop": False}, **options)
@@ -132,8 +132,8 @@ def test_few_neighbours_are_unbiased_and_err_by_what_changed(catalog):
 
 
 @pytest.mark.parametrize("content", [{}, GATED])
-def test_nothing_changed_nothing_estimated(catalog, content):
-    """Right after a refresh a sample of two neighbours gives what the whole graph does, to the rounding of float16."""
+def test_right_after_a_refresh_there_is_no_sampling_error(catalog, content):
+    """Two sampled neighbours give the embeddings of the full graph, to the rounding of float16."""
     options = {"train": {"exclude_seed_edges": False}}
     few = small_config(catalog.uri, model={**FEW, **content, **ITEM}, **options)
     whole = small_config(catalog.uri, model={"propagation": "full", **content, **ITEM}, **options)
@@ -141,7 +141,7 @@ def test_nothing_changed_nothing_estimated(catalog, content):
     torch.testing.assert_close(embeddings(catalog, few, 0.0, True, 1, torch.float16)[0], want, rtol=5e-3, atol=5e-3)
 
 
-def test_refreshes_when_it_is_time_or_forgotten(catalog):
+def test_refreshes_when_due_or_cleared(catalog):
     config = small_config(catalog.uri, model=FEW)
     network, _, history = network_with_history(config, catalog, Communicator())
     batch = loader_of(config, catalog, Communicator(), network).assemble(global_draws(config, catalog))

@@ -40,7 +40,7 @@ def make_loader(comm: Communicator, catalog: Catalog, **sections) -> DataLoader:
 
 def pairs_of(batch) -> list[tuple[int, int]]:
     """Catalog indexes of a full-mode batch's pairs."""
-    users = batch.subgraph.user_seeds[batch.users]
+    users = batch.subgraph.users_in_seeds[batch.users]
     return list(zip(users.tolist(), batch.item_ids[batch.positives].tolist(), strict=True))
 
 
@@ -56,14 +56,14 @@ def test_an_epoch_holds_every_interaction_once_and_the_next_in_another_order(cat
 
 def test_batches_differ_by_one_pair_at_most(catalog):
     loader = make_loader(Communicator(), catalog)
-    sizes = [sum(loader.counts(step)) for step in range(loader.steps)]
+    sizes = [sum(loader.pairs_per_rank(step)) for step in range(loader.steps)]
     assert loader.steps == -(-len(loader.users) // 32)
     assert sum(sizes) == len(loader.users)
     assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.parametrize("epoch_steps", [3, 23])
-def test_epochs_of_some_steps_go_on_where_the_last_one_stopped(catalog, epoch_steps):
+def test_epochs_of_some_steps_continue_where_the_last_one_stopped(catalog, epoch_steps):
     """Three passes, cut into epochs of another length, hold every interaction three times, each pass in its order."""
     whole = make_loader(Communicator(), catalog)
     want = [pairs_of(batch) for turn in (1, 2, 3) for batch in whole.epoch(turn)]
@@ -76,7 +76,7 @@ def test_epochs_of_some_steps_go_on_where_the_last_one_stopped(catalog, epoch_st
     assert got[: len(want)] == want
 
 
-def test_crossed_tells_every_train_interaction_between_users_and_items(catalog):
+def test_is_interacted_finds_every_train_interaction_between_users_and_items(catalog):
     graphs = Graphs.load(catalog)
     users, items = np.array([5, 0, 59, 5]), np.array([7, 3, 7, 39, 0])
     known = set(zip(*(a.tolist() for a in catalog.interactions("train")), strict=True))
@@ -94,7 +94,7 @@ def test_negatives_are_never_train_positives_of_their_user(catalog, negatives):
     known = set(zip(*(a.tolist() for a in catalog.interactions("train")), strict=True))
     drawn = set()
     for batch in loader.epoch(1):
-        users = batch.subgraph.user_seeds[batch.users].tolist()
+        users = batch.subgraph.users_in_seeds[batch.users].tolist()
         items = batch.item_ids[batch.negatives]
         for n, user in enumerate(users):
             if batch.negative_mask is None:
@@ -146,7 +146,7 @@ def deal_parts(comm: Communicator, scattered: bool) -> dict:
     return {"users": torch.from_numpy(u), "items": torch.from_numpy(i)}
 
 
-def test_who_reads_an_interaction_does_not_decide_who_trains_on_it():
+def test_the_rank_that_trains_on_an_interaction_does_not_depend_on_the_rank_that_reads_it():
     one, other = run_ranks(deal_parts, 2, True), run_ranks(deal_parts, 2, False)
     for a, b in zip(one, other, strict=True):
         assert torch.equal(a["users"], b["users"])

@@ -1,4 +1,4 @@
-"""Steps that must not reach the weights."""
+"""Steps whose loss or gradient is not finite: they end the run and can be replayed, or are skipped; clipping."""
 
 import json
 
@@ -24,7 +24,7 @@ def catalog(tmp_path_factory):
 
 def poisoned(trainer, at: int, part: str = "loss", ranks: tuple[int, ...] = (0,)):
     """The trainer, with a loss or a gradient of one step that is not finite, on some ranks."""
-    gradients, done = trainer.backward, 0
+    gradients, done = trainer.forward_backward, 0
 
     def bad(batch, rows):
         nonlocal done
@@ -39,7 +39,7 @@ def poisoned(trainer, at: int, part: str = "loss", ranks: tuple[int, ...] = (0,)
                 trainer.network.members[0].project[0].weight.grad[0, 0] = float("nan")
         return parts
 
-    trainer.backward = bad
+    trainer.forward_backward = bad
     return trainer
 
 
@@ -57,7 +57,7 @@ def config_of(catalog, run, **keys):
         ("dense", r"gradient of members\.0\.project\.0\.weight"),
     ],
 )
-def test_it_ends_the_run_before_the_weights_take_it(catalog, tmp_path, part, message):
+def test_a_step_that_is_not_finite_ends_the_run_and_changes_no_weight(catalog, tmp_path, part, message):
     config = config_of(catalog, tmp_path)
     trainer = poisoned(trainer_of(Communicator(), config, f"{tmp_path}/small"), 5, part)
     with pytest.raises(
@@ -69,29 +69,29 @@ def test_it_ends_the_run_before_the_weights_take_it(catalog, tmp_path, part, mes
 
 
 def replayed(folder, capsys) -> dict:
-    """What --replay prints of the file that was left in the run folder."""
+    """Report that --replay prints on the file in the run folder."""
     [name] = [name for name in storage.listing(str(folder)) if name.startswith("not-finite")]
     capsys.readouterr()
     assert train.main(["--replay", f"{folder}/{name}"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_step_is_computed_again(catalog, tmp_path, capsys):
+def test_replay_computes_the_step_again(catalog, tmp_path, capsys):
     config = config_of(catalog, tmp_path, checkpoint_minutes=0.0)
     trainer = poisoned(trainer_of(Communicator(), config, f"{tmp_path}/small"), 9)
     with pytest.raises(NotFinite):
         trainer.fit()
     before = storage.listing(f"{tmp_path}/small")
-    told = replayed(tmp_path / "small", capsys)
-    assert (told["pairs"], told["newest_checkpoint"]) == (30, "after 3 steps")
-    assert told["not_finite"] == []  # what was wrong was put in by this test
-    assert set(told["loss"]) == {"bpr", "tc", "diffusion", "l2"}
-    assert all(np.isfinite(norm) for norm in told["gradient_norms"].values())
+    report = replayed(tmp_path / "small", capsys)
+    assert (report["pairs"], report["newest_checkpoint"]) == (30, "after 3 steps")
+    assert report["not_finite"] == []  # the bad value was injected after the gradients
+    assert set(report["loss"]) == {"bpr", "tc", "diffusion", "l2"}
+    assert all(np.isfinite(norm) for norm in report["gradient_norms"].values())
     assert storage.listing(f"{tmp_path}/small") == before
 
 
-def test_with_the_weights_that_met_it(catalog, tmp_path, capsys):
-    """They were fine at the last checkpoint, and are in the file alone."""
+def test_replay_uses_the_weights_of_the_step(catalog, tmp_path, capsys):
+    """They were finite at the last checkpoint; the bad ones are only in the file."""
     trainer = trainer_of(Communicator(), config_of(catalog, tmp_path), f"{tmp_path}/small")
     step, done = trainer.train_step, 0
 
@@ -107,9 +107,9 @@ def test_with_the_weights_that_met_it(catalog, tmp_path, capsys):
     trainer.train_step = broken
     with pytest.raises(NotFinite, match="loss bpr"):
         trainer.fit()
-    told = replayed(tmp_path / "small", capsys)
-    assert {"loss bpr", "loss l2", "gradient of the item table"} <= set(told["not_finite"])
-    assert not np.isfinite(told["loss"]["bpr"])
+    report = replayed(tmp_path / "small", capsys)
+    assert {"loss bpr", "loss l2", "gradient of the item table"} <= set(report["not_finite"])
+    assert not np.isfinite(report["loss"]["bpr"])
 
 
 def ended_by(comm: Communicator, config, run: str) -> None:
@@ -121,18 +121,18 @@ SAMPLED = {"propagation": "sampled", "fanout": [3, 3]}
 
 
 @pytest.mark.parametrize("model", [{}, SAMPLED, {**SAMPLED, "layer_nodes": 24}])
-def test_what_a_rank_among_others_left_is_computed_by_one_process(catalog, tmp_path, model):
+def test_one_process_replays_the_step_of_a_rank_among_others(catalog, tmp_path, model):
     config = small_config(catalog.uri, str(tmp_path), train={"epochs": 1}, model=model)
     storage.write_bytes(f"{tmp_path}/small/config.yaml", config.model_dump_json().encode())
     run_ranks(ended_by, 2, config, f"{tmp_path}/small")
     for rank in range(2):
-        told = replay_step(f"{tmp_path}/small/not-finite-epoch-1-step-3-rank-{rank}.npz")
-        assert 0 < told["pairs"] < config.train.batch_size
-        assert told["not_finite"] == []
-        assert all(np.isfinite(value) for value in told["loss"].values())
+        report = replay_step(f"{tmp_path}/small/not-finite-epoch-1-step-3-rank-{rank}.npz")
+        assert 0 < report["pairs"] < config.train.batch_size
+        assert report["not_finite"] == []
+        assert all(np.isfinite(value) for value in report["loss"].values())
 
 
-def test_another_network_is_told(catalog, tmp_path):
+def test_replay_refuses_another_network(catalog, tmp_path):
     config = config_of(catalog, tmp_path)
     trainer = poisoned(trainer_of(Communicator(), config, f"{tmp_path}/small"), 2)
     with pytest.raises(NotFinite):
@@ -145,20 +145,20 @@ def test_another_network_is_told(catalog, tmp_path):
         replay_step(f"{tmp_path}/small/not-finite-epoch-1-step-2-rank-0.npz")
 
 
-def test_a_command_shows_one_line_and_has_a_status_of_its_own(capsys):
+def test_a_command_prints_one_line_and_exits_with_status_3(capsys):
     def main():
         try:
             raise NotFinite("epoch 1, step 2: the loss is not finite")
         except NotFinite as error:
             raise RuntimeError("a rank failed") from error
 
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as ended:
         run_command(main)
-    assert left.value.code == 3
+    assert ended.value.code == 3
     assert capsys.readouterr().err == "error: epoch 1, step 2: the loss is not finite\n"
 
 
-def test_what_is_written_down_is_the_batch(catalog, tmp_path):
+def test_the_file_holds_the_batch(catalog, tmp_path):
     config = config_of(catalog, tmp_path)
     trainer = trainer_of(Communicator(), config, f"{tmp_path}/small")
     order = trainer.loader._order(1)
@@ -166,18 +166,22 @@ def test_what_is_written_down_is_the_batch(catalog, tmp_path):
     batch = trainer.loader.assemble(draws)
     rows = trainer.look_up(batch)
     storage.write_bytes(f"{tmp_path}/small/b.npz", dump_step(batch, rows, trainer.network))
-    left = read_dumped_step(f"{tmp_path}/small/b.npz")
-    again = left.sampled
+    dumped = read_dumped_step(f"{tmp_path}/small/b.npz")
+    again = dumped.drawn
     for name in ("users", "positives", "negatives", "timesteps", "noise", "dropout"):
         assert np.array_equal(getattr(again, name), getattr(draws, name)), name
-    assert np.array_equal(left.all_pairs, np.stack([draws.users, draws.positives], axis=1))
-    assert left.ranks == 1
-    assert (again.seed, again.sampler_seed, again.counts) == (draws.seed, draws.sampler_seed, draws.counts)
-    assert all(torch.equal(a, b) for a, b in zip(left.rows.values(), rows, strict=True))
-    assert all(torch.equal(left.network[name], value) for name, value in trainer.network.state_dict().items())
+    assert np.array_equal(dumped.all_pairs, np.stack([draws.users, draws.positives], axis=1))
+    assert dumped.ranks == 1
+    assert (again.permutation_seed, again.sampler_seed, again.counts) == (
+        draws.permutation_seed,
+        draws.sampler_seed,
+        draws.counts,
+    )
+    assert all(torch.equal(a, b) for a, b in zip(dumped.rows.values(), rows, strict=True))
+    assert all(torch.equal(dumped.network[name], value) for name, value in trainer.network.state_dict().items())
 
 
-def test_files_that_are_no_batch(tmp_path):
+def test_other_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         replay_step(f"{tmp_path}/none.npz")
     (tmp_path / "x.npz").write_bytes(b"no archive")
@@ -205,7 +209,7 @@ def skipping(comm: Communicator, config, run: str, ranks: tuple[int, ...]) -> di
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_left_out_on_all_ranks_alike_and_counted(catalog, tmp_path, size):
+def test_a_step_is_skipped_on_all_ranks_and_counted(catalog, tmp_path, size):
     config = config_of(catalog, tmp_path, not_finite="skip")
     for result in run_ranks(skipping, size, config, f"{tmp_path}/small", (size - 1,)):
         w = result["weights"]
@@ -221,14 +225,14 @@ def clipped(comm: Communicator, config, run: str, clip: float | None) -> dict:
     trainer.guard.clip = clip
     batch = trainer.loader.assemble(trainer.loader.draw(1, 0, trainer.loader._order(1)[trainer.loader._rows(0)]))
     rows = trainer.look_up(batch)
-    trainer.guard.passes(trainer.backward(batch, rows), batch, rows, "here")
+    trainer.guard.passes(trainer.forward_backward(batch, rows), batch, rows, "here")
     dense = sum(p.grad.square().sum() for p in trainer.network.parameters() if p.grad is not None)
     own = sum(table.gradient()[1].square().sum() for table in trainer.tables.all())
     return {"norm": float((dense + comm.all_reduce(own)).sqrt()), "row": trainer.tables.user.gradient()[1][0].clone()}
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_gradients_are_clipped_together(catalog, tmp_path, size):
+def test_gradients_of_all_ranks_are_clipped_by_their_common_norm(catalog, tmp_path, size):
     config = config_of(catalog, tmp_path)
     free = run_ranks(clipped, size, config, f"{tmp_path}/small", None)
     norm = free[0]["norm"]

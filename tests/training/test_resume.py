@@ -1,4 +1,4 @@
-"""A run that is cut off goes on as if nothing had been: bit for bit on as many ranks, whole on another number."""
+"""Resume of an interrupted run: bit-exact on the same number of ranks, with every interaction on another number."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from gtc_dist.training import checkpointing
 SAMPLED = {"propagation": "sampled", "fanout": [3, 3]}
 MODES = {
     "full": {},
-    "walks, averaged, four steps a validation": {
+    "hybrid, averaged, four steps an epoch": {
         "model": {**GATED, "hybrid": {"graph_filter": 3, "content_profile": 3}},
         "train": {"ema_decay": 0.5, "epoch_steps": 4, "epochs": 6},
         "eval": {"every": 2},
@@ -35,7 +35,7 @@ MODES = {
 
 
 class Cut(Exception):
-    """Stands for whatever ends a process."""
+    """Interrupts a training, like the end of its process."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def config_of(catalog, mode: dict, **train):
 
 
 def cut_after(comm: Communicator, config, run: str, steps: int) -> dict:
-    """Train until the process is cut off in a step, on every rank the same."""
+    """Train until an interruption in a step, the same one on every rank."""
     trainer = trainer_of(comm, config, run)
     done = 0
     whole_step = trainer.train_step
@@ -79,7 +79,7 @@ def train(comm: Communicator, config, run: str) -> dict:
         "user": trainer.tables.user.weight,
         "item": trainer.tables.item.weight,
         "network": dict(trainer.network.state_dict()),
-        "rows": trainer.loader.rank_rows,
+        "rows": trainer.loader.interactions_per_rank,
     }
 
 
@@ -93,7 +93,7 @@ def metrics(run) -> dict:
 
 
 def curves(run) -> dict[str, list]:
-    """TensorBoard's curves of what does not measure time."""
+    """TensorBoard's curves, without those that measure time."""
     events = EventAccumulator(str(Path(run, "tensorboard")), size_guidance={"scalars": 0}).Reload()
     tags = [t for t in events.Tags()["scalars"] if not t.startswith(("seconds", "interactions"))]
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
@@ -107,11 +107,11 @@ def assert_same(one: list, other: list) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_cut_off_and_continued_it_ends_where_it_would_have(catalog, tmp_path, mode):
+def test_an_interrupted_run_ends_with_the_result_of_an_undisturbed_one(catalog, tmp_path, mode):
     config = config_of(catalog, MODES[mode])
     whole = [train(Communicator(), config, str(tmp_path / "whole"))]
     for steps in (1, 5, 7, 9):
-        cut_after(Communicator(), config, str(tmp_path / "cut"), steps)  # goes on from where the one before was cut
+        cut_after(Communicator(), config, str(tmp_path / "cut"), steps)  # resumes from the interruption before
     assert not Path(tmp_path, "cut/metrics.json").exists()
     continued = [train(Communicator(), config, str(tmp_path / "cut"))]
     assert_same(continued, whole)
@@ -141,7 +141,7 @@ def test_states_of_runs_without_a_history_come_after_validations_too(catalog, tm
     assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
 
 
-def test_a_state_that_cannot_be_read_for_the_moment_is_not_removed(catalog, tmp_path, monkeypatch):
+def test_a_state_that_cannot_be_read_at_the_moment_is_not_removed(catalog, tmp_path, monkeypatch):
     config = config_of(catalog, MODES["full"])
     cut_after(Communicator(), config, str(tmp_path / "cut"), 9)
     before = storage.listing(str(tmp_path / "cut"))
@@ -156,7 +156,7 @@ def test_a_state_that_cannot_be_read_for_the_moment_is_not_removed(catalog, tmp_
     assert storage.listing(str(tmp_path / "cut")) == before
 
 
-def test_on_two_ranks_too(catalog, tmp_path):
+def test_an_interrupted_run_of_two_ranks_has_the_same_result(catalog, tmp_path):
     config = config_of(catalog, MODES["sampled with a history"])
     whole = ranks(train, 2, config, str(tmp_path / "whole"))
     cut = ranks(cut_after, 2, config, str(tmp_path / "cut"), 8)
@@ -167,7 +167,7 @@ def test_on_two_ranks_too(catalog, tmp_path):
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 3)])
-def test_on_another_number_of_ranks(catalog, tmp_path, before, after, capfd):
+def test_resume_on_another_number_of_ranks(catalog, tmp_path, before, after, capfd):
     config = config_of(catalog, {"train": {"ema_decay": 0.5}})
     run = str(tmp_path / "run")
     cut = ranks(cut_after, before, config, run, 7)
@@ -176,7 +176,7 @@ def test_on_another_number_of_ranks(catalog, tmp_path, before, after, capfd):
     results = ranks(train, after, config, run)
     assert f"resuming at epoch {state['epoch']}, step {state['step']}" in capfd.readouterr().out
     assert all(sum(result["rows"]) == catalog.manifest.interactions["train"] for result in results)
-    for name in ("network",):  # dense modules stay alike on all ranks
+    for name in ("network",):  # dense modules stay the same on every rank
         for result in results[1:]:
             assert all(torch.equal(result[name][k], results[0][name][k]) for k in result[name])
     assert metrics(run)["last_epoch"] == 3
@@ -190,19 +190,19 @@ def curves_of_an_undisturbed_run(config, tmp_path) -> list:
     return curves(tmp_path / "undisturbed")["loss/bpr"]
 
 
-def test_asked_to_leave_it_saves_and_returns(catalog, tmp_path, monkeypatch):
+def test_a_stop_request_saves_the_state_and_ends_the_training(catalog, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpointing, "POLL_SECONDS", 0.0)
     config = config_of(catalog, {}, checkpoint_minutes=60.0)
     whole = [train(Communicator(), config, str(tmp_path / "whole"))]
     answers = iter(["", "", "leave"])
-    trainer = trainer_of(Communicator(), config, str(tmp_path / "left"), stop_request=lambda: next(answers))
+    trainer = trainer_of(Communicator(), config, str(tmp_path / "stopped"), stop_request=lambda: next(answers))
     assert trainer.fit() is None
-    states, torn = checkpoint_files.list_checkpoints(str(tmp_path / "left"), "step-")
-    assert (len(states), torn) == (1, [])
-    assert_same([train(Communicator(), config, str(tmp_path / "left"))], whole)
+    states, incomplete = checkpoint_files.list_checkpoints(str(tmp_path / "stopped"), "step-")
+    assert (len(states), incomplete) == (1, [])
+    assert_same([train(Communicator(), config, str(tmp_path / "stopped"))], whole)
 
 
-def test_warned_it_saves_at_once_and_goes_on(catalog, tmp_path, monkeypatch):
+def test_a_preemption_notice_saves_the_state_and_training_continues(catalog, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpointing, "POLL_SECONDS", 0.0)
     config = config_of(catalog, MODES["sampled with a history"], checkpoint_minutes=60.0)
     answers, saved = iter(["", "save"]), []
@@ -213,18 +213,18 @@ def test_warned_it_saves_at_once_and_goes_on(catalog, tmp_path, monkeypatch):
         finalize(best),
     )[1]
     assert trainer.fit() is not None
-    assert saved[0] == 6  # the second time that losses were logged, whenever the history is computed anew
+    assert saved[0] == 6  # the second logging of losses, whether or not a refresh is due
     assert len(saved) == 2  # and at the end
 
 
-def test_more_epochs_go_on_from_a_finished_run(catalog, tmp_path):
+def test_more_epochs_continue_a_finished_run(catalog, tmp_path):
     train(Communicator(), config_of(catalog, {}, epochs=2), str(tmp_path / "run"))
     longer = config_of(catalog, {}, epochs=4)
     whole = [train(Communicator(), longer, str(tmp_path / "whole"))]
     assert_same([train(Communicator(), longer, str(tmp_path / "run"))], whole)
 
 
-def test_a_torn_or_changed_state_is_passed_over_with_a_warning(catalog, tmp_path, capsys):
+def test_an_incomplete_or_changed_state_is_skipped_with_a_warning(catalog, tmp_path, capsys):
     config = config_of(catalog, {})
     whole = [train(Communicator(), config, str(tmp_path / "whole"))]
     run = tmp_path / "run"
@@ -233,20 +233,20 @@ def test_a_torn_or_changed_state_is_passed_over_with_a_warning(catalog, tmp_path
     data = bytearray((run / "checkpoints" / last / "item.exp_avg.000000000000-000000000040.npy").read_bytes())
     data[-1] ^= 1
     (run / "checkpoints" / last / "item.exp_avg.000000000000-000000000040.npy").write_bytes(data)
-    torn = run / "checkpoints/step-000000000099"
-    torn.mkdir()
-    (torn / "dense.pt").write_bytes(b"half of it")
+    incomplete = run / "checkpoints/step-000000000099"
+    incomplete.mkdir()
+    (incomplete / "dense.pt").write_bytes(b"half of it")
     capsys.readouterr()
     continued = [train(Communicator(), config, str(run))]
-    told = capsys.readouterr().out
-    assert f"warning: checkpoint {last} is not used: " in told
-    assert "item.exp_avg.000000000000-000000000040.npy was changed" in told
+    printed = capsys.readouterr().out
+    assert f"warning: checkpoint {last} is not used: " in printed
+    assert "item.exp_avg.000000000000-000000000040.npy was changed" in printed
     assert_same(continued, whole)
-    assert not torn.exists()
-    assert first  # was there, and is what it went on from
+    assert not incomplete.exists()
+    assert first  # training resumed from this state
 
 
-def test_where_no_state_is_usable_it_starts_anew(catalog, tmp_path, capsys):
+def test_training_starts_from_scratch_if_no_state_is_usable(catalog, tmp_path, capsys):
     config = config_of(catalog, {"train": {"ema_decay": 0.5}})
     whole = [train(Communicator(), config, str(tmp_path / "whole"))]
     run = tmp_path / "run"
@@ -257,12 +257,12 @@ def test_where_no_state_is_usable_it_starts_anew(catalog, tmp_path, capsys):
     assert capsys.readouterr().out.count("is not used") == 2
 
 
-def test_only_the_last_states_and_the_best_weights_they_know_are_kept(catalog, tmp_path):
+def test_only_the_last_states_and_the_best_checkpoints_they_refer_to_are_kept(catalog, tmp_path):
     config = config_of(catalog, {}, epochs=6)
     run = str(tmp_path / "run")
     train(Communicator(), config, run)
-    states, torn = checkpoint_files.list_checkpoints(run, "step-")
-    assert (len(states), torn) == (2, [])
+    states, incomplete = checkpoint_files.list_checkpoints(run, "step-")
+    assert (len(states), incomplete) == (2, [])
     known = {checkpoint_files.read_manifest(f"{run}/checkpoints/{name}")["best_epoch"] for name in states}
     best = metrics(run)["best_epoch"]
     assert set(checkpoint_files.list_checkpoints(run, "epoch-")[0]) == {
@@ -271,8 +271,8 @@ def test_only_the_last_states_and_the_best_weights_they_know_are_kept(catalog, t
 
 
 def train_on_a_full_disk(comm: Communicator, config, run: str, full: str) -> list:
-    """Train; the second time that rank 0 writes a file of a state whose name holds `full`, its disk is full. Returns
-    what training returned and how often the disk was full."""
+    """Train with a full disk when rank 0 writes a file whose name contains `full` for the second time. Returns the
+    result of the training, and whether this rank met the full disk."""
     calls = []
 
     def of(write):
@@ -292,14 +292,14 @@ def train_on_a_full_disk(comm: Communicator, config, run: str, full: str) -> lis
 
 
 @pytest.mark.parametrize("full", [pytest.param("user.exp_avg.", marks=pytest.mark.long), "manifest.json"])
-def test_a_state_that_cannot_be_written_is_left_out_and_training_goes_on(catalog, tmp_path, capfd, full):
+def test_a_state_that_cannot_be_written_is_skipped_and_training_continues(catalog, tmp_path, capfd, full):
     config, run = config_of(catalog, {}), str(tmp_path / "run")
     whole = run_ranks(train, 2, config, str(tmp_path / "whole"))
     ranks = run_ranks(train_on_a_full_disk, 2, config, run, full)
     assert [met for _, met in ranks] == [True, False]
     assert_same([result for result, _ in ranks], whole)
-    told = capfd.readouterr().out
-    assert told.count("could not be written and is skipped: [Errno 28] No space left on device") == 1
+    printed = capfd.readouterr().out
+    assert printed.count("could not be written and is skipped: [Errno 28] No space left on device") == 1
     assert checkpoint_files.list_checkpoints(run, "step-")[1] == []
     assert len(checkpoint_files.list_checkpoints(run, "step-")[0]) == 2
 
@@ -318,8 +318,8 @@ def small_disk(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer
 def test_a_disk_that_is_really_full(catalog, small_disk, capfd):
-    """Full from the middle of the second epoch: states are left out, until the run ends at a file that it needs. When
-    there is room again, it goes on."""
+    """Full from the middle of the second epoch: states are skipped, until the run ends at a file that it needs. With
+    free space the run resumes."""
     config, run = config_of(catalog, {}), str(small_disk / "run")
     whole = [train(Communicator(), config, str(small_disk.parent / "whole"))]
     trainer, ballast, steps = trainer_of(Communicator(), config, run), small_disk / "ballast", []

@@ -35,7 +35,7 @@ def stored(request, tmp_path) -> tuple[str, Path]:
 def test_it_opens_and_evaluates(stored):
     name, run = stored
     trained = load_run(find_run(str(run)))
-    for kind, table in zip(("users", "items"), trained.embed(), strict=True):
+    for kind, table in zip(("users", "items"), trained.final_embeddings(), strict=True):
         np.testing.assert_allclose(table.weight.numpy(), np.load(STORED / f"{name}.npz")[kind], rtol=1e-5, atol=1e-6)
     for split in ("valid", "test"):
         assert trained.evaluate(split, None)["overall"] == pytest.approx(EXPECTED[name][split], abs=1e-6)
@@ -52,7 +52,7 @@ def test_it_exports(stored, tmp_path):
 
 
 def test_it_resumes_as_if_nothing_had_changed(stored):
-    """Two more epochs give what version 0.1.0 got from them."""
+    """Two more epochs give the results of version 0.1.0."""
     name, run = stored
     config = read_run_config((run / "config.yaml").read_bytes(), "config.yaml")
     config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 5})})

@@ -8,8 +8,9 @@ from ranks import run_ranks
 from small import small_catalog, small_config
 from trainings import fit
 
-from gtc_dist.checkpoint.existing_run import newest_checkpoint
+from gtc_dist.checkpoint.existing_run import best_checkpoint
 from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import load_graphs
 from gtc_dist.training.trainer import Trainer
 
@@ -49,7 +50,7 @@ def test_ranks_without_interactions_take_every_step(tmp_path):
     assert all(result == results[0] for result in results)
 
 
-def test_validation_comes_every_so_often_and_at_the_end(catalog, tmp_path):
+def test_validation_runs_at_its_interval_and_at_the_end(catalog, tmp_path):
     config = small_config(catalog.uri, train={"epochs": 5}, eval={"every": 2})
     result = fit(Communicator(), str(tmp_path / "run"), config)
     assert result["epochs"] == [0, 2, 4, 5]
@@ -66,11 +67,11 @@ def test_the_same_seed_gives_the_same_result_bit_for_bit(catalog, tmp_path):
     assert all(p.read_bytes() == q.read_bytes() for p, q in zip(a, b, strict=True))
 
 
-def test_interactions_that_got_lost_on_the_way_stop_the_run(catalog, tmp_path):
+def test_missing_interactions_stop_the_run(catalog, tmp_path):
     config = small_config(catalog.uri)
     users, items = catalog.interactions("train")
     graphs = load_graphs(config, catalog)
-    with pytest.raises(RuntimeError, match=f"the ranks hold {len(users) - 1} train interactions, the catalog"):
+    with pytest.raises(InputError, match=f"the ranks read {len(users) - 1} train interactions, the manifest"):
         Trainer(config, catalog, str(tmp_path / "run"), users[1:], items[1:], graphs, Communicator())
 
 
@@ -88,4 +89,4 @@ def test_early_stopping_keeps_the_best(catalog, tmp_path):
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["last_epoch"] == result["epochs"][-1] < 40
     assert metrics["last_epoch"] - metrics["best_epoch"] == 2
-    assert newest_checkpoint(str(tmp_path / "run")) == metrics["checkpoint"]
+    assert best_checkpoint(str(tmp_path / "run")) == metrics["checkpoint"]

@@ -1,4 +1,4 @@
-"""Averaged weights: what they are, that training goes on from its own, that they are what is kept."""
+"""EMA of the weights: its value; training is unaffected by it; the best checkpoint holds it."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def catalog(tmp_path_factory):
     return small_catalog(tmp_path_factory.mktemp("catalog") / "c")
 
 
-def test_the_average_by_hand_and_back(catalog):
+def test_the_average_matches_the_formula_and_the_weights_are_restored(catalog):
     network, tables = build_network(small_config(catalog.uri), catalog, Communicator())
     average = WeightAverage(network, tables, 0.75)
     start = tables.user.weight.clone()
@@ -52,8 +52,8 @@ def fit(comm: Communicator, uri: str, run: str, config) -> dict:
     return {"weights": weights, "range": (trainer.tables.item.start, trainer.tables.item.stop), "seen": seen}
 
 
-def test_training_is_as_without_and_the_checkpoint_holds_the_average(catalog, tmp_path):
-    # validated at the end alone, by a metric that tells it from the start: the last epoch is kept
+def test_training_is_unchanged_and_the_checkpoint_holds_the_average(catalog, tmp_path):
+    # validated only at the end, so the last epoch is the best checkpoint
     config = {
         share: small_config(
             catalog.uri, train={"ema_decay": share, "epochs": 3}, eval={"every": 3, "metric": "ndcg@20"}

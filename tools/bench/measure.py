@@ -94,7 +94,7 @@ def _csc(destination: np.ndarray, source: np.ndarray, nodes: int) -> CSC:
 def measure_lookup(case: dict, comm: Communicator) -> dict:
     """Lookup plan, lookup, gradient and Adam for random ids of a row-wise sharded table."""
     table, rng = ShardedTable("t", case["rows"], case["width"], comm, init_std=0.1), np.random.default_rng(comm.rank)
-    parts: dict[str, list[float]] = {"route": [], "lookup": [], "backward": [], "adam": []}
+    parts: dict[str, list[float]] = {"plan": [], "lookup": [], "backward": [], "adam": []}
     sent = []
     for _ in range(case["repeats"] + 2):
         ids = torch.from_numpy(rng.integers(0, case["rows"], case["ids"]))
@@ -106,7 +106,7 @@ def measure_lookup(case: dict, comm: Communicator) -> dict:
         clock.append(time.perf_counter())
         rows.sum().backward()
         clock.append(time.perf_counter())
-        table.step(1e-3)
+        table.adam_step(1e-3)
         clock.append(time.perf_counter())
         sent.append(comm.bytes_sent - before)
         for name, seconds in zip(parts, np.diff(clock), strict=True):
@@ -128,7 +128,7 @@ def measure_inference(case: dict, comm: Communicator) -> dict:
         with tempfile.TemporaryDirectory(prefix="gtc-benchmark-") as folder:
             comm.barrier()
             start = time.perf_counter()
-            embedded = embed_catalog(model, tables, features, graphs, config.model.layers, config.eval.block_rows)
+            embedded = embed_catalog(model, tables, features, graphs, config.eval.block_rows)
             comm.barrier()
             seconds.append(time.perf_counter() - start)
             out = case["export"] or folder

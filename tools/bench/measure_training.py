@@ -87,7 +87,7 @@ def measure_steps(trainer: Trainer, repeats: int) -> dict:
     for n in range(warm_up + repeats):
         if n == warm_up:
             comm.barrier()
-            trainer.stopwatch.take(), trainer.loader.subgraphs.stopwatch.take()
+            trainer.stopwatch.take(), trainer.loader.subgraph_builder.stopwatch.take()
             comm.seconds = loader.seconds = 0.0
             cpu = time.process_time()
         before, start = comm.bytes_sent + loader.bytes_sent + dense[0], time.perf_counter()
@@ -108,7 +108,7 @@ def measure_steps(trainer: Trainer, repeats: int) -> dict:
         nodes.append([table.rows if plan.position is None else len(plan.position) for plan, table in lookups])
     cpu = time.process_time() - cpu
     batches.close()
-    parts = trainer.stopwatch.take() | trainer.loader.subgraphs.stopwatch.take()
+    parts = trainer.stopwatch.take() | trainer.loader.subgraph_builder.stopwatch.take()
     parts["communication"], parts["communication_ahead"] = comm.seconds, loader.seconds
     waits, totals, sent = waits[warm_up:], totals[warm_up:], sent[warm_up:]
     tables = trainer.tables.all()
@@ -155,7 +155,7 @@ def count_dense(trainer: Trainer) -> list[int]:
             sent[0] += bucket.buffer().nbytes
             return allreduce_hook(state, bucket)
 
-        trainer.forward.register_comm_hook(None, hook)
+        trainer.ddp_network.register_comm_hook(None, hook)
     return sent
 
 

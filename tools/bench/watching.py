@@ -29,8 +29,8 @@ def seconds_until(words: list[str], awaited: dict[str, Callable[[str], bool]]) -
         while len(times) < len(awaited):
             time.sleep(0.2)
             output = os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(errors="replace")
-            holding = [name for name, holds in awaited.items() if name not in times and holds(output)]
-            times |= dict.fromkeys(holding, time.perf_counter() - start)
+            met = [name for name, is_met in awaited.items() if name not in times and is_met(output)]
+            times |= dict.fromkeys(met, time.perf_counter() - start)
             if process.poll() is not None:
                 sys.exit(f"{' '.join(words)} ended with status {process.returncode}: {output[-2000:]}")
         children = process.children(recursive=True)
@@ -51,9 +51,9 @@ def run_watched(words: list[str]) -> dict:
     root, peaks = psutil.Process(process.pid), {"all": 0.0, "largest": 0.0, "files": 0.0}
     while process.poll() is None:
         memory = [memory_of(p) for p in family(root)]
-        held = [m["Pss_Anon"] + m["Pss_Shmem"] for m in memory]
+        used = [m["Pss_Anon"] + m["Pss_Shmem"] for m in memory]
         files = [m["Pss_File"] for m in memory]
-        for name, value in (("all", sum(held)), ("largest", max(held, default=0)), ("files", sum(files))):
+        for name, value in (("all", sum(used)), ("largest", max(used, default=0)), ("files", sum(files))):
             peaks[name] = max(peaks[name], value / 1024)
         time.sleep(1)
     if process.returncode:

@@ -35,8 +35,8 @@ NULL_LINE = re.compile(rb"\n(?:\xef\xbb\xbf)?[ \t\r]*null")
 
 
 @dataclass(frozen=True)
-class RawFile:
-    """How to read one raw file.
+class InteractionFile:
+    """How to read one raw file of interactions.
 
     Attributes:
         columns: role (user, item, time, rating, label) -> column name in this file.
@@ -74,7 +74,7 @@ def format_of(uri: str) -> str:
     return FORMATS[extension]
 
 
-def read_schema(file: RawFile) -> pa.Schema:
+def read_schema(file: InteractionFile) -> pa.Schema:
     """Column names and types; those of text files come from the first block. Raises InputError."""
     with readable(file):
         if file.format == "parquet":
@@ -90,13 +90,13 @@ def read_schema(file: RawFile) -> pa.Schema:
         return schema
 
 
-def read_first_block(file: RawFile) -> pa.RecordBatch:
+def read_first_block(file: InteractionFile) -> pa.RecordBatch:
     """The first block of a CSV or TSV file, with inferred types."""
     with readable(file), _open_csv(file) as reader:
         return reader.read_next_batch()
 
 
-def read_batches(file: RawFile) -> Iterator[pa.Table]:
+def read_batches(file: InteractionFile) -> Iterator[pa.Table]:
     """Yield the columns of the file's roles, read as their types."""
     names = list(dict.fromkeys(file.columns.values()))
     types = {name: file.types[role] for role, name in file.columns.items()}
@@ -115,7 +115,7 @@ def read_batches(file: RawFile) -> Iterator[pa.Table]:
 
 
 @contextmanager
-def readable(file: RawFile, first_row: int = 1) -> Iterator[None]:
+def readable(file: InteractionFile, first_row: int = 1) -> Iterator[None]:
     """Turn Arrow's errors about a broken file into an InputError with the file's name.
 
     Args:
@@ -131,7 +131,7 @@ def readable(file: RawFile, first_row: int = 1) -> Iterator[None]:
         raise InputError(text) from error.__cause__
 
 
-def _check_encoding(file: RawFile) -> None:
+def _check_encoding(file: InteractionFile) -> None:
     """Refuse text that Arrow would misread. Raises InputError."""
     head = _open(file).read(1 << 12)
     if head.startswith(b"\x1f\x8b"):
@@ -160,7 +160,7 @@ class _JsonLines:
         return data
 
 
-def _open(file: RawFile) -> pa.NativeFile:
+def _open(file: InteractionFile) -> pa.NativeFile:
     source = pa.PythonFile(storage.open_input(file.uri), mode="r")
     if file.gzipped:
         source = pa.CompressedInputStream(source, "gzip")
@@ -171,7 +171,7 @@ def _open(file: RawFile) -> pa.NativeFile:
     return source
 
 
-def _open_csv(file: RawFile, convert_options: pa.csv.ConvertOptions | None = None) -> pa.csv.CSVStreamingReader:
+def _open_csv(file: InteractionFile, convert_options: pa.csv.ConvertOptions | None = None) -> pa.csv.CSVStreamingReader:
     tab = file.format == "tsv"
     return pa.csv.open_csv(
         _open(file),
