@@ -101,7 +101,7 @@ def start_or_resume(config: Config, catalog: Catalog, run: str) -> dict | None:
     from gtc_dist.launch import ray_cluster, ray_train  # slow to import: the errors above show at once
 
     ray_cluster.connect(min(config.cluster.workers, ray_cluster.cores()) + 1, dashboard=True, shared_bytes=graphs.bytes)
-    resources = ray_train.worker_resources(config.cluster)
+    resources = ray_train.worker_resources(config.cluster, ray_cluster.node_resources())
     shared = ray_train.share_graphs(graphs)
     del graphs  # the ranks of a node share the one copy in Ray's object store
     storage.remove_tree(storage.join(run, METRICS_FILE))

@@ -43,7 +43,7 @@ def run_on_ranks_or_here(args, run_ref: RunRef, work: Callable[..., dict]) -> di
     graphs = load_graphs(run_ref.config, Catalog(run_ref.config.data.catalog))
     ray_cluster.connect(min(args.workers, ray_cluster.cores()) + 1, dashboard=True, shared_bytes=graphs.bytes)
     cluster = ClusterConfig(workers=args.workers, gpu=args.gpu, threads=args.threads)
-    resources = ray_train.worker_resources(cluster)
+    resources = ray_train.worker_resources(cluster, ray_cluster.node_resources())
     shared = ray_train.share_graphs(graphs)
     del graphs
     return ray_train.run_on_ranks(work, cluster, shared, run_ref.uri, resources)

@@ -40,6 +40,11 @@ def connect(num_cpus_needed: int = 1, dashboard: bool = False, shared_bytes: int
     quiet()
 
 
+def node_resources() -> list[dict[str, float]]:
+    """Resources ("CPU", "GPU", ...) of each node of the cluster."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def cores() -> int:
     """Number of cores that this process may use: its affinity and, in a container, the control group's quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

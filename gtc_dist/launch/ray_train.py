@@ -38,14 +38,16 @@ KEPT_BYTES = 2**30  # a rank keeps freed blocks, and free memory in total, up to
 FATAL = {error.__name__: error for error in (InputError, NotFinite)}  # a retry would only repeat them
 
 
-def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
+def worker_resources(cluster: ClusterConfig, nodes: list[dict[str, float]]) -> dict[str, float]:
     """Ray resources of one rank. Raises InputError if the cluster cannot provide them, instead of waiting for ever.
 
     Ray Data needs a share of a CPU beside the ranks. On a cluster with exactly as many CPUs as ranks, each rank
     therefore reserves slightly less than one CPU, which changes Ray's bookkeeping but not how the rank runs. Elastic
     ranks, which fill all nodes, leave that share free on every node.
+
+    Args:
+        nodes: resources of each node (`ray_cluster.node_resources`).
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = [node.get("CPU", 0.0) for node in nodes]
     gpus = [node.get("GPU", 0.0) for node in nodes]
     workers, requested = cluster.min_workers or cluster.workers, cluster.cpus_per_worker

@@ -1,6 +1,6 @@
 """GTC: content filter, view attention, graph convolution over views, and the loss (arXiv 2604.03014).
 
-    item id rows ─────────────┐
+    item id rows ───────────────┐
     features ─ project ─ filter ┴ views ─ attention ─┐
     user preference rows ────────────────────────────┴ [item hop] ─ x + Ax + A^2 x ─ [item hop] ─ user's view weights
                                                        ─ [user hop] ─ join views ─ dot product

@@ -45,12 +45,11 @@ def test_more_workers_than_cpus_are_refused_with_their_number(ray_local, plain_c
     assert not (tmp_path / "runs").exists()
 
 
-def test_ranks_that_no_node_has_room_for_are_refused_though_the_sum_suffices(monkeypatch):
-    nodes = [{"Alive": True, "Resources": {"CPU": cpus}} for cpus in (4.0, 2.0, 2.0)]
-    monkeypatch.setattr(ray_train.ray, "nodes", lambda: nodes)
+def test_ranks_that_no_node_has_room_for_are_refused_though_the_sum_suffices():
+    nodes = [{"CPU": cpus} for cpus in (4.0, 2.0, 2.0)]
     message = r"needs 6 CPUs, .* has 8 on 3 nodes, with room for 1 such ranks \(a rank does not span nodes\)"
     with pytest.raises(InputError, match=message):
-        ray_train.worker_resources(ClusterConfig(workers=2, cpus_per_worker=3))
+        ray_train.worker_resources(ClusterConfig(workers=2, cpus_per_worker=3), nodes)
 
 
 @pytest.mark.long
