@@ -109,7 +109,8 @@ def test_benchmark_of_resuming(small, tmp_path):
     words = ["train.checkpoint_minutes=0.01", "train.epochs=100000"]
     rows, _ = benchmark(tmp_path, "resume", "--config", small[0], *words)
     result = rows[0]["result"]
-    assert 0 < result["seconds_to_ready"] < result["seconds_to_progress"]
+    # equal where Ray hands over both lines at once: an epoch of this catalog takes less time than that
+    assert 0 < result["seconds_to_ready"] <= result["seconds_to_progress"]
     assert result["state_mib"] > 0
 
 
