@@ -33,12 +33,6 @@ class PrepareConfig(Section):
     )
 
 
-class GraphConfig(Section):
-    """Graphs that prepare builds."""
-
-    item_neighbours: PositiveInt = Field(10, description="k of the item-item graph (cosine of content).")
-
-
 class RunConfig(Section):
     """Place of the run."""
 
@@ -195,11 +189,10 @@ class ModelConfig(Section):
     fanout: list[int] = Field(
         [10, 10], description="sampled: neighbours per user-item layer, last layer first. -1: all."
     )
-    item_fanout: int = Field(5, description="sampled: neighbours on the item-item graph. -1: all.")
-    user_fanout: int = Field(
+    item_fanout: int = Field(
         5,
-        description="sampled: neighbours on the user-user graph; users of an item whose mean preference conditions the "
-        "filter. -1: all.",
+        description="sampled: neighbours on the item-item graph and on the user-user graph; users of an item whose "
+        "mean preference conditions the filter. -1: all.",
     )
     layer_nodes: PositiveInt | None = Field(
         None,
@@ -208,6 +201,11 @@ class ModelConfig(Section):
     )
     width: PositiveInt = Field(64, description="Embedding width D of a view.")
     members: PositiveInt = Field(1, description="Ensemble size: networks trained side by side, whose scores are added.")
+    masked_width: NonNegativeInt = Field(
+        0,
+        description="Width of the masked diffusion of interactions, a second model of the ensemble, conditioned on "
+        "content (model/masked_diffusion.py). 0: none.",
+    )
     layers: NonNegativeInt = Field(2, description="User-item graph convolution layers.")
     modalities: list[str] | None = Field(None, description="Modalities to use. null: all of the catalog.")
     item_hop: bool = Field(True, description="Smooth items over the item-item graph.")
@@ -227,11 +225,7 @@ class ModelConfig(Section):
     def _fanouts(self):
         if self.modalities is not None and (not self.modalities or len(set(self.modalities)) < len(self.modalities)):
             raise ValueError(f"modalities is {self.modalities}; name each wanted one once, or null for all")
-        for name, fanouts in (
-            ("fanout", self.fanout),
-            ("item_fanout", [self.item_fanout]),
-            ("user_fanout", [self.user_fanout]),
-        ):
+        for name, fanouts in (("fanout", self.fanout), ("item_fanout", [self.item_fanout])):
             if any(f == 0 or f < -1 for f in fanouts):
                 raise ValueError(f"{name} {fanouts} has a value that is neither positive nor -1 (all)")
         if self.propagation == "sampled" and len(self.fanout) != self.layers:
@@ -243,7 +237,11 @@ class EvalConfig(Section):
     """Validation and ranking."""
 
     every: PositiveInt = Field(1, description="Epochs between validations.")
-    metric: str = Field("recall@20", description="Metric that selects the best epoch and stops early.")
+    metric: str = Field(
+        "recall@20",
+        description="Metric whose highest value on valid selects the best epoch, and which stops early; also of some "
+        "items: head_free/ndcg@20, cold/recall@20, strata/tail/recall@20 and others (docs/concepts.md).",
+    )
     patience: PositiveInt = Field(10, description="Validations without a better metric before training stops.")
     users: PositiveInt | None = Field(
         None, description="Rank about this many users of a split, a seeded sample. null: all."
@@ -257,9 +255,14 @@ class EvalConfig(Section):
 
     @model_validator(mode="after")
     def _metric(self):
-        if not re.fullmatch(r"(recall|ndcg|precision|hitrate|mrr)@(5|10|20|50)", self.metric):
+        ranking = "(recall|ndcg|precision|hitrate|mrr)@(5|10|20|50)"
+        groups = "(head_free|cold|mean_list|strata/(head|middle|tail))"
+        others = r"personal_gain/(recall|ndcg)@20|(coverage|head_share)@20"
+        if not re.fullmatch(f"({groups}/)?{ranking}|{others}", self.metric):
             raise ValueError(
-                f"metric is {self.metric!r}; use one of recall, ndcg, precision, hitrate, mrr @ 5, 10, 20, 50"
+                f"metric is {self.metric!r}; use one of recall, ndcg, precision, hitrate, mrr @ 5, 10, 20, 50, alone "
+                "or behind head_free/, cold/, mean_list/, strata/head/, strata/middle/ or strata/tail/; or "
+                "personal_gain/recall@20, personal_gain/ndcg@20, coverage@20, head_share@20"
             )
         return self
 
@@ -270,7 +273,6 @@ class Config(Section):
     data: DataConfig
     run: RunConfig
     prepare: PrepareConfig = PrepareConfig()
-    graph: GraphConfig = GraphConfig()
     cluster: ClusterConfig = ClusterConfig()
     train: TrainConfig = TrainConfig()
     model: ModelConfig = ModelConfig()

@@ -31,7 +31,9 @@ class InteractionsConfig(Section):
     user: str = Field("user_id", description="Column with the user id.")
     item: str = Field("item_id", description="Column with the item id.")
     rating: str | None = Field(None, description="Column with the rating; needed by `min_rating`.")
-    time: str | None = Field(None, description="Column with the time; needed by splits that order by time.")
+    time: str | None = Field(
+        None, description="Column with the time; needed by splits that order by time and by `recency_half_life`."
+    )
     min_rating: float | None = Field(None, description="Drop interactions with a lower rating.")
     k_core: NonNegativeInt = Field(
         0, description="Keep users and items with at least this many interactions, iterated to a fixed point. 0: off."
@@ -109,9 +111,21 @@ class DataConfig(Section):
     items: Literal["interactions", "all"] = Field(
         "interactions", description="Items of the catalog: those with interactions, or all that have features, too."
     )
+    recency_half_life: PositiveFloat | None = Field(
+        None,
+        description="Days after which a train interaction has half the weight, counted back from the newest train "
+        "interaction: in the user-item and user-user graphs, the untrained scorers and the ranking loss. Needs "
+        "`interactions.time`; numbers in that column are seconds. null: all weigh the same.",
+    )
     verify: Literal["checksum", "size"] = Field(
         "checksum", description="Check of the catalog's files against its manifest when a command opens it."
     )
+
+    @model_validator(mode="after")
+    def _recency(self):
+        if self.recency_half_life is not None and self.interactions.time is None:
+            raise ValueError("recency_half_life needs the name of the time column in data.interactions.time")
+        return self
 
     @field_validator("features")
     @classmethod

@@ -38,6 +38,8 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "train.negatives.correct": (True, DROP_LINE),
     "train.user_discount": (0.0, DROP_LINE),
     "train.w_personal": (0.1, DROP_LINE),
+    "graph.item_neighbours": (10, DROP_LINE),
+    "model.user_fanout": (5, "model.item_fanout serves both"),  # a run's value must be that of model.item_fanout
 }
 # Switches that became something else; `upgrade` translates them.
 VARIANT = "write model.variant: paper or gated"
@@ -66,6 +68,7 @@ IGNORED = {
     "train.checkpoint.keep": DROP_LINE,
     "eval.item_block": "write eval.block_rows",
     "eval.user_block": "write eval.block_rows",
+    "eval.head_items": "give --head-items to python -m gtc_dist.evaluate",
 }
 _VARIANTS = {  # content, unit_rows, join, gate, correlation.of, correlation.critic
     "paper": ("vector", True, "concat", True, "inputs", "multilinear"),
@@ -91,7 +94,7 @@ def old_keys(tree: dict) -> dict[str, str]:
 
 
 def upgrade(tree: dict, origin: str) -> dict:
-    """The configuration of a run of version 0.1 with the keys of this version; others are returned unchanged.
+    """The configuration of a run with the keys of this version; others than those of older runs are returned unchanged.
 
     Raises:
         InputError: the run was trained with a switch that this version does not have any more.
@@ -109,18 +112,30 @@ def upgrade(tree: dict, origin: str) -> dict:
     for part, on in (("correlation", has_tc), ("diffusion", has_filter)):
         if old.get(f"model.{part}.enabled") and not on:
             _refuse(origin, f"model.{part}.enabled", "true together with a loss weight of 0")
-    for key, (constant, _) in REMOVED.items():
-        unused = (key.startswith("model.diffusion.") and not has_filter) or (
-            key.startswith("model.correlation.") and not has_tc
-        )
-        if not unused and old.get(key, constant) != constant:
-            _refuse(origin, key, f"{old[key]!r}")
-    new["model.variant"] = _variant(old, has_tc, origin)
+    _check_removed(old, has_tc, has_filter, origin)
     if old.get("train.loss") == "bpr+softmax":
         _refuse(origin, "train.loss", "'bpr+softmax'")
-    defaults = {"train": 0, "valid": 1, "test": 2}
-    new["data.split.labels"] = [old.get(f"data.split.{split}_label", label) for split, label in defaults.items()]
+    if "model.variant" not in old:  # early runs of version 0.2 have it, and some removed keys
+        new["model.variant"] = _variant(old, has_tc, origin)
+    if "data.split.labels" not in old:
+        defaults = {"train": 0, "valid": 1, "test": 2}
+        new["data.split.labels"] = [old.get(f"data.split.{split}_label", label) for split, label in defaults.items()]
     return _nest(new)
+
+
+def _check_removed(old: dict[str, Any], has_tc: bool, has_filter: bool, origin: str) -> None:
+    """Refuse a run that was trained with another value of a removed key than this version's, if its network used it."""
+    constants = {key: constant for key, (constant, _) in REMOVED.items()}
+    constants["model.user_fanout"] = old.get("model.item_fanout", constants["model.user_fanout"])
+    used = {
+        "model.diffusion.": has_filter,
+        "model.correlation.": has_tc,
+        "model.user_fanout": old.get("model.propagation") == "sampled",
+    }
+    for key, constant in constants.items():
+        unused = any(key.startswith(prefix) and not on for prefix, on in used.items())
+        if not unused and old.get(key, constant) != constant:
+            _refuse(origin, key, f"{old[key]!r}")
 
 
 def _variant(old: dict[str, Any], has_tc: bool, origin: str) -> str:

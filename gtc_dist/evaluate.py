@@ -1,14 +1,18 @@
 """Evaluate a trained run's best checkpoint on the valid or test split, by full ranking.
 
-    python -m gtc_dist.evaluate --run RUN [--split valid|test] [--users N] [--against OTHER] [--rerank N] [--workers N]
+    python -m gtc_dist.evaluate --run RUN [--split valid|test] [--users N] [--head-items K] [--against OTHER]
+        [--rerank N] [--workers N]
 
 For each user of the split, all items that the user has no train interaction with are ranked. Prints one JSON object:
 Recall, NDCG, Precision, HitRate and MRR at 5, 10, 20 and 50, overall and for cold items (without a train interaction),
-and the number of users. Runs in this process, without a cluster, or with --workers N on N ranks of the cluster, each
-of which loads only its share of everything that grows with the catalog.
+and the number of users. The same without the most frequent items of valid ("head_free"), by popularity ("strata"), for
+one list that is the same for everyone ("mean_list"), and how the lists spread over the items (evaluation/ranking.py).
+Standard error has the most important of these in two lines. Runs in this process, without a cluster, or with --workers
+N on N ranks of the cluster, each of which loads only its share of everything that grows with the catalog.
 
---against OTHER, a run on the same catalog: adds the difference of each metric to that run over the same users, with the
-95 % confidence interval of a paired bootstrap (evaluation/bootstrap.py).
+--against OTHER, a run on the same catalog: adds the difference of each metric to that run over the same users, with its
+standard error and the 95 % confidence interval of a paired bootstrap (evaluation/bootstrap.py): "against" for overall,
+"against_head_free" for head_free.
 
 --rerank N, for a run with model.diffusion.condition=user: adds the metrics after the first N items of each user were
 re-ranked with personal content scores (personal/personal_filter.py), whose weight is tuned on the valid split.
@@ -17,12 +21,15 @@ re-ranked with personal content scores (personal/personal_filter.py), whose weig
 import argparse
 import functools
 import json
+import sys
 
 from gtc_dist.checkpoint.existing_run import RunRef, find_run
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.evaluation.bootstrap import paired_bootstrap
+from gtc_dist.evaluation.item_groups import HEAD_ITEMS
+from gtc_dist.evaluation.metrics import personalisation_lines
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.inference.trained_run import load_run
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
@@ -35,20 +42,33 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--users", type=int, help="rank about this many users; 0: all (default: eval.users of the run's configuration)"
     )
+    parser.add_argument(
+        "--head-items",
+        type=int,
+        default=HEAD_ITEMS,
+        metavar="K",
+        help="head_free metrics do not count the K most frequent items of valid (default: %(default)s)",
+    )
     parser.add_argument("--against", metavar="OTHER", help="URI of another run on the same catalog to compare with")
     parser.add_argument("--rerank", type=int, metavar="N", help="re-rank the first N items with personal scores")
     args = parse_run_command(parser, argv)
     if args.rerank is not None and (args.rerank < 1 or args.against):
         parser.error("--rerank takes a positive number, and cannot be combined with --against")
+    if args.head_items < 0:
+        parser.error("--head-items must not be negative")
 
     run_ref = find_run(args.run)
     users = run_ref.config.eval.users if args.users is None else args.users or None
-    work = functools.partial(evaluate_run, split=args.split, users=users, candidates=args.rerank)
+    options = {"split": args.split, "users": users, "head_items": args.head_items}
+    work = functools.partial(evaluate_run, candidates=args.rerank, **options)
     if args.against:
         other = find_run(args.against)
         check_same_catalog(run_ref, other)
-        work = functools.partial(compare_runs, other=other, split=args.split, users=users)
-    print(json.dumps({"split": args.split, **run_on_ranks_or_here(args, run_ref, work)}))
+        work = functools.partial(compare_runs, other=other, **options)
+    result = run_on_ranks_or_here(args, run_ref, work)
+    print(json.dumps({"split": args.split, **result}))
+    for line in personalisation_lines(result) + difference_lines(result):
+        print(line, file=sys.stderr)
 
 
 def check_same_catalog(run_ref: RunRef, other: RunRef) -> None:
@@ -62,23 +82,50 @@ def check_same_catalog(run_ref: RunRef, other: RunRef) -> None:
 
 
 def evaluate_run(
-    comm: Communicator, graphs: Graphs | None, run_ref: RunRef, split: str, users: int | None, candidates: int | None
+    comm: Communicator,
+    graphs: Graphs | None,
+    run_ref: RunRef,
+    split: str,
+    users: int | None,
+    head_items: int,
+    candidates: int | None,
 ) -> dict:
     """Work of each rank."""
     run = load_run(run_ref, comm, graphs)
     reranked = {} if candidates is None else {"rerank": rerank(run, split, candidates, users)}
-    return run.evaluate(split, users) | reranked
+    return run.evaluate(split, users, head_items) | reranked
 
 
 def compare_runs(
-    comm: Communicator, graphs: Graphs | None, run_ref: RunRef, other: RunRef, split: str, users: int | None
+    comm: Communicator,
+    graphs: Graphs | None,
+    run_ref: RunRef,
+    other: RunRef,
+    split: str,
+    users: int | None,
+    head_items: int,
 ) -> dict:
     """Work of each rank with --against."""
     run = load_run(run_ref, comm, graphs)
-    metrics, ours = run.evaluate(split, users), run.metrics_by_user(split, users)
+    metrics, ours = run.evaluate(split, users, head_items), run.metrics_by_user(split, users, head_items)
     # the shared graphs are those that the first run's network uses, so the other run reads its own
-    theirs = load_run(other, comm).metrics_by_user(split, users)
-    return {**metrics, "against": {"run": other.uri, **paired_bootstrap(ours, theirs)}}
+    theirs = load_run(other, comm).metrics_by_user(split, users, head_items)
+    difference = {group: paired_bootstrap(ours[group], theirs[group]) for group in ours}
+    against = {"run": other.uri, **difference["overall"]}
+    return {**metrics, "against": against, "against_head_free": difference["head_free"]}
+
+
+def difference_lines(result: dict) -> list[str]:
+    """Lines for the terminal on the differences of --against; none without it."""
+    lines = []
+    for part, label in (("against", "overall"), ("against_head_free", "head-free")):
+        cells = [
+            f"{name} {row['difference']:+.4f} ± {row['standard_error']:.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+            for name in ("recall@20", "ndcg@20")
+            if (row := result.get(part, {}).get(name))
+        ]
+        lines += [f"difference, {label}: " + "  ".join(cells)] if cells else []
+    return lines
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import json
 import sys
 from contextlib import suppress
 
+import numpy as np
 import yaml
 
 from gtc_dist.checkpoint import checkpoint_files
@@ -29,7 +30,11 @@ from gtc_dist.config_file import load_config
 from gtc_dist.config_reference import help_text
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError, run_command
+from gtc_dist.evaluation.item_groups import HEAD_ITEMS, positive_groups, tuning_positives, valid_head
+from gtc_dist.evaluation.metrics import personalisation_lines
+from gtc_dist.evaluation.ranking import load_ground_truth
 from gtc_dist.graph.csc import Graphs, load_graphs
 from gtc_dist.launch.run_lock import hold_run_lock
 
@@ -91,6 +96,7 @@ def start_or_resume(config: Config, catalog: Catalog, run: str) -> dict | None:
     status = run_status(config, run, catalog.manifest.fingerprint)
     graphs = load_graphs(config, catalog)
     check_rows(catalog, graphs)
+    check_metric(config, catalog, graphs)
     rows = catalog.manifest.interactions["train"]
     resuming = f"; resuming {run}" if status == "begun" else ""
     print(
@@ -145,6 +151,22 @@ def check_rows(catalog: Catalog, graphs: Graphs) -> None:
         )
 
 
+def check_metric(config: Config, catalog: Catalog, graphs: Graphs) -> None:
+    """Check that the valid split has a positive that `eval.metric` counts: without one, no epoch would be better than
+    the first."""
+    if "/" not in config.eval.metric:
+        return
+    valid = load_ground_truth(catalog, "valid")
+    head = valid_head(valid, catalog.items, HEAD_ITEMS, Communicator())
+    _, positives = tuning_positives(config.eval.metric, positive_groups(graphs, head))
+    ranked = np.repeat(graphs.user_degree > 0, valid.degree)
+    if positives is not None and not positives[valid.indices[ranked]].any():
+        raise InputError(
+            f"eval.metric is {config.eval.metric}, but the valid split of the catalog {catalog.uri} has no interaction "
+            "that it counts, of a user with a train interaction; choose another metric"
+        )
+
+
 def remove_if_nothing_was_saved(run: str) -> None:
     """Remove the folder of a run that failed before its first checkpoint; it would only block the next try. If the
     storage cannot be listed, everything is kept."""
@@ -154,12 +176,13 @@ def remove_if_nothing_was_saved(run: str) -> None:
 
 
 def summary(run: str, result: dict) -> str:
-    """Content of metrics.json as a table for the terminal."""
+    """Content of metrics.json as a table for the terminal; the lines after popularity are about test, too."""
     shown = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@20")
     lines = [f"run {run}: best epoch {result['best_epoch']} of {result['last_epoch']}, {result['seconds']:.0f} s"]
     rows = {part: result[part]["overall"] for part in ("valid", "test")} | {"popularity": result["popularity"]}
     for name, values in rows.items():
         lines.append(f"{name:>10}  " + "  ".join(f"{metric} {values[metric]:.4f}" for metric in shown))
+    lines += personalisation_lines(result["test"])
     if skipped := result.get("skipped_steps"):
         lines.append(f"warning: {skipped} step(s) skipped, because their loss or gradient was not finite")
     return "\n".join(lines)

@@ -98,7 +98,7 @@ class Case:
         config.write_text(
             f"data: {{raw: {raw}, catalog: {folder}/catalog, interactions: {{files: ['a.*']}}, "
             "features: {v: {path: v.npy}}, split: {valid_share: 0.2, test_share: 0.2}}\n"
-            f"run: {{storage: {folder}/runs, name: x}}\ngraph: {{item_neighbours: 2}}\n"
+            f"run: {{storage: {folder}/runs, name: x}}\n"
         )
         return ["--config", str(config), *self.overrides], str(raw)
 

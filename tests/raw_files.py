@@ -83,7 +83,6 @@ def catalog_config(raw: str, catalog: str, user_hop: bool = True, **data) -> Con
         {
             "data": tree,
             "run": {"storage": "runs", "name": "x"},
-            "graph": {"item_neighbours": 4},
             "model": {"user_hop": user_hop},
         }
     )

@@ -11,6 +11,7 @@ import yaml
 from gtc_dist.config import Config
 from gtc_dist.config_file import build_config
 from gtc_dist.data.catalog import SPLITS, Catalog, CatalogWriter, ModalityEntry
+from gtc_dist.data.feature_transform import FeatureTransform
 from gtc_dist.graph import item_knn_graph, user_cooccurrence_graph, user_item_graph
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,9 +44,11 @@ def _merge(below: dict, above: dict) -> dict:
     return out
 
 
-def small_catalog(uri: str | Path, users=60, items=40, modalities=2, seed=0, per_user=8, cold=3) -> Catalog:
+def small_catalog(
+    uri: str | Path, users=60, items=40, modalities=2, seed=0, per_user=8, cold=3, weight: np.ndarray | None = None
+) -> Catalog:
     """Users and items in four groups that like each other; features encode an item's group. The last `cold` items have
-    no train interaction."""
+    no train interaction. `weight`: recency weights of train, float32 [at least its rows]."""
     rng = np.random.default_rng(seed)
     user_group, item_group = rng.integers(0, 4, users), rng.integers(0, 4, items)
     taste = 1.0 + 8.0 * (user_group[:, None] == item_group[None, :])
@@ -66,13 +69,15 @@ def small_catalog(uri: str | Path, users=60, items=40, modalities=2, seed=0, per
         writer.interactions(name, user, item)
     writer.ids("users", pa.array([f"u{n:03d}" for n in range(users)]))
     writer.ids("items", pa.array(np.arange(items, dtype=np.int64) * 7 + 100))
-    item_user, user_item = user_item_graph.build_user_item_graph(*split["train"], users, items)
+    weight = None if weight is None else weight[: len(split["train"][0])]
+    item_user, user_item = user_item_graph.build_user_item_graph(*split["train"], users, items, weight=weight)
     features = {}
     for m in range(modalities):
         centres = rng.normal(size=(4, 6 + m)) * 2
         vectors = centres[item_group] + rng.normal(size=(items, 6 + m))
         features[f"m{m}"] = ((vectors - vectors.mean(0)) / vectors.std(0)).astype(np.float16)
         writer.features(f"m{m}", 0, 0, features[f"m{m}"])
+        FeatureTransform(vectors.mean(0), vectors.std(0)).save(writer, f"m{m}")
     graphs = {
         "item_user": item_user,
         "user_item": user_item,

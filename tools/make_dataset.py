@@ -37,6 +37,7 @@ HELP = {
     "nuisance": "nuisance factors of each modality",
     "cold_share": "share of cold-start items, whose only interactions are in cold/",
     "missing_share": "share of items without a vector, for each modality",
+    "drift": "amplitude of the logarithm of an item's popularity over time; 0: constant",
     "seed": "random seed; the same seed gives the same bytes",
     "user_chunk": "users per part",
     "item_chunk": "items per part",

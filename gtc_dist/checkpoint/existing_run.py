@@ -24,11 +24,10 @@ from gtc_dist.errors import InputError
 
 # Configuration keys (prefixes) that may change when a run is resumed. They do not affect the learned weights, or, like
 # train.clip_norm and train.not_finite, are needed to get past a step whose loss was not finite. The catalog's own keys
-# (data.*, graph.*) are covered by its fingerprint; prepare.* affects only memory and disk.
+# (data.*) are covered by its fingerprint; prepare.* affects only memory and disk.
 RESUMABLE_KEYS = (
     "cluster.",
     "prepare.",
-    "graph.",
     "run.",
     "data.raw",
     "data.verify",

@@ -6,10 +6,15 @@
     features/<modality>/part-*.parquet               item:int32, vector:fixed_size_list<float16>[d], sorted by item
     features/<modality>/{mean,std,components}.npy    transform from raw features, see feature_transform.py
     graph/<name>.{indptr,indices,weight}.npy         CSC: for destination c, sources indices[indptr[c]:indptr[c+1]]
+    graph/{item_user,user_item}.degree.npy           sums of recency weights, only with `data.recency_half_life`
 
 Graphs from train interactions: `item_user` (destination user, sources its items) and `user_item` (destination item,
 sources its users), both weighted 1/sqrt(degree * degree), and optionally `user_user` (softmax of co-interaction
 counts). Graph from content: `item_item` (similarities, normalised to a sum of one).
+
+With `data.recency_half_life` an interaction has a weight w = 2^(-age / half-life). Degrees are then sums of weights,
+the user-item edges have the weights w/sqrt(degree * degree), and a common item of two users counts the product of their
+two weights.
 
 User and item indexes are a seeded random permutation of the sorted ids, so contiguous ranges are balanced.
 """
@@ -82,11 +87,14 @@ class CSC:
     """A weighted graph in compressed sparse columns: sources of destination c are `indices[indptr[c]:indptr[c + 1]]`.
 
     indptr int64 [destinations + 1], indices int32 [E], weight float32 [E]; the sources of a destination are sorted.
+    weighted_degree: float64 [destinations], sums of the recency weights of each destination's interactions; None: every
+        interaction weighs one, and always in graphs other than the user-item graph.
     """
 
     indptr: np.ndarray
     indices: np.ndarray
     weight: np.ndarray
+    weighted_degree: np.ndarray | None = None
 
     @property
     def degree(self) -> np.ndarray:
@@ -126,6 +134,8 @@ class CatalogWriter:
     def graph(self, name: str, graph: CSC) -> None:
         for part, array in (("indptr", graph.indptr), ("indices", graph.indices), ("weight", graph.weight)):
             self.array(f"graph/{name}.{part}.npy", array)
+        if graph.weighted_degree is not None:
+            self.array(f"graph/{name}.degree.npy", graph.weighted_degree)
 
     def interactions(self, split: str, user: np.ndarray, item: np.ndarray) -> None:
         for part, start in enumerate(range(0, max(len(user), 1), INTERACTION_ROWS)):
@@ -283,8 +293,7 @@ class Catalog:
 
     def graph(self, name: str) -> CSC:
         """Read one of `GRAPHS`."""
-        arrays = [
-            formats.read_array(storage.join(self.uri, f"graph/{name}.{part}.npy"))
-            for part in ("indptr", "indices", "weight")
-        ]
-        return CSC(*arrays)
+        names = [f"graph/{name}.{part}.npy" for part in ("indptr", "indices", "weight", "degree")]
+        if names[-1] not in self.manifest.files:
+            names.pop()
+        return CSC(*(formats.read_array(storage.join(self.uri, name)) for name in names))

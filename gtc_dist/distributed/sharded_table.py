@@ -75,6 +75,7 @@ class ShardedTable:
         trainable: False: no gradient and no optimizer state.
         rowwise_second_moment: Adam's second moment is one number per row, the mean over its width, as in FBGEMM's
             `PARTIAL_ROWWISE_ADAM`: a third less memory.
+        learning_rate: its own, in place of that of `adam_step`.
     """
 
     def __init__(
@@ -89,8 +90,10 @@ class ShardedTable:
         dtype: torch.dtype = torch.float32,
         trainable: bool = True,
         rowwise_second_moment: bool = False,
+        learning_rate: float | None = None,
     ):
         self.name, self.rows, self.width, self.comm, self.trainable = name, rows, width, comm, trainable
+        self.learning_rate = learning_rate
         self.start, self.stop = comm.row_range(rows)
         self.weight = torch.zeros(self.stop - self.start, width, dtype=dtype, device=comm.device)
         if torch.as_tensor(init_std).any():
@@ -148,7 +151,7 @@ class ShardedTable:
             avg_sq.mul_(betas[1]).add_(grad.square().mean(dim=1, keepdim=True), alpha=1 - betas[1])
         else:
             avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-        size = lr * (1 - betas[1] ** self.steps) ** 0.5 / (1 - betas[0] ** self.steps)
+        size = (self.learning_rate or lr) * (1 - betas[1] ** self.steps) ** 0.5 / (1 - betas[0] ** self.steps)
         update = avg / avg_sq.sqrt().add_(eps)
         if rows is None:
             self.weight.sub_(update, alpha=size)

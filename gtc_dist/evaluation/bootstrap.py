@@ -21,14 +21,17 @@ def paired_bootstrap(
         ours, theirs: metric -> float64 [users], the same users in the same order.
 
     Returns:
-        metric -> {"difference": ours less theirs, "low": ..., "high": ... of the 95 % interval}.
+        metric -> {"difference": ours less theirs, "low": ..., "high": ... of the 95 % interval, "standard_error": of
+        the difference, 0 for fewer than two users}.
     """
     names = list(ours)
     difference = np.stack([ours[name] - theirs[name] for name in names], axis=1)
     users = len(difference)
     centre = difference.mean(axis=0) if users else np.zeros(len(names))
     low = high = centre
+    error = np.zeros(len(names))
     if users > 1:
+        error = difference.std(axis=0, ddof=1) / users**0.5
 
         def mean_difference(sample: np.ndarray, axis: int) -> np.ndarray:
             """Means [metrics, resamples] over the users of each resample [resamples, users]."""
@@ -45,7 +48,5 @@ def paired_bootstrap(
             method="percentile",
             rng=np.random.default_rng(seed),
         ).confidence_interval
-    return {
-        name: {"difference": float(centre[k]), "low": float(low[k]), "high": float(high[k])}
-        for k, name in enumerate(names)
-    }
+    columns = {"difference": centre, "low": low, "high": high, "standard_error": error}
+    return {name: {key: float(column[k]) for key, column in columns.items()} for k, name in enumerate(names)}

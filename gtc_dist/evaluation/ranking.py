@@ -1,14 +1,16 @@
 """Full-catalog ranking over row-wise sharded embeddings, and its evaluation.
 
 Protocol: users with at least one train interaction and one in the split; train positives masked; all items ranked by
-dot product; every metric (`metrics.py`) averaged over users. "cold" counts only positives without a train interaction,
-over the users that have one, in the same ranking of all items.
+dot product; every metric (`metrics.py`) averaged over users. Metrics of a group of items (`item_groups.py`) count only
+these as positives, over the users that have one, in the same ranking of all items. `beyond_accuracy.py` compares the
+lists with one list for everyone.
 
 Each rank ranks for its own users. All ranks look up one block of items after the other and merge it into a running top
 K, so a rank holds one block of items at a time. Scoring every user of a split costs users x items; a seeded sample of
 the users bounds the cost.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +21,9 @@ from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.data.hashing import hash_index
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup
-from gtc_dist.evaluation.metrics import K_VALUES, mean_over_users, metrics_of_lists, overall_and_cold_metrics
+from gtc_dist.evaluation.beyond_accuracy import list_spread, mean_lists
+from gtc_dist.evaluation.item_groups import STRATA, positive_groups
+from gtc_dist.evaluation.metrics import K_VALUES, means_of_groups, metrics_of_groups
 from gtc_dist.graph.csc import Graphs, by_destination, take_edges
 
 
@@ -38,19 +42,50 @@ class RankingOptions:
 
 @torch.no_grad()
 def evaluate_split(
-    users: ShardedTable, items: ShardedTable, graphs: Graphs, truth: CSC, options: RankingOptions | None = None
+    users: ShardedTable,
+    items: ShardedTable,
+    graphs: Graphs,
+    truth: CSC,
+    options: RankingOptions | None = None,
+    head: np.ndarray | None = None,
 ) -> dict:
-    """Metrics of a split: {"users": n, "overall": {"recall@5": ...}, "cold_users": n, "cold": {...}}. Collective: every
-    rank must call it.
+    """Metrics of a split. Collective: every rank must call it.
 
     Args:
         users, items: embeddings, row-sharded over the same ranks.
         truth: the split's items of this rank's users (`load_ground_truth`).
+        head: bool [items], items of `valid_head`, which "head_free" does not count as positives; None: no item.
+
+    Returns:
+        users: number of users; overall: {"recall@5": ...}
+        cold_users, cold, head_free_users, head_free: the same for positives in these groups
+        strata: {"head": {"users": n, "recall@5": ...}, "middle": ..., "tail": ...}
+        mean_list: metrics of one list for everyone; personal_gain: overall less mean_list for recall@20 and ndcg@20
+        coverage@20, head_share@20: see `list_spread`
     """
-    overall, cold = metrics_by_user(users, items, graphs, truth, options or RankingOptions())
-    n, values = mean_over_users(overall, users.comm)
-    n_cold, cold_values = mean_over_users(cold, users.comm)
-    return {"users": n, "overall": values, "cold_users": n_cold, "cold": cold_values}
+    options, comm = options or RankingOptions(), users.comm
+    head = np.zeros(graphs.items, bool) if head is None else head
+    rank_users = ranked_users(users, graphs, truth, options)
+    rows = rank_users - users.start
+    top, _ = top_k_items(users, items, graphs, rank_users, max(K_VALUES), options)
+    mean = means_of_groups(top, rows, truth, positive_groups(graphs, head), comm, options.user_block)
+    blocks = options.item_block, options.user_block
+    same_for_all = mean_lists(users, items, graphs, rank_users, max(K_VALUES), *blocks)
+    _, mean_list = means_of_groups(same_for_all, rows, truth, {"": None}, comm, options.user_block)[""]
+    (n, overall), (n_cold, cold), (n_free, head_free) = (mean[group] for group in ("overall", "cold", "head_free"))
+    strata = {name: mean[f"strata/{name}"] for name in STRATA}
+    return {
+        "users": n,
+        "overall": overall,
+        "cold_users": n_cold,
+        "cold": cold,
+        "head_free_users": n_free,
+        "head_free": head_free,
+        "strata": {name: {"users": count, **values} for name, (count, values) in strata.items()},
+        "mean_list": mean_list,
+        "personal_gain": {name: overall[name] - mean_list[name] for name in ("recall@20", "ndcg@20")},
+        **list_spread(top, graphs, comm),
+    }
 
 
 @torch.no_grad()
@@ -69,18 +104,28 @@ def evaluate_on_items(
     """
     rank_users = ranked_users(users, graphs, truth, options)
     top, _ = top_k_items(users, items, graphs, rank_users, max(K_VALUES), options)
-    return mean_over_users(metrics_of_lists(top, rank_users - users.start, truth, counted), users.comm)[1]
+    rows, block = rank_users - users.start, options.user_block
+    return means_of_groups(top, rows, truth, {"": counted}, users.comm, block)[""][1]
 
 
 @torch.no_grad()
 def metrics_by_user(
-    users: ShardedTable, items: ShardedTable, graphs: Graphs, truth: CSC, options: RankingOptions
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Metrics of each ranked user of this rank, on all items and on cold ones: name@K -> float64 [users], in the order
-    of user indexes. Collective: every rank must call it."""
+    users: ShardedTable,
+    items: ShardedTable,
+    graphs: Graphs,
+    truth: CSC,
+    options: RankingOptions,
+    groups: Mapping[str, np.ndarray | None],
+) -> dict[str, dict[str, np.ndarray]]:
+    """Metrics of each ranked user of this rank for groups of items that count as positives: group -> name@K -> float64
+    [users with a positive in the group], in the order of user indexes. Collective: every rank must call it.
+
+    Args:
+        groups: name -> bool [items], or None: all items count.
+    """
     rank_users = ranked_users(users, graphs, truth, options)
     top, _ = top_k_items(users, items, graphs, rank_users, max(K_VALUES), options)
-    return overall_and_cold_metrics(top, rank_users - users.start, graphs, truth)
+    return metrics_of_groups(top, rank_users - users.start, truth, groups)
 
 
 def ranked_users(users: ShardedTable, graphs: Graphs, truth: CSC, options: RankingOptions) -> np.ndarray:

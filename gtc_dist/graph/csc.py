@@ -1,6 +1,7 @@
 """The graphs of a catalog as the network uses them, and vectorised look-ups in a CSC graph (edges by destination)."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -55,7 +56,8 @@ class Graphs:
     @property
     def bytes(self) -> int:
         graphs = [graph for graph in (self.nodes, self.item_item, self.user_user) if graph is not None]
-        return sum(a.nbytes for graph in graphs for a in (graph.indptr, graph.indices, graph.weight))
+        sizes = sum(a.nbytes for graph in graphs for a in (graph.indptr, graph.indices, graph.weight))
+        return sizes + (0 if self.nodes.weighted_degree is None else self.nodes.weighted_degree.nbytes)
 
     @property
     def user_degree(self) -> np.ndarray:
@@ -66,6 +68,36 @@ class Graphs:
     def item_degree(self) -> np.ndarray:
         """Train interactions of each item, int64 [items]."""
         return np.diff(self.nodes.indptr[self.users :])
+
+    @property
+    def weighted_user_degree(self) -> np.ndarray:
+        """Sum of each user's recency weights in train, float64 [users]; without such weights `user_degree`."""
+        degree = self.nodes.weighted_degree
+        return self.user_degree if degree is None else degree[: self.users]
+
+    @property
+    def weighted_item_degree(self) -> np.ndarray:
+        """Sum of each item's recency weights in train, float64 [items]; without such weights `item_degree`."""
+        degree = self.nodes.weighted_degree
+        return self.item_degree if degree is None else degree[self.users :]
+
+    @cached_property
+    def mean_weight(self) -> float:
+        """Mean recency weight of the train interactions."""
+        return 2 * float(self.weighted_user_degree.sum()) / len(self.nodes.indices)
+
+    def relative_weights(self, users: np.ndarray, items: np.ndarray) -> np.ndarray | None:
+        """Recency weights of train interactions, float32 [n], divided by their mean over train; None without recency.
+
+        Args:
+            users, items: int64 [n], pairs that are train interactions.
+        """
+        degree = self.nodes.weighted_degree
+        if degree is None:
+            return None
+        items = items + self.users
+        edge_weight = self.nodes.weight[find_edges(self.nodes, users, items)]
+        return (edge_weight * np.sqrt(degree[users] * degree[items]) / self.mean_weight).astype(np.float32)
 
     def is_interacted(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Mask of train interactions between each of the users and each of the items, bool [users, items].
@@ -89,17 +121,26 @@ class Graphs:
 
 
 def load_graphs(config: Config, catalog: Catalog) -> Graphs:
-    """The graphs of a catalog that the configured network uses."""
-    return Graphs.load(catalog, item_item=config.model.item_hop, user_user=config.model.user_hop)
+    """The graphs of a catalog that the configured network uses. Raises InputError if the catalog lacks one, or the
+    recency weights."""
+    graphs = Graphs.load(catalog, item_item=config.model.item_hop, user_user=config.model.user_hop)
+    if config.data.recency_half_life is not None and graphs.nodes.weighted_degree is None:
+        raise InputError(
+            f"data.recency_half_life is {config.data.recency_half_life:g}, but the catalog {catalog.uri} was built "
+            "without it; run python -m gtc_dist.prepare --force with this configuration"
+        )
+    return graphs
 
 
 def both_directions(item_user: CSC, user_item: CSC) -> CSC:
     """Merge the two directions of the user-item graph into one graph; its nodes are the users, then the items."""
     users, edges = len(item_user.indptr) - 1, len(item_user.indices)
+    degrees = item_user.weighted_degree, user_item.weighted_degree
     return CSC(
         np.concatenate([item_user.indptr, user_item.indptr[1:] + edges]),
         np.concatenate([item_user.indices + np.int32(users), user_item.indices]),
         np.concatenate([item_user.weight, user_item.weight]),
+        None if degrees[0] is None else np.concatenate(degrees),
     )
 
 

@@ -26,6 +26,7 @@ from gtc_dist.data.scratch import Scratch
 from gtc_dist.graph.csc import similarity_weights
 from gtc_dist.graph.user_item_graph import in_memory
 
+ITEM_NEIGHBOURS = 10  # k of the catalog's item-item graph
 EXACT_ITEMS = 50_000  # `auto` compares all pairs up to this number of items
 ITEM_BLOCK = 1 << 13  # items per block
 LIST_ITEMS = 250  # mean length of an inverted list

@@ -6,6 +6,8 @@ about similar users; so each item counts with at most `hub_cap` of its users, a 
 hash of (user, item): it depends on the seed and the pair alone, and both directions of the graph can be sampled without
 a common table.
 
+With recency weights (`CSC.weighted_degree`) a common item counts the product of the two interactions' weights.
+
 scipy and numpy release the GIL in the long calls, so the threads of one process share the matrices.
 """
 
@@ -24,6 +26,7 @@ from gtc_dist.graph.user_item_graph import EDGE_BYTES, edge_ranges, in_memory
 PAIR_BYTES = 40  # memory per pair of users while a block is counted
 BLOCK_PAIRS = 1 << 22  # larger blocks leave the processor's cache
 NO_LIMIT = np.uint64(2**64 - 1)  # threshold of an item that is not a hub
+FLOAT_BITS = 31  # of a positive float32: read as integers, these sort like the floats
 
 
 def build_user_cooccurrence_graph(
@@ -71,27 +74,29 @@ def build_user_cooccurrence_graph(
 class _CommonItems:
     """The incidence matrix of users and items, with at most `hub_cap` users per item.
 
-    by_item: item x user matrix of ones, in scratch
+    by_item: item x user matrix of ones (int32), or of the interactions' recency weights (float32), in scratch
     by_user(block): rows of its transpose
     """
 
     def __init__(self, item_user: CSC, user_item: CSC, hub_cap: int, seed: int, scratch: Scratch):
         self.item_user, self.seed, self.scratch = item_user, seed, scratch
+        self.degrees = item_user.weighted_degree, user_item.weighted_degree
         self.users, self.items = len(item_user.indptr) - 1, len(user_item.indptr) - 1
         self.threshold = np.full(self.items, NO_LIMIT)  # largest hash in an item's sample
         indptr = np.concatenate([[0], np.cumsum(np.minimum(user_item.degree, hub_cap))])
-        indices, ones = (scratch.array(int(indptr[-1]), np.int32) for _ in range(2))
+        is_weighted = item_user.weighted_degree is not None
+        indices = scratch.array(int(indptr[-1]), np.int32)
+        values = scratch.array(int(indptr[-1]), np.float32 if is_weighted else np.int32)
         for part in edge_ranges(user_item.indptr, scratch.rows(EDGE_BYTES)):
             edges = slice(indptr[part.start], indptr[part.stop])
-            indices[edges] = self._sample_hubs(user_item, part, hub_cap)
-            ones[edges] = 1
+            indices[edges], values[edges] = self._sample_hubs(user_item, part, hub_cap)
             scratch.release()
         # 32-bit indptr like the indices if possible: otherwise scipy copies all to 64 bits for every block
         indptr = indptr.astype(np.int32) if indptr[-1] < 2**31 else indptr
-        self.by_item = sp.csr_matrix((ones, indices, indptr), shape=(self.items, self.users))
-        self.arrays = indices, ones
+        self.by_item = sp.csr_matrix((values, indices, indptr), shape=(self.items, self.users))
+        self.arrays = indices, values
         self.source_bits = max(self.users - 1, 1).bit_length()
-        self.count_bits = max(int(item_user.degree.max(initial=0)), 1).bit_length()
+        self.count_bits = FLOAT_BITS if is_weighted else max(int(item_user.degree.max(initial=0)), 1).bit_length()
 
     def by_user(self, block: slice) -> sp.csr_matrix:
         """Rows of a block of users, [users in the block, items]."""
@@ -102,21 +107,23 @@ class _CommonItems:
         keep = self._sampled(user, item)
         degree = np.bincount(user[keep] - block.start, minlength=block.stop - block.start)
         indptr = np.concatenate([[0], np.cumsum(degree)]).astype(np.int32)
-        ones = np.ones(int(indptr[-1]), np.int32)
-        return sp.csr_matrix((ones, item[keep], indptr), shape=(block.stop - block.start, self.items))
+        values = self._values(self.item_user.weight[edges][keep], user[keep], item[keep])
+        return sp.csr_matrix((values, item[keep], indptr), shape=(block.stop - block.start, self.items))
 
     def blocks(self, max_pairs: int) -> list[slice]:
         """Blocks of users with at most `max_pairs` (user, item, other user) triples; a user with more is alone."""
         users_of_item = np.diff(self.by_item.indptr).astype(np.int64)
         pairs = np.zeros(self.users + 1, np.int64)
         for block in edge_ranges(self.item_user.indptr, self.scratch.rows(EDGE_BYTES)):
-            pairs[block.start + 1 : block.stop + 1] = self.by_user(block) @ users_of_item
+            rows = self.by_user(block)
+            rows.data[:] = 1
+            pairs[block.start + 1 : block.stop + 1] = rows @ users_of_item
             self.scratch.release()
         max_rows = 1 << min(63 - self.source_bits - self.count_bits, 31)  # for the packing in _top_k_users
         return edge_ranges(np.cumsum(pairs), max_pairs, max_rows)
 
-    def _sample_hubs(self, user_item: CSC, part: slice, hub_cap: int) -> np.ndarray:
-        """Users of a range of items; of each hub only its sample, and stores the hub's threshold."""
+    def _sample_hubs(self, user_item: CSC, part: slice, hub_cap: int) -> tuple[np.ndarray, np.ndarray]:
+        """Users of a range of items and their values; of each hub only its sample, and stores the hub's threshold."""
         edges = slice(user_item.indptr[part.start], user_item.indptr[part.stop])
         degree = np.diff(user_item.indptr[part.start : part.stop + 1])
         user, item = user_item.indices[edges], np.repeat(np.arange(part.start, part.stop), degree)
@@ -126,7 +133,15 @@ class _CommonItems:
         hubs = np.flatnonzero(degree > hub_cap)
         starts = np.cumsum(degree[hubs]) - degree[hubs]
         self.threshold[part.start + hubs] = key[starts + hub_cap - 1]
-        return user[self._sampled(user, item)]
+        keep = self._sampled(user, item)
+        return user[keep], self._values(user_item.weight[edges][keep], user[keep], item[keep])
+
+    def _values(self, edge_weight: np.ndarray, user: np.ndarray, item: np.ndarray) -> np.ndarray:
+        """Entries of the matrix: ones int32; or recency weights w float32, from edges' w/sqrt(degree * degree)."""
+        of_users, of_items = self.degrees
+        if of_users is None:
+            return np.ones(len(user), np.int32)
+        return (edge_weight * np.sqrt(of_users[user] * of_items[item])).astype(np.float32)
 
     def _sampled(self, user: np.ndarray, item: np.ndarray) -> np.ndarray:
         """Whether each interaction is in the sample of its item, bool [E]."""
@@ -161,13 +176,16 @@ def _top_k_users(
     """The k largest entries of each row except the diagonal, ties to the lower index.
 
     Row, falling count and rising source are packed into one integer per entry, so one sort of integers ranks all rows.
+    Weighted counts, which are positive float32, are packed as their bits.
 
     Returns:
         Row, source and count of the entries, sorted by row and source.
     """
     entry, row = _candidates(product, first, k)
+    is_weighted = product.dtype == np.float32
+    packed = product.data.view(np.int32) if is_weighted else product.data
     top_count, top_source = (1 << count_bits) - 1, (1 << source_bits) - 1
-    key = (row << count_bits | top_count - product.data[entry]) << source_bits | product.indices[entry]
+    key = (row << count_bits | top_count - packed[entry]) << source_bits | product.indices[entry]
     key.sort()
     row = key >> source_bits + count_bits
     starts = np.searchsorted(row, np.arange(product.shape[0]))
@@ -175,7 +193,8 @@ def _top_k_users(
     key, row = key[best], row[best]
     source, count = key & top_source, top_count - (key >> source_bits & top_count)
     order = np.argsort(row << source_bits | source)
-    return row[order], source[order], count[order]
+    count = count[order].astype(np.int32).view(np.float32) if is_weighted else count[order]
+    return row[order], source[order], count
 
 
 def _candidates(product: sp.csr_matrix, first: int, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -183,9 +202,12 @@ def _candidates(product: sp.csr_matrix, first: int, k: int) -> tuple[np.ndarray,
 
     Most entries belong to users with a single common item, among whom the lowest indexes win. Indexes are a random
     permutation, so an upper bound of the index leaves about as many entries as needed; a row with too few gets all.
+    Weighted counts of single items differ, so that all entries are candidates.
     """
     size, users = np.diff(product.indptr), product.shape[1]
     expected = k + 4 * np.sqrt(k) + 8  # four standard deviations more than needed
+    if product.dtype == np.float32:
+        expected = np.inf
     bound = np.minimum(expected * users / np.maximum(size, 1), users).astype(np.int32)
     entry, row = _below(product, first, bound)
     short = np.bincount(row, minlength=len(size)) < np.minimum(k, size - 1)
@@ -204,7 +226,7 @@ def _below(product: sp.csr_matrix, first: int, bound: np.ndarray) -> tuple[np.nd
 
 def _softmax(row: np.ndarray, count: np.ndarray, rows: int) -> np.ndarray:
     """Softmax of the counts within each row, float32."""
-    peak = np.zeros(rows, np.int64)
+    peak = np.zeros(rows, count.dtype)
     np.maximum.at(peak, row, count)
     weight = np.exp((count - peak[row]).astype(np.float64))
     return (weight / np.bincount(row, weight, rows)[row]).astype(np.float32)

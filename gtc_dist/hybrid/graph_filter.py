@@ -1,8 +1,9 @@
 """Ideal low-pass graph filter: truncated spectral collaborative filtering (GF-CF, Shen et al. 2021; PureSVD).
 
-With R the train interactions (users x items), N = D_u^-p R D_i^-q maps item values to users, and C = N^T N without its
-diagonal maps them from item to item over common users. The diagonal (self-similarity) is removed as in EASE: it says
-nothing about other items, and it would dominate for items with few users.
+With R the train interactions (users x items; ones, or recency weights) and D its sums by user and by item,
+N = D_u^-p R D_i^-q maps item values to users, and C = N^T N without its diagonal maps them from item to item over
+common users. The diagonal (self-similarity) is removed as in EASE: it says nothing about other items, and it would
+dominate for items with few users.
 
 Only the `width` leading eigenpairs (Q, l) of C are kept, largest first, and
 
@@ -54,12 +55,18 @@ class CooccurrenceOperator:
         self.into_users = ShardedSpMM(*nodes, 0, users, items, chunk, base=graphs.users)
         self.into_items = ShardedSpMM(*nodes, graphs.users, items, users, chunk)
         self.warm = torch.from_numpy(graphs.item_degree[items.start : items.stop] > 0).to(comm.device)[:, None]
-        # the graph's weights are (degree of user * degree of item)^-1/2: these factors change the exponents
-        self.user_factor = _power(graphs.user_degree, users, 0.5 - user_exponent)
-        self.item_factor = _power(graphs.item_degree, items, 0.5 - item_exponent)
-        self.item_scale = _power(graphs.item_degree, items, -item_exponent)
-        back = self._sums(self.into_items, users, _power(graphs.user_degree, users, 0.5 - 2 * user_exponent))
-        self.diagonal = back * _power(graphs.item_degree, items, 0.5 - 2 * item_exponent)
+        # the graph's weights are R (degree of user * degree of item)^-1/2: these factors change the exponents
+        user_degree, item_degree = graphs.weighted_user_degree, graphs.weighted_item_degree
+        self.user_factor = _power(user_degree, users, 0.5 - user_exponent)
+        self.item_factor = _power(item_degree, items, 0.5 - item_exponent)
+        self.item_scale = _power(item_degree, items, -item_exponent)
+        # the diagonal sums squares of R; these are R itself without recency weights
+        squares, half = self.into_items, 0.5
+        if graphs.nodes.weighted_degree is not None:
+            squared = (*nodes[:2], np.square(graphs.nodes.weight))
+            squares, half = ShardedSpMM(*squared, graphs.users, items, users, chunk), 1.0
+        back = self._sums(squares, users, _power(user_degree, users, half - 2 * user_exponent))
+        self.diagonal = back * _power(item_degree, items, half - 2 * item_exponent)
 
     def to_users(self, x: torch.Tensor) -> torch.Tensor:
         """N x, for x [items of this rank, b]."""
@@ -91,7 +98,8 @@ class CooccurrenceOperator:
 
 def _power(degree: np.ndarray, table: ShardedTable, exponent: float) -> torch.Tensor:
     """degree^exponent of this rank's rows, [n, 1]. Rows without edges get 1; no edge multiplies it."""
-    power = np.maximum(degree[table.start : table.stop], 1).astype(np.float64) ** exponent
+    degree = degree[table.start : table.stop].astype(np.float64)
+    power = np.where(degree > 0, degree, 1) ** exponent
     return torch.from_numpy(power.astype(np.float32)).to(table.comm.device)[:, None]
 
 

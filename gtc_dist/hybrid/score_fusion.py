@@ -1,10 +1,10 @@
 """Score fusion: a weighted hybrid of the trained network and the untrained scorers.
 
-The scorers are the trained network (its ensemble members side by side), the low-pass graph filter and one content
-profile per modality. Their dot-product scores are z-scored per user (standard deviation 1 over all items), so that
-weights are comparable, and added with weights that are tuned on the valid split. The weights of the untrained scorers
-are tuned once, before training; a scorer that does not help gets weight 0. The network's weight changes as it learns:
-it is tuned at every validation and stored with the checkpoint.
+The scorers are the trained network (its ensemble members side by side), the masked diffusion if there is one, the
+low-pass graph filter and one content profile per modality. Their dot-product scores are z-scored per user (standard
+deviation 1 over all items), so that weights are comparable, and added with weights that are tuned on the valid split.
+The weights of the untrained scorers are tuned once, before training; a scorer that does not help gets weight 0. Those
+of the trained models change as they learn: they are tuned at every validation and stored with the checkpoint.
 
 Two more weights are tuned with it:
 
@@ -29,6 +29,7 @@ from gtc_dist.hybrid.graph_filter import CooccurrenceOperator
 from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
 
 MEMBERS = "members"
+MASKED = "masked"
 NORM_DAMPING = "length"
 NEIGHBOR_SMOOTHING = "walked"
 MEMBER_STEPS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
@@ -37,8 +38,13 @@ NEIGHBOR_SMOOTHING_STEPS = (0.0, 0.5, 1.0, 2.0, 4.0)  # relative to a user's own
 UNTRAINED_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # relative to the first untrained scorer, whose weight is 1
 # initial weights; the search is greedy, and low starts got stuck (docs/log.md)
 INITIAL_WEIGHTS = {MEMBERS: 2.0, NORM_DAMPING: 1.0, NEIGHBOR_SMOOTHING: 2.0}
+MASKED_WEIGHT = 4.0  # initial
 MAX_ROUNDS = 3  # over all weights
-SEARCH_RADIUS = {NORM_DAMPING: 2, NEIGHBOR_SMOOTHING: 2}  # grid steps tried in each direction; 1 for other weights
+SEARCH_RADIUS = {
+    MASKED: 2,
+    NORM_DAMPING: 2,
+    NEIGHBOR_SMOOTHING: 2,
+}  # grid steps tried in each direction; 1 for other weights
 
 
 class ScoreFusion:
@@ -49,6 +55,7 @@ class ScoreFusion:
         profiles: names of the scorers that are content profiles.
         neighbours: None: cold items keep their rows.
         operator: None: users are not smoothed.
+        has_masked: whether there is a masked diffusion; `set_masked` then comes before every method that fuses.
     """
 
     def __init__(
@@ -57,29 +64,41 @@ class ScoreFusion:
         profiles: list[str],
         neighbours: WarmNeighbours | None,
         operator: CooccurrenceOperator | None = None,
+        has_masked: bool = False,
     ):
+        self.masked: Embeddings | None = None
         self.profiles, self.neighbours, self.operator = profiles, neighbours, operator
         self.scorers = {
             name: unit_variance(embeddings if name in profiles else self._impute(embeddings))
             for name, embeddings in scorers.items()
         }
         self.weights = dict.fromkeys([MEMBERS, *scorers], 1.0) | {NORM_DAMPING: 0.0, NEIGHBOR_SMOOTHING: 0.0}
+        if has_masked:
+            self.weights[MASKED] = MASKED_WEIGHT
+
+    def set_masked(self, masked: Embeddings | None) -> None:
+        """Set the embeddings of the masked diffusion."""
+        self.masked = None if masked is None else unit_variance(self._impute(masked))
 
     def tune_untrained(self, objective: Callable[[Embeddings], float]) -> None:
         """Tune the weights of the untrained scorers, one after the other, without the network; the smallest weight wins
         a tie."""
+        if not self.scorers:
+            return
         first, *others = self.scorers
+        trained = self.weights
         self.weights = {MEMBERS: 0.0, first: 1.0} | dict.fromkeys(others, 0.0)
         for name in others:
             values = {
                 step: objective(self._weighted_sum(None, {**self.weights, name: step})) for step in UNTRAINED_STEPS
             }
             self.weights[name] = max(values, key=lambda step: (values[step], -step))
-        self.weights |= INITIAL_WEIGHTS
+        self.weights |= INITIAL_WEIGHTS | ({MASKED: trained[MASKED]} if MASKED in trained else {})
 
     def tune_network(self, network: Embeddings, objective: Callable[[Embeddings], float]) -> None:
-        """Tune the network's weight, norm damping, neighbour smoothing and the weights of the content profiles by
-        greedy coordinate search, from their current values."""
+        """Tune the weights of the trained models, norm damping, neighbour smoothing and the weights of the content
+        profiles by greedy coordinate search, from their current values. Without untrained scorers only the network's
+        weight beside the masked diffusion: each value ranks the split once."""
         values: dict[tuple, float] = {}
         damped: dict[float, DampedNetwork] = {}
 
@@ -93,7 +112,11 @@ class ScoreFusion:
                 values[key] = objective(self._weighted_sum(embeddings, weights))
             return values[key]
 
-        grids = {MEMBERS: MEMBER_STEPS, NORM_DAMPING: NORM_DAMPING_STEPS}
+        grids = {MEMBERS: MEMBER_STEPS}
+        if MASKED in self.weights:
+            grids = dict.fromkeys((MASKED, MEMBERS) if self.scorers else (MEMBERS,), (0.0, *MEMBER_STEPS))
+        if self.scorers:
+            grids[NORM_DAMPING] = NORM_DAMPING_STEPS
         if self.operator is not None:
             grids[NEIGHBOR_SMOOTHING] = NEIGHBOR_SMOOTHING_STEPS
         grids |= dict.fromkeys(self.profiles, UNTRAINED_STEPS)
@@ -141,7 +164,8 @@ class ScoreFusion:
     def _weighted_sum(self, network: Embeddings | None, weights: dict[str, float]) -> Embeddings:
         """Local. Columns of all scorers with a weight side by side, the users' times the weight. network None: without
         it."""
-        scorers = ({} if network is None else {MEMBERS: network}) | self.scorers
+        trained = {} if network is None else {MEMBERS: network, MASKED: self.masked}
+        scorers = {name: scorer for name, scorer in trained.items() if scorer is not None} | self.scorers
         scorers = {name: scorer for name, scorer in scorers.items() if weights[name]}
         users = torch.cat([scorer.users.weight * weights[name] for name, scorer in scorers.items()], dim=1)
         items = torch.cat([scorer.items.weight for scorer in scorers.values()], dim=1)

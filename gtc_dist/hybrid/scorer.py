@@ -50,11 +50,17 @@ class HybridScorer:
         if self.fusion is not None:
             self.fusion.tune_untrained(partial(objective, counted=None))
 
-    def tune_fusion(self, network: Embeddings, objective: Objective) -> Embeddings:
-        """Tune the network's weights in the fusion, from their current values; returns the fused embeddings."""
+    def tune_fusion(self, network: Embeddings, masked: Embeddings | None, objective: Objective) -> Embeddings:
+        """Tune the weights of the trained models in the fusion, from their current values; returns the fused
+        embeddings.
+
+        Args:
+            masked: of the masked diffusion, if there is one; so in the other methods.
+        """
         if self.fusion is not None:
+            self.fusion.set_masked(masked)
             self.fusion.tune_network(network, partial(objective, counted=None))
-        return self.fuse(network)
+        return self.fuse(network, masked)
 
     def tune_cold_start(self, fused: Embeddings, objective: Objective) -> None:
         """Tune the weights of the cold-start predictions, from their current values."""
@@ -62,13 +68,16 @@ class HybridScorer:
             self.cold_start.tune(fused, self.profile_columns(fused[1].width), objective)
 
     @torch.no_grad()
-    def __call__(self, network: Embeddings) -> Embeddings:
-        """Final embeddings, from those of the network."""
-        return self.impute_cold(self.fuse(network))
+    def __call__(self, network: Embeddings, masked: Embeddings | None = None) -> Embeddings:
+        """Final embeddings, from those of the trained models."""
+        return self.impute_cold(self.fuse(network, masked))
 
-    def fuse(self, network: Embeddings) -> Embeddings:
+    def fuse(self, network: Embeddings, masked: Embeddings | None = None) -> Embeddings:
         """Fused embeddings, before cold items are predicted."""
-        return network if self.fusion is None else self.fusion.fuse(network)
+        if self.fusion is None:
+            return network
+        self.fusion.set_masked(masked)
+        return self.fusion.fuse(network)
 
     def impute_cold(self, fused: Embeddings) -> Embeddings:
         """Final embeddings: fused ones with predicted rows for cold items."""
@@ -100,15 +109,16 @@ def build_score_fusion(
     comm: Communicator,
     neighbours: WarmNeighbours | None,
 ) -> ScoreFusion | None:
-    """Score fusion with the configured untrained scorers; None without any. Collective: every rank must call it.
+    """Score fusion of the configured scorers; None where the network is the only one. Collective: every rank must call
+    it.
 
     Args:
         features: modality -> table of the items' features, over `comm`.
         neighbours: impute cold items; None without an item-item graph.
     """
-    hybrid = config.model.hybrid
-    if not config.model.has_hybrid:
-        return None
+    model, hybrid = config.model, config.model.hybrid
+    if not model.has_hybrid:
+        return ScoreFusion({}, [], neighbours, has_masked=True) if model.masked_width else None
     operator = CooccurrenceOperator(graphs, comm, config.eval.block_rows)
     scorers = {}
     if hybrid.graph_filter:
@@ -116,4 +126,4 @@ def build_score_fusion(
     for name, table in features.items() if hybrid.content_profile else ():
         scorers[name] = content_profile_scores(operator, table, hybrid.content_profile)
     profiles = list(features) if hybrid.content_profile else []
-    return ScoreFusion(scorers, profiles, neighbours, operator)
+    return ScoreFusion(scorers, profiles, neighbours, operator, model.masked_width > 0)

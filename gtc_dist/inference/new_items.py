@@ -19,6 +19,7 @@ from gtc_dist.data.feature_transform import FeatureTransform
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import similarity_weights
+from gtc_dist.graph.item_knn_graph import ITEM_NEIGHBOURS
 from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, NORM_SCALE, REGRESSION
 from gtc_dist.hybrid.content_space import ContentSpace, weighted_unit_rows
 from gtc_dist.inference.trained_run import TrainedRun
@@ -121,7 +122,7 @@ def nearest_warm_items(
     Raises:
         InputError: the weights of these modalities are all 0.
     """
-    k = min(run.config.graph.item_neighbours, len(warm))
+    k = min(ITEM_NEIGHBOURS, len(warm))
     configured = run.config.data.features
     weights = {name: configured[name].weight if name in configured else 1.0 for name in features}
     if not sum(weights.values()):

@@ -13,11 +13,12 @@ from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.evaluation import ranking
+from gtc_dist.evaluation.item_groups import HEAD_ITEMS, valid_head
 from gtc_dist.evaluation.ranking import RankingOptions
 from gtc_dist.graph.csc import Graphs, load_graphs
 from gtc_dist.hybrid.embeddings import Embeddings
 from gtc_dist.hybrid.scorer import HybridScorer
-from gtc_dist.inference.layerwise import embed_catalog
+from gtc_dist.inference.masked_embeddings import embed_trained
 from gtc_dist.model.build import build_network, load_features
 from gtc_dist.model.gtc import GTC, Tables
 
@@ -44,24 +45,41 @@ class TrainedRun:
     def fused_embeddings(self) -> Embeddings:
         """Fused embeddings, before cold items are predicted."""
         chunk = self.config.eval.block_rows
-        return self.scorer.fuse(embed_catalog(self.network, self.tables, self.features, self.graphs, chunk))
+        return self.scorer.fuse(*embed_trained(self.network, self.tables, self.features, self.graphs, chunk))
 
-    def metrics_by_user(self, split: str, users: int | None) -> dict[str, np.ndarray]:
-        """Each metric of the ranked users of all ranks, name@K -> float64 [users], in the order of user indexes."""
+    def metrics_by_user(
+        self, split: str, users: int | None, head_items: int = HEAD_ITEMS
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """Metrics of each ranked user of all ranks, in the order of user indexes.
+
+        Args:
+            head_items: number of the most frequent items of valid, which runs that are compared must share.
+
+        Returns:
+            {"overall": {name@K: float64 [users]}, "head_free": {name@K: float64 [users with a positive outside the
+            head]}}
+        """
         comm = self.tables.user.comm
         options = replace(self.ranking_options(users), seed=0)
-        overall, _ = ranking.metrics_by_user(*self.final_embeddings(), self.graphs, self._ground_truth(split), options)
-        counts = comm.all_gather_int(len(overall["recall@20"]))
-        return {
-            name: comm.all_gather(torch.from_numpy(values).to(comm.device), counts).cpu().numpy()
-            for name, values in overall.items()
-        }
+        groups = {"overall": None, "head_free": ~self.valid_head(head_items)}
+        truth, gathered = self._ground_truth(split), {}
+        by_group = ranking.metrics_by_user(*self.final_embeddings(), self.graphs, truth, options, groups)
+        for group, metrics in by_group.items():
+            counts = comm.all_gather_int(len(metrics["recall@20"]))
+            gathered[group] = {
+                name: comm.all_gather(torch.from_numpy(values).to(comm.device), counts).cpu().numpy()
+                for name, values in metrics.items()
+            }
+        return gathered
 
-    def evaluate(self, split: str, users: int | None) -> dict:
+    def evaluate(self, split: str, users: int | None, head_items: int = HEAD_ITEMS) -> dict:
         """Metrics of a split over about `users` of its users; None: all."""
-        return ranking.evaluate_split(
-            *self.final_embeddings(), self.graphs, self._ground_truth(split), self.ranking_options(users)
-        )
+        truth, options, head = self._ground_truth(split), self.ranking_options(users), self.valid_head(head_items)
+        return ranking.evaluate_split(*self.final_embeddings(), self.graphs, truth, options, head)
+
+    def valid_head(self, head_items: int = HEAD_ITEMS) -> np.ndarray:
+        """Mask bool [items] of the most frequent items of the valid split."""
+        return valid_head(self._ground_truth("valid"), self.graphs.items, head_items, self.tables.user.comm)
 
     def ranking_options(self, users: int | None) -> RankingOptions:
         """Local. Options of the run's validation, with another number of users."""

@@ -28,6 +28,28 @@ class DrawnPairs:
     permutation_seed: int  # of the total correlation, the same on every rank
     sampler_seed: int  # of this rank's neighbour sampling
     counts: list[int]  # pairs of each rank
+    masked_users: np.ndarray  # int64 [m], of this rank, for the masked diffusion
+    mask_seed: int  # of their masks and negatives
+
+
+@dataclass
+class MaskedUsers:
+    """Users of this rank with some of their interactions masked, for one step of the masked diffusion. Items are
+    positions among the batch's n items."""
+
+    item_lookup: LookupPlan  # the n items
+    features: dict[str, torch.Tensor]  # modality -> [n, d]
+    has_id: torch.Tensor  # bool [n] False: the item's id row is dropped
+    kept: torch.Tensor  # int64 [k] kept items, by user
+    kept_start: torch.Tensor  # int64 [m + 1] first kept item of each user
+    target: torch.Tensor  # int64 [t] masked items
+    target_user: torch.Tensor  # int64 [t] their users, 0..m-1
+    weight: torch.Tensor  # float32 [t] of the masked items in the loss
+    log_inclusion: torch.Tensor | None  # float32 [n] log P(item in batch); None: all items are
+    total_users: int  # of all ranks
+
+    def to(self, device: torch.device) -> "MaskedUsers":
+        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
 
 
 @dataclass
@@ -100,6 +122,8 @@ class Batch:
     tc_counts: list[int]  # pairs of each rank that enter the total correlation
     drawn: DrawnPairs  # the same pairs as catalog indexes; stays on the host
     all_pairs: np.ndarray  # int64 [n, 2] user and positive of all ranks' pairs, catalog indexes; stays on the host
+    masked: MaskedUsers | None = None  # for the masked diffusion
+    recency_weight: torch.Tensor | None = None  # float32 [B] of the pairs, mean one over train; None: all one
 
     def to(self, device: torch.device) -> "Batch":
         return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
@@ -112,6 +136,6 @@ def _move(value, device):
         return [moved[id(block)] for block in value]
     if isinstance(value, dict):
         return {key: tensor.to(device, non_blocking=True) for key, tensor in value.items()}
-    if isinstance(value, torch.Tensor | Block | LookupPlan | HistoryLookup | Subgraph):
+    if isinstance(value, torch.Tensor | Block | LookupPlan | HistoryLookup | Subgraph | MaskedUsers):
         return value.to(device)
     return value

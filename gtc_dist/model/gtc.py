@@ -11,7 +11,8 @@ The network knows neither where rows live nor how the graph was sampled: it gets
 The whole graph is one block that every layer uses; a sampled mini-batch has one block per layer.
 
 Tables (row-sharded, outside this module): `item` [items, members * D], id embeddings; `user` [users, preferences + view
-weights], preferences of each member (one per view, or, where content gates the id, one) and weights of its views. All
+weights], preferences of each member (one per view, or, where content gates the id, one) and weights of its views;
+`masked_item` of the masked diffusion (masked_diffusion.py), a second model that is trained beside the ensemble. All
 else is dense and goes through DDP. In the graph a node has members * graph views * D columns; member m has the columns
 [m * graph views * D, (m + 1) * graph views * D).
 """
@@ -29,6 +30,7 @@ from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.model import losses
 from gtc_dist.model.batch import Batch, HistoryRows, Subgraph
 from gtc_dist.model.item_encoder import MAX_LOG_SCALE, EncodedItems, ItemEncoder
+from gtc_dist.model.masked_diffusion import DENSE_LR, MASKED_TABLE, TABLE_LR, MaskedDiffusion
 from gtc_dist.model.variant import VARIANTS, Variant
 
 PERSONAL_WEIGHT = 0.1  # of the personal ranking loss, with `condition: user`
@@ -40,6 +42,7 @@ class Tables:
 
     user: ShardedTable
     item: ShardedTable
+    masked_item: ShardedTable | None = None  # of the masked diffusion
 
     @staticmethod
     def build(network: "GTC", users: int, items: int, comm: Communicator, seed: int, **options: bool) -> "Tables":
@@ -48,13 +51,19 @@ class Tables:
         preferences, weights = network.user_widths
         per_column = torch.cat([torch.full((preferences,), std), torch.zeros(weights)])  # equal view weights at first
         width = network.n_members * network.dim
-        return Tables(
+        tables = Tables(
             ShardedTable("user", users, preferences + weights, comm, init_std=per_column, seed=seed, **options),
             ShardedTable("item", items, width, comm, init_std=std, seed=seed, **options),
         )
+        if network.masked is not None:
+            std = network.masked.initial_std
+            tables.masked_item = ShardedTable(
+                MASKED_TABLE, items, len(std), comm, init_std=std, seed=seed, learning_rate=TABLE_LR, **options
+            )
+        return tables
 
-    def all(self) -> tuple[ShardedTable, ShardedTable]:
-        return self.user, self.item
+    def all(self) -> tuple[ShardedTable, ...]:
+        return tuple(table for table in (self.user, self.item, self.masked_item) if table is not None)
 
 
 @dataclass
@@ -96,6 +105,8 @@ class GTC(nn.Module):
         if not self.variant.unit_rows and not self.variant.gated_content:
             # preference that all users share; only in combinations of parts that no model.variant has
             self.common = nn.Parameter(torch.zeros(self.n_node_views * self.dim))
+        width = model.masked_width
+        self.masked = MaskedDiffusion(modalities, width) if width else None
 
     @property
     def has_filter(self) -> bool:
@@ -138,6 +149,15 @@ class GTC(nn.Module):
         """Keep the critic's scales within their bound; called after each optimizer step."""
         for member in self.members if self.has_total_correlation else ():
             member.log_scale.clamp_(max=MAX_LOG_SCALE)
+
+    def parameter_groups(self) -> list[dict]:
+        """Parameters for the optimizer; those of the masked diffusion have their own learning rate."""
+        if self.masked is None:
+            return [{"params": list(self.parameters())}]
+        masked = list(self.masked.parameters())
+        own = {id(parameter) for parameter in masked}
+        others = [parameter for parameter in self.parameters() if id(parameter) not in own]
+        return [{"params": others}, {"params": masked, "lr": DENSE_LR}]
 
     # --- embeddings -------------------------------------------------------------------------------------------------
 
@@ -254,7 +274,12 @@ class GTC(nn.Module):
         return BatchEmbeddings(out_users, out_items, encoded)
 
     def forward(
-        self, batch: Batch, user_rows: torch.Tensor, item_rows: torch.Tensor, history: HistoryRows | None = None
+        self,
+        batch: Batch,
+        user_rows: torch.Tensor,
+        item_rows: torch.Tensor,
+        masked_rows: torch.Tensor | None = None,
+        history: HistoryRows | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss and its terms, each the mean over members.
 
@@ -269,6 +294,8 @@ class GTC(nn.Module):
         e = self.embed(batch.subgraph, user_rows, item_rows, history)
         total = max(sum(batch.counts), 1)
         ranking = losses.ranking_loss(self, self.join_views(e.users), self.join_views(e.items), batch)
+        if batch.recency_weight is not None:
+            ranking = ranking * batch.recency_weight
         terms = {train.loss: ranking.sum() / total}
         if self.has_total_correlation:
             terms["tc"] = losses.total_correlation_loss(self, e, batch)
@@ -277,7 +304,9 @@ class GTC(nn.Module):
         if self.is_personal:
             terms["personal"] = losses.personal_ranking_loss(self, e, batch).sum() / total
         terms["l2"] = losses.l2_loss(self, user_rows, item_rows, batch) / total
-        weights = {train.loss: 1.0, "tc": train.w_tc, "diffusion": train.w_diff, "l2": train.w_reg}
+        if self.masked is not None:
+            terms["masked"] = self.masked(batch.masked, masked_rows)
+        weights = {"masked": 1.0, train.loss: 1.0, "tc": train.w_tc, "diffusion": train.w_diff, "l2": train.w_reg}
         weights["personal"] = PERSONAL_WEIGHT
         loss = self.comm.size * sum(weights[name] * value for name, value in terms.items())
         return loss, {name: value.detach() for name, value in terms.items()}

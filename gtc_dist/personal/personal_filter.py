@@ -17,7 +17,8 @@ import torch
 from gtc_dist.distributed.sharded_table import plan_lookup
 from gtc_dist.errors import InputError
 from gtc_dist.evaluation import ranking
-from gtc_dist.evaluation.metrics import K_VALUES, mean_over_users, metrics_of_lists
+from gtc_dist.evaluation.item_groups import positive_groups, tuning_positives
+from gtc_dist.evaluation.metrics import K_VALUES, mean_over_users, metrics_of_groups
 from gtc_dist.inference.layerwise import audience_spmm, embed_views
 from gtc_dist.inference.trained_run import TrainedRun
 
@@ -89,15 +90,18 @@ def rerank(run: TrainedRun, split: str, candidates: int, users: int | None) -> d
     must call it.
 
     The weight of the personal score is the best one on valid, by the geometric mean of the run's `eval.metric` and
-    NDCG@5 (the hybrid weights: NDCG@20).
+    NDCG@5 over the same positives (the hybrid weights: NDCG@20).
 
     Args:
         users: rank about this many users of a split; None: all.
     """
     personal, embeddings = PersonalFilter(run), run.final_embeddings()
     options = run.ranking_options(users)
+    groups = positive_groups(run.graphs, run.valid_head())
+    selected_by, positives = tuning_positives(run.config.eval.metric, groups)
 
-    def metrics(name: str) -> list[dict[str, float]]:
+    def metrics(name: str) -> list[dict[str, dict[str, float]]]:
+        """For each weight, the metrics of a split over all positives and over those of `eval.metric`."""
         table = embeddings.users
         truth = ranking.load_ground_truth(run.catalog, name, table.start, table.stop)
         rank_users = ranking.ranked_users(table, run.graphs, truth, options)
@@ -106,14 +110,17 @@ def rerank(run: TrainedRun, split: str, candidates: int, users: int | None) -> d
         results = []
         for weight in WEIGHTS:
             top = reorder(items, dot, scores, weight)[:, : max(K_VALUES)]
-            results.append(mean_over_users(metrics_of_lists(top, rank_users - table.start, truth), table.comm)[1])
+            counted = {"overall": None, "selecting": positives}
+            by_user = metrics_of_groups(top, rank_users - table.start, truth, counted)
+            results.append({group: mean_over_users(by_user[group], table.comm)[1] for group in counted})
         return results
 
     valid = metrics("valid")
-    selected_by = run.config.eval.metric
-    best = max(range(len(WEIGHTS)), key=lambda n: (valid[n][selected_by] * valid[n]["ndcg@5"]) ** 0.5)
+    selecting = [values["selecting"] for values in valid]
+    best = max(range(len(WEIGHTS)), key=lambda n: (selecting[n][selected_by] * selecting[n]["ndcg@5"]) ** 0.5)
     results = valid if split == "valid" else metrics(split)
-    return {"depth": candidates, "weight": WEIGHTS[best], "before": results[0], "after": results[best]}
+    before, after = results[0]["overall"], results[best]["overall"]
+    return {"depth": candidates, "weight": WEIGHTS[best], "before": before, "after": after}
 
 
 def reorder(items: np.ndarray, dot: np.ndarray, personal: np.ndarray, weight: float) -> np.ndarray:

@@ -112,10 +112,12 @@ def fingerprint(config: Config, files: list[InteractionFile], sources: dict[str,
     is not included: `current_manifest` checks for it.
     """
     data = config.data.model_dump(mode="json", exclude={"catalog", "verify"})
+    if data["recency_half_life"] is None:
+        del data["recency_half_life"]
     for split, label in zip(SPLITS, data["split"].pop("labels"), strict=True):
         data["split"][f"{split}_label"] = label
     graph = {
-        "item_neighbours": config.graph.item_neighbours,
+        "item_neighbours": item_knn_graph.ITEM_NEIGHBOURS,
         "search": SEARCH,
         "probes": PROBES,
         "user_neighbours": USER_NEIGHBOURS,
@@ -259,7 +261,7 @@ def write_graphs(
         return lambda done, total: progress(f"graph {name}: {done:,} of {total:,}")
 
     weights = {name: modality.weight for name, modality in config.data.features.items()}
-    items, k = len(split.items), config.graph.item_neighbours
+    items, k = len(split.items), item_knn_graph.ITEM_NEIGHBOURS
     item_item = item_knn_graph.build_item_knn_graph(
         item_features, weights, k, threads, search=SEARCH, probes=PROBES, scratch=scratch, progress=report("item_item")
     )
@@ -269,7 +271,8 @@ def write_graphs(
         quality["item_item_recall"] = recall
     scratch.discard(item_item.indices, item_item.weight)
 
-    both = user_item_graph.build_user_item_graph(*split.splits["train"], len(split.users), items, scratch)
+    train, users = split.splits["train"], len(split.users)
+    both = user_item_graph.build_user_item_graph(*train, users, items, scratch, split.train_weight)
     for name, graph in zip(("item_user", "user_item"), both, strict=True):
         write(name, graph)
     built = list(both)

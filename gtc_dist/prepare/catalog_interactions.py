@@ -21,6 +21,9 @@ from gtc_dist.prepare import ids, split
 from gtc_dist.prepare.clean import CleanInteractions, RawInteractions, clean_interactions
 from gtc_dist.progress import ProgressCallback, no_progress
 
+MAX_HALF_LIVES = 64  # older interactions weigh as if of this age, so that no weight and no degree becomes zero
+MAX_SECONDS = 1e11  # of a time since 1970; milliseconds are larger
+
 
 @dataclass(frozen=True)
 class SplitInteractions:
@@ -30,12 +33,14 @@ class SplitInteractions:
         users, items: original ids in index order.
         splits: name -> (user int32 [E], item int32 [E]), shuffled, in scratch.
         dropped: reason -> number of rows.
+        train_weight: float32 [E], recency weights of train, in scratch; None without `data.recency_half_life`.
     """
 
     users: pa.Array
     items: pa.Array
     splits: dict[str, tuple[np.ndarray, np.ndarray]]
     dropped: dict[str, int]
+    train_weight: np.ndarray | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -55,7 +60,8 @@ def build_interactions(
         more_items: ids that become items even without an interaction (`data.items: all`).
 
     Raises:
-        InputError: no row left, an empty split, or pairs of valid or test that are also in train.
+        InputError: no row left, an empty split, pairs of valid or test that are also in train, or times that are not
+            seconds with `data.recency_half_life`.
     """
     rows, dropped = clean_interactions(raw, data, scratch, progress)
     progress("splitting interactions")
@@ -64,13 +70,46 @@ def build_interactions(
     seed = data.split.seed
     users, user_index = _assign_indexes(raw.user_ids, rows.user_counts, np.random.default_rng([seed, 0]))
     items, item_index = _assign_indexes(raw.item_ids, rows.item_counts, np.random.default_rng([seed, 1]), more_items)
-    splits = {}
+    recency = _recency_weights(rows, codes, data, raw.time_unit, scratch)
+    splits, weights = {}, {}
     for which, name in enumerate(SPLITS):
         progress(f"shuffling interactions: {name}")
-        pairs = _indexed_pairs(rows, codes, which, user_index, item_index, scratch)
-        splits[name] = _shuffle(pairs, counts[which], [seed, 4, which], [seed, 2, which], scratch)
-    scratch.discard(rows.user, rows.item, rows.time, codes)
-    return SplitInteractions(users, items, splits, dropped)
+        more = [recency] if recency is not None and which == split.TRAIN else []
+        columns = _split_columns(rows, codes, which, user_index, item_index, more, scratch)
+        user, item, *weights[name] = _shuffle(
+            columns, counts[which], len(more), [seed, 4, which], [seed, 2, which], scratch
+        )
+        splits[name] = user, item
+    scratch.discard(rows.user, rows.item, rows.time, codes, recency)
+    return SplitInteractions(users, items, splits, dropped, *weights["train"])
+
+
+def _recency_weights(
+    rows: CleanInteractions, codes: np.ndarray, data: DataConfig, time_unit: float, scratch: Scratch
+) -> np.ndarray | None:
+    """2^(-age / half-life) of each row, float32 [E] in scratch, by its age before the newest train row. Only those of
+    train rows are meant to be used. None without `data.recency_half_life`.
+
+    Args:
+        time_unit: seconds of one unit of `rows.time`.
+
+    Raises:
+        InputError: times that are numbers, but not seconds.
+    """
+    if data.recency_half_life is None:
+        return None
+    blocks = scratch.blocks(len(rows), 64)
+    train_times = (rows.time[block][codes[block] == split.TRAIN] for block in blocks)
+    newest = max(float(times.max()) for times in train_times if len(times))
+    if newest * time_unit > MAX_SECONDS:
+        raise InputError(
+            f"column {data.interactions.time!r} has numbers up to {newest:.0f}, which are no seconds since 1970; "
+            "data.recency_half_life needs seconds or timestamps"
+        )
+    weights, half_life = scratch.array(len(rows), np.float32), data.recency_half_life * 86_400 / time_unit
+    for block in scratch.blocks(len(rows), 64):
+        weights[block] = np.exp2(-np.clip((newest - rows.time[block]) / half_life, 0, MAX_HALF_LIVES))
+    return weights
 
 
 def _split_codes(rows: CleanInteractions, data: DataConfig, scratch: Scratch) -> np.ndarray:
@@ -165,43 +204,51 @@ def _assign_indexes(
     return kept.take(pa.array(order)), index_of_code
 
 
-def _indexed_pairs(
+def _split_columns(
     rows: CleanInteractions,
     codes: np.ndarray,
     which: int,
     user_index: np.ndarray,
     item_index: np.ndarray,
+    more: list[np.ndarray],
     scratch: Scratch,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """User and item indexes of the rows of one split, in blocks."""
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """User and item indexes of the rows of one split, and `more` columns, in blocks."""
     for block in scratch.blocks(len(rows), 64):
         chosen = codes[block] == which
-        yield user_index[rows.user[block][chosen]], item_index[rows.item[block][chosen]]
+        indexes = user_index[rows.user[block][chosen]], item_index[rows.item[block][chosen]]
+        yield *indexes, *(column[block][chosen] for column in more)
 
 
 def _shuffle(
-    pairs: Iterator[tuple[np.ndarray, np.ndarray]],
+    rows: Iterator[tuple[np.ndarray, ...]],
     count: int,
+    weights: int,
     bucket_seed: list[int],
     order_seed: list[int],
     scratch: Scratch,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` pairs in random order: each goes to a random bucket, then each bucket is shuffled.
+) -> list[np.ndarray]:
+    """The `count` rows in random order: each goes to a random bucket, then each bucket is shuffled.
 
     The number of buckets depends on `count` alone, not on the memory.
+
+    Args:
+        rows: blocks of user int32, item int32 and this number of `weights` float32.
     """
     parts = max(-(-int(count) // INTERACTION_ROWS), 1)
     rng, sizes = np.random.default_rng(bucket_seed), np.zeros(parts, np.int64)
     for block in scratch.blocks(int(count), 32):
         sizes += np.bincount(_random_buckets(rng, block.stop - block.start, parts), minlength=parts)
-    buckets, rng = Buckets(scratch, sizes, [np.int32, np.int32]), np.random.default_rng(bucket_seed)
-    for user, item in pairs:
-        buckets.add(_random_buckets(rng, len(user), parts), user, item)
+    buckets = Buckets(scratch, sizes, [np.int32, np.int32] + [np.float32] * weights)
+    rng = np.random.default_rng(bucket_seed)
+    for columns in rows:
+        buckets.add(_random_buckets(rng, len(columns[0]), parts), *columns)
     for number in range(parts):
-        user, item = buckets.bucket(number)
-        order = np.random.default_rng([*order_seed, number]).permutation(len(user))
-        user[:], item[:] = user[order], item[order]
-    return tuple(buckets.columns)
+        columns = buckets.bucket(number)
+        order = np.random.default_rng([*order_seed, number]).permutation(len(columns[0]))
+        for column in columns:
+            column[:] = column[order]
+    return buckets.columns
 
 
 def _random_buckets(rng: np.random.Generator, rows: int, parts: int) -> np.ndarray:

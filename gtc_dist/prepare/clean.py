@@ -27,6 +27,7 @@ class RawInteractions:
         user_ids, item_ids: sorted unique ids.
         user, item: int32 positions among them [E], called codes.
         time: int64 or float64 [E], or None.
+        time_unit: seconds of one unit of time, 1e-6 where the files have timestamps.
         rating: float64 [E], or None.
         split: int8 [E], or None if neither files nor labels give the split.
     """
@@ -38,6 +39,7 @@ class RawInteractions:
     time: np.ndarray | None = None
     rating: np.ndarray | None = None
     split: np.ndarray | None = None
+    time_unit: float = 1.0
 
     @property
     def columns(self) -> dict[str, np.ndarray]:

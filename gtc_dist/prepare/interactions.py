@@ -91,7 +91,8 @@ def read_interactions(
     for block in scratch.blocks(len(arrays["user"]), 16):
         arrays["user"][block] = user_positions[arrays["user"][block]]
         arrays["item"][block] = item_positions[arrays["item"][block]]
-    return RawInteractions(user_ids, item_ids, time=time, **arrays)
+    unit = 1e-6 if times.timestamp_files else 1.0
+    return RawInteractions(user_ids, item_ids, time=time, time_unit=unit, **arrays)
 
 
 def _find_files(data: DataConfig, name: str | None) -> list[str]:

@@ -5,6 +5,8 @@
            of them shared by all modalities), plus white noise
     users  belong to groups; a group has signed tastes for a few factors (its mask), a user deviates from them
     P(user u takes item i)  ~  popularity_i * exp(strength * <taste_u, factors_i>), without replacement
+    time of an interaction: uniform in two years; with drift an item is taken most often around its own random peak,
+           its log(popularity) falling like drift * cos, half a period in two years
 
 So popularity is a fair baseline, collaborative filtering beats it, and a content model gains by keeping the factors in
 the masks and dropping the others. The ground truth is written beside the tables, for tests and studies; prepare ignores
@@ -25,14 +27,13 @@ any order and process, and the same parameters give the same bytes. `generate_da
 Ray Data tasks.
 
 Memory of a process: 4 * factors + 29 bytes per item (factors, popularity, id, cold-start flag and the temporaries of
-choice.py; 8 bytes more with cold-start items), about 1 GB for 10 million items of 16 factors; and one part, about
-300 MB with the default chunks and vectors of width 512.
+choice.py; 8 bytes more with cold-start items, 4 with drift), about 1 GB for 10 million items of 16 factors; and one
+part, about 300 MB with the default chunks and vectors of width 512.
 """
 
 import functools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -136,7 +137,7 @@ def _in_process(spec: Spec, uri: str, parts: list[tuple[str, int]]) -> Iterator[
 def _in_ray(spec: Spec, uri: str, parts: list[tuple[str, int]]) -> Iterator[dict[str, int]]:
     from gtc_dist.data.ray_tasks import map_tables  # here: importing Ray takes longer than a small dataset
 
-    task = functools.partial(_write_in_worker, parameters=json.dumps(asdict(spec)), uri=storage.absolute(uri))
+    task = functools.partial(_write_in_worker, parameters=json.dumps(spec.parameters), uri=storage.absolute(uri))
     for _, counts in map_tables(task, parts, first_error=True):
         yield dict(zip(counts["name"].to_pylist(), counts["count"].to_pylist(), strict=True))
 
@@ -168,7 +169,7 @@ def dataset_folder(spec: Spec, uri: str) -> OutputFolder:
         own_files="(interactions|cold|features|truth)/.*",
         manifest=DATASET,
         marker=DATASET_MARKER,
-        marker_content=asdict(spec),
+        marker_content=spec.parameters,
     )
 
 
@@ -197,7 +198,7 @@ def finalize_dataset(spec: Spec, uri: str, counts: dict[str, int]) -> dict:
                 "name a folder shared by all of them, or s3://"
             )
     counts = dict(sorted(counts.items()))  # parts finish in any order
-    dataset = {"parameters": asdict(spec), "counts": {"users": spec.users, "items": spec.items, **counts}}
+    dataset = {"parameters": spec.parameters, "counts": {"users": spec.users, "items": spec.items, **counts}}
     dataset_folder(spec, uri).finish(dataset)
     return dataset
 
@@ -226,7 +227,7 @@ def _write_users(world: PlantedWorld, uri: str, chunk: int) -> dict[str, int]:
         count = activity if name == "interactions" else rng.binomial(activity, spec.cold_share)
         count = np.minimum(count, pool.size)
         user, item = _choose_all(world, pool, rng, group, deviation, count)
-        time = START + rng.integers(0, SPAN, len(user))
+        time = _draw_times(world, rng, item)
         order = np.lexsort((item, time, user))
         user, item, time = user[order], item[order], time[order]
         taste = world.tastes[group[user]] + deviation[user]
@@ -244,6 +245,15 @@ def _write_users(world: PlantedWorld, uri: str, chunk: int) -> dict[str, int]:
         formats.write_table(storage.join(uri, f"{name}/part-{chunk:05d}.parquet"), table)
         counts["interactions" if name == "interactions" else "cold interactions"] = len(user)
     return counts
+
+
+def _draw_times(world: PlantedWorld, rng, item: np.ndarray) -> np.ndarray:
+    """Time of each interaction with an item, int64 seconds."""
+    if not world.spec.drift:
+        return START + rng.integers(0, SPAN, len(item))
+    angle = rng.vonmises(world.peaks[item], world.spec.drift)  # in [-pi, pi], density ~ exp(drift * cos(angle - peak))
+    # Folded at 0, so that the end is far from the start; over all items, times stay uniform.
+    return START + np.minimum((np.abs(angle) / np.pi * SPAN).astype(np.int64), SPAN - 1)
 
 
 def _choose_all(world: PlantedWorld, pool: ChoicePool, rng, group, deviation, count) -> tuple[np.ndarray, np.ndarray]:

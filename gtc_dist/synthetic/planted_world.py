@@ -40,6 +40,11 @@ class PlantedWorld:
             self.item_ids[rows] = 1_000_000_007 + 997 * np.arange(rows.start, rows.stop) + gaps  # distinct, with gaps
 
     @cached_property
+    def peaks(self) -> np.ndarray:
+        """With drift: the time of each item's highest popularity, as an angle in [0, pi): float32 [items]."""
+        return random_generator(self.spec, "drift").uniform(0, np.pi, self.spec.items).astype(np.float32)
+
+    @cached_property
     def pools(self) -> dict[str, ChoicePool]:
         """The items that users choose from: `interactions` (warm items) and `cold` (cold-start items)."""
         if not self.cold.any():

@@ -31,6 +31,7 @@ class Spec:
     nuisance: int = 8  # nuisance factors of each modality; all modalities share half of them
     cold_share: float = 0.0  # share of cold-start items, whose only interactions are in cold/
     missing_share: float = 0.0  # share of items without a vector, drawn for each modality
+    drift: float = 0.0  # amplitude of the logarithm of an item's popularity over time; 0: constant
     seed: int = 0
     user_chunk: int = 1 << 14  # users per part; another size gives other random streams
     item_chunk: int = 1 << 15  # items per part
@@ -41,7 +42,7 @@ class Spec:
         for name in ("users", "items", "factors", "groups", "kept", "minimum", "user_chunk", "item_chunk"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("strength", "deviation", "zipf", "noise", "nuisance", "seed"):
+        for name in ("strength", "deviation", "zipf", "noise", "nuisance", "drift", "seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
         for name in ("cold_share", "missing_share"):
@@ -63,6 +64,12 @@ class Spec:
             raise InputError(f"{found}; the minimum is {self.minimum}")
         if self.mean > self.warm / 4:
             raise InputError(f"{found}, more than a quarter of the {self.warm} warm items")
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The fields by name; without drift if it is 0, as before there was drift."""
+        values = dataclasses.asdict(self)
+        return values if self.drift else {name: value for name, value in values.items() if name != "drift"}
 
     @property
     def mean(self) -> float:

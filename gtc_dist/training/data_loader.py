@@ -26,6 +26,7 @@ from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.batch import Batch, DrawnPairs
 from gtc_dist.model.gtc import GTC
+from gtc_dist.model.user_masks import UserMasks
 from gtc_dist.training.subgraph import FullGraphBuilder, SampledGraphBuilder
 
 PREFETCH = 2  # batches prepared ahead
@@ -41,7 +42,7 @@ def build_loader(
         users, items: int32 [n] interactions of this rank, in any order.
     """
     builder = FullGraphBuilder if config.model.propagation == "full" else SampledGraphBuilder
-    return DataLoader(config, users, items, graphs, builder(config, network, graphs, features), comm)
+    return DataLoader(config, users, items, graphs, builder(config, network, graphs, features), comm, features)
 
 
 class DataLoader:
@@ -52,9 +53,10 @@ class DataLoader:
         graphs: train graph; negatives are never train positives of their user.
         subgraph_builder: FullGraphBuilder or SampledGraphBuilder (subgraph.py).
         comm: a communicator with a process group of the prefetch thread's own.
+        features: tables of the modalities' features, over `comm`.
     """
 
-    def __init__(self, config: Config, users, items, graphs: Graphs, subgraph_builder, comm: Communicator):
+    def __init__(self, config: Config, users, items, graphs: Graphs, subgraph_builder, comm: Communicator, features):
         self.graphs, self.subgraph_builder, self.comm = graphs, subgraph_builder, comm
         train, model = config.train, config.model
         self.seed, self.negatives, self.tc_rows = train.seed, train.negatives, train.tc_rows
@@ -67,6 +69,9 @@ class DataLoader:
         self.item_counts = np.bincount(self.items, minlength=graphs.items)
         self.pass_steps = max(1, -(-sum(self.interactions_per_rank) // train.batch_size))
         self.steps = train.epoch_steps or self.pass_steps  # of an epoch
+        self.masks = None
+        if model.masked_width:
+            self.masks = UserMasks(graphs, features, comm, self.seed, self.pass_steps)
 
     def pairs_per_rank(self, step: int) -> list[int]:
         """Local. Pairs of each rank in a step of a pass: its interactions cut into parts whose sizes differ by at most
@@ -106,6 +111,7 @@ class DataLoader:
             int(np.random.default_rng([self.seed, pass_number, step]).integers(1 << 31)),
             int(rng.integers(1 << 31)),
             self.pairs_per_rank(step),
+            *((np.empty(0, np.int64), 0) if self.masks is None else self.masks.draw(pass_number, step)),
         )
 
     def _batches(self, epoch: int, done: int) -> Iterator[Batch]:
@@ -140,6 +146,7 @@ class DataLoader:
         mask = None
         if drawn.negatives.ndim == 1:
             mask = torch.from_numpy(~self.graphs.is_interacted(users, drawn.negatives)[user_at])
+        recency = self.graphs.relative_weights(drawn.users, drawn.positives)
         return Batch(
             subgraph=self.subgraph_builder.build(users, items, all_pairs, drawn.sampler_seed),
             users=torch.from_numpy(user_at),
@@ -157,6 +164,8 @@ class DataLoader:
             tc_counts=self.tc_counts(drawn.counts),
             drawn=drawn,
             all_pairs=all_pairs,
+            masked=None if self.masks is None else self.masks.build(drawn.masked_users, drawn.mask_seed),
+            recency_weight=None if recency is None else torch.from_numpy(recency),
         )
 
     def _negative_weight(self, drawn: DrawnPairs) -> torch.Tensor | None:

@@ -22,7 +22,8 @@ from gtc_dist.errors import NotFinite
 from gtc_dist.model.batch import Batch, DrawnPairs
 
 SHOWN = 6  # names in the message
-Rows = tuple[torch.Tensor, torch.Tensor]  # of the input users and input items of a batch
+ROW_NAMES = ("user", "item", "masked_item")  # tables in the order of a batch's rows
+Rows = tuple[torch.Tensor, ...]  # of the input users and input items of a batch, and of the masked diffusion's items
 
 
 class GradientGuard:
@@ -103,7 +104,7 @@ NETWORK = "network."  # prefix of a parameter or buffer in the file
 def dump_step(batch: Batch, rows: Rows, network: nn.Module) -> bytes:
     """The drawn pairs of a batch, those of all ranks, and the weights that it was computed with, as .npz."""
     arrays = {field.name: np.asarray(getattr(batch.drawn, field.name)) for field in fields(DrawnPairs)}
-    tensors = {"user_rows": rows[0], "item_rows": rows[1]}
+    tensors = {f"{name}_rows": values for name, values in zip(ROW_NAMES, rows, strict=False)}
     tensors |= {NETWORK + name: tensor for name, tensor in network.state_dict().items()}
     if batch.negative_weight is not None:
         tensors["negative_weight"] = batch.negative_weight

@@ -13,6 +13,7 @@ import numpy as np
 
 from gtc_dist.checkpoint.run_folder import METRICS_LOG, TENSORBOARD_FOLDER
 from gtc_dist.data import storage
+from gtc_dist.evaluation.metrics import flat_metrics
 
 
 class RunLog:
@@ -68,16 +69,22 @@ class RunLog:
             )
 
     def evaluation(self, epoch: int, metrics: dict, note: str, extra: dict) -> None:
-        """One line of metrics.jsonl, the metric curves, and a printed line."""
+        """One line of metrics.jsonl, the metric curves, and a printed line. Groups of items have curves of recall@20,
+        ndcg@20 and what `extra` holds of them."""
         if not self.active:
             return
-        for name, value in metrics["overall"].items():
-            self.writer.add_scalar(f"valid/{name}", value, epoch * self.steps)
-        for name, value in extra.items():
-            self.writer.add_scalar(name, value, epoch * self.steps)
+        curves = {
+            f"valid/{name}": value
+            for name, value in flat_metrics(metrics).items()
+            if "/" not in name or name.endswith(("/recall@20", "/ndcg@20"))
+        }
+        for tag, value in (curves | extra).items():
+            self.writer.add_scalar(tag, value, epoch * self.steps)
         self.lines.append(json.dumps({"epoch": epoch, "valid": metrics["overall"], **extra}))
         overall = metrics["overall"]
-        shown = "  ".join(f"{name} {overall[name]:.4f}" for name in ("recall@20", "ndcg@5", "ndcg@20"))
+        decisive = {tag.removeprefix("valid/"): value for tag, value in extra.items() if tag.startswith("valid/")}
+        named = {name: overall[name] for name in ("recall@20", "ndcg@5", "ndcg@20")} | decisive
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in named.items())
         print(f"epoch {epoch}: valid {shown}  {note}", flush=True)
         self.flush()
 

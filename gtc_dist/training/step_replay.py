@@ -18,7 +18,7 @@ from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import load_graphs
 from gtc_dist.model.batch import DrawnPairs
-from gtc_dist.training.gradient_guard import NETWORK, Rows, non_finite_names
+from gtc_dist.training.gradient_guard import NETWORK, ROW_NAMES, Rows, non_finite_names
 from gtc_dist.training.trainer import Trainer
 
 
@@ -30,7 +30,7 @@ class DumpedStep:
     all_pairs: np.ndarray  # of all ranks, int64 [n, 2]
     ranks: int
     negative_weight: torch.Tensor | None  # as in `Batch`
-    rows: dict[str, torch.Tensor]  # "user", "item" -> rows of the batch
+    rows: dict[str, torch.Tensor]  # table -> rows of the batch
     network: dict[str, torch.Tensor]  # its state_dict
 
 
@@ -96,11 +96,11 @@ def read_dumped_step(uri: str) -> DumpedStep:
             arrays = {field.name: file[field.name] for field in fields(DrawnPairs)}
             all_pairs = file["all_pairs"]
             weight = torch.from_numpy(file["negative_weight"]) if "negative_weight" in file.files else None
-            rows = {name: torch.from_numpy(file[f"{name}_rows"]) for name in ("user", "item")}
+            rows = {name: torch.from_numpy(file[f"{name}_rows"]) for name in ROW_NAMES if f"{name}_rows" in file}
             state = {n.removeprefix(NETWORK): torch.from_numpy(file[n]) for n in file.files if n.startswith(NETWORK)}
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise InputError(f"{uri} is not a step that a run wrote: {error}") from error
     ranks = len(arrays["counts"])
-    arrays |= {name: int(arrays[name]) for name in ("permutation_seed", "sampler_seed")}
+    arrays |= {name: int(arrays[name]) for name in ("permutation_seed", "sampler_seed", "mask_seed")}
     drawn = DrawnPairs(**arrays | {"counts": [len(arrays["users"])]})
     return DumpedStep(drawn, all_pairs, ranks, weight, rows, state)

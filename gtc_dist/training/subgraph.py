@@ -118,7 +118,7 @@ class SampledGraphBuilder:
         for offset, sampler in enumerate((self.user_item_sampler, self.item_sampler, self.user_sampler)):
             if sampler is not None:
                 sampler.seed(seed + offset)
-        user_hop, seed_users = self._hop(self.user_sampler, users, model.user_fanout)
+        user_hop, seed_users = self._hop(self.user_sampler, users, model.item_fanout)
         output_sampler = None if self.item_hop_first else self.item_sampler
         item_hop, seed_items = self._hop(output_sampler, items, model.item_fanout)
         excluded = np.sort(np.concatenate(_seed_edges(self.graphs, all_pairs))) if self.exclude_seed_edges else None
@@ -188,11 +188,13 @@ class SampledGraphBuilder:
         return Block.build(layer.indptr, layer.positions, weight, len(layer.sources)), layer.sources
 
     def _layer(self, frontier: np.ndarray, fanout: int, excluded: np.ndarray | None) -> tuple[Block, np.ndarray]:
-        """A user-item layer with weights 1 / sqrt(degree * degree), corrected for the sampling, and its sources, the
-        frontier first."""
-        layer = self.user_item_sampler.layer(frontier, fanout)
-        norm = 1 / np.sqrt(np.maximum(_degree(self.graphs.nodes, layer.sources), 1)).astype(np.float32)
-        weight = norm[layer.positions] * (norm[: len(frontier)] * layer.correction)[layer.destination]
+        """A user-item layer with the graph's weights, corrected for the sampling, and its sources, frontier first."""
+        layer, nodes = self.user_item_sampler.layer(frontier, fanout), self.graphs.nodes
+        if nodes.weighted_degree is None:  # weights 1 / sqrt(degree * degree)
+            norm = 1 / np.sqrt(np.maximum(_degree(nodes, layer.sources), 1)).astype(np.float32)
+            weight = norm[layer.positions] * (norm[: len(frontier)] * layer.correction)[layer.destination]
+        else:
+            weight = nodes.weight[layer.edges] * layer.correction[layer.destination]
         _zero_excluded(layer, weight, excluded)
         layer, weight = self._limit_nodes(layer, weight, np.arange(len(layer.sources)) < len(frontier))
         return Block.build(layer.indptr, layer.positions, weight, len(layer.sources)), layer.sources
@@ -204,7 +206,7 @@ class SampledGraphBuilder:
         if not self.needs_audience:
             return None, in_users
         destinations = in_items + self.graphs.users
-        layer = self.user_item_sampler.layer(destinations, self.model.user_fanout, keep_destinations=False)
+        layer = self.user_item_sampler.layer(destinations, self.model.item_fanout, keep_destinations=False)
         degree = np.maximum(_degree(self.graphs.nodes, destinations), 1).astype(np.float32)
         weight = (layer.correction / degree)[layer.destination]  # corrected sum over the degree: the mean
         _zero_excluded(layer, weight, excluded)

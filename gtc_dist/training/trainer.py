@@ -26,6 +26,7 @@ from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.stopwatch import Stopwatch
 from gtc_dist.errors import InputError
+from gtc_dist.evaluation.metrics import metric_value
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.scorer import HybridScorer
 from gtc_dist.model.batch import Batch
@@ -94,7 +95,7 @@ class Trainer:
         if comm.size > 1:
             devices = [comm.device] if comm.device.type == "cuda" else None
             self.ddp_network = DistributedDataParallel(self.network, device_ids=devices, forward_sync_buffers=False)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.train.lr)
+        self.optimizer = torch.optim.Adam(self.network.parameter_groups(), lr=config.train.lr)
         self.validator = Validator(
             config, catalog, graphs, self.network, self.tables, self.features, scorer, self.history
         )
@@ -186,17 +187,18 @@ class Trainer:
         return terms
 
     def look_up(self, batch: Batch) -> Rows:
-        """Rows of the user and item tables that a batch needs."""
+        """Rows of the tables that a batch needs, in their order."""
         self.stopwatch.part("lookup")
         graph = batch.subgraph
-        return self.tables.user.lookup(graph.user_lookup), self.tables.item.lookup(graph.item_lookup)
+        rows = self.tables.user.lookup(graph.user_lookup), self.tables.item.lookup(graph.item_lookup)
+        return rows if batch.masked is None else (*rows, self.tables.masked_item.lookup(batch.masked.item_lookup))
 
     def forward_backward(self, batch: Batch, rows: Rows) -> dict[str, torch.Tensor]:
         """Forward and backward on one batch; returns this rank's share of the loss terms."""
         self.stopwatch.part("history")
         history = None if self.history is None else self.history.rows(batch.subgraph)
         self.stopwatch.part("forward")
-        loss, terms = self.ddp_network(batch, *rows, history)
+        loss, terms = self.ddp_network(batch, *rows, history=history)
         self.stopwatch.part("backward")
         self.optimizer.zero_grad(set_to_none=True)
         with self.comm.tracked():  # waits for other ranks: DDP averages gradients, look-ups send rows back to owners
@@ -216,7 +218,7 @@ class Trainer:
         at, metric = self.state.progress, self.config.eval.metric
         with nullcontext() if self.average is None else self.average.in_place():
             metrics, diagnostics = self.validator.validate(epoch, at.best)
-            value = metrics["overall"][metric]
+            value = metric_value(metrics, metric)
             better = value > at.best
             if better:
                 self.state.save_best(epoch, metrics["overall"])

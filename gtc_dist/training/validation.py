@@ -9,11 +9,13 @@ from gtc_dist.config import Config
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.evaluation import ranking
+from gtc_dist.evaluation.item_groups import HEAD_ITEMS, positive_groups, tuning_positives, valid_head
+from gtc_dist.evaluation.metrics import metric_value
 from gtc_dist.evaluation.ranking import RankingOptions
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.embeddings import Embeddings
 from gtc_dist.hybrid.scorer import HybridScorer
-from gtc_dist.inference.layerwise import embed_catalog
+from gtc_dist.inference.masked_embeddings import TrainedEmbeddings, embed_trained
 from gtc_dist.model.gtc import GTC, Tables
 from gtc_dist.training.control_variate import HistoricalEmbeddings
 
@@ -43,9 +45,11 @@ class Validator:
             split: ranking.load_ground_truth(catalog, split, tables.user.start, tables.user.stop)
             for split in ("valid", "test")
         }
+        self.head = valid_head(self.truth["valid"], graphs.items, HEAD_ITEMS, tables.user.comm)
+        self.groups = positive_groups(graphs, self.head)
 
-    def embed(self, diagnostics: dict[str, float] | None = None) -> Embeddings:
-        """The network's embeddings of the whole catalog, before score fusion.
+    def embed(self, diagnostics: dict[str, float] | None = None) -> TrainedEmbeddings:
+        """The trained models' embeddings of the whole catalog, before score fusion.
 
         Args:
             diagnostics: filled with means over all items.
@@ -53,7 +57,7 @@ class Validator:
         if self.history is not None:
             self.history.clear()  # frees its memory; the next step refreshes
         chunk = self.config.eval.block_rows
-        return embed_catalog(self.network, self.tables, self.features, self.graphs, chunk, diagnostics)
+        return embed_trained(self.network, self.tables, self.features, self.graphs, chunk, diagnostics)
 
     def validate(self, epoch: int, best: float) -> tuple[dict, dict[str, float]]:
         """Tune the hybrid weights and rank the valid split.
@@ -65,14 +69,17 @@ class Validator:
         Returns:
             Metrics of valid, and diagnostics for TensorBoard.
         """
+        metric = self.config.eval.metric
         diagnostics: dict[str, float] = {}
-        fused = self.scorer.tune_fusion(self.embed(diagnostics), self.objective)
+        fused = self.scorer.tune_fusion(*self.embed(diagnostics), self.objective)
         metrics = self.rank(self.scorer.impute_cold(fused), "valid")
-        is_better = metrics["overall"][self.config.eval.metric] > best
+        is_better = metric_value(metrics, metric) > best
         if is_better and (epoch > 0 or self.scorer.fusion is not None):
             metrics = self._tune_cold_start(fused, metrics)
         for part, weights in self.scorer.state().items():
             diagnostics |= {f"{part}/{name}": weight for name, weight in weights.items()}
+        if metric not in metrics["overall"]:
+            diagnostics[f"valid/{metric}"] = metric_value(metrics, metric)  # metrics.jsonl shows what decided
         if self.network.tc_temperature is not None:
             diagnostics["total_correlation/temperature"] = self.network.tc_temperature
         return metrics, diagnostics
@@ -87,26 +94,31 @@ class Validator:
 
     def rank(self, embeddings: Embeddings, split: str) -> dict:
         """Metrics of a split."""
-        return ranking.evaluate_split(*embeddings, self.graphs, self.truth[split], RankingOptions.of(self.config))
+        options = RankingOptions.of(self.config)
+        return ranking.evaluate_split(*embeddings, self.graphs, self.truth[split], options, self.head)
 
     def objective(self, embeddings: Embeddings, counted: np.ndarray | None) -> float:
         """Objective for tuning the hybrid weights: geometric mean of `eval.metric` and NDCG@20 on a sample of the
-        valid users, so that a relative gain of one counts as much as the same gain of the other.
+        valid users, so that a relative gain of one counts as much as the same gain of the other. Both count the
+        positives of `eval.metric`, such as those of "head_free".
 
         Args:
-            counted: bool [items], items that count as positives; None: all.
+            counted: bool [items], only these of them count (`tuning_positives`); None: all.
         """
+        metric, positives = tuning_positives(self.config.eval.metric, self.groups, counted)
         options = RankingOptions.of(self.config)
         options = replace(options, users=min(options.users or TUNING_USERS, TUNING_USERS))
-        overall = ranking.evaluate_on_items(*embeddings, self.graphs, self.truth["valid"], options, counted)
-        return (overall[self.config.eval.metric] * overall["ndcg@20"]) ** 0.5
+        values = ranking.evaluate_on_items(*embeddings, self.graphs, self.truth["valid"], options, positives)
+        return (values[metric] * values["ndcg@20"]) ** 0.5
 
     def final_metrics(self) -> tuple[dict, ShardedTable]:
         """Metrics of valid and test, those of popularity on test, and the final item embeddings."""
-        embeddings = self.scorer(self.embed())
+        embeddings = self.scorer(*self.embed())
         popularity = ranking.popularity(self.graphs, self.tables.user.comm)
         scores = {split: self.rank(embeddings, split) for split in ("valid", "test")}
-        return scores | {"popularity": self.rank(popularity, "test")["overall"]}, embeddings[1]
+        options = RankingOptions.of(self.config)
+        baseline = ranking.evaluate_on_items(*popularity, self.graphs, self.truth["test"], options, None)
+        return scores | {"popularity": baseline}, embeddings[1]
 
     def projector_points(self, items: ShardedTable) -> tuple[np.ndarray, list[str]]:
         """Local. Embeddings and original ids of the most popular of this rank's items."""

@@ -15,6 +15,7 @@ def test_the_interval_is_that_of_the_mean_difference():
     difference = ours - theirs
     half = 1.96 * difference.std() / np.sqrt(4000)
     assert result["difference"] == pytest.approx(difference.mean())
+    assert result["standard_error"] == pytest.approx(difference.std(ddof=1) / np.sqrt(4000))
     assert result["low"] == pytest.approx(difference.mean() - half, abs=0.1 * half)
     assert result["high"] == pytest.approx(difference.mean() + half, abs=0.1 * half)
 
@@ -38,9 +39,10 @@ def test_difficulty_of_a_user_cancels_out():
 
 def test_metrics_keep_their_names_without_users():
     ours = {"b": np.zeros(0), "a": np.zeros(0)}
-    assert paired_bootstrap(ours, ours) == {n: {"difference": 0.0, "low": 0.0, "high": 0.0} for n in ("b", "a")}
+    zero = {"difference": 0.0, "low": 0.0, "high": 0.0, "standard_error": 0.0}
+    assert paired_bootstrap(ours, ours) == dict.fromkeys(("b", "a"), zero)
 
 
 def test_one_user_has_an_interval_of_no_width():
     result = paired_bootstrap({"a": np.array([0.5])}, {"a": np.array([0.25])})
-    assert result == {"a": {"difference": 0.25, "low": 0.25, "high": 0.25}}
+    assert result == {"a": {"difference": 0.25, "low": 0.25, "high": 0.25, "standard_error": 0.0}}

@@ -1,5 +1,7 @@
 """Ranking and metrics against a slow reference; the same over several ranks."""
 
+import collections
+import functools
 import math
 
 import numpy as np
@@ -12,6 +14,7 @@ from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.evaluation import ranking
+from gtc_dist.evaluation.item_groups import valid_head
 from gtc_dist.evaluation.metrics import K_VALUES, user_metrics
 from gtc_dist.evaluation.ranking import RankingOptions
 from gtc_dist.graph.csc import Graphs, by_destination
@@ -32,57 +35,101 @@ def embeddings(comm: Communicator, catalog: Catalog) -> tuple[ShardedTable, Shar
     return tuple(tables)
 
 
+HEAD_ITEMS = 4
+
+
 def score(
     comm: Communicator, uri: str, item_block: int, user_block: int, users: int | None = None, seed: int = 0
 ) -> dict:
     catalog = Catalog(uri)
     tables = embeddings(comm, catalog)
-    truth = ranking.load_ground_truth(catalog, "test", tables[0].start, tables[0].stop)
+    valid, test = (ranking.load_ground_truth(catalog, s, tables[0].start, tables[0].stop) for s in ("valid", "test"))
     options = RankingOptions(item_block, user_block, users, seed)
-    return ranking.evaluate_split(*tables, Graphs.load(catalog), truth, options)
+    head = valid_head(valid, catalog.items, HEAD_ITEMS, comm)
+    return ranking.evaluate_split(*tables, Graphs.load(catalog), test, options, head)
 
 
 def reference(catalog: Catalog) -> dict:
-    users, items = (t.weight.numpy() for t in embeddings(Communicator(), catalog))
-    train, test = ({}, {})
-    for split, store in (("train", train), ("test", test)):
+    """Everything that `evaluate_split` returns, from plain dictionaries and complete rankings."""
+    users, items = (t.weight.double().numpy() for t in embeddings(Communicator(), catalog))
+    train, valid, test = ({}, {}, {})
+    for split, store in (("train", train), ("valid", valid), ("test", test)):
         for u, i in zip(*(a.tolist() for a in catalog.interactions(split)), strict=True):
             store.setdefault(u, set()).add(i)
-    warm = set().union(*train.values())
-    sums: dict[str, dict[str, list[float]]] = {"overall": {}, "cold": {}}
-    for u in sorted(test):
-        if u not in train:
-            continue
-        scores = items @ users[u]
-        ranked = [i for i in np.argsort(-scores, kind="stable").tolist() if i not in train[u]]
-        for part, positives in (("overall", test[u]), ("cold", test[u] - warm)):
-            if not positives:
-                continue
-            for k in K_VALUES:
-                hits = [n for n, i in enumerate(ranked[:k]) if i in positives]
-                ideal = sum(1 / math.log2(n + 2) for n in range(min(k, len(positives))))
-                values = {
-                    "recall": len(hits) / len(positives),
-                    "precision": len(hits) / k,
-                    "ndcg": sum(1 / math.log2(n + 2) for n in hits) / ideal,
-                    "hitrate": float(bool(hits)),
-                    "mrr": 1 / (hits[0] + 1) if hits else 0.0,
-                }
-                for name, value in values.items():
-                    sums[part].setdefault(f"{name}@{k}", []).append(value)
-    out = {part: {name: sum(v) / len(v) for name, v in values.items()} for part, values in sums.items()}
+    groups = reference_groups(train, valid, catalog.items)
+    ranked = {u: complete_ranking(items @ users[u], train[u]) for u in sorted(test) if u in train}
+    mean_scores = items @ np.mean([users[u] for u in train], axis=0)
+    same_for_all = {u: complete_ranking(mean_scores, train[u]) for u in ranked}
+    out = {name: reference_means(ranked, test, group) for name, group in groups.items()}
+    _, mean_list = reference_means(same_for_all, test, groups["overall"])
+    recommended = [i for order in ranked.values() for i in order[:20]]
+    popular = by_count(train, catalog.items)[: max(catalog.items // 100, 1)]
+    gain = {name: out["overall"][1][name] - mean_list[name] for name in ("recall@20", "ndcg@20")}
+    close = functools.partial(pytest.approx, abs=1e-9)
     return {
-        "users": len(sums["overall"]["recall@5"]),
-        "cold_users": len(sums["cold"]["recall@5"]),
-        "overall": pytest.approx(out["overall"], abs=1e-9),
-        "cold": pytest.approx(out["cold"], abs=1e-9),
+        "users": out["overall"][0],
+        "overall": close(out["overall"][1]),
+        "cold_users": out["cold"][0],
+        "cold": close(out["cold"][1]),
+        "head_free_users": out["head_free"][0],
+        "head_free": close(out["head_free"][1]),
+        "strata": {name: close({"users": out[name][0], **out[name][1]}) for name in ("head", "middle", "tail")},
+        "mean_list": close(mean_list),
+        "personal_gain": close(gain),
+        "coverage@20": close(len(set(recommended)) / catalog.items),
+        "head_share@20": close(sum(i in popular for i in recommended) / len(recommended)),
     }
+
+
+def by_count(split: dict[int, set[int]], items: int) -> list[int]:
+    """Items by interactions of a split, ties by index."""
+    count = collections.Counter(i for listed in split.values() for i in listed)
+    return sorted(range(items), key=lambda i: (-count[i], i))
+
+
+def reference_groups(train: dict, valid: dict, items: int) -> dict[str, set[int]]:
+    """Items that count as positives."""
+    count = collections.Counter(i for listed in train.values() for i in listed)
+    order = [i for i in by_count(train, items) if count[i]]
+    strata, total, passed = {"head": set(), "middle": set(), "tail": set()}, sum(count.values()), 0
+    for i in order:
+        strata["head" if passed < total / 3 else "middle" if passed < 2 * total / 3 else "tail"].add(i)
+        passed += count[i]
+    everything = set(range(items))
+    head_free = everything - set(by_count(valid, items)[:HEAD_ITEMS])
+    return {"overall": everything, "cold": everything - set(count), "head_free": head_free, **strata}
+
+
+def complete_ranking(scores: np.ndarray, masked: set[int]) -> list[int]:
+    return [i for i in np.argsort(-scores, kind="stable").tolist() if i not in masked]
+
+
+def reference_means(ranked: dict[int, list[int]], truth: dict, counted: set[int]) -> tuple[int, dict[str, float]]:
+    """Number of users with a positive, and the means of all metrics over them."""
+    sums: dict[str, list[float]] = {}
+    for u, order in ranked.items():
+        positives = truth[u] & counted
+        if not positives:
+            continue
+        for k in K_VALUES:
+            hits = [n for n, i in enumerate(order[:k]) if i in positives]
+            ideal = sum(1 / math.log2(n + 2) for n in range(min(k, len(positives))))
+            values = {
+                "recall": len(hits) / len(positives),
+                "precision": len(hits) / k,
+                "ndcg": sum(1 / math.log2(n + 2) for n in hits) / ideal,
+                "hitrate": float(bool(hits)),
+                "mrr": 1 / (hits[0] + 1) if hits else 0.0,
+            }
+            for name, value in values.items():
+                sums.setdefault(f"{name}@{k}", []).append(value)
+    return len(sums["recall@5"]), {name: sum(v) / len(v) for name, v in sums.items()}
 
 
 @pytest.mark.parametrize("blocks", [(1000, 1000), (16, 7), (1, 80)])
 def test_metrics_match_the_reference_whatever_the_blocks(catalog, blocks):
     want = reference(catalog)
-    assert want["cold_users"] > 0
+    assert 0 < want["cold_users"] < want["head_free_users"] < want["users"]
     assert score(Communicator(), catalog.uri, *blocks) == want
 
 

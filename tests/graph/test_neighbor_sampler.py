@@ -14,7 +14,7 @@ from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.graph.neighbor_sampler import NeighborSampler, importance_sample_sources, inclusion_probabilities
 from gtc_dist.model.build import build_network
 
-ALL = {"propagation": "sampled", "fanout": [-1, -1], "item_fanout": -1, "user_fanout": -1}
+ALL = {"propagation": "sampled", "fanout": [-1, -1], "item_fanout": -1}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,16 @@ def test_fanout_minus_one_equals_the_full_graph(catalog, excluded, condition, co
         )
         draws = global_draws(config, catalog)
         outcomes.append(step(Communicator(), catalog.uri, config, draws, [24]))
+    assert_same_step(outcomes[1], outcomes[0])
+
+
+def test_fanout_minus_one_equals_the_full_graph_with_recency_weights(tmp_path):
+    weight = np.exp2(-6 * np.random.default_rng(1).random(1000)).astype(np.float32)
+    weighted = small_catalog(tmp_path / "c", weight=weight)
+    outcomes = []
+    for model in ({"propagation": "full"}, ALL):
+        config = small_config(weighted.uri, model=model)
+        outcomes.append(step(Communicator(), weighted.uri, config, global_draws(config, weighted), [24]))
     assert_same_step(outcomes[1], outcomes[0])
 
 
@@ -79,7 +89,7 @@ def test_mean_of_many_draws_converges_to_full_propagation(catalog, layer_nodes, 
         return total / draws
 
     want = embeddings({"propagation": "full"}, 1)
-    few = {"propagation": "sampled", "fanout": [2, 2], "item_fanout": 2, "user_fanout": 2}
+    few = {"propagation": "sampled", "fanout": [2, 2], "item_fanout": 2}
     few |= {"layer_nodes": layer_nodes}
     one, many = embeddings(few, 4), embeddings(few, 900)
     error_one, error_many = (one - want).norm() / want.norm(), (many - want).norm() / want.norm()

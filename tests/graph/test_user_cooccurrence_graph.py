@@ -10,9 +10,9 @@ from gtc_dist.data.scratch import Scratch
 from gtc_dist.graph import user_cooccurrence_graph, user_item_graph
 
 
-def slow_user_user(user, item, users: int, k: int) -> np.ndarray:
+def slow_user_user(user, item, users: int, k: int, weight=1) -> np.ndarray:
     interactions = np.zeros((users, ITEMS))
-    interactions[user, item] = 1
+    interactions[user, item] = weight
     counts = interactions @ interactions.T
     np.fill_diagonal(counts, 0)
     out = np.zeros((users, users))
@@ -35,6 +35,28 @@ def test_user_user_equals_the_top_k_of_dense_counts(seed, k, block_pairs, thread
     check_layout(graph, USERS)
     assert graph.degree.max(initial=0) <= k
     np.testing.assert_allclose(dense(graph, USERS), slow_user_user(user, item, USERS, k), rtol=1e-5, atol=1e-7)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000), st.integers(1, 45), st.sampled_from([1, 7, 60, 1 << 24]), st.integers(1, 3))
+def test_common_items_count_the_product_of_their_weights(seed, k, block_pairs, threads):
+    user, item = train_pairs(seed)
+    weight = np.random.default_rng(seed).random(len(user), np.float32)  # random, so that no two counts tie
+    both = user_item_graph.build_user_item_graph(user, item, USERS, ITEMS, weight=weight)
+    arguments = *both, k, USERS, 0, threads
+    graph = user_cooccurrence_graph.build_user_cooccurrence_graph(*arguments, block_pairs=block_pairs)
+    check_layout(graph, USERS)
+    np.testing.assert_allclose(dense(graph, USERS), slow_user_user(user, item, USERS, k, weight), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("memory", [1, 300, 5000])
+def test_weighted_user_user_with_hubs_does_not_depend_on_blocks(memory):
+    user, item = train_pairs(3)
+    weight = np.random.default_rng(3).random(len(user), np.float32)
+    both = user_item_graph.build_user_item_graph(user, item, USERS, ITEMS, weight=weight)
+    whole = user_cooccurrence_graph.build_user_cooccurrence_graph(*both, 5, 4, 0)
+    with Scratch(memory_bytes=memory) as scratch:
+        assert same(user_cooccurrence_graph.build_user_cooccurrence_graph(*both, 5, 4, 0, 2, scratch), whole)
 
 
 @pytest.mark.parametrize("sorted_by_group", [False, True])

@@ -24,6 +24,30 @@ def test_user_item_is_the_normalised_adjacency(seed):
     np.testing.assert_allclose(dense(user_item, USERS), expected.T, rtol=1e-6)
 
 
+def test_weights_are_divided_by_roots_of_their_sums():
+    """By hand: user 0 has items 0 and 1 with weights 1 and 1/4, user 1 has item 0 with weight 1/2."""
+    user, item, weight = np.int32([1, 0, 0]), np.int32([0, 1, 0]), np.float32([0.5, 0.25, 1])
+    item_user, user_item = user_item_graph.build_user_item_graph(user, item, 2, 2, weight=weight)
+    assert item_user.weighted_degree.tolist() == [1.25, 0.5]
+    assert user_item.weighted_degree.tolist() == [1.5, 0.25]
+    assert item_user.degree.tolist() == user_item.degree.tolist() == [2, 1]
+    expected = np.array([[1 / (1.25 * 1.5) ** 0.5, 0.25 / (1.25 * 0.25) ** 0.5], [0.5 / (0.5 * 1.5) ** 0.5, 0]])
+    np.testing.assert_allclose(dense(item_user, 2), expected, rtol=1e-6)
+    np.testing.assert_allclose(dense(user_item, 2), expected.T, rtol=1e-6)
+
+
+@pytest.mark.parametrize("memory", [1, 200, 3000])
+def test_weighted_user_item_is_the_same_in_blocks_of_any_size(memory):
+    user, item = train_pairs(5)
+    weight = np.random.default_rng(0).random(len(user), np.float32)
+    expected = user_item_graph.build_user_item_graph(user, item, USERS, ITEMS, weight=weight)
+    with Scratch(memory_bytes=memory) as scratch:
+        graphs = user_item_graph.build_user_item_graph(user, item, USERS, ITEMS, scratch, weight)
+        for graph, whole in zip(graphs, expected, strict=True):
+            assert same(graph, whole)
+            assert np.array_equal(graph.weighted_degree, whole.weighted_degree)
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10_000), st.sampled_from([1, 200, 3000, 1 << 20]))
 def test_user_item_is_the_same_in_blocks_of_any_size(seed, memory):

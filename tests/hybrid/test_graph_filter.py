@@ -32,12 +32,12 @@ def operator_of(graphs: Graphs) -> CooccurrenceOperator:
     return CooccurrenceOperator(graphs, Communicator(), 7, USER_EXPONENT, ITEM_EXPONENT)
 
 
-def dense(catalog) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def dense(catalog, weight=1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """N [users, items], C [items, items] and degree^-ITEM_EXPONENT [items]."""
     users, items = catalog.interactions("train")
     R = np.zeros((catalog.users, catalog.items))
-    R[users, items] = 1
-    of_user, of_item = R.sum(1).clip(1) ** -USER_EXPONENT, R.sum(0).clip(1) ** -ITEM_EXPONENT
+    R[users, items] = weight
+    of_user, of_item = (np.where(d > 0, d, 1) ** -p for d, p in ((R.sum(1), USER_EXPONENT), (R.sum(0), ITEM_EXPONENT)))
     N = of_user[:, None] * R * of_item
     C = N.T @ N
     np.fill_diagonal(C, 0)
@@ -61,6 +61,22 @@ def test_graph_filter_scores_are_those_of_the_leading_eigenpairs(catalog):
     got = users.weight @ items.weight.T
     torch.testing.assert_close(got, torch.from_numpy(want).float(), rtol=1e-3, atol=1e-4 * float(np.abs(want).max()))
     assert (items.weight[-3:] == 0).all()  # no train interaction
+
+
+def test_operator_and_scores_with_recency_weights_are_dense_ones(tmp_path):
+    weight = np.exp2(-12 * np.random.default_rng(1).random(1000)).astype(np.float32)
+    catalog = small_catalog(tmp_path / "c", weight=weight)
+    operator = operator_of(Graphs.load(catalog))
+    N, C, of_item = dense(catalog, weight[: catalog.manifest.interactions["train"]])
+    x = torch.randn(catalog.items, 40, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(operator.to_users(x), torch.from_numpy(N).float() @ x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(operator(x), torch.from_numpy(C).float() @ x, rtol=1e-4, atol=1e-5)
+    users, items = graph_filter_scores(operator, 3, seed=1)
+    values, Q = np.linalg.eigh(C)
+    values, Q = values[::-1][:3] / values.max(), Q[:, ::-1][:, :3]
+    want = N @ Q @ np.diag(values**2 + 3 * values**3) @ Q.T * of_item
+    got = users.weight @ items.weight.T
+    torch.testing.assert_close(got, torch.from_numpy(want).float(), rtol=1e-3, atol=1e-3 * float(np.abs(want).max()))
 
 
 def test_more_modes_than_the_graph_has(catalog):

@@ -12,6 +12,7 @@ from gtc_dist.checkpoint.existing_run import find_run
 from gtc_dist.config_data import ModalityConfig
 from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import Catalog
+from gtc_dist.data.feature_transform import FeatureTransform
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, NORM_SCALE, REGRESSION
@@ -26,9 +27,6 @@ def run(tmp_path_factory, request) -> tuple[str, Catalog]:
     """The folder of a finished run, without Ray."""
     folder = tmp_path_factory.mktemp("run")
     catalog = small_catalog(folder / "catalog", cold=6)
-    for name, width in catalog.modalities().items():
-        for part, array in (("mean", np.full(width, 0.5)), ("std", np.full(width, 2.0))):
-            formats.write_array(f"{catalog.uri}/features/{name}/{part}.npy", array)
     config = write_config(folder, catalog.uri, str(folder / "runs"), epochs=1)
     return train_without_ray(config, *request.param), catalog
 
@@ -41,7 +39,8 @@ def write_items(uri: str, ids: list, content: dict[str, np.ndarray]) -> str:
 
 def raw(catalog: Catalog, item: int) -> dict[str, np.ndarray]:
     """The raw vectors that an item's features come from."""
-    return {name: catalog.features(name, item, item + 1).astype(np.float64) * 2 + 0.5 for name in catalog.modalities()}
+    transforms = {name: FeatureTransform.load(catalog.uri, name) for name in catalog.modalities()}
+    return {name: catalog.features(name, item, item + 1) * t.scale + t.mean for name, t in transforms.items()}
 
 
 def features(catalog: Catalog) -> dict[str, np.ndarray]:

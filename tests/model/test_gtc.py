@@ -127,6 +127,30 @@ def test_ranking_and_l2_losses_by_loops(catalogs, negatives, loss):
     assert float(parts["l2"]) == pytest.approx(float(sum(l2).detach()) / len(l2), rel=1e-4)
 
 
+@pytest.mark.parametrize("negatives", ["uniform", "in_batch"])
+def test_pairs_count_in_the_ranking_loss_by_their_recency(tmp_path, negatives):
+    """A pair's weight is that of its interaction over the mean over train; the other loss terms do not change."""
+    weight = np.exp2(-6 * np.random.default_rng(1).random(1000)).astype(np.float32)
+    catalog = small_catalog(tmp_path / "c", weight=weight)
+    config, network, tables = setup(catalog, train={"negatives": {"mode": negatives}})
+    loader = loader_of(config, catalog, Communicator(), network)
+    batch = loader.assemble(global_draws(config, catalog))
+    weight_of = dict(zip(zip(*catalog.interactions("train"), strict=True), weight, strict=False))
+    mean = np.mean(list(weight_of.values()))
+    expected = [weight_of[pair] / mean for pair in zip(batch.drawn.users, batch.drawn.positives, strict=True)]
+    np.testing.assert_allclose(batch.recency_weight.numpy(), expected, rtol=1e-5)
+    assert loader.graphs.relative_weights(loader.users, loader.items).mean() == pytest.approx(1, rel=1e-5)
+
+    rows = tables.user.lookup(batch.subgraph.user_lookup), tables.item.lookup(batch.subgraph.item_lookup)
+    e = network.embed(batch.subgraph, *rows)
+    of_pairs = losses.ranking_loss(network, e.users, e.items, batch).detach()
+    parts, unweighted = (network(b, *rows)[1] for b in (batch, replace(batch, recency_weight=None)))
+    assert float(unweighted.pop("bpr")) == pytest.approx(float(of_pairs.mean()), rel=1e-5)
+    weighted = float((of_pairs * torch.tensor(expected)).mean())
+    assert float(parts.pop("bpr")) == pytest.approx(weighted, rel=1e-5)
+    assert parts == unweighted
+
+
 def test_the_denoisers_are_trained_and_the_diffusion_loss_leaves_the_content_alone(catalogs):
     """The paper's code never registered its denoisers. And with a gradient into the content, the cheapest denoising
     would be content without content."""

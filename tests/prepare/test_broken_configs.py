@@ -68,6 +68,12 @@ CONFIGS = {  # text, overrides, part of the message
     ),
     "start_step against steps": (MINIMAL, ["model.diffusion.steps=50"], "start_step 100 is beyond steps 50"),
     "shares that leave no train": (MINIMAL, ["data.split.valid_share=0.95"], "leaves nothing to train on"),
+    "a half-life of nothing": (MINIMAL, ["data.recency_half_life=0"], "recency_half_life': Input should be greater"),
+    "a half-life without times": (
+        MINIMAL,
+        ["data.recency_half_life=30", "data.split.method=given"],
+        "recency_half_life needs the name of the time column in data.interactions.time",
+    ),
     "a modality called like the id embedding": (
         MINIMAL,
         ["data.features.id.path=x.npy"],

@@ -17,6 +17,7 @@ from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import GRAPHS, MANIFEST, SPLITS, Catalog
 from gtc_dist.data.feature_transform import FeatureTransform
 from gtc_dist.errors import InputError
+from gtc_dist.graph.csc import load_graphs
 from gtc_dist.prepare import build_catalog
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +72,42 @@ def test_catalog_matches_the_raw_tables(ray_local, tmp_path, raw):
         graph = catalog.graph(name)
         sums = np.add.reduceat(graph.weight, graph.indptr[:-1][graph.degree > 0])
         np.testing.assert_allclose(sums, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["seconds", "timestamps"])
+def test_recency_weights_are_in_the_catalog_only_where_asked_for(ray_local, tmp_path, raw, kind):
+    """The newest train row weighs 1, and the other rows follow from the graph's weights and degrees."""
+    weight_of, ages = {}, np.random.default_rng(1)
+    for split in SPLITS:
+        table = pq.read_table(f"{raw}/{split}.parquet")
+        age = ages.integers(0, 300, len(table)) if split == "train" else np.full(len(table), -50)
+        age[0] = 0 if split == "train" else age[0]
+        pairs = zip(table["user_id"].to_pylist(), table["item_id"].to_pylist(), strict=True)
+        weight_of |= dict(zip(pairs, 0.5 ** (age / 30), strict=True)) if split == "train" else {}
+        seconds = pa.array(1_600_000_000 - age * 86_400)
+        time = seconds if kind == "seconds" else seconds.cast(pa.timestamp("s"))
+        pq.write_table(table.append_column("when", time), f"{raw}/{split}.parquet")
+    columns = {"interactions": {"time": "when"}}
+    plain, _ = build_catalog.prepare_catalog(catalog_config(raw, tmp_path / "plain", **columns))
+    config = catalog_config(raw, tmp_path / "weighted", **columns, recency_half_life=30)
+    manifest, _ = build_catalog.prepare_catalog(config)
+    assert manifest.files.keys() - plain.files.keys() == {f"graph/{g}.degree.npy" for g in ("item_user", "user_item")}
+    assert plain.fingerprint != manifest.fingerprint
+    catalog = Catalog(str(tmp_path / "weighted"), verify="checksum")
+    graphs, (user, item) = load_graphs(config, catalog), catalog.interactions("train")
+    users, items = catalog.ids("users").to_pylist(), catalog.ids("items").to_pylist()
+    expected = np.array([weight_of[users[u], items[i]] for u, i in zip(user, item, strict=True)])
+    np.testing.assert_allclose(graphs.relative_weights(user, item), expected / expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(graphs.weighted_user_degree, np.bincount(user, expected, catalog.users), rtol=1e-5)
+    without = Catalog(str(tmp_path / "plain"))
+    assert load_graphs(catalog_config(raw, without.uri, **columns), without).relative_weights(user, item) is None
+    with pytest.raises(InputError, match=r"recency_half_life is 30, but the catalog .* was built without it"):
+        load_graphs(config, without)
+
+
+def test_without_recency_fingerprints_are_those_of_version_0_1():
+    found = build_catalog.fingerprint(catalog_config("raw", "catalog"), [], {})
+    assert found == "214a5726c9d253f898de7461b07d814355ee81ece992541de42efcb4a359f762"
 
 
 def test_s3_gives_the_same_catalog_as_local_disk(ray_local, tmp_path, raw, s3):

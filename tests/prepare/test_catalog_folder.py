@@ -124,17 +124,17 @@ OTHERS = {
 
 @pytest.mark.parametrize("user_hop", [False, True])
 @pytest.mark.parametrize(
-    ("data", "graph", "expected"),
+    ("data", "expected"),
     [
-        (DEFAULTS, {}, "2ccde033029a3615116128cabb15c57ea59d731897010c6af6cd5798242a0650"),
-        (OTHERS, {"item_neighbours": 7}, "5c28c87d5df92260b92543eebb373b0a9739c26bfe0a73d67eb56438fcf580d5"),
+        (DEFAULTS, "2ccde033029a3615116128cabb15c57ea59d731897010c6af6cd5798242a0650"),
+        (OTHERS, "1eed096b45e8748dd22c335a9b71aa3739cd5c0c29a77a2eb5aaa0f39ba2c9af"),
     ],
     ids=["defaults", "no defaults"],
 )
-def test_fingerprints_are_those_of_version_0_1(monkeypatch, data, graph, expected, user_hop):
+def test_fingerprints_are_those_of_version_0_1(monkeypatch, data, expected, user_hop):
     """Computed with version 0.1 for the same settings and file signatures: its catalogs are still up to date."""
     monkeypatch.setattr(storage, "file_signatures", lambda uris: [[uri, 10, "1.5"] for uri in uris])
-    tree = {"data": data, "graph": graph, "model": {"user_hop": user_hop}, "run": {"storage": "runs", "name": "x"}}
+    tree = {"data": data, "model": {"user_hop": user_hop}, "run": {"storage": "runs", "name": "x"}}
     files = [InteractionFile("/raw/train.parquet", "parquet", False, {}, {})]
     uris = {"visual": "/raw/visual.npy", "textual": "/raw/textual.parquet"}
     sources = {name: FeatureSource(name, [uri], 1, 1, "float32", None, []) for name, uri in uris.items()}

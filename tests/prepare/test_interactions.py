@@ -1,6 +1,7 @@
 """Raw interactions through Ray to users, items and splits; invalid input that concerns several files."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,45 @@ def test_global_time_puts_the_latest_into_test(tmp_path, kind):
     assert {name: sorted(rows) for name, rows in triples(found).items()} == {
         name: sorted(part) for name, part in zip(SPLITS, parts, strict=True)
     }
+
+
+DAY = 86_400
+
+
+def recency_config(raw: Path, half_life: float = 2.0, method: str = "label") -> DataConfig:
+    columns = {"time": "t", "files": ["x"]}
+    return data_config(raw, interactions=columns, split={"method": method}, recency_half_life=half_life)
+
+
+@pytest.mark.parametrize("unit", [1, 1_000_000], ids=["seconds", "microseconds of timestamps"])
+def test_weights_halve_with_each_half_life_before_the_newest_train_row(tmp_path, unit):
+    """By hand, with a half-life of 2 days: rows 0, 1, 4 and 1000 days before the newest of train; valid and test are
+    newer."""
+    days = {("a", 1): 2000, ("a", 2): 1999, ("b", 1): 1996, ("b", 3): 1000, ("a", 3): 2005, ("b", 2): 2006}
+    rows = [(*pair, day * DAY * unit) for pair, day in days.items()]
+    raw = replace(raw_of(rows, time=True, split_codes=[0, 0, 0, 0, 1, 2]), time_unit=1 / unit)
+    found = build(raw, recency_config(tmp_path))
+    weights = dict(zip(triples(found)["train"], found.train_weight.tolist(), strict=True))
+    expected = {("a", 1): 1.0, ("a", 2): 2**-0.5, ("b", 1): 0.25, ("b", 3): 2.0**-64}
+    assert weights == pytest.approx(expected, rel=1e-6)
+    without = build(raw, data_config(tmp_path, interactions={"time": "t", "files": ["x"]}, split={"method": "label"}))
+    assert without.train_weight is None
+    assert triples(without) == triples(found)
+
+
+def test_weights_do_not_depend_on_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog_interactions, "INTERACTION_ROWS", 50)
+    rows = [(int(u), int(i), int(t) * DAY) for u, i, t in np.random.default_rng(2).random((600, 3)) * [25, 40, 20]]
+    data, raw = recency_config(tmp_path, method="global_time"), raw_of(rows, time=True)
+    large, small = build(raw, data), build(raw, data, memory=500)
+    assert len(np.unique(large.train_weight)) > 5
+    assert np.array_equal(large.train_weight, small.train_weight)
+
+
+def test_milliseconds_are_refused_as_seconds(tmp_path):
+    raw = raw_of([(u, i, 1_700_000_000_000 + u) for u in range(6) for i in range(6)], time=True)
+    with pytest.raises(InputError, match="column 't' has numbers up to 1700000000005, which are no seconds since 1970"):
+        build(raw, recency_config(tmp_path, method="leave_last_out"))
 
 
 @pytest.mark.parametrize("method", ["ratio", "global_time", "leave_last_out", "label"])

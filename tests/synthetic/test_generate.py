@@ -165,6 +165,28 @@ def test_popularity_follows_zipf_and_shows_in_the_counts(data):
     assert activity[0] > 5 * np.median(activity)
 
 
+def test_drift_moves_popularity_and_nothing_else(folder, tmp_path):
+    """The times alone differ. With drift the items of the last eighth are others than those of the first half; without,
+    both halves of the time have the same popular items."""
+    generate_dataset(replace(SPEC, drift=3.0), str(tmp_path / "drift"))
+    after, before = digests(tmp_path / "drift"), digests(folder)
+    changed = {name.split("/")[0] for name in before if after[name] != before[name]}
+    assert changed == {"interactions", "cold", generator.DATASET}
+    correlation = []
+    for path in (folder, tmp_path / "drift"):
+        table = pq.read_table(path / "interactions")
+        item, time = table["item_id"].to_numpy(), table["timestamp"].to_numpy()
+        assert generator.START <= time.min() < time.max() < generator.START + generator.SPAN
+        share = (time - generator.START) / generator.SPAN
+        assert abs(np.mean(share > 0.875) - 0.125) < 0.05  # the activity does not drift
+        known = np.unique(item)
+        counts = [np.searchsorted(known, item[part]) for part in (share < 0.5, share > 0.875)]
+        counts = [np.bincount(part, minlength=len(known)) for part in counts]
+        correlation.append(np.corrcoef(*counts)[0, 1])
+    assert correlation[0] > 0.8
+    assert correlation[1] < 0.4
+
+
 def test_users_follow_the_factors_in_their_masks_only(data):
     warm = ~data.items["cold"].to_numpy()
     centred = data.factors - data.factors[warm].mean(0)
@@ -332,6 +354,7 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
         ({"cold_share": 1.0}, "cold_share is 1.0"),
         ({"modalities": {}}, "name at least one"),
         ({"noise": -1.0}, "noise is -1.0"),
+        ({"drift": -1.0}, "drift is -1.0"),
         ({"noise": float("nan")}, "noise is nan; expected a finite number"),
         ({"activity": 1.0}, "activity is 1.0; it must be above 1"),
         ({"users": 10.5}, "users is 10.5; expected a whole number"),

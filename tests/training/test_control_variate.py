@@ -12,8 +12,8 @@ from gtc_dist.graph.csc import load_graphs
 from gtc_dist.model.build import build_network, load_features
 from gtc_dist.training.control_variate import HistoricalEmbeddings
 
-ALL = {"propagation": "sampled", "fanout": [-1, -1], "item_fanout": -1, "user_fanout": -1}
-FEW = {"propagation": "sampled", "fanout": [2, 2], "item_fanout": 2, "user_fanout": 2}
+ALL = {"propagation": "sampled", "fanout": [-1, -1], "item_fanout": -1}
+FEW = {"propagation": "sampled", "fanout": [2, 2], "item_fanout": 2}
 # the condition is sampled too, and not linear; the item's own is not
 ITEM = {"diffusion": {"condition": "item", "steps": 20, "start_step": 5}}
 

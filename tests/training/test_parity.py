@@ -7,7 +7,7 @@ from steps import assert_same_step, global_draws, step
 
 MODELS = {
     "full": {"propagation": "full"},
-    "sampled": {"propagation": "sampled", "fanout": [-1, -1], "item_fanout": -1, "user_fanout": -1},
+    "sampled": {"propagation": "sampled", "fanout": [-1, -1], "item_fanout": -1},
 }
 
 

@@ -1,0 +1,113 @@
+"""Users of a step of the masked diffusion, their masks, and the items among which masked ones are predicted.
+
+In a pass over the interactions every user with at least two of them comes up once: a permutation of this rank's users,
+seeded by (seed, pass, rank), is cut into the steps of the pass. Each user draws the share of its interactions that are
+kept. The softmax runs over all items of a catalog of at most `FULL_SOFTMAX` items, otherwise over the rank's masked and
+kept items and `NEGATIVES` uniform ones, with importance weights 1 / P(item in batch), so that its sum estimates that
+over all items.
+"""
+
+import numpy as np
+import torch
+
+from gtc_dist.data.hashing import hash_bucket
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup, plan_whole_table
+from gtc_dist.graph.csc import Graphs, take_edges
+from gtc_dist.model.batch import MaskedUsers
+
+KEPT_SHARE = (0.2, 0.9)  # of a user's interactions: uniform between these
+ID_DROP = 0.6  # share of the items whose id row is dropped in a step
+MAX_ITEMS = 200  # interactions of a user in a step, a sample of them
+FULL_SOFTMAX = 10_000  # items
+NEGATIVES = 4096
+STREAM = 2  # of the random generator of a pass; the interactions' permutation has 1
+
+
+class UserMasks:
+    """Draws and builds the steps of one rank. The constructor and `build` are collectives.
+
+    Args:
+        features: tables of the modalities' features, over `comm`.
+        comm: communicator of the prefetch thread.
+        steps: of a pass.
+    """
+
+    def __init__(self, graphs: Graphs, features: dict[str, ShardedTable], comm: Communicator, seed: int, steps: int):
+        self.graphs, self.features, self.comm, self.seed, self.steps = graphs, features, comm, seed, steps
+        users = np.flatnonzero(graphs.user_degree > 1)
+        self.users = users[hash_bucket(users, comm.size) == comm.rank]
+        self.users_per_rank = comm.all_gather_int(len(self.users))
+        self.ordered, self.order = 0, np.empty(0, np.int64)
+        self.every_item = graphs.items <= FULL_SOFTMAX
+        if self.every_item:
+            self.lookup = plan_whole_table(graphs.items, comm)
+            self.all_features = {name: table.lookup(self.lookup) for name, table in features.items()}
+
+    def draw(self, pass_number: int, step: int) -> tuple[np.ndarray, int]:
+        """Local. Users of a step, int64 [m], and the seed of their masks.
+
+        Args:
+            pass_number: from 1; step: of the pass, from 0.
+        """
+        if pass_number != self.ordered:
+            rng = np.random.default_rng([self.seed, pass_number, self.comm.rank, STREAM])
+            self.ordered, self.order = pass_number, rng.permutation(self.users)
+        first, last = (n * len(self.order) // self.steps for n in (step, step + 1))
+        rng = np.random.default_rng([self.seed, pass_number, step, self.comm.rank, STREAM])
+        return self.order[first:last], int(rng.integers(1 << 31))
+
+    def build(self, users: np.ndarray, seed: int) -> MaskedUsers:
+        """Mask interactions of the users and look up the content of the items that the step needs."""
+        rng = np.random.default_rng(seed)
+        kept, kept_user, masked, masked_user = self._mask(users, rng)
+        if self.every_item:
+            items, lookup, features = None, self.lookup, self.all_features
+            count, log_inclusion = self.graphs.items, None
+        else:
+            negatives = rng.integers(0, self.graphs.items, NEGATIVES)
+            items = np.unique(np.concatenate([kept, masked, negatives]))
+            lookup = plan_lookup(torch.from_numpy(items), self.graphs.items, self.comm)
+            features = {name: table.lookup(lookup) for name, table in self.features.items()}
+            others = (len(kept) + len(masked)) * (len(users) - 1) / max(len(users), 1)  # a user's own are in anyway
+            count, log_inclusion = len(items), self._log_inclusion(items, others)
+            kept, masked = np.searchsorted(items, kept), np.searchsorted(items, masked)
+        weight = np.ones(len(masked), np.float32)
+        if len(masked):
+            chosen = masked if items is None else items[masked]
+            recency = self.graphs.relative_weights(users[masked_user], chosen)
+            weight = weight if recency is None else recency
+        return MaskedUsers(
+            item_lookup=lookup,
+            features=features,
+            has_id=torch.from_numpy(rng.random(count) >= ID_DROP),
+            kept=torch.from_numpy(kept),
+            kept_start=torch.from_numpy(np.searchsorted(kept_user, np.arange(len(users) + 1))),
+            target=torch.from_numpy(masked),
+            target_user=torch.from_numpy(masked_user),
+            weight=torch.from_numpy(weight),
+            log_inclusion=log_inclusion,
+            total_users=sum(self.comm.all_gather_int(len(users))),
+        )
+
+    def _mask(self, users: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """Local. Kept items and their users' positions, masked items and theirs, int64, by user; at least one of each
+        per user."""
+        indptr, edges = take_edges(self.graphs.nodes, users)
+        items = (self.graphs.nodes.indices[edges] - self.graphs.users).astype(np.int64)
+        user = np.repeat(np.arange(len(users)), np.diff(indptr))
+        order = np.lexsort((rng.random(len(items)), user))  # a random order within each user
+        rank = np.arange(len(items)) - indptr[user]
+        items = items[order]
+        drawn = np.minimum(np.diff(indptr), MAX_ITEMS)
+        share = rng.uniform(*KEPT_SHARE, len(users))
+        n_kept = np.clip(rng.binomial(drawn, share), 1, drawn - 1)
+        is_kept = rank < n_kept[user]
+        is_masked = ~is_kept & (rank < drawn[user])
+        return items[is_kept], user[is_kept], items[is_masked], user[is_masked]
+
+    def _log_inclusion(self, items: np.ndarray, interactions: float) -> torch.Tensor:
+        """Local. log P(item in batch): as one of the negatives, or as one of this many interactions."""
+        share = self.graphs.item_degree[items] / max(len(self.graphs.nodes.indices) // 2, 1)
+        missed = NEGATIVES * np.log1p(-1 / self.graphs.items) + interactions * np.log1p(-np.minimum(share, 1 - 1e-9))
+        return torch.from_numpy(np.log(-np.expm1(missed)).astype(np.float32))

@@ -1,0 +1,167 @@
+"""The masked diffusion: its loss, its masks, and what it learns."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import run_ranks
+from small import small_catalog, small_config
+from trainings import trainer_of
+
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.evaluation.ranking import RankingOptions, evaluate_on_items, load_ground_truth, popularity
+from gtc_dist.graph.csc import load_graphs
+from gtc_dist.inference.masked_embeddings import embed_masked
+from gtc_dist.model import user_masks
+from gtc_dist.model.build import build_network, load_features
+from gtc_dist.model.user_masks import UserMasks
+
+STEPS = 4
+MASKED = {"masked_width": 16}
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    return small_catalog(tmp_path_factory.mktemp("catalog") / "c", users=90)
+
+
+@pytest.fixture(scope="module")
+def parts(catalog):
+    return parts_of(catalog)
+
+
+def parts_of(catalog: Catalog) -> tuple:
+    """Graphs, network, item rows and features of a catalog."""
+    config = small_config(catalog.uri, model=MASKED)
+    network, tables = build_network(config, catalog, Communicator())
+    features = load_features(network.modalities, catalog, Communicator())
+    return load_graphs(config, catalog), network.masked, tables.masked_item, features
+
+
+def positives(graphs) -> list[set]:
+    pairs = graphs.nodes.indptr, graphs.nodes.indices - graphs.users
+    return [set(pairs[1][pairs[0][u] : pairs[0][u + 1]].tolist()) for u in range(graphs.users)]
+
+
+def masks_of(graphs, features) -> UserMasks:
+    return UserMasks(graphs, features, Communicator(), seed=0, steps=STEPS)
+
+
+def test_a_pass_masks_every_user_once(parts):
+    graphs, _, _, features = parts
+    masks, seen, truth = masks_of(graphs, features), [], positives(graphs)
+    for step in range(STEPS):
+        users, seed = masks.draw(1, step)
+        batch = masks.build(users, seed)
+        ends = batch.kept_start.tolist()
+        assert ends[0] == 0
+        assert ends[-1] == len(batch.kept)
+        for n, user in enumerate(users):
+            kept = set(batch.kept[ends[n] : ends[n + 1]].tolist())
+            masked = set(batch.target[batch.target_user == n].tolist())
+            assert kept
+            assert masked
+            assert not kept & masked
+            assert kept | masked == truth[user]
+        seen += users.tolist()
+    assert sorted(seen) == [user for user, items in enumerate(truth) if len(items) > 1]
+    again = masks.build(users, seed)
+    assert torch.equal(again.kept, batch.kept)
+    assert torch.equal(again.has_id, batch.has_id)
+    assert masks.draw(2, 0)[0].tolist() != masks.draw(1, 0)[0].tolist()
+
+
+def test_at_most_so_many_interactions_of_a_user(parts, monkeypatch):
+    graphs, _, _, features = parts
+    monkeypatch.setattr(user_masks, "MAX_ITEMS", 3)
+    masks = masks_of(graphs, features)
+    users, seed = masks.draw(1, 0)
+    batch = masks.build(users, seed)
+    count = batch.kept_start.diff() + torch.bincount(batch.target_user, minlength=len(users))
+    assert count.tolist() == np.minimum(graphs.user_degree[users], 3).tolist()
+
+
+def test_the_loss_is_that_of_its_definition(parts):
+    graphs, masked, table, features = parts
+    masks = masks_of(graphs, features)
+    users, seed = masks.draw(1, 0)
+    batch = masks.build(users, seed)
+    rows = torch.randn(graphs.items, table.width, generator=torch.Generator().manual_seed(1))
+    loss = masked(batch, rows)
+    vectors = rows[:, :-1] * batch.has_id[:, None]
+    for number, name in enumerate(features):
+        vectors = vectors + F.normalize(features[name].weight.float(), dim=1) @ masked.maps[number]
+    vectors = F.normalize(vectors, dim=1)
+    expected = 0.0
+    for n in range(len(users)):
+        own = batch.kept[batch.kept_start[n] : batch.kept_start[n + 1]]
+        hidden = F.normalize(vectors[own].sum(0), dim=0) * 8
+        log_p = torch.log_softmax(vectors @ hidden + rows[:, -1], 0)
+        expected -= log_p[batch.target[batch.target_user == n]].sum()
+    torch.testing.assert_close(loss, expected / len(users), rtol=1e-4, atol=1e-4)
+
+
+def test_sampled_items_estimate_the_loss_over_all(tmp_path, monkeypatch):
+    catalog = small_catalog(tmp_path / "c", users=90, items=300)
+    graphs, masked, table, features = parts_of(catalog)
+    rows = 0.5 * torch.randn(graphs.items, table.width, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(user_masks, "ID_DROP", 0.0)
+    users, _ = masks_of(graphs, features).draw(1, 0)
+    users = users[:12]
+    whole = [masked(masks_of(graphs, features).build(users, seed), rows).item() for seed in range(40)]
+    monkeypatch.setattr(user_masks, "FULL_SOFTMAX", 0)
+    monkeypatch.setattr(user_masks, "NEGATIVES", 60)
+    sampled, uncorrected = [], []
+    for seed in range(40):
+        batch = masks_of(graphs, features).build(users, seed)
+        own = rows[torch.from_numpy(items_of(batch))]
+        sampled.append(masked(batch, own).item())
+        batch.log_inclusion = torch.zeros_like(batch.log_inclusion)
+        uncorrected.append(masked(batch, own).item())
+    error = np.std(np.subtract(sampled, whole)) / 40**0.5
+    bias, bias_uncorrected = np.mean(sampled) - np.mean(whole), np.mean(uncorrected) - np.mean(whole)
+    assert abs(bias) < 4 * error + 0.01 * np.mean(whole)  # the logarithm of an estimate is a little low
+    assert bias_uncorrected < -20 * max(error, abs(bias))
+
+
+def items_of(batch) -> np.ndarray:
+    """Catalog indexes of a sampled batch's items."""
+    return batch.item_lookup.outgoing[batch.item_lookup.position].numpy()
+
+
+def embedded(comm: Communicator, uri: str, config) -> dict:
+    catalog = Catalog(uri)
+    network, tables = build_network(config, catalog, comm)
+    out = embed_masked(
+        network, tables, load_features(network.modalities, catalog, comm), load_graphs(config, catalog), 9
+    )
+    return {"users": out.users.weight, "items": out.items.weight}
+
+
+def test_ranks_embed_their_own_rows(catalog):
+    config = small_config(catalog.uri, model=MASKED)
+    alone = embedded(Communicator(), catalog.uri, config)
+    together = run_ranks(embedded, 2, catalog.uri, config)
+    for kind, rows in alone.items():
+        torch.testing.assert_close(torch.cat([one[kind] for one in together]), rows, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("propagation", ["full", "sampled"])
+def test_it_learns_to_rank(catalog, tmp_path, propagation, monkeypatch):
+    if propagation == "sampled":
+        monkeypatch.setattr(user_masks, "FULL_SOFTMAX", 0)
+        monkeypatch.setattr(user_masks, "NEGATIVES", 20)
+    model = {**MASKED, "propagation": propagation}
+    config = small_config(catalog.uri, str(tmp_path), model=model, train={"epochs": 30})
+    trainer = trainer_of(Communicator(), config, str(tmp_path / "r"))
+    options, graphs = RankingOptions(), trainer.validator.graphs
+
+    def ndcg(embeddings) -> float:
+        truth = load_ground_truth(catalog, "test")
+        return evaluate_on_items(*embeddings, graphs, truth, options, None)["ndcg@10"]
+
+    trainer.fit()
+    learned = embed_masked(trainer.network, trainer.tables, trainer.features, graphs, 64)
+    assert ndcg(learned) > 1.3 * ndcg(popularity(graphs, Communicator()))
+    assert trainer.validator.scorer.state()["blend"].keys() >= {"masked", "members"}
