@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from ranks import run_ranks
 from small import small_catalog, small_config
-from trainings import trainer_of
+from trainings import fit, trainer_of
 
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
@@ -145,6 +145,13 @@ def test_ranks_embed_their_own_rows(catalog):
     together = run_ranks(embedded, 2, catalog.uri, config)
     for kind, rows in alone.items():
         torch.testing.assert_close(torch.cat([one[kind] for one in together]), rows, rtol=1e-5, atol=1e-6)
+
+
+def test_two_ranks_train_it(catalog, tmp_path):
+    config = small_config(catalog.uri, str(tmp_path), model={**MASKED, "propagation": "sampled"})
+    results = run_ranks(fit, 2, str(tmp_path / "r"), config)
+    assert results[0]["test"] == results[1]["test"]
+    assert results[0]["test"]["overall"]["recall@20"] > 0
 
 
 @pytest.mark.parametrize("propagation", ["full", "sampled"])
