@@ -45,7 +45,8 @@ def embed_masked(
     vectors = ShardedTable(table.name, table.rows, masked.width, comm, trainable=False)
     for low, high in row_chunks(vectors, chunk):
         content = {name: rows.weight[low:high] for name, rows in features.items()}
-        vectors.weight[low:high] = masked.item_vectors(table.weight[low:high], content)
+        vectors.weight[low:high] = masked.own_vectors(table.weight[low:high], content)
+    vectors = vectors.with_values(unit_vectors(network, vectors, graphs, chunk))
     users = ShardedTable(table.name, graphs.users, masked.width + 1, comm, trainable=False)
     nodes = graphs.nodes
     means = ShardedSpMM(nodes.indptr, nodes.indices, None, 0, users, vectors, chunk, base=graphs.users)
@@ -55,3 +56,13 @@ def embed_masked(
         users.weight[low:high] = torch.cat([own, known[:, None].float()], dim=1)
     items = torch.cat([vectors.weight, table.weight[:, -1:]], dim=1)
     return Embeddings(users, table.with_values(items))
+
+
+def unit_vectors(network: GTC, own: ShardedTable, graphs: Graphs, chunk: int) -> torch.Tensor:
+    """Unit vectors of this rank's items after the item-item hop, from their own vectors. Collective: every rank must
+    call it."""
+    hop = graphs.item_item
+    if hop is None:
+        return F.normalize(own.weight, dim=1)
+    operator = ShardedSpMM(hop.indptr, hop.indices, hop.weight, 0, own, own, chunk)
+    return network.masked.smooth(own.weight, torch.cat([values for _, _, values in operator.sums(own)]))

@@ -37,9 +37,10 @@ class MaskedUsers:
     """Users of this rank with some of their interactions masked, for one step of the masked diffusion. Items are
     positions among the batch's n items."""
 
-    item_lookup: LookupPlan  # the n items
-    features: dict[str, torch.Tensor]  # modality -> [n, d]
-    has_id: torch.Tensor  # bool [n] False: the item's id row is dropped
+    item_lookup: LookupPlan  # r rows: the n items, then other neighbours of them
+    features: dict[str, torch.Tensor]  # modality -> [r, d]
+    has_id: torch.Tensor  # bool [r] False: the item's id row is dropped
+    item_hop: Block | None  # the r rows -> the n items, over the item-item graph
     kept: torch.Tensor  # int64 [k] kept items, by user
     kept_start: torch.Tensor  # int64 [m + 1] first kept item of each user
     target: torch.Tensor  # int64 [t] masked items

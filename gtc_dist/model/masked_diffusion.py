@@ -4,7 +4,9 @@ The forward process masks a user's train interactions: each is kept with a proba
 absorbing-state discrete diffusion: D3PM, Austin et al. 2021; MDLM, Sahoo et al. 2024). The network predicts the masked
 ones from the kept ones and their contents:
 
-    p_i = unit(id row + sum over modalities of W_m content_m)          one vector per item, for input and output
+    x_i = id row + sum over modalities of W_m content_m
+    p_i = unit(x_i + NEIGHBOUR_WEIGHT * mean of x over the item's neighbours in the item-item graph)
+                                                                one vector per item, for input and output
     h_u = unit(sum of p_j over the kept items j)
     log p(i | kept) = scale * h_u . p_i + b_i - log of the sum over all items
 
@@ -23,11 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gtc_dist.distributed.message_passing import weighted_sum
 from gtc_dist.model.batch import MaskedUsers
 
 MASKED_TABLE = "masked_item"
 ID_NORM = 0.3  # initial norm of an id row; that of a content vector is 1: content leads until interactions say more
 SCALE = 8.0  # initial scale of the cosine; it is learned
+NEIGHBOUR_WEIGHT = 0.3
 TABLE_LR, DENSE_LR = 1e-3, 3e-4  # Adam; content maps that follow every interaction overfit
 
 
@@ -52,10 +56,10 @@ class MaskedDiffusion(nn.Module):
         """Standard deviation of the table's initial values in each column, [D + 1]."""
         return torch.cat([torch.full((self.width,), ID_NORM / self.width**0.5), torch.zeros(1)])
 
-    def item_vectors(
+    def own_vectors(
         self, rows: torch.Tensor, features: dict[str, torch.Tensor], has_id: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Unit vectors of items, [n, D].
+        """x of items, [n, D].
 
         Args:
             rows: [n, D + 1] of the table.
@@ -65,18 +69,27 @@ class MaskedDiffusion(nn.Module):
         vectors = rows[:, :-1] if has_id is None else rows[:, :-1] * has_id[:, None]
         for number, name in enumerate(self.names):
             vectors = vectors + F.normalize(features[name].float(), dim=1) @ self.maps[number]
-        return F.normalize(vectors, dim=1)
+        return vectors
+
+    @staticmethod
+    def smooth(own: torch.Tensor, neighbour_mean: torch.Tensor) -> torch.Tensor:
+        """p of items, [n, D], from their x and the mean x of their neighbours."""
+        return F.normalize(own + NEIGHBOUR_WEIGHT * neighbour_mean, dim=1)
 
     def forward(self, batch: MaskedUsers, rows: torch.Tensor) -> torch.Tensor:
         """Sum over this rank's users of -log p(masked items | kept items), divided by the users of all ranks.
 
         Args:
-            rows: [n, D + 1] of the batch's items.
+            rows: [r, D + 1] of the batch's n items, and of their neighbours.
         """
-        items = self.item_vectors(rows, batch.features, batch.has_id)
+        own = self.own_vectors(rows, batch.features, batch.has_id)
+        if batch.item_hop is None:
+            items = F.normalize(own, dim=1)
+        else:
+            items = self.smooth(own[: batch.item_hop.destinations], weighted_sum(batch.item_hop, own))
         users = F.embedding_bag(batch.kept, items, batch.kept_start, mode="sum", include_last_offset=True)
         users = F.normalize(users, dim=1) * self.log_scale.exp()
-        scores = users @ items.T + rows[:, -1]
+        scores = users @ items.T + rows[: len(items), -1]
         target = scores[batch.target_user, batch.target]
         log_sum = torch.logsumexp(scores - self._log_inclusion(batch, scores), dim=1)[batch.target_user]
         return ((log_sum - target) * batch.weight).sum() / max(batch.total_users, 1)

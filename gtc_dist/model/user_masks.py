@@ -12,6 +12,7 @@ import torch
 
 from gtc_dist.data.hashing import hash_bucket
 from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.message_passing import Block
 from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup, plan_whole_table
 from gtc_dist.graph.csc import Graphs, take_edges
 from gtc_dist.model.batch import MaskedUsers
@@ -20,7 +21,7 @@ KEPT_SHARE = (0.2, 0.9)  # of a user's interactions: uniform between these
 ID_DROP = 0.6  # share of the items whose id row is dropped in a step
 MAX_ITEMS = 200  # interactions of a user in a step, a sample of them
 FULL_SOFTMAX = 10_000  # items
-NEGATIVES = 4096
+NEGATIVES = 2048
 STREAM = 2  # of the random generator of a pass; the interactions' permutation has 1
 
 
@@ -43,6 +44,10 @@ class UserMasks:
         if self.every_item:
             self.lookup = plan_whole_table(graphs.items, comm)
             self.all_features = {name: table.lookup(self.lookup) for name, table in features.items()}
+            self.hop = None
+            if graphs.item_item is not None:
+                hop = graphs.item_item
+                self.hop = Block.build(hop.indptr, hop.indices, hop.weight, graphs.items)
 
     def draw(self, pass_number: int, step: int) -> tuple[np.ndarray, int]:
         """Local. Users of a step, int64 [m], and the seed of their masks.
@@ -62,15 +67,16 @@ class UserMasks:
         rng = np.random.default_rng(seed)
         kept, kept_user, masked, masked_user = self._mask(users, rng)
         if self.every_item:
-            items, lookup, features = None, self.lookup, self.all_features
+            items, lookup, features, hop = None, self.lookup, self.all_features, self.hop
             count, log_inclusion = self.graphs.items, None
         else:
             negatives = rng.integers(0, self.graphs.items, NEGATIVES)
             items = np.unique(np.concatenate([kept, masked, negatives]))
-            lookup = plan_lookup(torch.from_numpy(items), self.graphs.items, self.comm)
+            rows, hop = self._with_neighbours(items)
+            lookup = plan_lookup(torch.from_numpy(rows), self.graphs.items, self.comm)
             features = {name: table.lookup(lookup) for name, table in self.features.items()}
             others = (len(kept) + len(masked)) * (len(users) - 1) / max(len(users), 1)  # a user's own are in anyway
-            count, log_inclusion = len(items), self._log_inclusion(items, others)
+            count, log_inclusion = len(rows), self._log_inclusion(items, others)
             kept, masked = np.searchsorted(items, kept), np.searchsorted(items, masked)
         weight = np.ones(len(masked), np.float32)
         if len(masked):
@@ -81,6 +87,7 @@ class UserMasks:
             item_lookup=lookup,
             features=features,
             has_id=torch.from_numpy(rng.random(count) >= ID_DROP),
+            item_hop=hop,
             kept=torch.from_numpy(kept),
             kept_start=torch.from_numpy(np.searchsorted(kept_user, np.arange(len(users) + 1))),
             target=torch.from_numpy(masked),
@@ -89,6 +96,19 @@ class UserMasks:
             log_inclusion=log_inclusion,
             total_users=sum(self.comm.all_gather_int(len(users))),
         )
+
+    def _with_neighbours(self, items: np.ndarray) -> tuple[np.ndarray, Block | None]:
+        """Local. The sorted items, then those of their neighbours that are not among them; and the edges from these
+        rows to the items."""
+        graph = self.graphs.item_item
+        if graph is None:
+            return items, None
+        indptr, edges = take_edges(graph, items)
+        neighbours = graph.indices[edges].astype(np.int64)
+        rows = np.concatenate([items, np.setdiff1d(neighbours, items)])
+        order = np.argsort(rows)
+        position = order[np.searchsorted(rows, neighbours, sorter=order)]
+        return rows, Block.build(indptr, position, graph.weight[edges], len(rows))
 
     def _mask(self, users: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         """Local. Kept items and their users' positions, masked items and theirs, int64, by user; at least one of each

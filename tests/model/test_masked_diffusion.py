@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from ranks import run_ranks
@@ -92,7 +93,9 @@ def test_the_loss_is_that_of_its_definition(parts):
     vectors = rows[:, :-1] * batch.has_id[:, None]
     for number, name in enumerate(features):
         vectors = vectors + F.normalize(features[name].weight.float(), dim=1) @ masked.maps[number]
-    vectors = F.normalize(vectors, dim=1)
+    hop = graphs.item_item
+    adjacency = torch.tensor(sp.csr_matrix((hop.weight, hop.indices, hop.indptr)).toarray())
+    vectors = F.normalize(vectors + 0.3 * adjacency @ vectors, dim=1)
     expected = 0.0
     for n in range(len(users)):
         own = batch.kept[batch.kept_start[n] : batch.kept_start[n + 1]]
@@ -111,7 +114,7 @@ def test_sampled_items_estimate_the_loss_over_all(tmp_path, monkeypatch):
     users = users[:12]
     whole = [masked(masks_of(graphs, features).build(users, seed), rows).item() for seed in range(40)]
     monkeypatch.setattr(user_masks, "FULL_SOFTMAX", 0)
-    monkeypatch.setattr(user_masks, "NEGATIVES", 60)
+    monkeypatch.setattr(user_masks, "NEGATIVES", 120)
     sampled, uncorrected = [], []
     for seed in range(40):
         batch = masks_of(graphs, features).build(users, seed)
@@ -122,7 +125,7 @@ def test_sampled_items_estimate_the_loss_over_all(tmp_path, monkeypatch):
     error = np.std(np.subtract(sampled, whole)) / 40**0.5
     bias, bias_uncorrected = np.mean(sampled) - np.mean(whole), np.mean(uncorrected) - np.mean(whole)
     assert abs(bias) < 4 * error + 0.01 * np.mean(whole)  # the logarithm of an estimate is a little low
-    assert bias_uncorrected < -20 * max(error, abs(bias))
+    assert bias_uncorrected < -10 * max(error, abs(bias))
 
 
 def items_of(batch) -> np.ndarray:
