@@ -40,11 +40,8 @@ UNTRAINED_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # relative to the first untrained
 INITIAL_WEIGHTS = {MEMBERS: 2.0, NORM_DAMPING: 1.0, NEIGHBOR_SMOOTHING: 2.0}
 MASKED_WEIGHT = 4.0  # initial
 MAX_ROUNDS = 3  # over all weights
-SEARCH_RADIUS = {
-    MASKED: 2,
-    NORM_DAMPING: 2,
-    NEIGHBOR_SMOOTHING: 2,
-}  # grid steps tried in each direction; 1 for other weights
+# grid steps tried in each direction; 1 for other weights
+SEARCH_RADIUS = {MASKED: 2, NORM_DAMPING: 2, NEIGHBOR_SMOOTHING: 2}
 
 
 class ScoreFusion:
@@ -55,7 +52,7 @@ class ScoreFusion:
         profiles: names of the scorers that are content profiles.
         neighbours: None: cold items keep their rows.
         operator: None: users are not smoothed.
-        has_masked: whether there is a masked diffusion; `set_masked` then comes before every method that fuses.
+        has_masked: whether there is a masked diffusion, whose embeddings `tune_network` and `fuse` then get.
     """
 
     def __init__(
@@ -66,7 +63,6 @@ class ScoreFusion:
         operator: CooccurrenceOperator | None = None,
         has_masked: bool = False,
     ):
-        self.masked: Embeddings | None = None
         self.profiles, self.neighbours, self.operator = profiles, neighbours, operator
         self.scorers = {
             name: unit_variance(embeddings if name in profiles else self._impute(embeddings))
@@ -75,10 +71,6 @@ class ScoreFusion:
         self.weights = dict.fromkeys([MEMBERS, *scorers], 1.0) | {NORM_DAMPING: 0.0, NEIGHBOR_SMOOTHING: 0.0}
         if has_masked:
             self.weights[MASKED] = MASKED_WEIGHT
-
-    def set_masked(self, masked: Embeddings | None) -> None:
-        """Set the embeddings of the masked diffusion."""
-        self.masked = None if masked is None else unit_variance(self._impute(masked))
 
     def tune_untrained(self, objective: Callable[[Embeddings], float]) -> None:
         """Tune the weights of the untrained scorers, one after the other, without the network; the smallest weight wins
@@ -89,18 +81,19 @@ class ScoreFusion:
         trained = self.weights
         self.weights = {MEMBERS: 0.0, first: 1.0} | dict.fromkeys(others, 0.0)
         for name in others:
-            values = {
-                step: objective(self._weighted_sum(None, {**self.weights, name: step})) for step in UNTRAINED_STEPS
-            }
+            values = {step: objective(self._weighted_sum({}, {**self.weights, name: step})) for step in UNTRAINED_STEPS}
             self.weights[name] = max(values, key=lambda step: (values[step], -step))
         self.weights |= INITIAL_WEIGHTS | ({MASKED: trained[MASKED]} if MASKED in trained else {})
 
-    def tune_network(self, network: Embeddings, objective: Callable[[Embeddings], float]) -> None:
+    def tune_network(
+        self, network: Embeddings, objective: Callable[[Embeddings], float], masked: Embeddings | None = None
+    ) -> None:
         """Tune the weights of the trained models, norm damping, neighbour smoothing and the weights of the content
         profiles by greedy coordinate search, from their current values. Without untrained scorers only the network's
         weight beside the masked diffusion: each value ranks the split once."""
         values: dict[tuple, float] = {}
         damped: dict[float, DampedNetwork] = {}
+        others = self._masked_scorer(masked)
 
         def value(weights: dict[str, float]) -> float:
             exponent, key = weights[NORM_DAMPING], tuple(weights.items())
@@ -109,7 +102,7 @@ class ScoreFusion:
                     damped.clear()  # one at a time: as large as the network's embeddings
                     damped[exponent] = self._damp_norms(network, exponent)
                 embeddings = damped[exponent].embeddings(weights[NEIGHBOR_SMOOTHING])
-                values[key] = objective(self._weighted_sum(embeddings, weights))
+                values[key] = objective(self._weighted_sum({MEMBERS: embeddings} | others, weights))
             return values[key]
 
         grids = {MEMBERS: MEMBER_STEPS}
@@ -129,10 +122,11 @@ class ScoreFusion:
             if self.weights == before:
                 break
 
-    def fuse(self, network: Embeddings) -> Embeddings:
+    def fuse(self, network: Embeddings, masked: Embeddings | None = None) -> Embeddings:
         """Embeddings whose dot product is the weighted sum of all scores."""
         damped = self._damp_norms(network, self.weights[NORM_DAMPING])
-        return self._weighted_sum(damped.embeddings(self.weights[NEIGHBOR_SMOOTHING]), self.weights)
+        trained = {MEMBERS: damped.embeddings(self.weights[NEIGHBOR_SMOOTHING])} | self._masked_scorer(masked)
+        return self._weighted_sum(trained, self.weights)
 
     def profile_columns(self, width: int) -> dict[str, slice]:
         """Local. Columns of the content profiles in fused embeddings of this width; profiles of weight 0 have none."""
@@ -157,16 +151,17 @@ class ScoreFusion:
             smoothed = users.with_values(smoothed * inverse_score_std(smoothed, covariance))
         return DampedNetwork(users.with_values(own * inverse_score_std(own, covariance)), smoothed, items)
 
+    def _masked_scorer(self, masked: Embeddings | None) -> dict[str, Embeddings]:
+        return {} if masked is None else {MASKED: unit_variance(self._impute(masked))}
+
     def _impute(self, embeddings: Embeddings) -> Embeddings:
         users, items = embeddings
         return Embeddings(users, items if self.neighbours is None else self.neighbours.impute(items))
 
-    def _weighted_sum(self, network: Embeddings | None, weights: dict[str, float]) -> Embeddings:
-        """Local. Columns of all scorers with a weight side by side, the users' times the weight. network None: without
-        it."""
-        trained = {} if network is None else {MEMBERS: network, MASKED: self.masked}
-        scorers = {name: scorer for name, scorer in trained.items() if scorer is not None} | self.scorers
-        scorers = {name: scorer for name, scorer in scorers.items() if weights[name]}
+    def _weighted_sum(self, trained: dict[str, Embeddings], weights: dict[str, float]) -> Embeddings:
+        """Local. Columns of the trained and the untrained scorers with a weight side by side, the users' times the
+        weight."""
+        scorers = {name: scorer for name, scorer in (trained | self.scorers).items() if weights[name]}
         users = torch.cat([scorer.users.weight * weights[name] for name, scorer in scorers.items()], dim=1)
         items = torch.cat([scorer.items.weight for scorer in scorers.values()], dim=1)
         first = next(iter(scorers.values()))

@@ -58,8 +58,7 @@ class HybridScorer:
             masked: of the masked diffusion, if there is one; so in the other methods.
         """
         if self.fusion is not None:
-            self.fusion.set_masked(masked)
-            self.fusion.tune_network(network, partial(objective, counted=None))
+            self.fusion.tune_network(network, partial(objective, counted=None), masked)
         return self.fuse(network, masked)
 
     def tune_cold_start(self, fused: Embeddings, objective: Objective) -> None:
@@ -74,10 +73,7 @@ class HybridScorer:
 
     def fuse(self, network: Embeddings, masked: Embeddings | None = None) -> Embeddings:
         """Fused embeddings, before cold items are predicted."""
-        if self.fusion is None:
-            return network
-        self.fusion.set_masked(masked)
-        return self.fusion.fuse(network)
+        return network if self.fusion is None else self.fusion.fuse(network, masked)
 
     def impute_cold(self, fused: Embeddings) -> Embeddings:
         """Final embeddings: fused ones with predicted rows for cold items."""

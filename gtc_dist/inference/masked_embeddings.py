@@ -1,7 +1,5 @@
 """Embeddings of the whole catalog from the masked diffusion: nothing is masked, and no id row is dropped."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
@@ -9,38 +7,20 @@ from gtc_dist.distributed.sharded_spmm import ShardedSpMM, row_chunks
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.embeddings import Embeddings
-from gtc_dist.inference.layerwise import embed_catalog
 from gtc_dist.model.gtc import GTC, Tables
-
-
-class TrainedEmbeddings(NamedTuple):
-    """Embeddings of the trained models; masked: of the masked diffusion, None without it."""
-
-    ensemble: Embeddings
-    masked: Embeddings | None
-
-
-def embed_trained(
-    network: GTC,
-    tables: Tables,
-    features: dict[str, ShardedTable],
-    graphs: Graphs,
-    chunk: int,
-    diagnostics: dict[str, float] | None = None,
-) -> TrainedEmbeddings:
-    """Embeddings of all users and items by both trained models; arguments as in `embed_catalog`. Collective: every rank
-    must call it."""
-    ensemble = embed_catalog(network, tables, features, graphs, chunk, diagnostics)
-    masked = None if network.masked is None else embed_masked(network, tables, features, graphs, chunk)
-    return TrainedEmbeddings(ensemble, masked)
 
 
 @torch.no_grad()
 def embed_masked(
     network: GTC, tables: Tables, features: dict[str, ShardedTable], graphs: Graphs, chunk: int
-) -> Embeddings:
-    """Frozen tables of width D + 1: items have their vector and their bias, users the scaled unit sum of their items'
-    vectors and a 1. Users without a train interaction have zeros. Collective: every rank must call it."""
+) -> Embeddings | None:
+    """Embeddings of all users and items by the masked diffusion; None without one. Arguments as in `embed_catalog`.
+
+    Frozen tables of width D + 1: items have their vector and their bias, users the scaled unit sum of their items'
+    vectors and a 1. Users without a train interaction have zeros. Collective: every rank must call it.
+    """
+    if network.masked is None:
+        return None
     masked, table, comm = network.masked, tables.masked_item, tables.masked_item.comm
     vectors = ShardedTable(table.name, table.rows, masked.width, comm, trainable=False)
     for low, high in row_chunks(vectors, chunk):

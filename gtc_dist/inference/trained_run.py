@@ -18,7 +18,8 @@ from gtc_dist.evaluation.ranking import RankingOptions
 from gtc_dist.graph.csc import Graphs, load_graphs
 from gtc_dist.hybrid.embeddings import Embeddings
 from gtc_dist.hybrid.scorer import HybridScorer
-from gtc_dist.inference.masked_embeddings import embed_trained
+from gtc_dist.inference.layerwise import embed_catalog
+from gtc_dist.inference.masked_embeddings import embed_masked
 from gtc_dist.model.build import build_network, load_features
 from gtc_dist.model.gtc import GTC, Tables
 
@@ -44,8 +45,8 @@ class TrainedRun:
 
     def fused_embeddings(self) -> Embeddings:
         """Fused embeddings, before cold items are predicted."""
-        chunk = self.config.eval.block_rows
-        return self.scorer.fuse(*embed_trained(self.network, self.tables, self.features, self.graphs, chunk))
+        models = self.network, self.tables, self.features, self.graphs, self.config.eval.block_rows
+        return self.scorer.fuse(embed_catalog(*models), embed_masked(*models))
 
     def metrics_by_user(
         self, split: str, users: int | None, head_items: int = HEAD_ITEMS

@@ -29,6 +29,7 @@ class DrawnPairs:
     sampler_seed: int  # of this rank's neighbour sampling
     counts: list[int]  # pairs of each rank
     masked_users: np.ndarray  # int64 [m], of this rank, for the masked diffusion
+    masked_counts: list[int]  # masked users of each rank
     mask_seed: int  # of their masks and negatives
 
 
@@ -45,7 +46,7 @@ class MaskedUsers:
     kept_start: torch.Tensor  # int64 [m + 1] first kept item of each user
     target: torch.Tensor  # int64 [t] masked items
     target_user: torch.Tensor  # int64 [t] their users, 0..m-1
-    weight: torch.Tensor  # float32 [t] of the masked items in the loss
+    recency_weight: torch.Tensor | None  # float32 [t] of the masked items, mean one over train; None: all one
     log_inclusion: torch.Tensor | None  # float32 [n] log P(item in batch); None: all items are
     total_users: int  # of all ranks
 

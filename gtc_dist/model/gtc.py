@@ -152,12 +152,11 @@ class GTC(nn.Module):
 
     def parameter_groups(self) -> list[dict]:
         """Parameters for the optimizer; those of the masked diffusion have their own learning rate."""
-        if self.masked is None:
-            return [{"params": list(self.parameters())}]
-        masked = list(self.masked.parameters())
-        own = {id(parameter) for parameter in masked}
-        others = [parameter for parameter in self.parameters() if id(parameter) not in own]
-        return [{"params": others}, {"params": masked, "lr": DENSE_LR}]
+        others = [parameter for name, parameter in self.named_parameters() if not name.startswith("masked.")]
+        groups: list[dict] = [{"params": others}]
+        if self.masked is not None:
+            groups.append({"params": list(self.masked.parameters()), "lr": DENSE_LR})
+        return groups
 
     # --- embeddings -------------------------------------------------------------------------------------------------
 

@@ -92,7 +92,10 @@ class MaskedDiffusion(nn.Module):
         scores = users @ items.T + rows[: len(items), -1]
         target = scores[batch.target_user, batch.target]
         log_sum = torch.logsumexp(scores - self._log_inclusion(batch, scores), dim=1)[batch.target_user]
-        return ((log_sum - target) * batch.weight).sum() / max(batch.total_users, 1)
+        loss = log_sum - target
+        if batch.recency_weight is not None:
+            loss = loss * batch.recency_weight
+        return loss.sum() / max(batch.total_users, 1)
 
     @staticmethod
     def _log_inclusion(batch: MaskedUsers, scores: torch.Tensor) -> torch.Tensor | float:

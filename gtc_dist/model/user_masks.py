@@ -26,48 +26,54 @@ STREAM = 2  # of the random generator of a pass; the interactions' permutation h
 
 
 class UserMasks:
-    """Draws and builds the steps of one rank. The constructor and `build` are collectives.
+    """Draws and builds the steps of one rank. The constructor is a collective, and `build` beyond `FULL_SOFTMAX` items.
 
     Args:
         features: tables of the modalities' features, over `comm`.
         comm: communicator of the prefetch thread.
-        steps: of a pass.
+        device: of the network; what all steps share stays there.
     """
 
-    def __init__(self, graphs: Graphs, features: dict[str, ShardedTable], comm: Communicator, seed: int, steps: int):
-        self.graphs, self.features, self.comm, self.seed, self.steps = graphs, features, comm, seed, steps
+    def __init__(
+        self, graphs: Graphs, features: dict[str, ShardedTable], comm: Communicator, seed: int, device: torch.device
+    ):
+        self.graphs, self.features, self.comm, self.seed = graphs, features, comm, seed
         users = np.flatnonzero(graphs.user_degree > 1)
         self.users = users[hash_bucket(users, comm.size) == comm.rank]
         self.users_per_rank = comm.all_gather_int(len(self.users))
         self.ordered, self.order = 0, np.empty(0, np.int64)
         self.every_item = graphs.items <= FULL_SOFTMAX
         if self.every_item:
-            self.lookup = plan_whole_table(graphs.items, comm)
-            self.all_features = {name: table.lookup(self.lookup) for name, table in features.items()}
+            plan = plan_whole_table(graphs.items, comm)
+            self.all_features = {name: table.lookup(plan).to(device) for name, table in features.items()}
+            self.lookup = plan.to(device)
             self.hop = None
             if graphs.item_item is not None:
                 hop = graphs.item_item
-                self.hop = Block.build(hop.indptr, hop.indices, hop.weight, graphs.items)
+                self.hop = Block.build(hop.indptr, hop.indices, hop.weight, graphs.items).to(device)
 
-    def draw(self, pass_number: int, step: int) -> tuple[np.ndarray, int]:
-        """Local. Users of a step, int64 [m], and the seed of their masks.
+    def draw(self, pass_number: int, step: int, steps: int) -> tuple[np.ndarray, list[int], int]:
+        """Local. Users of a step, int64 [m], the number of users of each rank, and the seed of the masks.
 
         Args:
-            pass_number: from 1; step: of the pass, from 0.
+            pass_number: from 1; step: of the pass, from 0; steps: of a pass.
         """
         if pass_number != self.ordered:
             rng = np.random.default_rng([self.seed, pass_number, self.comm.rank, STREAM])
             self.ordered, self.order = pass_number, rng.permutation(self.users)
-        first, last = (n * len(self.order) // self.steps for n in (step, step + 1))
+        first, last = (n * len(self.order) // steps for n in (step, step + 1))
+        counts = [(step + 1) * users // steps - step * users // steps for users in self.users_per_rank]
         rng = np.random.default_rng([self.seed, pass_number, step, self.comm.rank, STREAM])
-        return self.order[first:last], int(rng.integers(1 << 31))
+        return self.order[first:last], counts, int(rng.integers(1 << 31))
 
-    def build(self, users: np.ndarray, seed: int) -> MaskedUsers:
-        """Mask interactions of the users and look up the content of the items that the step needs."""
+    def build(self, users: np.ndarray, counts: list[int], seed: int) -> MaskedUsers:
+        """Mask interactions of the users and look up the content of the items that the step needs; arguments as
+        returned by `draw`."""
         rng = np.random.default_rng(seed)
         kept, kept_user, masked, masked_user = self._mask(users, rng)
+        recency = self.graphs.relative_weights(users[masked_user], masked)
         if self.every_item:
-            items, lookup, features, hop = None, self.lookup, self.all_features, self.hop
+            lookup, features, hop = self.lookup, self.all_features, self.hop
             count, log_inclusion = self.graphs.items, None
         else:
             negatives = rng.integers(0, self.graphs.items, NEGATIVES)
@@ -78,11 +84,6 @@ class UserMasks:
             others = (len(kept) + len(masked)) * (len(users) - 1) / max(len(users), 1)  # a user's own are in anyway
             count, log_inclusion = len(rows), self._log_inclusion(items, others)
             kept, masked = np.searchsorted(items, kept), np.searchsorted(items, masked)
-        weight = np.ones(len(masked), np.float32)
-        if len(masked):
-            chosen = masked if items is None else items[masked]
-            recency = self.graphs.relative_weights(users[masked_user], chosen)
-            weight = weight if recency is None else recency
         return MaskedUsers(
             item_lookup=lookup,
             features=features,
@@ -92,9 +93,9 @@ class UserMasks:
             kept_start=torch.from_numpy(np.searchsorted(kept_user, np.arange(len(users) + 1))),
             target=torch.from_numpy(masked),
             target_user=torch.from_numpy(masked_user),
-            weight=torch.from_numpy(weight),
+            recency_weight=None if recency is None else torch.from_numpy(recency),
             log_inclusion=log_inclusion,
-            total_users=sum(self.comm.all_gather_int(len(users))),
+            total_users=sum(counts),
         )
 
     def _with_neighbours(self, items: np.ndarray) -> tuple[np.ndarray, Block | None]:

@@ -24,7 +24,7 @@ from gtc_dist.data.hashing import hash_bucket
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.model.batch import Batch, DrawnPairs
+from gtc_dist.model.batch import Batch, DrawnPairs, MaskedUsers
 from gtc_dist.model.gtc import GTC
 from gtc_dist.model.user_masks import UserMasks
 from gtc_dist.training.subgraph import FullGraphBuilder, SampledGraphBuilder
@@ -42,7 +42,10 @@ def build_loader(
         users, items: int32 [n] interactions of this rank, in any order.
     """
     builder = FullGraphBuilder if config.model.propagation == "full" else SampledGraphBuilder
-    return DataLoader(config, users, items, graphs, builder(config, network, graphs, features), comm, features)
+    masks = None
+    if network.masked is not None:
+        masks = UserMasks(graphs, features, comm, config.train.seed, network.comm.device)
+    return DataLoader(config, users, items, graphs, builder(config, network, graphs, features), comm, masks)
 
 
 class DataLoader:
@@ -53,11 +56,20 @@ class DataLoader:
         graphs: train graph; negatives are never train positives of their user.
         subgraph_builder: FullGraphBuilder or SampledGraphBuilder (subgraph.py).
         comm: a communicator with a process group of the prefetch thread's own.
-        features: tables of the modalities' features, over `comm`.
+        masks: of the masked diffusion; None without it.
     """
 
-    def __init__(self, config: Config, users, items, graphs: Graphs, subgraph_builder, comm: Communicator, features):
-        self.graphs, self.subgraph_builder, self.comm = graphs, subgraph_builder, comm
+    def __init__(
+        self,
+        config: Config,
+        users,
+        items,
+        graphs: Graphs,
+        subgraph_builder,
+        comm: Communicator,
+        masks: UserMasks | None = None,
+    ):
+        self.graphs, self.subgraph_builder, self.comm, self.masks = graphs, subgraph_builder, comm, masks
         train, model = config.train, config.model
         self.seed, self.negatives, self.tc_rows = train.seed, train.negatives, train.tc_rows
         self.diffusion_steps, self.width = model.diffusion.steps, model.width
@@ -69,9 +81,6 @@ class DataLoader:
         self.item_counts = np.bincount(self.items, minlength=graphs.items)
         self.pass_steps = max(1, -(-sum(self.interactions_per_rank) // train.batch_size))
         self.steps = train.epoch_steps or self.pass_steps  # of an epoch
-        self.masks = None
-        if model.masked_width:
-            self.masks = UserMasks(graphs, features, comm, self.seed, self.pass_steps)
 
     def pairs_per_rank(self, step: int) -> list[int]:
         """Local. Pairs of each rank in a step of a pass: its interactions cut into parts whose sizes differ by at most
@@ -101,6 +110,9 @@ class DataLoader:
             negatives = rng.integers(0, self.graphs.items, self.negative_count)
         else:
             negatives = np.unique(positives)
+        masked = np.empty(0, np.int64), [0] * self.comm.size, 0
+        if self.masks is not None:
+            masked = self.masks.draw(pass_number, step, self.pass_steps)
         return DrawnPairs(
             users,
             positives,
@@ -111,7 +123,7 @@ class DataLoader:
             int(np.random.default_rng([self.seed, pass_number, step]).integers(1 << 31)),
             int(rng.integers(1 << 31)),
             self.pairs_per_rank(step),
-            *((np.empty(0, np.int64), 0) if self.masks is None else self.masks.draw(pass_number, step)),
+            *masked,
         )
 
     def _batches(self, epoch: int, done: int) -> Iterator[Batch]:
@@ -164,9 +176,12 @@ class DataLoader:
             tc_counts=self.tc_counts(drawn.counts),
             drawn=drawn,
             all_pairs=all_pairs,
-            masked=None if self.masks is None else self.masks.build(drawn.masked_users, drawn.mask_seed),
+            masked=None if self.masks is None else self._masked_users(drawn),
             recency_weight=None if recency is None else torch.from_numpy(recency),
         )
+
+    def _masked_users(self, drawn: DrawnPairs) -> MaskedUsers:
+        return self.masks.build(drawn.masked_users, drawn.masked_counts, drawn.mask_seed)
 
     def _negative_weight(self, drawn: DrawnPairs) -> torch.Tensor | None:
         """Importance weight of an in-batch negative: 1 / P(item in batch), so that popular items are not negatives more

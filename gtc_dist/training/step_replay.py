@@ -102,5 +102,6 @@ def read_dumped_step(uri: str) -> DumpedStep:
         raise InputError(f"{uri} is not a step that a run wrote: {error}") from error
     ranks = len(arrays["counts"])
     arrays |= {name: int(arrays[name]) for name in ("permutation_seed", "sampler_seed", "mask_seed")}
-    drawn = DrawnPairs(**arrays | {"counts": [len(arrays["users"])]})
+    own = {"counts": [len(arrays["users"])], "masked_counts": [len(arrays["masked_users"])]}
+    drawn = DrawnPairs(**arrays | own)
     return DumpedStep(drawn, all_pairs, ranks, weight, rows, state)

@@ -15,7 +15,8 @@ from gtc_dist.evaluation.ranking import RankingOptions
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.embeddings import Embeddings
 from gtc_dist.hybrid.scorer import HybridScorer
-from gtc_dist.inference.masked_embeddings import TrainedEmbeddings, embed_trained
+from gtc_dist.inference.layerwise import embed_catalog
+from gtc_dist.inference.masked_embeddings import embed_masked
 from gtc_dist.model.gtc import GTC, Tables
 from gtc_dist.training.control_variate import HistoricalEmbeddings
 
@@ -48,16 +49,17 @@ class Validator:
         self.head = valid_head(self.truth["valid"], graphs.items, HEAD_ITEMS, tables.user.comm)
         self.groups = positive_groups(graphs, self.head)
 
-    def embed(self, diagnostics: dict[str, float] | None = None) -> TrainedEmbeddings:
-        """The trained models' embeddings of the whole catalog, before score fusion.
+    def embed(self, diagnostics: dict[str, float] | None = None) -> tuple[Embeddings, Embeddings | None]:
+        """Embeddings of the whole catalog before score fusion: of the network, and of the masked diffusion if there is
+        one.
 
         Args:
             diagnostics: filled with means over all items.
         """
         if self.history is not None:
             self.history.clear()  # frees its memory; the next step refreshes
-        chunk = self.config.eval.block_rows
-        return embed_trained(self.network, self.tables, self.features, self.graphs, chunk, diagnostics)
+        models = self.network, self.tables, self.features, self.graphs, self.config.eval.block_rows
+        return embed_catalog(*models, diagnostics), embed_masked(*models)
 
     def validate(self, epoch: int, best: float) -> tuple[dict, dict[str, float]]:
         """Tune the hybrid weights and rank the valid split.

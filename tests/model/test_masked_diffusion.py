@@ -1,5 +1,7 @@
 """The masked diffusion: its loss, its masks, and what it learns."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -7,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from ranks import run_ranks
 from small import small_catalog, small_config
+from steps import assert_same_step, whole_gradient
 from trainings import fit, trainer_of
 
 from gtc_dist.data.catalog import Catalog
@@ -46,15 +49,16 @@ def positives(graphs) -> list[set]:
 
 
 def masks_of(graphs, features) -> UserMasks:
-    return UserMasks(graphs, features, Communicator(), seed=0, steps=STEPS)
+    return UserMasks(graphs, features, Communicator(), seed=0, device=torch.device("cpu"))
 
 
 def test_a_pass_masks_every_user_once(parts):
     graphs, _, _, features = parts
     masks, seen, truth = masks_of(graphs, features), [], positives(graphs)
     for step in range(STEPS):
-        users, seed = masks.draw(1, step)
-        batch = masks.build(users, seed)
+        users, counts, seed = masks.draw(1, step, STEPS)
+        assert counts == [len(users)]
+        batch = masks.build(users, counts, seed)
         ends = batch.kept_start.tolist()
         assert ends[0] == 0
         assert ends[-1] == len(batch.kept)
@@ -67,18 +71,18 @@ def test_a_pass_masks_every_user_once(parts):
             assert kept | masked == truth[user]
         seen += users.tolist()
     assert sorted(seen) == [user for user, items in enumerate(truth) if len(items) > 1]
-    again = masks.build(users, seed)
+    again = masks.build(users, counts, seed)
     assert torch.equal(again.kept, batch.kept)
     assert torch.equal(again.has_id, batch.has_id)
-    assert masks.draw(2, 0)[0].tolist() != masks.draw(1, 0)[0].tolist()
+    assert masks.draw(2, 0, STEPS)[0].tolist() != masks.draw(1, 0, STEPS)[0].tolist()
 
 
 def test_at_most_so_many_interactions_of_a_user(parts, monkeypatch):
     graphs, _, _, features = parts
     monkeypatch.setattr(user_masks, "MAX_ITEMS", 3)
     masks = masks_of(graphs, features)
-    users, seed = masks.draw(1, 0)
-    batch = masks.build(users, seed)
+    users, counts, seed = masks.draw(1, 0, STEPS)
+    batch = masks.build(users, counts, seed)
     count = batch.kept_start.diff() + torch.bincount(batch.target_user, minlength=len(users))
     assert count.tolist() == np.minimum(graphs.user_degree[users], 3).tolist()
 
@@ -86,8 +90,8 @@ def test_at_most_so_many_interactions_of_a_user(parts, monkeypatch):
 def test_the_loss_is_that_of_its_definition(parts):
     graphs, masked, table, features = parts
     masks = masks_of(graphs, features)
-    users, seed = masks.draw(1, 0)
-    batch = masks.build(users, seed)
+    users, counts, seed = masks.draw(1, 0, STEPS)
+    batch = masks.build(users, counts, seed)
     rows = torch.randn(graphs.items, table.width, generator=torch.Generator().manual_seed(1))
     loss = masked(batch, rows)
     vectors = rows[:, :-1] * batch.has_id[:, None]
@@ -110,14 +114,13 @@ def test_sampled_items_estimate_the_loss_over_all(tmp_path, monkeypatch):
     graphs, masked, table, features = parts_of(catalog)
     rows = 0.5 * torch.randn(graphs.items, table.width, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(user_masks, "ID_DROP", 0.0)
-    users, _ = masks_of(graphs, features).draw(1, 0)
-    users = users[:12]
-    whole = [masked(masks_of(graphs, features).build(users, seed), rows).item() for seed in range(40)]
+    users = masks_of(graphs, features).draw(1, 0, STEPS)[0][:12]
+    whole = [masked(masks_of(graphs, features).build(users, [12], seed), rows).item() for seed in range(40)]
     monkeypatch.setattr(user_masks, "FULL_SOFTMAX", 0)
     monkeypatch.setattr(user_masks, "NEGATIVES", 120)
     sampled, uncorrected = [], []
     for seed in range(40):
-        batch = masks_of(graphs, features).build(users, seed)
+        batch = masks_of(graphs, features).build(users, [12], seed)
         own = rows[torch.from_numpy(items_of(batch))]
         sampled.append(masked(batch, own).item())
         batch.log_inclusion = torch.zeros_like(batch.log_inclusion)
@@ -131,6 +134,38 @@ def test_sampled_items_estimate_the_loss_over_all(tmp_path, monkeypatch):
 def items_of(batch) -> np.ndarray:
     """Catalog indexes of a sampled batch's items."""
     return batch.item_lookup.outgoing[batch.item_lookup.position].numpy()
+
+
+def gradients(comm: Communicator, uri: str, config, counts: list[int]) -> dict:
+    """Loss of the global batch and all gradients, where the ranks share the users of one step."""
+    catalog = Catalog(uri)
+    network, tables = build_network(config, catalog, comm)
+    features, graphs = load_features(network.modalities, catalog, comm), load_graphs(config, catalog)
+    users = np.flatnonzero(graphs.user_degree > 1)[: sum(counts)]
+    whole = UserMasks(graphs, features, comm, 0, torch.device("cpu")).build(users, counts, 5)
+    first = sum(counts[: comm.rank])
+    start = whole.kept_start[first : first + counts[comm.rank] + 1]
+    own = (whole.target_user >= first) & (whole.target_user < first + counts[comm.rank])
+    batch = replace(
+        whole,
+        kept=whole.kept[start[0] : start[-1]],
+        kept_start=start - start[0],
+        target=whole.target[own],
+        target_user=whole.target_user[own] - first,
+    )
+    loss = network.masked(batch, tables.masked_item.lookup(batch.item_lookup))
+    (comm.size * loss).backward()
+    dense = {name: comm.all_reduce(p.grad.clone()) / comm.size for name, p in network.masked.named_parameters()}
+    total = comm.all_reduce(loss.detach().clone())
+    return {"parts": {"masked": total.item()}, "dense": dense, "tables": {"m": whole_gradient(tables.masked_item)}}
+
+
+def test_ranks_give_the_loss_and_gradients_of_one(catalog):
+    config = small_config(catalog.uri, model=MASKED)
+    alone = run_ranks(gradients, 1, catalog.uri, config, [24])[0]
+    assert all(gradient.abs().sum() > 0 for gradient in [*alone["dense"].values(), *alone["tables"].values()])
+    for result in run_ranks(gradients, 3, catalog.uri, config, [15, 0, 9]):
+        assert_same_step(result, alone)
 
 
 def embedded(comm: Communicator, uri: str, config) -> dict:
@@ -150,9 +185,16 @@ def test_ranks_embed_their_own_rows(catalog):
         torch.testing.assert_close(torch.cat([one[kind] for one in together]), rows, rtol=1e-5, atol=1e-6)
 
 
-def test_two_ranks_train_it(catalog, tmp_path):
+def fit_sampled(comm: Communicator, run: str, config) -> dict:
+    """`fit` in a process of its own, with sampled items."""
+    user_masks.FULL_SOFTMAX, user_masks.NEGATIVES = 0, 20
+    return fit(comm, run, config)
+
+
+@pytest.mark.parametrize("function", [fit, fit_sampled])
+def test_two_ranks_train_it(catalog, tmp_path, function):
     config = small_config(catalog.uri, str(tmp_path), model={**MASKED, "propagation": "sampled"})
-    results = run_ranks(fit, 2, str(tmp_path / "r"), config)
+    results = run_ranks(function, 2, str(tmp_path / "r"), config)
     assert results[0]["test"] == results[1]["test"]
     assert results[0]["test"]["overall"]["recall@20"] > 0
 
