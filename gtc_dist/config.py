@@ -94,7 +94,7 @@ class NegativesConfig(Section):
 class TrainConfig(Section):
     """Optimisation, losses and checkpoints."""
 
-    epochs: NonNegativeInt = Field(50, description="Largest number of epochs.")
+    epochs: NonNegativeInt = Field(120, description="Largest number of epochs.")
     batch_size: PositiveInt = Field(2048, description="Interactions of a step, over all ranks.")
     seed: NonNegativeInt = Field(0, description="Seed of initial values, negatives, sampling and permutations.")
     lr: PositiveFloat = Field(1e-3, description="Learning rate (Adam) of the dense network.")
@@ -111,18 +111,22 @@ class TrainConfig(Section):
     )
     temperature: PositiveFloat = Field(1.0, description="Scores are divided by it in the ranking loss.")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0,
+        0.7,
         description="Decay of an average of the weights over epochs; the averaged weights are validated, kept and "
         "exported. 0: the weights themselves. Costs one more copy of the weights.",
     )
     exclude_seed_edges: bool = Field(
         True, description="Leave the batch's own interactions out of the graph from which they are predicted."
     )
-    w_tc: Weight = Field(0.4, description="Weight of the total-correlation loss. 0: the network has none.")
+    w_tc: Weight = Field(
+        0.0, description="Weight of the total-correlation loss; the paper has 0.4. 0: the network has none."
+    )
     tc_rows: NonNegativeInt = Field(
         512, description="Pairs of the global batch that enter the total-correlation loss. 0: all."
     )
-    w_diff: Weight = Field(0.7, description="Weight of the denoising loss. 0: the network has no content filter.")
+    w_diff: Weight = Field(
+        0.0, description="Weight of the content filter's denoising loss; the paper has 0.7. 0: no content filter."
+    )
     w_reg: Weight = Field(1e-3, description="Weight of the L2 term over the batch's rows.")
     clip_norm: PositiveFloat | None = Field(None, description="Largest norm of all gradients together. null: any.")
     not_finite: Literal["stop", "skip"] = Field(
@@ -201,10 +205,10 @@ class ModelConfig(Section):
     )
     width: PositiveInt = Field(64, description="Embedding width D of a view.")
     members: PositiveInt = Field(1, description="Ensemble size: networks trained side by side, whose scores are added.")
-    masked_width: NonNegativeInt = Field(
-        0,
-        description="Width of the masked diffusion of interactions, a second model of the ensemble, conditioned on "
-        "content (model/masked_diffusion.py). 0: none.",
+    masked_members: NonNegativeInt = Field(
+        4,
+        description="Members of the masked diffusion of interactions, a second model of the ensemble, conditioned on "
+        "content (model/masked_diffusion.py); an item has 128 columns of each. 0: none.",
     )
     layers: NonNegativeInt = Field(2, description="User-item graph convolution layers.")
     modalities: list[str] | None = Field(None, description="Modalities to use. null: all of the catalog.")
@@ -236,13 +240,15 @@ class ModelConfig(Section):
 class EvalConfig(Section):
     """Validation and ranking."""
 
-    every: PositiveInt = Field(1, description="Epochs between validations.")
+    every: PositiveInt = Field(
+        5, description="Epochs between validations, each of which ranks a sample of valid some 50 times."
+    )
     metric: str = Field(
         "recall@20",
         description="Metric whose highest value on valid selects the best epoch, and which stops early; also of some "
         "items: head_free/ndcg@20, cold/recall@20, strata/tail/recall@20 and others (docs/concepts.md).",
     )
-    patience: PositiveInt = Field(10, description="Validations without a better metric before training stops.")
+    patience: PositiveInt = Field(5, description="Validations without a better metric before training stops.")
     users: PositiveInt | None = Field(
         None, description="Rank about this many users of a split, a seeded sample. null: all."
     )

@@ -39,6 +39,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "train.user_discount": (0.0, DROP_LINE),
     "train.w_personal": (0.1, DROP_LINE),
     "graph.item_neighbours": (10, DROP_LINE),
+    "model.masked_width": (0, "write model.masked_members"),
     "model.user_fanout": (5, "model.item_fanout serves both"),  # a run's value must be that of model.item_fanout
 }
 # Switches that became something else; `upgrade` translates them.
@@ -57,6 +58,8 @@ REPLACED = {
     "data.split.valid_label": "write data.split.labels: [TRAIN, VALID, TEST]",
     "data.split.test_label": "write data.split.labels: [TRAIN, VALID, TEST]",
 }
+# Keys that older runs lack, with what those runs had; a new configuration has another default.
+ADDED = {"model.masked_members": 0}
 # Keys without an effect on the weights that a run learns: an upgrade leaves them out, whatever their value.
 IGNORED = {
     "dataset": "give the generator's parameters to tools/make_dataset.py --spec FILE",
@@ -94,15 +97,16 @@ def old_keys(tree: dict) -> dict[str, str]:
 
 
 def upgrade(tree: dict, origin: str) -> dict:
-    """The configuration of a run with the keys of this version; others than those of older runs are returned unchanged.
+    """The configuration of a run with the keys of this version: keys that only older runs have are translated, and keys
+    that they lack get the values that those runs had.
 
     Raises:
         InputError: the run was trained with a switch that this version does not have any more.
     """
-    if not old_keys(tree):
-        return tree
     old = flatten_keys(tree)
-    new = {key: value for key, value in old.items() if not _is_old(key)}
+    if not old_keys(tree):
+        return _nest(ADDED | old)
+    new = ADDED | {key: value for key, value in old.items() if not _is_old(key)}
     new |= {RENAMED[key]: value for key, value in old.items() if key in RENAMED}
     if old.get("model.correlation.enabled") is False:
         new["train.w_tc"] = 0.0

@@ -22,13 +22,15 @@ def small_config(catalog: str, storage: str = "runs", **sections) -> Config:
     tree = {
         "data": {"raw": "raw", "catalog": catalog},
         "run": {"storage": storage, "name": "small"},
-        "train": {"batch_size": 32, "epochs": 2},
+        "train": {"batch_size": 32, "epochs": 2, "w_diff": 0.7, "w_tc": 0.4, "ema_decay": 0},
         "model": {
             "width": 8,
+            "masked_members": 0,
             "user_hop": True,
             "diffusion": {"steps": 20, "start_step": 5},
             "hybrid": {"graph_filter": 0, "content_profile": 0},
         },
+        "eval": {"every": 1, "patience": 10},
     }
     return build_config(_merge(tree, sections), "test")
 
@@ -104,14 +106,16 @@ def write_config(tmp_path: Path, catalog: str, runs: str, **train_keys) -> str:
     tree = {
         "data": {"raw": "unused", "catalog": catalog},
         "run": {"storage": runs, "name": "r"},
-        "train": {"epochs": 3, "batch_size": 64, **train_keys},
+        "train": {"epochs": 3, "batch_size": 64, "w_diff": 0.7, "w_tc": 0.4, "ema_decay": 0, **train_keys},
         "cluster": {"threads": 1},
         "model": {
             "width": 8,
+            "masked_members": 0,
             "user_hop": True,
             "diffusion": {"steps": 20, "start_step": 5},
             "hybrid": {"graph_filter": 0, "content_profile": 0},
         },
+        "eval": {"every": 1, "patience": 10},
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tree))

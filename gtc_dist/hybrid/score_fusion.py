@@ -69,8 +69,9 @@ class ScoreFusion:
             for name, embeddings in scorers.items()
         }
         self.weights = dict.fromkeys([MEMBERS, *scorers], 1.0) | {NORM_DAMPING: 0.0, NEIGHBOR_SMOOTHING: 0.0}
-        if has_masked:
-            self.weights[MASKED] = MASKED_WEIGHT
+        masked = {MASKED: MASKED_WEIGHT} if has_masked else {}
+        self.weights |= masked
+        self.initial_weights = (INITIAL_WEIGHTS if scorers else {MEMBERS: 1.0}) | masked
 
     def tune_untrained(self, objective: Callable[[Embeddings], float]) -> None:
         """Tune the weights of the untrained scorers, one after the other, without the network; the smallest weight wins
@@ -78,19 +79,18 @@ class ScoreFusion:
         if not self.scorers:
             return
         first, *others = self.scorers
-        trained = self.weights
         self.weights = {MEMBERS: 0.0, first: 1.0} | dict.fromkeys(others, 0.0)
         for name in others:
             values = {step: objective(self._weighted_sum({}, {**self.weights, name: step})) for step in UNTRAINED_STEPS}
             self.weights[name] = max(values, key=lambda step: (values[step], -step))
-        self.weights |= INITIAL_WEIGHTS | ({MASKED: trained[MASKED]} if MASKED in trained else {})
+        self.weights |= self.initial_weights
 
     def tune_network(
         self, network: Embeddings, objective: Callable[[Embeddings], float], masked: Embeddings | None = None
     ) -> None:
         """Tune the weights of the trained models, norm damping, neighbour smoothing and the weights of the content
-        profiles by greedy coordinate search, from their current values. Without untrained scorers only the network's
-        weight beside the masked diffusion: each value ranks the split once."""
+        profiles by greedy coordinate search, from their current or initial values, whichever are better. Without
+        untrained scorers only the network's weight beside the masked diffusion: each value ranks the split once."""
         values: dict[tuple, float] = {}
         damped: dict[float, DampedNetwork] = {}
         others = self._masked_scorer(masked)
@@ -113,6 +113,8 @@ class ScoreFusion:
         if self.operator is not None:
             grids[NEIGHBOR_SMOOTHING] = NEIGHBOR_SMOOTHING_STEPS
         grids |= dict.fromkeys(self.profiles, UNTRAINED_STEPS)
+        # a weight that fell to 0 while its model was untrained would stay there
+        self.weights = max(self.weights, self.weights | self.initial_weights, key=value)
         for _ in range(MAX_ROUNDS):
             before = dict(self.weights)
             for name, grid in grids.items():

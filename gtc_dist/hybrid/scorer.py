@@ -114,7 +114,7 @@ def build_score_fusion(
     """
     model, hybrid = config.model, config.model.hybrid
     if not model.has_hybrid:
-        return ScoreFusion({}, [], neighbours, has_masked=True) if model.masked_width else None
+        return ScoreFusion({}, [], neighbours, has_masked=True) if model.masked_members else None
     operator = CooccurrenceOperator(graphs, comm, config.eval.block_rows)
     scorers = {}
     if hybrid.graph_filter:
@@ -122,4 +122,4 @@ def build_score_fusion(
     for name, table in features.items() if hybrid.content_profile else ():
         scorers[name] = content_profile_scores(operator, table, hybrid.content_profile)
     profiles = list(features) if hybrid.content_profile else []
-    return ScoreFusion(scorers, profiles, neighbours, operator, model.masked_width > 0)
+    return ScoreFusion(scorers, profiles, neighbours, operator, model.masked_members > 0)

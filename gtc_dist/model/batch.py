@@ -40,7 +40,7 @@ class MaskedUsers:
 
     item_lookup: LookupPlan  # r rows: the n items, then other neighbours of them
     features: dict[str, torch.Tensor]  # modality -> [r, d]
-    has_id: torch.Tensor  # bool [r] False: the item's id row is dropped
+    has_id: torch.Tensor  # bool [r, members] False: the member's id row of the item is dropped
     item_hop: Block | None  # the r rows -> the n items, over the item-item graph
     kept: torch.Tensor  # int64 [k] kept items, by user
     kept_start: torch.Tensor  # int64 [m + 1] first kept item of each user

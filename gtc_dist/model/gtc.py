@@ -105,8 +105,7 @@ class GTC(nn.Module):
         if not self.variant.unit_rows and not self.variant.gated_content:
             # preference that all users share; only in combinations of parts that no model.variant has
             self.common = nn.Parameter(torch.zeros(self.n_node_views * self.dim))
-        width = model.masked_width
-        self.masked = MaskedDiffusion(modalities, width) if width else None
+        self.masked = MaskedDiffusion(modalities, model.masked_members) if model.masked_members else None
 
     @property
     def has_filter(self) -> bool:

@@ -18,7 +18,7 @@ from gtc_dist.graph.csc import Graphs, take_edges
 from gtc_dist.model.batch import MaskedUsers
 
 KEPT_SHARE = (0.2, 0.9)  # of a user's interactions: uniform between these
-ID_DROP = 0.6  # share of the items whose id row is dropped in a step
+ID_DROP = 0.6  # share of the items whose id row is dropped in a step, of each member
 MAX_ITEMS = 200  # interactions of a user in a step, a sample of them
 FULL_SOFTMAX = 10_000  # items
 NEGATIVES = 2048
@@ -31,13 +31,20 @@ class UserMasks:
     Args:
         features: tables of the modalities' features, over `comm`.
         comm: communicator of the prefetch thread.
+        members: of the masked diffusion.
         device: of the network; what all steps share stays there.
     """
 
     def __init__(
-        self, graphs: Graphs, features: dict[str, ShardedTable], comm: Communicator, seed: int, device: torch.device
+        self,
+        graphs: Graphs,
+        features: dict[str, ShardedTable],
+        comm: Communicator,
+        seed: int,
+        members: int,
+        device: torch.device,
     ):
-        self.graphs, self.features, self.comm, self.seed = graphs, features, comm, seed
+        self.graphs, self.features, self.comm, self.seed, self.members = graphs, features, comm, seed, members
         users = np.flatnonzero(graphs.user_degree > 1)
         self.users = users[hash_bucket(users, comm.size) == comm.rank]
         self.users_per_rank = comm.all_gather_int(len(self.users))
@@ -87,7 +94,7 @@ class UserMasks:
         return MaskedUsers(
             item_lookup=lookup,
             features=features,
-            has_id=torch.from_numpy(rng.random(count) >= ID_DROP),
+            has_id=torch.from_numpy(rng.random((count, self.members)) >= ID_DROP),
             item_hop=hop,
             kept=torch.from_numpy(kept),
             kept_start=torch.from_numpy(np.searchsorted(kept_user, np.arange(len(users) + 1))),

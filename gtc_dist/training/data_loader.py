@@ -44,7 +44,8 @@ def build_loader(
     builder = FullGraphBuilder if config.model.propagation == "full" else SampledGraphBuilder
     masks = None
     if network.masked is not None:
-        masks = UserMasks(graphs, features, comm, config.train.seed, network.comm.device)
+        members = network.masked.members
+        masks = UserMasks(graphs, features, comm, config.train.seed, members, network.comm.device)
     return DataLoader(config, users, items, graphs, builder(config, network, graphs, features), comm, masks)
 
 

@@ -13,7 +13,7 @@ from gtc_dist.errors import InputError
 
 MINIMAL = "data: {raw: r, catalog: c}\nrun: {storage: s, name: n}\n"
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = ("lastfm.yaml", "beauty.yaml")  # trained with the defaults
+BENCHMARKS = ("tiktok.yaml", "lastfm.yaml", "beauty.yaml")  # trained with the defaults
 OTHERS = ("variants.yaml", "peers.yaml")  # for tools/suite.py
 SHIPPED = sorted(
     path for path in (ROOT / "configs").glob("**/*.yaml") if path.parent.name != "datasets" and path.name not in OTHERS

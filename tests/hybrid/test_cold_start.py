@@ -211,7 +211,7 @@ def test_weights_are_restored_from_a_checkpoint(catalog):
 
 @pytest.mark.parametrize(("few", "more"), [(0, 100), (40, 60), (200, 0)])
 def test_warm_items_simulate_the_cold_ones_that_are_missing(few, more):
-    cold = np.arange(1000) < few
+    cold = np.arange(10_000) < few
     simulated = ColdStart(cold, None, None, 0.01).simulated_cold
     assert simulated[:few].all()
     assert simulated[few:].sum() == pytest.approx(more, abs=25 if more else 0)

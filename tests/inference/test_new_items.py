@@ -151,7 +151,7 @@ def test_cold_items_tool_compares_with_content_alone(run, capsys):
     table = {name: cells for name, *cells in lines}
     want = load_run(find_run(uri)).evaluate("test", None)["cold"]["recall@20"]
     assert table["**as tuned**"][0].startswith(f"{want:.4f} (")
-    assert float(table["without cold items"][2]) <= float(table["norm of cold items x 1.77"][2])
+    assert float(table["without cold items"][3]) <= float(table["norm of cold items x 1.77"][3])
 
     users, items = catalog.interactions("train")
     unit = features(catalog)["m0"].astype(np.float64)
@@ -168,6 +168,20 @@ def test_cold_items_tool_compares_with_content_alone(run, capsys):
     assert found
     mean = np.mean([np.mean(hits) for hits in found.values()])
     assert table["content, m0"][0] == f"{mean:.4f} ({len(found)} users)"
+
+
+def test_cold_items_tool_ranks_cold_items_alone(tmp_path, capsys):
+    catalog = small_catalog(tmp_path / "catalog", items=80, cold=30)
+    uri = train_without_ray(write_config(tmp_path, catalog.uri, str(tmp_path / "runs"), epochs=1))
+    cold_items.main(["--run", uri, "--threads", "1"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| **as tuned** |"))
+    users, items = (rows.weight.numpy() for rows in load_run(find_run(uri)).final_embeddings())
+    cold, hits = np.flatnonzero(Graphs.load(catalog).item_degree == 0), {}
+    for user, item in zip(*catalog.interactions("test"), strict=True):
+        if item in cold and user in catalog.interactions("train")[0]:
+            hits.setdefault(user, []).append(item in cold[np.argsort(-items[cold] @ users[user])[:20]])
+    assert len(hits) > 5
+    assert line.split("|")[3].strip() == f"{np.mean([np.mean(one) for one in hits.values()]):.4f}"
 
 
 def test_cold_items_tool_compares_with_nearest_items(run, capsys):

@@ -22,7 +22,8 @@ from gtc_dist.model.build import build_network, load_features
 from gtc_dist.model.user_masks import UserMasks
 
 STEPS = 4
-MASKED = {"masked_width": 16}
+MEMBERS = 2
+MASKED = {"masked_members": MEMBERS}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def positives(graphs) -> list[set]:
 
 
 def masks_of(graphs, features) -> UserMasks:
-    return UserMasks(graphs, features, Communicator(), seed=0, device=torch.device("cpu"))
+    return UserMasks(graphs, features, Communicator(), seed=0, members=MEMBERS, device=torch.device("cpu"))
 
 
 def test_a_pass_masks_every_user_once(parts):
@@ -94,18 +95,20 @@ def test_the_loss_is_that_of_its_definition(parts):
     batch = masks.build(users, counts, seed)
     rows = torch.randn(graphs.items, table.width, generator=torch.Generator().manual_seed(1))
     loss = masked(batch, rows)
-    vectors = rows[:, :-1] * batch.has_id[:, None]
-    for number, name in enumerate(features):
-        vectors = vectors + F.normalize(features[name].weight.float(), dim=1) @ masked.maps[number]
     hop = graphs.item_item
     adjacency = torch.tensor(sp.csr_matrix((hop.weight, hop.indices, hop.indptr)).toarray())
-    vectors = F.normalize(vectors + 0.3 * adjacency @ vectors, dim=1)
     expected = 0.0
-    for n in range(len(users)):
-        own = batch.kept[batch.kept_start[n] : batch.kept_start[n + 1]]
-        hidden = F.normalize(vectors[own].sum(0), dim=0) * 8
-        log_p = torch.log_softmax(vectors @ hidden + rows[:, -1], 0)
-        expected -= log_p[batch.target[batch.target_user == n]].sum()
+    for member in range(MEMBERS):
+        columns = slice(128 * member, 128 * (member + 1))
+        vectors = rows[:, columns] * batch.has_id[:, member, None]
+        for number, name in enumerate(features):
+            vectors = vectors + F.normalize(features[name].weight.float(), dim=1) @ masked.maps[number][:, columns]
+        vectors = F.normalize(vectors + 0.3 * adjacency @ vectors, dim=1)
+        for n in range(len(users)):
+            own = batch.kept[batch.kept_start[n] : batch.kept_start[n + 1]]
+            hidden = F.normalize(vectors[own].sum(0), dim=0) * 8
+            log_p = torch.log_softmax(vectors @ hidden + rows[:, 128 * MEMBERS + member], 0)
+            expected -= log_p[batch.target[batch.target_user == n]].sum() / MEMBERS
     torch.testing.assert_close(loss, expected / len(users), rtol=1e-4, atol=1e-4)
 
 
@@ -114,13 +117,14 @@ def test_sampled_items_estimate_the_loss_over_all(tmp_path, monkeypatch):
     graphs, masked, table, features = parts_of(catalog)
     rows = 0.5 * torch.randn(graphs.items, table.width, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(user_masks, "ID_DROP", 0.0)
-    users = masks_of(graphs, features).draw(1, 0, STEPS)[0][:12]
-    whole = [masked(masks_of(graphs, features).build(users, [12], seed), rows).item() for seed in range(40)]
+    masks = masks_of(graphs, features)
+    drawn = [masks.draw(1 + seed, 0, STEPS)[0][:12] for seed in range(40)]  # the expectation is over users, too
+    whole = [masked(masks.build(users, [12], seed), rows).item() for seed, users in enumerate(drawn)]
     monkeypatch.setattr(user_masks, "FULL_SOFTMAX", 0)
     monkeypatch.setattr(user_masks, "NEGATIVES", 120)
-    sampled, uncorrected = [], []
-    for seed in range(40):
-        batch = masks_of(graphs, features).build(users, [12], seed)
+    masks, sampled, uncorrected = masks_of(graphs, features), [], []
+    for seed, users in enumerate(drawn):
+        batch = masks.build(users, [12], seed)
         own = rows[torch.from_numpy(items_of(batch))]
         sampled.append(masked(batch, own).item())
         batch.log_inclusion = torch.zeros_like(batch.log_inclusion)
@@ -142,7 +146,7 @@ def gradients(comm: Communicator, uri: str, config, counts: list[int]) -> dict:
     network, tables = build_network(config, catalog, comm)
     features, graphs = load_features(network.modalities, catalog, comm), load_graphs(config, catalog)
     users = np.flatnonzero(graphs.user_degree > 1)[: sum(counts)]
-    whole = UserMasks(graphs, features, comm, 0, torch.device("cpu")).build(users, counts, 5)
+    whole = UserMasks(graphs, features, comm, 0, MEMBERS, torch.device("cpu")).build(users, counts, 5)
     first = sum(counts[: comm.rank])
     start = whole.kept_start[first : first + counts[comm.rank] + 1]
     own = (whole.target_user >= first) & (whole.target_user < first + counts[comm.rank])

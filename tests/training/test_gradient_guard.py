@@ -120,7 +120,7 @@ def ended_by(comm: Communicator, config, run: str) -> None:
 SAMPLED = {"propagation": "sampled", "fanout": [3, 3]}
 
 
-@pytest.mark.parametrize("model", [{"masked_width": 8}, SAMPLED, {**SAMPLED, "layer_nodes": 24}])
+@pytest.mark.parametrize("model", [{"masked_members": 1}, SAMPLED, {**SAMPLED, "layer_nodes": 24}])
 def test_one_process_replays_the_step_of_a_rank_among_others(catalog, tmp_path, model):
     config = small_config(catalog.uri, str(tmp_path), train={"epochs": 1}, model=model)
     storage.write_bytes(f"{tmp_path}/small/config.yaml", config.model_dump_json().encode())

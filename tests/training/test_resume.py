@@ -24,7 +24,7 @@ from gtc_dist.training import checkpointing
 SAMPLED = {"propagation": "sampled", "fanout": [3, 3]}
 MODES = {
     "full": {},
-    "masked diffusion": {"model": {"masked_width": 8}, "train": {"ema_decay": 0.5}},
+    "masked diffusion": {"model": {"masked_members": 2}, "train": {"ema_decay": 0.5}},
     "hybrid, averaged, four steps an epoch": {
         "model": {**GATED, "hybrid": {"graph_filter": 3, "content_profile": 3}},
         "train": {"ema_decay": 0.5, "epoch_steps": 4, "epochs": 6},
