@@ -152,10 +152,10 @@ class DiffusionConfig(Section):
 
     steps: PositiveInt = Field(600, description="Diffusion steps T.")
     start_step: PositiveInt = Field(100, description="Step at which the deterministic filter starts.")
-    condition: Literal["item", "audience", "user"] = Field(
+    condition: Literal["item", "audience"] = Field(
         "audience",
         description="Condition of the denoiser. item: the item's id embedding. audience: also the mean preference of "
-        "the item's users. user: also the user of a pair that is scored on its own (`evaluate --rerank`).",
+        "the item's users.",
     )
 
     @model_validator(mode="after")

@@ -104,6 +104,10 @@ def upgrade(tree: dict, origin: str) -> dict:
         InputError: the run was trained with a switch that this version does not have any more.
     """
     old = flatten_keys(tree)
+    if old.get("model.diffusion.condition") == "user":
+        if old.get("train.w_diff", 0.7) > 0 and old.get("model.diffusion.enabled", True):
+            _refuse(origin, "model.diffusion.condition", "'user'")
+        old["model.diffusion.condition"] = "audience"  # without a filter there is no condition
     if not old_keys(tree):
         return _nest(ADDED | old)
     new = ADDED | {key: value for key, value in old.items() if not _is_old(key)}

@@ -1,7 +1,7 @@
 """Evaluate a trained run's best checkpoint on the valid or test split, by full ranking.
 
     python -m gtc_dist.evaluate --run RUN [--split valid|test] [--users N] [--head-items K] [--against OTHER]
-        [--rerank N] [--workers N]
+        [--workers N]
 
 For each user of the split, all items that the user has no train interaction with are ranked. Prints one JSON object:
 Recall, NDCG, Precision, HitRate and MRR at 5, 10, 20 and 50, overall and for cold items (without a train interaction),
@@ -13,9 +13,6 @@ N on N ranks of the cluster, each of which loads only its share of everything th
 --against OTHER, a run on the same catalog: adds the difference of each metric to that run over the same users, with its
 standard error and the 95 % confidence interval of a paired bootstrap (evaluation/bootstrap.py): "against" for overall,
 "against_head_free" for head_free.
-
---rerank N, for a run with model.diffusion.condition=user: adds the metrics after the first N items of each user were
-re-ranked with personal content scores (personal/personal_filter.py), whose weight is tuned on the valid split.
 """
 
 import argparse
@@ -33,7 +30,6 @@ from gtc_dist.evaluation.metrics import personalisation_lines
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.inference.trained_run import load_run
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
-from gtc_dist.personal.personal_filter import rerank
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,17 +46,14 @@ def main(argv: list[str] | None = None) -> None:
         help="head_free metrics do not count the K most frequent items of valid (default: %(default)s)",
     )
     parser.add_argument("--against", metavar="OTHER", help="URI of another run on the same catalog to compare with")
-    parser.add_argument("--rerank", type=int, metavar="N", help="re-rank the first N items with personal scores")
     args = parse_run_command(parser, argv)
-    if args.rerank is not None and (args.rerank < 1 or args.against):
-        parser.error("--rerank takes a positive number, and cannot be combined with --against")
     if args.head_items < 0:
         parser.error("--head-items must not be negative")
 
     run_ref = find_run(args.run)
     users = run_ref.config.eval.users if args.users is None else args.users or None
     options = {"split": args.split, "users": users, "head_items": args.head_items}
-    work = functools.partial(evaluate_run, candidates=args.rerank, **options)
+    work = functools.partial(evaluate_run, **options)
     if args.against:
         other = find_run(args.against)
         check_same_catalog(run_ref, other)
@@ -88,12 +81,9 @@ def evaluate_run(
     split: str,
     users: int | None,
     head_items: int,
-    candidates: int | None,
 ) -> dict:
     """Work of each rank."""
-    run = load_run(run_ref, comm, graphs)
-    reranked = {} if candidates is None else {"rerank": rerank(run, split, candidates, users)}
-    return run.evaluate(split, users, head_items) | reranked
+    return load_run(run_ref, comm, graphs).evaluate(split, users, head_items)
 
 
 def compare_runs(

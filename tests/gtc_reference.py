@@ -66,9 +66,7 @@ def member_reference(
             if model.diffusion.condition != "item":
                 liked = unit_mean_square(audience @ rows) if gated else D**0.5 * (audience @ preference[:, s])
                 c[audience.sum(1) == 0] = 0  # nobody's: known by its content alone
-                c = torch.cat(
-                    [c, liked, *([torch.zeros_like(liked)] if model.diffusion.condition == "user" else [])], dim=1
-                )
+                c = torch.cat([c, liked], dim=1)
             x0 = member.filters[s - 1](x0, c)
         contents.append(x0)
     if gated:

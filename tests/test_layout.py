@@ -18,7 +18,7 @@ ORDER = [
     ["graph", "checkpoint"],
     ["model", "evaluation", "hybrid"],
     ["inference"],
-    ["training", "personal"],
+    ["training"],
     ["launch"],
     ["prepare", "synthetic", "train", "evaluate", "export"],
 ]

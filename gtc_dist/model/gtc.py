@@ -33,7 +33,6 @@ from gtc_dist.model.item_encoder import MAX_LOG_SCALE, EncodedItems, ItemEncoder
 from gtc_dist.model.masked_diffusion import DENSE_LR, MASKED_TABLE, TABLE_LR, MaskedDiffusion
 from gtc_dist.model.variant import VARIANTS, Variant
 
-PERSONAL_WEIGHT = 0.1  # of the personal ranking loss, with `condition: user`
 
 
 @dataclass
@@ -114,12 +113,7 @@ class GTC(nn.Module):
     @property
     def needs_audience(self) -> bool:
         """Whether the filter's condition holds the mean preference of an item's users."""
-        return self.has_filter and self.model_config.diffusion.condition in ("audience", "user")
-
-    @property
-    def is_personal(self) -> bool:
-        """Whether pairs have a personal content score beside the dot product."""
-        return self.has_filter and self.model_config.diffusion.condition == "user"
+        return self.has_filter and self.model_config.diffusion.condition == "audience"
 
     @property
     def user_widths(self) -> tuple[int, int]:
@@ -299,13 +293,10 @@ class GTC(nn.Module):
             terms["tc"] = losses.total_correlation_loss(self, e, batch)
         if self.has_filter:
             terms["diffusion"] = losses.denoising_loss(self, e, batch).sum() / total
-        if self.is_personal:
-            terms["personal"] = losses.personal_ranking_loss(self, e, batch).sum() / total
         terms["l2"] = losses.l2_loss(self, user_rows, item_rows, batch) / total
         if self.masked is not None:
             terms["masked"] = self.masked(batch.masked, masked_rows)
         weights = {"masked": 1.0, train.loss: 1.0, "tc": train.w_tc, "diffusion": train.w_diff, "l2": train.w_reg}
-        weights["personal"] = PERSONAL_WEIGHT
         loss = self.comm.size * sum(weights[name] * value for name, value in terms.items())
         return loss, {name: value.detach() for name, value in terms.items()}
 

@@ -18,7 +18,6 @@ from gtc_dist.model.variant import Variant
 
 CONTENT_NORM = 0.3  # initial norm of a content view without unit rows
 GATED_NORM = 1.5  # the same for a gated id embedding: with the sigmoid's half, about the norm of the id embedding
-PERSONAL_SCALE = 5.0  # initial scale of the personal content score, a mean cosine
 TC_TEMPERATURE = 0.2  # initial temperature of the total correlation's critic; it is learned
 MAX_LOG_SCALE = 4.6  # of the critic's scale: at most 100, as in CLIP
 
@@ -62,11 +61,9 @@ class ItemEncoder(nn.Module):
         self.filters = nn.ModuleList()
         if train.w_diff > 0:
             schedule = NoiseSchedule(model.diffusion.steps)
-            condition = self.dim * (1 + ("item", "audience", "user").index(self.condition_on))
+            condition = self.dim * (1 + ("item", "audience").index(self.condition_on))
             for _ in modalities:
                 self.filters.append(ContentFilter(schedule, self.dim, condition, start_step=model.diffusion.start_step))
-            if self.condition_on == "user":
-                self.personal_scale = nn.Parameter(torch.tensor(PERSONAL_SCALE))
         if variant.view_attention and self.n_views > 1:
             self.gate_scale = nn.Parameter(torch.ones(()))
         if train.w_tc > 0 and self.n_views > 1:
@@ -79,17 +76,14 @@ class ItemEncoder(nn.Module):
             for name, project in zip(self.modalities, self.project, strict=True)
         }
 
-    def condition(
-        self, ids: torch.Tensor, audience: torch.Tensor | None, view: int, user: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Condition of a view's filter, [n, C]: the item's id embedding, the mean preference of its users, the user.
+    def condition(self, ids: torch.Tensor, audience: torch.Tensor | None, view: int) -> torch.Tensor:
+        """Condition of a view's filter, [n, C]: the item's id embedding, the mean preference of its users.
 
         An item without interactions has the condition zero, which the denoising loss trains with pairs whose condition
         is dropped.
 
         Args:
             audience: [n, graph views * D]; the view's own columns are used, or the id view's where content is gated.
-            user: [n, graph views * D], users' views that leave the graph; None: no particular user.
         """
         ids = F.rms_norm(ids, (self.dim,))
         if self.condition_on == "item":
@@ -99,39 +93,21 @@ class ItemEncoder(nn.Module):
         else:
             preference = audience.view(-1, self.n_views, self.dim)[:, view] * self.dim**0.5
         has_users = (audience != 0).any(dim=1, keepdim=True)
-        parts = [torch.where(has_users, ids, 0), preference]
-        if self.condition_on == "user":
-            own = torch.zeros_like(ids) if user is None else F.rms_norm(self.user_view(user, view), (self.dim,))
-            parts.append(own)
-        return torch.cat(parts, dim=1)
-
-    def user_view(self, user: torch.Tensor, view: int) -> torch.Tensor:
-        """Columns [n, D] of a content view, of users [n, graph views * D]; gated content views share one."""
-        return user.view(len(user), user.shape[1] // self.dim, self.dim)[:, 1 if self.variant.gated_content else view]
+        return torch.cat([torch.where(has_users, ids, 0), preference], dim=1)
 
     def filter_content(
         self,
         ids: torch.Tensor,
         content: dict[str, torch.Tensor],
         audience: torch.Tensor | None,
-        user: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Content of each modality after its filter, [n, D]; ids [n, D], audience and user as in `condition`."""
+        """Content of each modality after its filter, [n, D]; ids [n, D], audience as in `condition`."""
         if not self.filters:
             return content
         return {
-            name: self.filters[v - 1](x0, self.condition(ids, audience, v, user))
+            name: self.filters[v - 1](x0, self.condition(ids, audience, v))
             for v, (name, x0) in enumerate(content.items(), start=1)
         }
-
-    def personal_score(
-        self, ids: torch.Tensor, content: dict[str, torch.Tensor], audience: torch.Tensor, user: torch.Tensor
-    ) -> torch.Tensor:
-        """Personal content scores of user-item pairs, [n]: cosine of the item's content, filtered for the user, with
-        the user's preference; mean over modalities, times a learned scale. Arguments as in `filter_content`."""
-        views = self.views(ids, self.filter_content(ids, content, audience, user))[:, 1:]
-        preference = torch.stack([self.user_view(user, v) for v in range(1, self.n_views)], dim=1)
-        return self.personal_scale * F.cosine_similarity(views, preference, dim=2).mean(dim=1)
 
     def views(self, ids: torch.Tensor, filtered: dict[str, torch.Tensor]) -> torch.Tensor:
         """Id and content views, [n, views, D]: L2-normalised, or with their norms where content gates the id."""

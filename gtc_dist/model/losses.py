@@ -7,7 +7,6 @@ from gtc_dist.model.batch import Batch
 from gtc_dist.model.total_correlation import total_correlation_cross_entropy
 
 CONDITION_DROPOUT = 0.1  # share of pairs whose condition the denoising loss drops, so that cold items are covered
-USER_DROPOUT = 0.5  # share of pairs whose user it drops: embeddings are computed without a user
 
 
 def ranking_loss(network, users: torch.Tensor, items: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -82,47 +81,20 @@ def denoising_loss(network, e, batch: Batch) -> torch.Tensor:
     """Denoising loss of the positives, mean over modalities, [B].
 
     Content and condition are constants here: with a gradient into the content, shrinking it to a point would be the
-    cheapest way to a low loss. Some pairs' conditions and some pairs' users are dropped, as in the training of
-    classifier-free guidance (Ho and Salimans 2022), so that the filter also works without them.
+    cheapest way to a low loss. Some pairs' conditions are dropped, as in the training of classifier-free guidance (Ho
+    and Salimans 2022), so that the filter also works without them.
     """
     inputs = batch.subgraph.items_in_inputs[batch.positives]
     keep_condition = (batch.dropout[0] >= CONDITION_DROPOUT)[:, None]
-    keep_user = (batch.dropout[1] >= USER_DROPOUT)[:, None]
-    users = network.split_members(e.users.detach().index_select(0, batch.users))
     losses = []
-    for member, encoded, user in zip(network.members, e.encoded, users, strict=True):
+    for member, encoded in zip(network.members, e.encoded, strict=True):
         ids, content, audience = encoded.detached(inputs)
         ids = torch.where(keep_condition, ids, 0)
         audience = None if audience is None else torch.where(keep_condition, audience, 0)
         for v, x0 in enumerate(content.values(), start=1):
-            condition = member.condition(ids, audience, v, torch.where(keep_user, user, 0))
+            condition = member.condition(ids, audience, v)
             losses.append(member.filters[v - 1].loss(x0, condition, batch.timesteps, batch.noise[v - 1]))
     return torch.stack(losses).mean(0)
-
-
-def personal_ranking_loss(network, e, batch: Batch) -> torch.Tensor:
-    """BPR of dot product plus personal content score, of each pair against the negative with the largest dot product,
-    [B]. It trains the filters alone: embeddings are constants, so retrieval by dot products does not change."""
-    views, items = e.users.detach().index_select(0, batch.users), e.items.detach()
-    user, joined = network.join_views(views) / network.train_config.temperature, network.join_views(items)
-    if batch.negatives.dim() == 2:
-        dots = (user[:, None] * joined[batch.negatives]).sum(2)
-        hardest = dots.argmax(1, keepdim=True)
-        negatives, weight = batch.negatives.gather(1, hardest)[:, 0], 1.0
-    else:
-        dots = (user @ joined[batch.negatives].T).masked_fill(~batch.negative_mask, float("-inf"))
-        hardest = dots.argmax(1, keepdim=True) if len(dots) else dots.new_zeros(0, 1, dtype=torch.int64)
-        negatives, weight = batch.negatives[hardest[:, 0]], batch.negative_mask.gather(1, hardest)[:, 0]
-    margin = (user * joined[batch.positives]).sum(1) - dots.gather(1, hardest)[:, 0]
-    margin = torch.where(margin.isfinite(), margin, 0) / network.n_members
-    users = network.split_members(views)
-    inputs = batch.subgraph.items_in_inputs
-    for member, encoded, user in zip(network.members, e.encoded, users, strict=True):
-        positive, negative = (
-            member.personal_score(*encoded.detached(inputs[items]), user) for items in (batch.positives, negatives)
-        )
-        margin = margin + (positive - negative) / network.n_members
-    return F.softplus(-margin) * weight
 
 
 def l2_loss(network, user_rows: torch.Tensor, item_rows: torch.Tensor, batch: Batch) -> torch.Tensor:

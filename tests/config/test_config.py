@@ -223,6 +223,7 @@ def test_a_run_config_of_early_0_2_keeps_its_variant_and_labels():
             {"model.propagation": "sampled", "model.user_fanout": 7},
             "trained with model.user_fanout 7, which was removed in 0.2.0",
         ),
+        ({"model.diffusion.condition": "user"}, "trained with model.diffusion.condition 'user'"),
         ({"train.w_diff": 0.0}, "model.diffusion.enabled true together with a loss weight of 0"),
     ],
 )

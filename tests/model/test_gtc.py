@@ -21,7 +21,6 @@ NO_HOPS = {"item_hop": False, "user_hop": False}
 NETWORKS = {  # sections of the configuration, and parts of the network that no `model.variant` has
     "as in the paper": ({}, None),
     "condition on the item alone": ({"model": {"diffusion": {"condition": "item"}}}, None),
-    "filter for users": ({"model": {"diffusion": {"condition": "user"}}}, None),
     "no filter": ({"train": {"w_diff": 0}}, None),
     "no total correlation": ({"train": {"w_tc": 0}}, None),
     "no view attention": ({}, replace(PAPER, view_attention=False)),
@@ -36,10 +35,6 @@ NETWORKS = {  # sections of the configuration, and parts of the network that no 
     "gated, view attention, views concatenated": (
         {"model": {"members": 2}},
         replace(GATED, view_attention=True, sum_views=False),
-    ),
-    "gated, filter for users": (
-        {"model": {"variant": "gated", "members": 2, "diffusion": {"condition": "user"}}},
-        None,
     ),
     "gated, no hops": ({"model": {"variant": "gated", **NO_HOPS}}, None),
     "views summed, no view attention": ({}, replace(PAPER, sum_views=True, view_attention=False)),

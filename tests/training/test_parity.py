@@ -30,11 +30,10 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(catalog, propagation, mode
         assert_same_step(result, alone)
 
 
-@pytest.mark.parametrize("model", [{}, {"diffusion": {"condition": "user"}}], ids=["audience", "user"])
-def test_four_ranks_with_uneven_and_empty_shares_give_the_same(catalog, model):
+def test_four_ranks_with_uneven_and_empty_shares_give_the_same(catalog):
     config = small_config(
         catalog.uri,
-        model={**MODELS["sampled"], **model},
+        model=MODELS["sampled"],
         train={"tc_rows": 0, "negatives": {"mode": "shared", "count": 9}},
     )
     draws = global_draws(config, catalog)
