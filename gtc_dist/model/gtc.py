@@ -34,7 +34,6 @@ from gtc_dist.model.masked_diffusion import DENSE_LR, MASKED_TABLE, TABLE_LR, Ma
 from gtc_dist.model.variant import VARIANTS, Variant
 
 
-
 @dataclass
 class Tables:
     """The trainable row-sharded tables."""
