@@ -2,7 +2,7 @@
 
 `config_file.py` reads it from one YAML file plus `a.b=c` overrides and refuses unknown keys; `config_reference.py`
 makes docs/configuration.md and `--help` from the descriptions below. The same file drives prepare, train and the tools.
-Weights of the loss terms follow the paper's code (arXiv 2604.03014): w_tc 0.4-0.5, w_diff 0.7, w_reg 1e-3.
+The paper's code (arXiv 2604.03014) weighs the loss terms by w_tc 0.4 to 0.5, w_diff 0.7, w_reg 1e-3.
 """
 
 import re
@@ -103,7 +103,7 @@ class TrainConfig(Section):
         "adam", description="rowwise_adam: one second moment per row, which saves a third of the tables' memory."
     )
     epoch_steps: PositiveInt | None = Field(
-        None, description="Steps of an epoch, after which it is validated. null: one pass over the interactions."
+        None, description="Steps of an epoch. null: one pass over the interactions."
     )
     negatives: NegativesConfig = NegativesConfig()
     loss: Literal["bpr", "softmax"] = Field(
@@ -241,7 +241,7 @@ class EvalConfig(Section):
     """Validation and ranking."""
 
     every: PositiveInt = Field(
-        5, description="Epochs between validations, each of which ranks a sample of valid some 50 times."
+        5, description="Epochs between validations, each of which ranks a sample of valid up to 50 times."
     )
     metric: str = Field(
         "recall@20",

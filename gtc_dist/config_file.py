@@ -90,7 +90,7 @@ def read_config(data: bytes, origin: str, overrides: list[str] | None = None) ->
 
 
 def read_run_config(data: bytes, origin: str) -> Config:
-    """The config.yaml of a run folder, which version 0.1 may have written."""
+    """The config.yaml of a run folder, which an older version may have written."""
     return build_config(upgrade(_read_tree(data, origin), origin), origin)
 
 

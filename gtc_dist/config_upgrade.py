@@ -1,8 +1,8 @@
-"""Configuration keys of version 0.1: errors that say what to write now, and the upgrade of a run's own config.yaml.
+"""Configuration keys of older versions: errors that say what to write now, and the upgrade of a run's own config.yaml.
 
 Version 0.2.0 removed switches that no shipped configuration used, made one `model.variant` of six, and renamed a few
 keys. A configuration with such a key is refused with one line per key. The config.yaml in a run folder, which holds
-every key, is upgraded in memory: runs of version 0.1 open, evaluate, export and resume.
+every key, is upgraded in memory: runs of versions 0.1 and 0.2 open, evaluate, export and resume.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from gtc_dist.errors import InputError
 
 SINCE = "0.2.0"
+LATER = {"model.masked_width": "0.3.0", "model.diffusion.condition": "0.3.0"}  # what went after 0.2.0
 
 RENAMED = {
     "model.walk.enabled": "model.hybrid.enabled",
@@ -80,13 +81,13 @@ _VARIANTS = {  # content, unit_rows, join, gate, correlation.of, correlation.cri
 
 
 def old_keys(tree: dict) -> dict[str, str]:
-    """Keys of version 0.1 in a configuration, each with what to do about it, in the order of the configuration."""
+    """Keys of older versions in a configuration, each with what to do about it, in the order of the configuration."""
     found = {}
     for key in flatten_keys(tree):
         if key in RENAMED:
             found[key] = f"was renamed in {SINCE}; write {RENAMED[key]}"
         elif key in REMOVED:
-            found[key] = f"was removed in {SINCE}; {REMOVED[key][1]}"
+            found[key] = f"was removed in {_since(key)}; {REMOVED[key][1]}"
         elif key in REPLACED:
             found[key] = f"was replaced in {SINCE}; {REPLACED[key]}"
         else:
@@ -162,9 +163,15 @@ def _variant(old: dict[str, Any], has_tc: bool, origin: str) -> str:
 
 
 def _refuse(origin: str, key: str, value: str) -> None:
+    version = "0.2" if key in LATER else "0.1"
     raise InputError(
-        f"{origin}: the run was trained with {key} {value}, which was removed in {SINCE}; open the run with version 0.1"
+        f"{origin}: the run was trained with {key} {value}, which was removed in {_since(key)}; open the run with "
+        f"version {version}"
     )
+
+
+def _since(key: str) -> str:
+    return LATER.get(key, SINCE)
 
 
 def _is_old(key: str) -> bool:

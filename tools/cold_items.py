@@ -2,8 +2,8 @@
 
     python tools/cold_items.py --run RUN [--split valid] [--users N] [--threads N]
 
-Prints Recall@20 on cold items (no train interaction) and on warm ones, in one ranking of all items, that on cold items
-in a ranking of these alone, and the mean number of cold items among the 20 of all:
+Ranks all items together and prints Recall@20 on cold items (no train interaction) and on warm ones, and the mean number
+of cold items among the 20; and ranks cold items alone and prints Recall@20 on them:
 
     random     a random order
     content    mean cosine of an item's content with the content of the user's items, centred; per modality and for all
@@ -81,7 +81,8 @@ def print_row(name: str, run: TrainedRun, embeddings: Embeddings, truth: CSC, us
         recall = metrics_of_lists(top, rank_users, truth, counted)[f"recall@{TOP}"]
         cells.append(f"{recall.mean():.4f} ({len(recall):,} users)" if len(recall) else "-")
     alone = metrics_of_lists(best_of(embeddings, is_cold, rank_users), rank_users, truth, is_cold)[f"recall@{TOP}"]
-    cells.insert(1, f"{alone.mean():.4f}" if len(alone) else "-")
+    scored = embeddings.items.weight[torch.from_numpy(is_cold)].any()
+    cells.insert(1, f"{alone.mean():.4f}" if len(alone) and scored else "-")
     listed = top[:, :TOP]
     cells.append(f"{(is_cold[np.maximum(listed, 0)] & (listed >= 0)).sum(1).mean():.2f}")
     print(f"| {name} | {' | '.join(cells)} |", flush=True)

@@ -1,7 +1,7 @@
 """Suite: train variants on several catalogs over seeds, and compare them on one page.
 
     python tools/suite.py --configs configs/tiktok.yaml,configs/lastfm.yaml --out FOLDER [--seeds 0,1,2]
-        [--variants default,no-tc | FILE.yaml] [--jobs 2] [a.b=c ...]
+        [--variants default,tc | FILE.yaml] [--jobs 2] [a.b=c ...]
 
 A catalog is named after its configuration file; `python -m gtc_dist.prepare` builds those that do not exist. Every run
 is a `python -m gtc_dist.train` process in FOLDER/runs/CATALOG/VARIANT-SEED. Rerun the same command to continue an

@@ -26,7 +26,8 @@ class HybridScorer:
 
     Methods are collectives unless marked Local.
 
-    fusion: None without untrained scorers. cold_start: None without an item-item graph and without content features.
+    fusion: None where the network is the only scorer.
+    cold_start: None without an item-item graph and without content features.
     """
 
     fusion: ScoreFusion | None
@@ -45,13 +46,18 @@ class HybridScorer:
         allowed_loss = config.eval.cold_loss
         return HybridScorer(fusion, ColdStart.build(graphs, features, comm, chunk, neighbours, allowed_loss))
 
+    @property
+    def has_untrained(self) -> bool:
+        """Local. Whether there are scores before training."""
+        return self.fusion is not None and len(self.fusion.scorers) > 0
+
     def tune_untrained(self, objective: Objective) -> None:
         """Tune the weights of the untrained scorers, before training."""
         if self.fusion is not None:
             self.fusion.tune_untrained(partial(objective, counted=None))
 
     def tune_fusion(self, network: Embeddings, masked: Embeddings | None, objective: Objective) -> Embeddings:
-        """Tune the weights of the trained models in the fusion, from their current values; returns the fused
+        """Tune the weights of the trained models in the fusion; returns the fused
         embeddings.
 
         Args:

@@ -118,7 +118,7 @@ class Batch:
     item_ids: torch.Tensor  # [i] catalog index of the batch's items
     timesteps: torch.Tensor  # int64 [B] diffusion steps of the denoising loss
     noise: torch.Tensor  # [modalities, B, D] its noise
-    dropout: torch.Tensor  # float32 [2, B] in [0, 1): below a share, the condition is dropped; the second row: unused
+    dropout: torch.Tensor  # float32 [2, B] in [0, 1): the condition is dropped below a share; row 1 is unused
     permutation_seed: int  # of the total correlation's permutations, the same on every rank
     counts: list[int]  # pairs of each rank
     tc_counts: list[int]  # pairs of each rank that enter the total correlation

@@ -11,7 +11,7 @@ ones from the kept ones and their contents:
     log p(i | kept) = scale * h_u . p_i + b_i - log of the sum over all items
 
 `members` of these are trained side by side, from other initial values and with other id rows dropped; their scores are
-added, which gains 2 % of NDCG@20 over one of twice the width (docs/log.md).
+added, which ranks better than one of twice the width (docs/log.md).
 
 At the end nothing is masked, so a user's row is the unit sum over all of the user's items, and the score is a dot
 product. EASE (Steck 2019) with content as side information is its linear case in closed form, at a cost cubic in items;

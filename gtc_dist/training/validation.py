@@ -76,7 +76,7 @@ class Validator:
         fused = self.scorer.tune_fusion(*self.embed(diagnostics), self.objective)
         metrics = self.rank(self.scorer.impute_cold(fused), "valid")
         is_better = metric_value(metrics, metric) > best
-        if is_better and (epoch > 0 or self.scorer.fusion is not None):
+        if is_better and (epoch > 0 or self.scorer.has_untrained):
             metrics = self._tune_cold_start(fused, metrics)
         for part, weights in self.scorer.state().items():
             diagnostics |= {f"{part}/{name}": weight for name, weight in weights.items()}

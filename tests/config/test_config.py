@@ -170,6 +170,10 @@ OLD_RUNS = {
         {"model.correlation.enabled": False, "model.correlation.critic": "additive"},
         {"model.variant": "paper", "train.w_tc": 0.0},
     ),
+    "without a filter, with a condition": (
+        {"model.diffusion.enabled": False, "model.diffusion.condition": "user"},
+        {"model.diffusion.condition": "audience", "train.w_diff": 0.0, "model.masked_members": 0},
+    ),
     "full, with a fanout for users": ({"model.user_fanout": 7}, {"model.item_fanout": 5}),
     "sampled, with equal fanouts": (
         {"model.propagation": "sampled", "model.item_fanout": 7, "model.user_fanout": 7},
@@ -207,9 +211,16 @@ def test_a_run_config_of_early_0_2_keeps_its_variant_and_labels():
     tree = read_run_config(old_run_config(OLD_RUNS["gated"][0]), "config.yaml").model_dump()
     early = {**tree, "graph": {"item_neighbours": 10}, "model": {**tree["model"], "user_fanout": 5}}
     early["eval"] = {**tree["eval"], "head_items": 9}
+    early["model"] |= {"masked_width": 0}
+    del early["model"]["masked_members"]
     config = read_run_config(yaml.safe_dump(early).encode(), "config.yaml")
     assert config.model_dump() == tree
     assert (config.model.variant, config.data.split.labels) == ("gated", [0, 1, "held out"])
+    early["model"]["masked_width"] = 256
+    with pytest.raises(
+        InputError, match=r"masked_width 256, which was removed in 0.3.0; open the run with version 0.2"
+    ):
+        read_run_config(yaml.safe_dump(early).encode(), "config.yaml")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +234,7 @@ def test_a_run_config_of_early_0_2_keeps_its_variant_and_labels():
             {"model.propagation": "sampled", "model.user_fanout": 7},
             "trained with model.user_fanout 7, which was removed in 0.2.0",
         ),
-        ({"model.diffusion.condition": "user"}, "trained with model.diffusion.condition 'user'"),
+        ({"model.diffusion.condition": "user"}, "removed in 0.3.0; open the run with version 0.2"),
         ({"train.w_diff": 0.0}, "model.diffusion.enabled true together with a loss weight of 0"),
     ],
 )

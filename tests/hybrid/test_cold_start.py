@@ -217,6 +217,11 @@ def test_warm_items_simulate_the_cold_ones_that_are_missing(few, more):
     assert simulated[few:].sum() == pytest.approx(more, abs=25 if more else 0)
 
 
+def test_a_small_catalog_simulates_more_than_one_cold_item():
+    simulated = ColdStart(np.zeros(500, bool), None, None, 0.01).simulated_cold
+    assert simulated.sum() == pytest.approx(40, abs=15)
+
+
 def test_without_an_item_graph_or_content_there_is_one_predictor_or_none(catalog):
     graphs, features = loaded(catalog, Communicator())
     cold = ColdStart.build(graphs, features, Communicator(), 7, None)

@@ -15,7 +15,7 @@ from gtc_dist.hybrid import embeddings
 from gtc_dist.hybrid.content_profile import content_profile_scores
 from gtc_dist.hybrid.embeddings import Embeddings, unit_variance
 from gtc_dist.hybrid.graph_filter import CooccurrenceOperator, graph_filter_scores
-from gtc_dist.hybrid.score_fusion import MEMBERS, NEIGHBOR_SMOOTHING, NORM_DAMPING, ScoreFusion
+from gtc_dist.hybrid.score_fusion import MASKED, MEMBERS, NEIGHBOR_SMOOTHING, NORM_DAMPING, ScoreFusion
 from gtc_dist.hybrid.scorer import build_score_fusion
 from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
 from gtc_dist.model.build import load_features
@@ -178,6 +178,26 @@ def test_a_network_that_is_far_better_gets_the_largest_weight():
     fusion.tune_untrained(objective)
     fusion.tune_network(good, objective)
     assert fusion.weights[MEMBERS] == 32
+
+
+def test_a_model_whose_weight_fell_to_zero_gets_one_again():
+    """From zero the next weights of the grid are worse here than zero, the initial one is better."""
+    bad = pair([[1.0]], [[0.0], [0.3], [-0.3]])
+    fusion = ScoreFusion({"spectral": bad}, [], None, has_masked=True)
+    fusion.tune_untrained(lambda part: 0.0)
+    fusion.weights[MASKED] = 0.0
+    good = pair([[1.0]], [[1.0], [0.0], [-1.0]])
+
+    def objective(part):
+        weight = fusion_weight(part)
+        return -weight if weight < 1 else weight
+
+    def fusion_weight(part) -> float:
+        score = (part[0].weight @ part[1].weight.T)[0]
+        return float(score[0])  # the masked diffusion's alone, in its standard deviations
+
+    fusion.tune_network(bad, objective, good)
+    assert fusion.weights[MASKED] > 1
 
 
 def test_norms_are_damped_where_directions_rank_better():

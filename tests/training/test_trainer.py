@@ -21,6 +21,10 @@ def catalog(tmp_path_factory):
 
 
 ABLATIONS = {
+    "as by default": {
+        "model": {"masked_members": 2, "hybrid": {"graph_filter": 4, "content_profile": 3}},
+        "train": {"w_diff": 0, "w_tc": 0, "ema_decay": 0.7},
+    },
     "untrained scorers": {"model": {"hybrid": {"graph_filter": 4, "content_profile": 3}}},
     "no filter": {"train": {"w_diff": 0}},
     "gated, no total correlation": {"model": {"variant": "gated"}, "train": {"w_tc": 0}},
