@@ -12,8 +12,9 @@ slightly optimistic: the embeddings of an item's neighbours still contain it via
 
 Finally the norm of cold embeddings is tuned, which decides how many cold items enter the lists: the largest scale whose
 drop of the warm items' validation objective is at most `eval.cold_loss`, relative to lists without cold items. Where
-less than `SIMULATED_SHARE` of the items or fewer than `MIN_SIMULATED` are cold, randomly chosen warm items simulate the
-rest, so that the scale also suits a few items that arrive later. With a larger share fewer cold items are recommended
+less than `SIMULATED_SHARE` of the items are cold (in small catalogs: fewer than `MIN_SIMULATED` items, or than
+`MAX_SIMULATED_SHARE`), randomly chosen warm items simulate the rest, so that the scale also suits a few items that
+arrive later. With a larger share fewer cold items are recommended
 than the allowed loss pays for (docs/log.md).
 
 Tuning ranks the valid split many times, so the trainer tunes only epochs that become the best checkpoint.
@@ -43,8 +44,8 @@ NORM_SCALE = "lift"  # factor of the whole predicted row
 CONTENT_WEIGHT_STEPS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 NORM_SCALE_STEPS = (0.0, *(round(1.1**n, 3) for n in range(-12, 13)))
 
-MIN_SIMULATED = 40  # items
-SIMULATED_SHARE = 0.01  # of the items that are cold, or simulate cold ones, when the norm is tuned
+# of the items that are cold, or simulate cold ones, when the norm is tuned
+SIMULATED_SHARE, MIN_SIMULATED, MAX_SIMULATED_SHARE = 0.01, 40, 0.1
 
 
 class ColdStart:
@@ -67,8 +68,8 @@ class ColdStart:
         self.cold, self.neighbours, self.regression, self.allowed_loss = cold, neighbours, regression, allowed_loss
         self.weights = self.initial_weights()
         # cold items, and warm ones that simulate them when the norm is tuned (chosen by a hash of the index)
-        share = max(SIMULATED_SHARE, MIN_SIMULATED / len(cold)) - cold.mean()
-        self.simulated_cold = cold | (index_bucket(0, len(cold), 10_000) < 10_000 * share)
+        share = max(SIMULATED_SHARE, min(MIN_SIMULATED / len(cold), MAX_SIMULATED_SHARE))
+        self.simulated_cold = cold | (index_bucket(0, len(cold), 10_000) < 10_000 * (share - cold.mean()))
 
     @staticmethod
     def build(

@@ -57,8 +57,7 @@ class HybridScorer:
             self.fusion.tune_untrained(partial(objective, counted=None))
 
     def tune_fusion(self, network: Embeddings, masked: Embeddings | None, objective: Objective) -> Embeddings:
-        """Tune the weights of the trained models in the fusion; returns the fused
-        embeddings.
+        """Tune the weights of the trained models in the fusion; returns the fused embeddings.
 
         Args:
             masked: of the masked diffusion, if there is one; so in the other methods.

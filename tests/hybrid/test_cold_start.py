@@ -217,9 +217,11 @@ def test_warm_items_simulate_the_cold_ones_that_are_missing(few, more):
     assert simulated[few:].sum() == pytest.approx(more, abs=25 if more else 0)
 
 
-def test_a_small_catalog_simulates_more_than_one_cold_item():
-    simulated = ColdStart(np.zeros(500, bool), None, None, 0.01).simulated_cold
-    assert simulated.sum() == pytest.approx(40, abs=15)
+@pytest.mark.parametrize(("items", "count"), [(500, 40), (60, 6)])
+def test_a_small_catalog_simulates_several_cold_items_and_keeps_most_warm(items, count):
+    simulated = ColdStart(np.zeros(items, bool), None, None, 0.01).simulated_cold
+    assert simulated.sum() == pytest.approx(count, abs=15 if items == 500 else 5)
+    assert simulated.sum() > 1
 
 
 def test_without_an_item_graph_or_content_there_is_one_predictor_or_none(catalog):
