@@ -21,6 +21,9 @@ from gtc_dist.model.batch import DrawnPairs
 from gtc_dist.training.gradient_guard import NETWORK, ROW_NAMES, Rows, non_finite_names
 from gtc_dist.training.trainer import Trainer
 
+# what files of version 0.2.0 lack
+NO_MASKED_USERS = {"masked_users": np.empty(0, np.int64), "masked_counts": np.empty(0, np.int64), "mask_seed": 0}
+
 
 @dataclass(frozen=True)
 class DumpedStep:
@@ -93,7 +96,8 @@ def read_dumped_step(uri: str) -> DumpedStep:
     content = storage.read_bytes(uri)
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {field.name: file[field.name] for field in fields(DrawnPairs)}
+            absent = {name: value for name, value in NO_MASKED_USERS.items() if name not in file.files}
+            arrays = absent | {f.name: file[f.name] for f in fields(DrawnPairs) if f.name not in absent}
             all_pairs = file["all_pairs"]
             weight = torch.from_numpy(file["negative_weight"]) if "negative_weight" in file.files else None
             rows = {name: torch.from_numpy(file[f"{name}_rows"]) for name in ROW_NAMES if f"{name}_rows" in file}
