@@ -23,7 +23,7 @@ def loader_of(config: Config, catalog: Catalog, comm: Communicator, network) -> 
     thread_comm = comm.new_group()
     features = load_features(network.modalities, catalog, thread_comm)
     graphs = load_graphs(config, catalog)
-    return build_loader(config, network, users[mine], items[mine], graphs, features, thread_comm)
+    return build_loader(config, network, users[mine], items[mine], graphs, features, None, thread_comm)
 
 
 def global_draws(config: Config, catalog: Catalog) -> DrawnPairs:

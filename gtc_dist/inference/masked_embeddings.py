@@ -11,9 +11,10 @@ from gtc_dist.model.gtc import GTC, Tables
 
 @torch.no_grad()
 def embed_masked(
-    network: GTC, tables: Tables, features: dict[str, ShardedTable], graphs: Graphs, chunk: int
+    network: GTC, tables: Tables, content: ShardedTable | None, graphs: Graphs, chunk: int
 ) -> Embeddings | None:
-    """Embeddings of all users and items by the masked diffusion; None without one. Arguments as in `embed_catalog`.
+    """Embeddings of all users and items by the masked diffusion; None without one. Arguments as in `embed_catalog`, but
+    content: of `masked_content`.
 
     Frozen tables of width members * D + 1: items have their vectors and the sum of their biases, users the scaled unit
     sums of their items' vectors and a 1. Users without a train interaction have zeros. Collective: every rank must call
@@ -24,9 +25,7 @@ def embed_masked(
     masked, table, comm = network.masked, tables.masked_item, tables.masked_item.comm
     vectors = ShardedTable(table.name, table.rows, masked.columns, comm, trainable=False)
     for low, high in row_chunks(vectors, chunk):
-        content = {name: rows.weight[low:high] for name, rows in features.items()}
-        vectors.weight[low:high] = masked.own_vectors(table.weight[low:high], content)
-    vectors = vectors.with_values(unit_vectors(network, vectors, graphs, chunk))
+        vectors.weight[low:high] = masked.vectors(table.weight[low:high], content.weight[low:high])
     users = ShardedTable(table.name, graphs.users, masked.columns + 1, comm, trainable=False)
     nodes = graphs.nodes
     means = ShardedSpMM(nodes.indptr, nodes.indices, None, 0, users, vectors, chunk, base=graphs.users)
@@ -36,13 +35,3 @@ def embed_masked(
         users.weight[low:high] = torch.cat([own, known[:, None].float()], dim=1)
     bias = table.weight[:, masked.columns :].sum(1, keepdim=True)
     return Embeddings(users, table.with_values(torch.cat([vectors.weight, bias], dim=1)))
-
-
-def unit_vectors(network: GTC, own: ShardedTable, graphs: Graphs, chunk: int) -> torch.Tensor:
-    """Unit vectors of this rank's items after the item-item hop, from their own vectors. Collective: every rank must
-    call it."""
-    hop = graphs.item_item
-    if hop is None:
-        return network.masked.unit(own.weight)
-    operator = ShardedSpMM(hop.indptr, hop.indices, hop.weight, 0, own, own, chunk)
-    return network.masked.smooth(own.weight, torch.cat([values for _, _, values in operator.sums(own)]))

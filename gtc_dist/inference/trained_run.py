@@ -19,6 +19,7 @@ from gtc_dist.graph.csc import Graphs, load_graphs
 from gtc_dist.hybrid.embeddings import Embeddings
 from gtc_dist.hybrid.scorer import HybridScorer
 from gtc_dist.inference.layerwise import embed_catalog
+from gtc_dist.inference.masked_content import masked_content
 from gtc_dist.inference.masked_embeddings import embed_masked
 from gtc_dist.model.build import build_network, load_features
 from gtc_dist.model.gtc import GTC, Tables
@@ -45,8 +46,10 @@ class TrainedRun:
 
     def fused_embeddings(self) -> Embeddings:
         """Fused embeddings, before cold items are predicted."""
-        models = self.network, self.tables, self.features, self.graphs, self.config.eval.block_rows
-        return self.scorer.fuse(embed_catalog(*models), embed_masked(*models))
+        models, chunk = (self.network, self.tables), self.config.eval.block_rows
+        content = masked_content(self.network.masked, self.features, self.graphs, chunk)
+        network = embed_catalog(*models, self.features, self.graphs, chunk)
+        return self.scorer.fuse(network, embed_masked(*models, content, self.graphs, chunk))
 
     def metrics_by_user(
         self, split: str, users: int | None, head_items: int = HEAD_ITEMS
@@ -104,7 +107,7 @@ def load_run(run_ref: RunRef, comm: Communicator | None = None, graphs: Graphs |
     dense = checkpoint_files.load(
         storage.join(run_ref.uri, run_ref.checkpoint), checkpoint_files.weight_shards(list(tables.all()))
     )
-    network.load_state_dict(dense["network"])
+    network.load(dense["network"])
     features = load_features(network.modalities, catalog, comm)
     graphs = graphs or load_graphs(run_ref.config, catalog)
     scorer = HybridScorer.build(run_ref.config, graphs, features, comm)

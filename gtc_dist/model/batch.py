@@ -38,10 +38,9 @@ class MaskedUsers:
     """Users of this rank with some of their interactions masked, for one step of the masked diffusion. Items are
     positions among the batch's n items."""
 
-    item_lookup: LookupPlan  # r rows: the n items, then other neighbours of them
-    features: dict[str, torch.Tensor]  # modality -> [r, d]
-    has_id: torch.Tensor  # bool [r, members] False: the member's id row of the item is dropped
-    item_hop: Block | None  # the r rows -> the n items, over the item-item graph
+    item_lookup: LookupPlan  # the n items
+    content: torch.Tensor  # [n, d] of the items, as the masked diffusion takes it
+    has_id: torch.Tensor  # bool [n, members] False: the member's id row of the item is dropped
     kept: torch.Tensor  # int64 [k] kept items, by user
     kept_start: torch.Tensor  # int64 [m + 1] first kept item of each user
     target: torch.Tensor  # int64 [t] masked items

@@ -27,6 +27,7 @@ from gtc_dist.config import ModelConfig, TrainConfig
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.message_passing import Block, convolve, weighted_sum
 from gtc_dist.distributed.sharded_table import ShardedTable
+from gtc_dist.errors import InputError
 from gtc_dist.model import losses
 from gtc_dist.model.batch import Batch, HistoryRows, Subgraph
 from gtc_dist.model.item_encoder import MAX_LOG_SCALE, EncodedItems, ItemEncoder
@@ -141,6 +142,18 @@ class GTC(nn.Module):
         """Keep the critic's scales within their bound; called after each optimizer step."""
         for member in self.members if self.has_total_correlation else ():
             member.log_scale.clamp_(max=MAX_LOG_SCALE)
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Local. Set the dense weights to those of a checkpoint.
+
+        Raises:
+            InputError: weights of a masked diffusion of version 0.3.0, which has another form.
+        """
+        if "masked.maps.0" in state:
+            raise InputError(
+                "this run's masked diffusion has the form of version 0.3.0; use that version for it, or train again"
+            )
+        self.load_state_dict(state)
 
     def parameter_groups(self) -> list[dict]:
         """Parameters for the optimizer; those of the masked diffusion have their own learning rate."""

@@ -4,11 +4,13 @@ The forward process masks a user's train interactions: each is kept with a proba
 absorbing-state discrete diffusion: D3PM, Austin et al. 2021; MDLM, Sahoo et al. 2024). The network predicts the masked
 ones from the kept ones and their contents:
 
-    x_i = id row + sum over modalities of W_m content_m
-    p_i = unit(x_i + NEIGHBOUR_WEIGHT * mean of x over the item's neighbours in the item-item graph)
-                                                                one vector per item, for input and output
+    c_i = content of the item + NEIGHBOUR_WEIGHT * mean content of its neighbours in the item-item graph
+    p_i = unit(id row + W c_i)                                  one vector per item, for input and output
     h_u = unit(sum of p_j over the kept items j)
     log p(i | kept) = scale * h_u . p_i + b_i - log of the sum over all items
+
+c is made once, before training (inference/masked_content.py): at most CONTENT_WIDTH principal directions of each
+modality, so that a step costs the same however wide the features are, and looks up no neighbours.
 
 `members` of these are trained side by side, from other initial values and with other id rows dropped; their scores are
 added, which ranks better than one of twice the width (docs/log.md).
@@ -28,15 +30,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gtc_dist.distributed.message_passing import weighted_sum
 from gtc_dist.model.batch import MaskedUsers
 
 MASKED_TABLE = "masked_item"
 WIDTH = 128  # D of a member
+CONTENT_WIDTH = 128  # columns of a modality's content
 ID_NORM = 0.3  # initial norm of an id row; that of a content vector is 1: content leads until interactions say more
 SCALE = 8.0  # initial scale of the cosine; it is learned
 NEIGHBOUR_WEIGHT = 0.3
-TABLE_LR, DENSE_LR = 2e-3, 6e-4  # Adam; content maps that follow every interaction overfit
+TABLE_LR, DENSE_LR = 2e-3, 6e-4  # Adam; a content map that follows every interaction overfits
 
 
 class MaskedDiffusion(nn.Module):
@@ -48,13 +50,18 @@ class MaskedDiffusion(nn.Module):
 
     def __init__(self, modalities: dict[str, int], members: int):
         super().__init__()
-        self.width, self.members, self.names = WIDTH, members, list(modalities)
+        self.width, self.members = WIDTH, members
         self.columns = members * WIDTH
-        self.maps = nn.ParameterList(nn.Parameter(torch.empty(d, self.columns)) for d in modalities.values())
+        # modality -> columns of its content; state of the projection that made it, for inference on another machine
+        self.content_widths = {name: min(d, CONTENT_WIDTH) for name, d in modalities.items()}
+        for number, (d, kept) in enumerate(zip(modalities.values(), self.content_widths.values(), strict=True)):
+            self.register_buffer(f"content_mean_{number}", torch.zeros(d, dtype=torch.float64))
+            self.register_buffer(f"content_directions_{number}", torch.eye(d, kept, dtype=torch.float64))
+        self.content_map = nn.Parameter(torch.empty(sum(self.content_widths.values()), self.columns))
         self.log_scale = nn.Parameter(torch.tensor(math.log(SCALE)))
-        for content_map in self.maps:
-            for block in content_map.data.split(WIDTH, dim=1):
-                nn.init.orthogonal_(block)  # content keeps its cosines where it is not wider than D
+        for rows in self.content_map.data.split(list(self.content_widths.values())):
+            for block in rows.split(WIDTH, dim=1):
+                nn.init.orthogonal_(block)  # content keeps its cosines
 
     @property
     def initial_std(self) -> torch.Tensor:
@@ -62,26 +69,18 @@ class MaskedDiffusion(nn.Module):
         ids = torch.full((self.columns,), ID_NORM / self.width**0.5)
         return torch.cat([ids, torch.zeros(self.members)])
 
-    def own_vectors(
-        self, rows: torch.Tensor, features: dict[str, torch.Tensor], has_id: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """x of items, [n, members * D].
+    def vectors(self, rows: torch.Tensor, content: torch.Tensor, has_id: torch.Tensor | None = None) -> torch.Tensor:
+        """p of items, [n, members * D].
 
         Args:
             rows: [n, members * (D + 1)] of the table.
-            features: modality -> [n, d]; a row of zeros: no content.
-            has_id: bool [n, members], or [n, 1] for all members alike; False: without the id row. None: all with it.
+            content: c of the items, [n, sum of `content_widths`]; a row of zeros: no content.
+            has_id: bool [n, members]; False: without the id row. None: all with it.
         """
-        vectors = rows[:, : self.columns]
+        ids = rows[:, : self.columns]
         if has_id is not None:
-            vectors = (vectors.unflatten(1, (self.members, self.width)) * has_id[:, :, None]).flatten(1)
-        for number, name in enumerate(self.names):
-            vectors = vectors + F.normalize(features[name].float(), dim=1) @ self.maps[number]
-        return vectors
-
-    def smooth(self, own: torch.Tensor, neighbour_mean: torch.Tensor) -> torch.Tensor:
-        """p of items, [n, members * D], from their x and the mean x of their neighbours."""
-        return self.unit(own + NEIGHBOUR_WEIGHT * neighbour_mean)
+            ids = (ids.unflatten(1, (self.members, self.width)) * has_id[:, :, None]).flatten(1)
+        return self.unit(torch.addmm(ids, content.float(), self.content_map))
 
     def unit(self, vectors: torch.Tensor) -> torch.Tensor:
         """Each member's vectors with norm one; zeros stay zeros. [n, members * D]."""
@@ -92,16 +91,12 @@ class MaskedDiffusion(nn.Module):
         over members.
 
         Args:
-            rows: [r, members * (D + 1)] of the batch's n items, and of their neighbours.
+            rows: [n, members * (D + 1)] of the batch's items.
         """
-        own = self.own_vectors(rows, batch.features, batch.has_id)
-        if batch.item_hop is None:
-            items = self.unit(own)
-        else:
-            items = self.smooth(own[: batch.item_hop.destinations], weighted_sum(batch.item_hop, own))
+        items = self.vectors(rows, batch.content, batch.has_id)
         users = F.embedding_bag(batch.kept, items, batch.kept_start, mode="sum", include_last_offset=True)
         users = self.unit(users) * self.log_scale.exp()
-        bias = rows[: len(items), self.columns :].T[:, None]
+        bias = rows[:, self.columns :].T[:, None]
         scores = torch.baddbmm(bias, self._by_member(users), self._by_member(items).transpose(1, 2))
         target = scores[:, batch.target_user, batch.target]
         log_sum = torch.logsumexp(scores - self._log_inclusion(batch, scores), dim=2)[:, batch.target_user]

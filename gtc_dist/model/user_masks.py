@@ -11,8 +11,6 @@ import numpy as np
 import torch
 
 from gtc_dist.data.hashing import hash_bucket
-from gtc_dist.distributed.collectives import Communicator
-from gtc_dist.distributed.message_passing import Block
 from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup, plan_whole_table
 from gtc_dist.graph.csc import Graphs, take_edges
 from gtc_dist.model.batch import MaskedUsers
@@ -26,38 +24,31 @@ STREAM = 2  # of the random generator of a pass; the interactions' permutation h
 
 
 class UserMasks:
-    """Draws and builds the steps of one rank. The constructor is a collective, and `build` beyond `FULL_SOFTMAX` items.
+    """Draws and builds the steps of one rank. The constructor and `use_content` are collectives, and `build` beyond
+    `FULL_SOFTMAX` items.
 
     Args:
-        features: tables of the modalities' features, over `comm`.
-        comm: communicator of the prefetch thread.
+        content: the items' content as the masked diffusion takes it; its communicator is the prefetch thread's.
         members: of the masked diffusion.
         device: of the network; what all steps share stays there.
     """
 
-    def __init__(
-        self,
-        graphs: Graphs,
-        features: dict[str, ShardedTable],
-        comm: Communicator,
-        seed: int,
-        members: int,
-        device: torch.device,
-    ):
-        self.graphs, self.features, self.comm, self.seed, self.members = graphs, features, comm, seed, members
+    def __init__(self, graphs: Graphs, content: ShardedTable, seed: int, members: int, device: torch.device):
+        self.graphs, self.comm, self.seed, self.members, self.device = graphs, content.comm, seed, members, device
         users = np.flatnonzero(graphs.user_degree > 1)
-        self.users = users[hash_bucket(users, comm.size) == comm.rank]
-        self.users_per_rank = comm.all_gather_int(len(self.users))
+        self.users = users[hash_bucket(users, self.comm.size) == self.comm.rank]
+        self.users_per_rank = self.comm.all_gather_int(len(self.users))
         self.ordered, self.order = 0, np.empty(0, np.int64)
         self.every_item = graphs.items <= FULL_SOFTMAX
+        self.use_content(content)
+
+    def use_content(self, content: ShardedTable) -> None:
+        """Take this content in the following steps."""
+        self.content = content
         if self.every_item:
-            plan = plan_whole_table(graphs.items, comm)
-            self.all_features = {name: table.lookup(plan).to(device) for name, table in features.items()}
-            self.lookup = plan.to(device)
-            self.hop = None
-            if graphs.item_item is not None:
-                hop = graphs.item_item
-                self.hop = Block.build(hop.indptr, hop.indices, hop.weight, graphs.items).to(device)
+            plan = plan_whole_table(self.graphs.items, self.comm)
+            self.all_content = content.lookup(plan).float().to(self.device)
+            self.lookup = plan.to(self.device)
 
     def draw(self, pass_number: int, step: int, steps: int) -> tuple[np.ndarray, list[int], int]:
         """Local. Users of a step, int64 [m], the number of users of each rank, and the seed of the masks.
@@ -80,22 +71,19 @@ class UserMasks:
         kept, kept_user, masked, masked_user = self._mask(users, rng)
         recency = self.graphs.relative_weights(users[masked_user], masked)
         if self.every_item:
-            lookup, features, hop = self.lookup, self.all_features, self.hop
-            count, log_inclusion = self.graphs.items, None
+            lookup, content, log_inclusion = self.lookup, self.all_content, None
         else:
             negatives = rng.integers(0, self.graphs.items, NEGATIVES)
             items = np.unique(np.concatenate([kept, masked, negatives]))
-            rows, hop = self._with_neighbours(items)
-            lookup = plan_lookup(torch.from_numpy(rows), self.graphs.items, self.comm)
-            features = {name: table.lookup(lookup) for name, table in self.features.items()}
+            lookup = plan_lookup(torch.from_numpy(items), self.graphs.items, self.comm)
+            content = self.content.lookup(lookup)
             others = (len(kept) + len(masked)) * (len(users) - 1) / max(len(users), 1)  # a user's own are in anyway
-            count, log_inclusion = len(rows), self._log_inclusion(items, others)
+            log_inclusion = self._log_inclusion(items, others)
             kept, masked = np.searchsorted(items, kept), np.searchsorted(items, masked)
         return MaskedUsers(
             item_lookup=lookup,
-            features=features,
-            has_id=torch.from_numpy(rng.random((count, self.members)) >= ID_DROP),
-            item_hop=hop,
+            content=content,
+            has_id=torch.from_numpy(rng.random((len(content), self.members)) >= ID_DROP),
             kept=torch.from_numpy(kept),
             kept_start=torch.from_numpy(np.searchsorted(kept_user, np.arange(len(users) + 1))),
             target=torch.from_numpy(masked),
@@ -104,19 +92,6 @@ class UserMasks:
             log_inclusion=log_inclusion,
             total_users=sum(counts),
         )
-
-    def _with_neighbours(self, items: np.ndarray) -> tuple[np.ndarray, Block | None]:
-        """Local. The sorted items, then those of their neighbours that are not among them; and the edges from these
-        rows to the items."""
-        graph = self.graphs.item_item
-        if graph is None:
-            return items, None
-        indptr, edges = take_edges(graph, items)
-        neighbours = graph.indices[edges].astype(np.int64)
-        rows = np.concatenate([items, np.setdiff1d(neighbours, items)])
-        order = np.argsort(rows)
-        position = order[np.searchsorted(rows, neighbours, sorter=order)]
-        return rows, Block.build(indptr, position, graph.weight[edges], len(rows))
 
     def _mask(self, users: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         """Local. Kept items and their users' positions, masked items and theirs, int64, by user; at least one of each

@@ -34,18 +34,25 @@ LEAVE_SECONDS = 10  # wait for the batch in work when the main thread stops earl
 
 
 def build_loader(
-    config: Config, network: GTC, users, items, graphs: Graphs, features: dict[str, ShardedTable], comm: Communicator
+    config: Config,
+    network: GTC,
+    users,
+    items,
+    graphs: Graphs,
+    features: dict[str, ShardedTable],
+    content: ShardedTable | None,
+    comm: Communicator,
 ) -> "DataLoader":
-    """The loader of one rank; `comm` and the features' tables belong to the prefetch thread.
+    """The loader of one rank; `comm` and the tables belong to the prefetch thread.
 
     Args:
         users, items: int32 [n] interactions of this rank, in any order.
+        content: of the masked diffusion.
     """
     builder = FullGraphBuilder if config.model.propagation == "full" else SampledGraphBuilder
     masks = None
     if network.masked is not None:
-        members = network.masked.members
-        masks = UserMasks(graphs, features, comm, config.train.seed, members, network.comm.device)
+        masks = UserMasks(graphs, content, config.train.seed, network.masked.members, network.comm.device)
     return DataLoader(config, users, items, graphs, builder(config, network, graphs, features), comm, masks)
 
 

@@ -52,11 +52,12 @@ def replay_step(uri: str) -> dict:
     catalog = Catalog(config.data.catalog, verify="size")
     pairs = catalog.interactions("train")
     trainer = Trainer(config, catalog, run, *pairs, load_graphs(config, catalog), Communicator())
-    found = trainer.state.resume()
+    found = trainer.resume()
+    set_network(trainer, dumped, uri)
     batch = trainer.loader.assemble(dumped.drawn, dumped.all_pairs)
     batch = replace(batch, negative_weight=dumped.negative_weight)
     rows = trainer.look_up(batch)
-    set_weights(trainer, rows, dumped, uri)
+    set_rows(rows, dumped, uri)
     terms = trainer.forward_backward(batch, rows)
     gradients = {f"{table.name} table": table.pending[0][1] for table in trainer.tables.all() if table.pending}
     gradients |= {name: p.grad for name, p in trainer.network.named_parameters() if p.grad is not None}
@@ -77,14 +78,20 @@ def for_one_rank(config: Config, ranks: int) -> Config:
     return config.model_copy(update={"model": model, "train": train})
 
 
-def set_weights(trainer: Trainer, rows: Rows, dumped: DumpedStep, uri: str) -> None:
-    """Put the weights of the step into the network and into the looked-up rows."""
-    saved = tuple(dumped.rows.values())
-    fits = [r.shape for r in rows] == [r.shape for r in saved]
+def set_network(trainer: Trainer, dumped: DumpedStep, uri: str) -> None:
+    """Put the dense weights of the step into the network. Raises InputError if it is another network."""
     current = {name: tensor.shape for name, tensor in trainer.network.state_dict().items()}
-    if not fits or current != {name: tensor.shape for name, tensor in dumped.network.items()}:
-        raise InputError(f"{uri} was written by a training with another network or catalog than its run folder has now")
-    trainer.network.load_state_dict(dumped.network)
+    if current != {name: tensor.shape for name, tensor in dumped.network.items()}:
+        raise InputError(f"{uri} was written by a training with another network than its run folder has now")
+    trainer.network.load(dumped.network)
+    trainer.use_content()
+
+
+def set_rows(rows: Rows, dumped: DumpedStep, uri: str) -> None:
+    """Put the rows of the step into the looked-up ones. Raises InputError if there are other ones."""
+    saved = tuple(dumped.rows.values())
+    if [row.shape for row in rows] != [row.shape for row in saved]:
+        raise InputError(f"{uri} was written by a training with another catalog than its run folder has now")
     for row, value in zip(rows, saved, strict=True):
         row.data.copy_(value)  # bypasses autograd: gradients still go to the tables
 

@@ -99,7 +99,7 @@ class TrainState:
     def load_best(self) -> None:
         """Local. Load the weights of the best epoch in place of those in training."""
         dense = checkpoint_files.load(self.uri(epoch_name(self.progress.best_epoch)), self._weights())
-        self.network.load_state_dict(dense["network"])
+        self.network.load(dense["network"])
         self.scorer.load(dense)
 
     def save(self) -> None:
@@ -166,7 +166,7 @@ class TrainState:
 
     def _restore(self, loaded: dict) -> TrainProgress:
         """Local. Restore from a loaded state everything but the tables' rows."""
-        self.network.load_state_dict(loaded["network"])
+        self.network.load(loaded["network"])
         self.network.clamp_parameters()
         self.optimizer.load_state_dict(loaded["optimizer"])
         for table in self.tables.all():

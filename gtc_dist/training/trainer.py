@@ -24,11 +24,13 @@ from gtc_dist.config import Config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.distributed.stopwatch import Stopwatch
 from gtc_dist.errors import InputError
 from gtc_dist.evaluation.metrics import metric_value
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.scorer import HybridScorer
+from gtc_dist.inference.masked_content import fit_projection, masked_content
 from gtc_dist.model.batch import Batch
 from gtc_dist.model.build import build_network, load_features, with_communicator
 from gtc_dist.training.checkpointing import Checkpointer
@@ -74,8 +76,11 @@ class Trainer:
         self.network, self.tables = build_network(config, catalog, comm)
         self.loader_comm = comm.new_group(torch.device("cpu"))
         features = load_features(self.network.modalities, catalog, self.loader_comm)
-        self.features = with_communicator(features, comm)
-        self.loader = build_loader(config, self.network, users, items, graphs, features, self.loader_comm)
+        self.features, self.graphs = with_communicator(features, comm), graphs
+        if self.network.masked is not None:
+            fit_projection(self.network.masked, self.features)
+        content, of_loader = self._content()
+        self.loader = build_loader(config, self.network, users, items, graphs, features, of_loader, self.loader_comm)
         expected = catalog.manifest.interactions["train"]
         if (found := sum(self.loader.interactions_per_rank)) != expected:
             raise InputError(
@@ -97,7 +102,7 @@ class Trainer:
             self.ddp_network = DistributedDataParallel(self.network, device_ids=devices, forward_sync_buffers=False)
         self.optimizer = torch.optim.Adam(self.network.parameter_groups(), lr=config.train.lr)
         self.validator = Validator(
-            config, catalog, graphs, self.network, self.tables, self.features, scorer, self.history
+            config, catalog, graphs, self.network, self.tables, self.features, content, scorer, self.history
         )
         self.stopwatch = Stopwatch()
         self.writer = AsyncCheckpointWriter(run, comm, 60 * config.train.checkpoint_minutes, KEEP_STATES)
@@ -116,7 +121,7 @@ class Trainer:
             The content of metrics.json, or None after a request to leave.
         """
         config, started = self.config, time.monotonic()
-        resumed = self.state.resume()
+        resumed = self.resume()
         self.state.clean(resumed)
         progress = self.state.progress
         if resumed:
@@ -145,6 +150,24 @@ class Trainer:
             self._print(f"no better {config.eval.metric} in {progress.waited} validations: stopping at epoch {last}")
         self.checkpointer.save(wait=True)
         return self._finish(last)
+
+    def resume(self) -> TrainProgress | None:
+        """Load the newest training state; None if there is none."""
+        found = self.state.resume()
+        if found:
+            self.use_content()
+        return found
+
+    def use_content(self) -> None:
+        """Make the masked diffusion's content again, with the projection that was loaded into the network."""
+        self.validator.content, of_loader = self._content()
+        if of_loader is not None:
+            self.loader.masks.use_content(of_loader)
+
+    def _content(self) -> tuple[ShardedTable | None, ShardedTable | None]:
+        """Content of the masked diffusion, for this thread and for the loader's; None without one."""
+        content = masked_content(self.network.masked, self.features, self.graphs, self.config.eval.block_rows)
+        return content, content and with_communicator({"": content}, self.loader_comm)[""]
 
     def train_epoch(self, epoch: int, done: int = 0) -> None:
         """The steps of an epoch after the first `done`. Returns early after a request to leave."""

@@ -36,11 +36,12 @@ class Validator:
         network: GTC,
         tables: Tables,
         features: dict[str, ShardedTable],
+        content: ShardedTable | None,
         scorer: HybridScorer,
         history: HistoricalEmbeddings | None,
     ):
         self.config, self.catalog, self.graphs = config, catalog, graphs
-        self.network, self.tables, self.features = network, tables, features
+        self.network, self.tables, self.features, self.content = network, tables, features, content
         self.scorer, self.history = scorer, history
         self.truth = {
             split: ranking.load_ground_truth(catalog, split, tables.user.start, tables.user.stop)
@@ -58,8 +59,9 @@ class Validator:
         """
         if self.history is not None:
             self.history.clear()  # frees its memory; the next step refreshes
-        models = self.network, self.tables, self.features, self.graphs, self.config.eval.block_rows
-        return embed_catalog(*models, diagnostics), embed_masked(*models)
+        models, chunk = (self.network, self.tables), self.config.eval.block_rows
+        network = embed_catalog(*models, self.features, self.graphs, chunk, diagnostics)
+        return network, embed_masked(*models, self.content, self.graphs, chunk)
 
     def validate(self, epoch: int, best: float) -> tuple[dict, dict[str, float]]:
         """Tune the hybrid weights and rank the valid split.

@@ -14,10 +14,13 @@ from trainings import fit, trainer_of
 
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.errors import InputError
 from gtc_dist.evaluation.ranking import RankingOptions, evaluate_on_items, load_ground_truth, popularity
 from gtc_dist.graph.csc import load_graphs
+from gtc_dist.inference import masked_content as masked_content_module
+from gtc_dist.inference.masked_content import fit_projection, masked_content
 from gtc_dist.inference.masked_embeddings import embed_masked
-from gtc_dist.model import user_masks
+from gtc_dist.model import masked_diffusion, user_masks
 from gtc_dist.model.build import build_network, load_features
 from gtc_dist.model.user_masks import UserMasks
 
@@ -36,12 +39,14 @@ def parts(catalog):
     return parts_of(catalog)
 
 
-def parts_of(catalog: Catalog) -> tuple:
-    """Graphs, network, item rows and features of a catalog."""
+def parts_of(catalog: Catalog, comm: Communicator | None = None) -> tuple:
+    """Graphs, network, tables and content of a catalog."""
+    comm = comm or Communicator()
     config = small_config(catalog.uri, model=MASKED)
-    network, tables = build_network(config, catalog, Communicator())
-    features = load_features(network.modalities, catalog, Communicator())
-    return load_graphs(config, catalog), network.masked, tables.masked_item, features
+    network, tables = build_network(config, catalog, comm)
+    features, graphs = load_features(network.modalities, catalog, comm), load_graphs(config, catalog)
+    fit_projection(network.masked, features)
+    return graphs, network, tables, masked_content(network.masked, features, graphs, chunk=9)
 
 
 def positives(graphs) -> list[set]:
@@ -49,13 +54,13 @@ def positives(graphs) -> list[set]:
     return [set(pairs[1][pairs[0][u] : pairs[0][u + 1]].tolist()) for u in range(graphs.users)]
 
 
-def masks_of(graphs, features) -> UserMasks:
-    return UserMasks(graphs, features, Communicator(), seed=0, members=MEMBERS, device=torch.device("cpu"))
+def masks_of(graphs, content) -> UserMasks:
+    return UserMasks(graphs, content, seed=0, members=MEMBERS, device=torch.device("cpu"))
 
 
 def test_a_pass_masks_every_user_once(parts):
-    graphs, _, _, features = parts
-    masks, seen, truth = masks_of(graphs, features), [], positives(graphs)
+    graphs, _, _, content = parts
+    masks, seen, truth = masks_of(graphs, content), [], positives(graphs)
     for step in range(STEPS):
         users, counts, seed = masks.draw(1, step, STEPS)
         assert counts == [len(users)]
@@ -79,9 +84,9 @@ def test_a_pass_masks_every_user_once(parts):
 
 
 def test_at_most_so_many_interactions_of_a_user(parts, monkeypatch):
-    graphs, _, _, features = parts
+    graphs, _, _, content = parts
     monkeypatch.setattr(user_masks, "MAX_ITEMS", 3)
-    masks = masks_of(graphs, features)
+    masks = masks_of(graphs, content)
     users, counts, seed = masks.draw(1, 0, STEPS)
     batch = masks.build(users, counts, seed)
     count = batch.kept_start.diff() + torch.bincount(batch.target_user, minlength=len(users))
@@ -89,21 +94,17 @@ def test_at_most_so_many_interactions_of_a_user(parts, monkeypatch):
 
 
 def test_the_loss_is_that_of_its_definition(parts):
-    graphs, masked, table, features = parts
-    masks = masks_of(graphs, features)
+    graphs, network, tables, content = parts
+    masked, masks = network.masked, masks_of(graphs, content)
     users, counts, seed = masks.draw(1, 0, STEPS)
     batch = masks.build(users, counts, seed)
-    rows = torch.randn(graphs.items, table.width, generator=torch.Generator().manual_seed(1))
+    rows = torch.randn(graphs.items, tables.masked_item.width, generator=torch.Generator().manual_seed(1))
     loss = masked(batch, rows)
-    hop = graphs.item_item
-    adjacency = torch.tensor(sp.csr_matrix((hop.weight, hop.indices, hop.indptr)).toarray())
     expected = 0.0
     for member in range(MEMBERS):
         columns = slice(128 * member, 128 * (member + 1))
-        vectors = rows[:, columns] * batch.has_id[:, member, None]
-        for number, name in enumerate(features):
-            vectors = vectors + F.normalize(features[name].weight.float(), dim=1) @ masked.maps[number][:, columns]
-        vectors = F.normalize(vectors + 0.3 * adjacency @ vectors, dim=1)
+        ids = rows[:, columns] * batch.has_id[:, member, None]
+        vectors = F.normalize(ids + content.weight.float() @ masked.content_map[:, columns], dim=1)
         for n in range(len(users)):
             own = batch.kept[batch.kept_start[n] : batch.kept_start[n + 1]]
             hidden = F.normalize(vectors[own].sum(0), dim=0) * 8
@@ -114,15 +115,16 @@ def test_the_loss_is_that_of_its_definition(parts):
 
 def test_sampled_items_estimate_the_loss_over_all(tmp_path, monkeypatch):
     catalog = small_catalog(tmp_path / "c", users=90, items=300)
-    graphs, masked, table, features = parts_of(catalog)
-    rows = 0.5 * torch.randn(graphs.items, table.width, generator=torch.Generator().manual_seed(1))
+    graphs, network, tables, content = parts_of(catalog)
+    masked = network.masked
+    rows = 0.5 * torch.randn(graphs.items, tables.masked_item.width, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(user_masks, "ID_DROP", 0.0)
-    masks = masks_of(graphs, features)
+    masks = masks_of(graphs, content)
     drawn = [masks.draw(1 + seed, 0, STEPS)[0][:12] for seed in range(40)]  # the expectation is over users, too
     whole = [masked(masks.build(users, [12], seed), rows).item() for seed, users in enumerate(drawn)]
     monkeypatch.setattr(user_masks, "FULL_SOFTMAX", 0)
     monkeypatch.setattr(user_masks, "NEGATIVES", 120)
-    masks, sampled, uncorrected = masks_of(graphs, features), [], []
+    masks, sampled, uncorrected = masks_of(graphs, content), [], []
     for seed, users in enumerate(drawn):
         batch = masks.build(users, [12], seed)
         own = rows[torch.from_numpy(items_of(batch))]
@@ -140,13 +142,11 @@ def items_of(batch) -> np.ndarray:
     return batch.item_lookup.outgoing[batch.item_lookup.position].numpy()
 
 
-def gradients(comm: Communicator, uri: str, config, counts: list[int]) -> dict:
+def gradients(comm: Communicator, uri: str, counts: list[int]) -> dict:
     """Loss of the global batch and all gradients, where the ranks share the users of one step."""
-    catalog = Catalog(uri)
-    network, tables = build_network(config, catalog, comm)
-    features, graphs = load_features(network.modalities, catalog, comm), load_graphs(config, catalog)
+    graphs, network, tables, content = parts_of(Catalog(uri), comm)
     users = np.flatnonzero(graphs.user_degree > 1)[: sum(counts)]
-    whole = UserMasks(graphs, features, comm, 0, MEMBERS, torch.device("cpu")).build(users, counts, 5)
+    whole = masks_of(graphs, content).build(users, counts, 5)
     first = sum(counts[: comm.rank])
     start = whole.kept_start[first : first + counts[comm.rank] + 1]
     own = (whole.target_user >= first) & (whole.target_user < first + counts[comm.rank])
@@ -165,26 +165,61 @@ def gradients(comm: Communicator, uri: str, config, counts: list[int]) -> dict:
 
 
 def test_ranks_give_the_loss_and_gradients_of_one(catalog):
-    config = small_config(catalog.uri, model=MASKED)
-    alone = run_ranks(gradients, 1, catalog.uri, config, [24])[0]
+    alone = run_ranks(gradients, 1, catalog.uri, [24])[0]
     assert all(gradient.abs().sum() > 0 for gradient in [*alone["dense"].values(), *alone["tables"].values()])
-    for result in run_ranks(gradients, 3, catalog.uri, config, [15, 0, 9]):
+    for result in run_ranks(gradients, 3, catalog.uri, [15, 0, 9]):
         assert_same_step(result, alone)
 
 
-def embedded(comm: Communicator, uri: str, config) -> dict:
-    catalog = Catalog(uri)
-    network, tables = build_network(config, catalog, comm)
-    out = embed_masked(
-        network, tables, load_features(network.modalities, catalog, comm), load_graphs(config, catalog), 9
-    )
+def narrow(monkeypatch) -> None:
+    """Content of 4 columns from each modality; those of the small catalog have 6 and 7."""
+    for module in (masked_diffusion, masked_content_module):
+        monkeypatch.setattr(module, "CONTENT_WIDTH", 4)
+
+
+def test_content_is_projected_and_smoothed_over_neighbours(catalog, monkeypatch):
+    narrow(monkeypatch)
+    graphs, network, _, content = parts_of(catalog)
+    hop, expected = graphs.item_item, []
+    for table in load_features(network.modalities, catalog, Communicator()).values():
+        rows = table.weight.double().numpy()
+        units = rows - rows.mean(0)
+        units /= np.linalg.norm(units, axis=1, keepdims=True)
+        left, values, _ = np.linalg.svd(units, full_matrices=False)
+        expected.append(left[:, :4] * values[:4])
+    assert list(network.masked.content_widths.values()) == [4, 4]
+    smoothing = np.eye(graphs.items) + 0.3 * sp.csr_matrix((hop.weight, hop.indices, hop.indptr)).toarray()
+    for first, part in zip((0, 4), expected, strict=True):
+        found = content.weight[:, first : first + 4].double().numpy()
+        np.testing.assert_allclose(found @ found.T, smoothing @ part @ part.T @ smoothing.T, atol=5e-3)
+
+
+def test_a_checkpoint_keeps_the_projection(catalog, monkeypatch):
+    narrow(monkeypatch)
+    graphs, network, _, content = parts_of(catalog)
+    for name, buffer in network.masked.named_buffers():
+        buffer.mul_(-1 if "directions" in name else 1)  # as another machine may find them
+    _, other, _, _ = parts_of(catalog)
+    other.load(network.state_dict())
+    features = load_features(network.modalities, catalog, Communicator())
+    assert torch.equal(masked_content(other.masked, features, graphs, 9).weight, -content.weight)
+
+
+def test_the_form_of_version_0_3_is_refused(parts):
+    _, network, _, _ = parts
+    with pytest.raises(InputError, match="the form of version"):
+        network.load(network.state_dict() | {"masked.maps.0": torch.zeros(6, 256)})
+
+
+def embedded(comm: Communicator, uri: str) -> dict:
+    graphs, network, tables, content = parts_of(Catalog(uri), comm)
+    out = embed_masked(network, tables, content, graphs, 9)
     return {"users": out.users.weight, "items": out.items.weight}
 
 
 def test_ranks_embed_their_own_rows(catalog):
-    config = small_config(catalog.uri, model=MASKED)
-    alone = embedded(Communicator(), catalog.uri, config)
-    together = run_ranks(embedded, 2, catalog.uri, config)
+    alone = embedded(Communicator(), catalog.uri)
+    together = run_ranks(embedded, 2, catalog.uri)
     for kind, rows in alone.items():
         torch.testing.assert_close(torch.cat([one[kind] for one in together]), rows, rtol=1e-5, atol=1e-6)
 
@@ -218,6 +253,6 @@ def test_it_learns_to_rank(catalog, tmp_path, propagation, monkeypatch):
         return evaluate_on_items(*embeddings, graphs, truth, options, None)["ndcg@10"]
 
     trainer.fit()
-    learned = embed_masked(trainer.network, trainer.tables, trainer.features, graphs, 64)
+    learned = embed_masked(trainer.network, trainer.tables, trainer.validator.content, graphs, 64)
     assert ndcg(learned) > 1.3 * ndcg(popularity(graphs, Communicator()))
     assert trainer.validator.scorer.state()["blend"].keys() >= {"masked", "members"}
