@@ -191,7 +191,7 @@ def top_k_items(
         for start in range(0, len(rank_users), options.user_block):
             part = slice(start, min(start + options.user_block, len(rank_users)))
             scores = users.weight[rows[part]].float() @ block.T
-            row, column = _train_positives(graphs, rank_users[part], first, last)
+            row, column = train_positives(graphs, rank_users[part], first, last)
             scores[row.to(device), column.to(device)] = float("-inf")
             if first:
                 value, at = _above_running_best(scores, best[part, -1], k)
@@ -223,7 +223,7 @@ def _above_running_best(scores: torch.Tensor, least: torch.Tensor, k: int) -> tu
     return value, at
 
 
-def _train_positives(graphs: Graphs, users: np.ndarray, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+def train_positives(graphs: Graphs, users: np.ndarray, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(row, column) of the train positives of `users` among items [first, last)."""
     indptr, edges = take_edges(graphs.nodes, users)
     items = graphs.nodes.indices[edges] - graphs.users

@@ -4,7 +4,6 @@ Its results are ranked and exported.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -16,7 +15,7 @@ from gtc_dist.hybrid.cold_start import ColdStart, Objective
 from gtc_dist.hybrid.content_profile import content_profile_scores
 from gtc_dist.hybrid.embeddings import Embeddings
 from gtc_dist.hybrid.graph_filter import CooccurrenceOperator, graph_filter_scores
-from gtc_dist.hybrid.score_fusion import ScoreFusion
+from gtc_dist.hybrid.score_fusion import FusionObjective, ScoreFusion
 from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
 
 
@@ -51,19 +50,19 @@ class HybridScorer:
         """Local. Whether there are scores before training."""
         return self.fusion is not None and len(self.fusion.scorers) > 0
 
-    def tune_untrained(self, objective: Objective) -> None:
+    def tune_untrained(self, objective: FusionObjective) -> None:
         """Tune the weights of the untrained scorers, before training."""
         if self.fusion is not None:
-            self.fusion.tune_untrained(partial(objective, counted=None))
+            self.fusion.tune_untrained(objective)
 
-    def tune_fusion(self, network: Embeddings, masked: Embeddings | None, objective: Objective) -> Embeddings:
-        """Tune the weights of the trained models in the fusion; returns the fused embeddings.
+    def tune_fusion(self, network: Embeddings, masked: Embeddings | None, objective: FusionObjective) -> Embeddings:
+        """Tune the weights of the fusion; returns the fused embeddings.
 
         Args:
             masked: of the masked diffusion, if there is one; so in the other methods.
         """
         if self.fusion is not None:
-            self.fusion.tune_network(network, partial(objective, counted=None), masked)
+            self.fusion.tune(network, objective, masked)
         return self.fuse(network, masked)
 
     def tune_cold_start(self, fused: Embeddings, objective: Objective) -> None:

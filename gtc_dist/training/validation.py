@@ -1,5 +1,6 @@
 """Validation: embed the catalog, tune the hybrid weights (score fusion, cold start), rank, and score the final test."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from gtc_dist.evaluation import ranking
 from gtc_dist.evaluation.item_groups import HEAD_ITEMS, positive_groups, tuning_positives, valid_head
 from gtc_dist.evaluation.metrics import metric_value
 from gtc_dist.evaluation.ranking import RankingOptions
+from gtc_dist.evaluation.shortlist import Shortlist
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.embeddings import Embeddings
 from gtc_dist.hybrid.scorer import HybridScorer
@@ -75,7 +77,7 @@ class Validator:
         """
         metric = self.config.eval.metric
         diagnostics: dict[str, float] = {}
-        fused = self.scorer.tune_fusion(*self.embed(diagnostics), self.objective)
+        fused = self.scorer.tune_fusion(*self.embed(diagnostics), self.fusion_objective)
         metrics = self.rank(self.scorer.impute_cold(fused), "valid")
         is_better = metric_value(metrics, metric) > best
         if is_better and (epoch > 0 or self.scorer.has_untrained):
@@ -102,7 +104,7 @@ class Validator:
         return ranking.evaluate_split(*embeddings, self.graphs, self.truth[split], options, self.head)
 
     def objective(self, embeddings: Embeddings, counted: np.ndarray | None) -> float:
-        """Objective for tuning the hybrid weights: geometric mean of `eval.metric` and NDCG@20 on a sample of the
+        """Objective for tuning the cold-start weights: geometric mean of `eval.metric` and NDCG@20 on a sample of the
         valid users, so that a relative gain of one counts as much as the same gain of the other. Both count the
         positives of `eval.metric`, such as those of "head_free".
 
@@ -110,10 +112,25 @@ class Validator:
             counted: bool [items], only these of them count (`tuning_positives`); None: all.
         """
         metric, positives = tuning_positives(self.config.eval.metric, self.groups, counted)
-        options = RankingOptions.of(self.config)
-        options = replace(options, users=min(options.users or TUNING_USERS, TUNING_USERS))
+        options = self._tuning_options()
         values = ranking.evaluate_on_items(*embeddings, self.graphs, self.truth["valid"], options, positives)
         return (values[metric] * values["ndcg@20"]) ** 0.5
+
+    def fusion_objective(self, scorers: dict[str, Embeddings]) -> Callable[[dict[str, float]], float]:
+        """The same objective of weighted sums of the scorers, from one ranking by each of them."""
+        metric, positives = tuning_positives(self.config.eval.metric, self.groups)
+        shortlist = Shortlist.of(scorers, self.graphs, self.truth["valid"], self._tuning_options(), positives)
+
+        def value(weights: dict[str, float]) -> float:
+            values = shortlist.metrics(weights)
+            return (values[metric] * values["ndcg@20"]) ** 0.5
+
+        return value
+
+    def _tuning_options(self) -> RankingOptions:
+        """Local. Options of the rankings that tune weights."""
+        options = RankingOptions.of(self.config)
+        return replace(options, users=min(options.users or TUNING_USERS, TUNING_USERS))
 
     def final_metrics(self) -> tuple[dict, ShardedTable]:
         """Metrics of valid and test, those of popularity on test, and the final item embeddings."""
