@@ -71,10 +71,12 @@ class ScoreFusion:
             self._search(objective(self.scorers), [dict.fromkeys(self.scorers, 1.0)])
 
     def tune(self, network: Embeddings, objective: FusionObjective, masked: Embeddings | None = None) -> None:
-        """Tune all weights, from their current and from their initial values: a weight that fell to 0 while its model
-        was untrained might stay there."""
+        """Tune all weights: from their current values, from the initial ones, since a weight that fell to 0 while its
+        model was untrained might stay there, and from those of the trained models alone."""
         value = objective(self._trained(network, masked) | self.scorers)
-        self._search(value, [{name: self.weights[name] for name in self.initial_weights}, self.initial_weights])
+        current = {name: self.weights[name] for name in self.initial_weights}
+        trained_alone = self.initial_weights | dict.fromkeys(self.scorers, 0.0)
+        self._search(value, [current, self.initial_weights, trained_alone])
 
     def _search(self, value: Callable[[dict[str, float]], float], starts: list[dict[str, float]]) -> None:
         """Set the weights to the best found by coordinate search; on a tie the first start's remain."""
