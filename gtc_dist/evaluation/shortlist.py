@@ -17,7 +17,7 @@ from gtc_dist.evaluation.metrics import K_VALUES, mean_over_users, user_metrics
 from gtc_dist.evaluation.ranking import RankingOptions, ranked_users, train_positives
 from gtc_dist.graph.csc import Graphs, find_edges, take_edges
 
-ITEMS = 100  # of each scorer
+ITEMS = 50  # of each scorer
 Scorers = Mapping[str, tuple[ShardedTable, ShardedTable]]  # name -> embeddings of users and items
 
 
