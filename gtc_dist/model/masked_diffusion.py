@@ -34,7 +34,7 @@ from gtc_dist.model.batch import MaskedUsers
 
 MASKED_TABLE = "masked_item"
 WIDTH = 128  # D of a member
-CONTENT_WIDTH = 128  # columns of a modality's content
+CONTENT_WIDTH = 256  # columns of a modality's content
 ID_NORM = 0.3  # initial norm of an id row; that of a content vector is 1: content leads until interactions say more
 SCALE = 8.0  # initial scale of the cosine; it is learned
 NEIGHBOUR_WEIGHT = 0.3
