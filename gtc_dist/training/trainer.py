@@ -167,7 +167,9 @@ class Trainer:
     def _content(self) -> tuple[ShardedTable | None, ShardedTable | None]:
         """Content of the masked diffusion, for this thread and for the loader's; None without one."""
         content = masked_content(self.network.masked, self.features, self.graphs, self.config.eval.block_rows)
-        return content, content and with_communicator({"": content}, self.loader_comm)[""]
+        if content is None:
+            return None, None
+        return content, with_communicator({"content": content}, self.loader_comm)["content"]
 
     def train_epoch(self, epoch: int, done: int = 0) -> None:
         """The steps of an epoch after the first `done`. Returns early after a request to leave."""
