@@ -96,10 +96,14 @@ class MaskedDiffusion(nn.Module):
         items = self.vectors(rows, batch.content, batch.has_id)
         users = F.embedding_bag(batch.kept, items, batch.kept_start, mode="sum", include_last_offset=True)
         users = self.unit(users) * self.log_scale.exp()
-        bias = rows[:, self.columns :].T[:, None]
-        scores = torch.baddbmm(bias, self._by_member(users), self._by_member(items).transpose(1, 2))
-        target = scores[:, batch.target_user, batch.target]
-        log_sum = torch.logsumexp(scores - self._log_inclusion(batch, scores), dim=2)[:, batch.target_user]
+        users, items = self._by_member(users), self._by_member(items)
+        bias = rows[:, self.columns :].T
+        scores = torch.baddbmm(bias[:, None], users, items.transpose(1, 2))
+        # from the vectors: their gradient is small, that of an entry of the scores is a matrix of the scores' size
+        target = (users[:, batch.target_user] * items[:, batch.target]).sum(2) + bias[:, batch.target]
+        if batch.log_inclusion is not None:
+            scores = scores - self._log_inclusion(batch, batch.log_inclusion)
+        log_sum = torch.logsumexp(scores, dim=2)[:, batch.target_user]
         loss = log_sum - target
         if batch.recency_weight is not None:
             loss = loss * batch.recency_weight
@@ -110,13 +114,11 @@ class MaskedDiffusion(nn.Module):
         return vectors.unflatten(1, (self.members, self.width)).transpose(0, 1)
 
     @staticmethod
-    def _log_inclusion(batch: MaskedUsers, scores: torch.Tensor) -> torch.Tensor | float:
+    def _log_inclusion(batch: MaskedUsers, of_items: torch.Tensor) -> torch.Tensor:
         """log P(item in batch) for each user, [m, n]: a user's own items are in for certain."""
-        if batch.log_inclusion is None:
-            return 0.0
-        chance = batch.log_inclusion.expand(scores.shape[1:]).clone()
+        chance = of_items.repeat(len(batch.kept_start) - 1, 1)
         kept_user = torch.repeat_interleave(
-            torch.arange(len(chance), device=scores.device), batch.kept_start.diff(), output_size=len(batch.kept)
+            torch.arange(len(chance), device=chance.device), batch.kept_start.diff(), output_size=len(batch.kept)
         )
         chance[kept_user, batch.kept] = 0
         chance[batch.target_user, batch.target] = 0
