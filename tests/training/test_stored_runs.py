@@ -51,15 +51,21 @@ def test_it_exports(stored, tmp_path):
     np.testing.assert_allclose(got, np.load(STORED / f"{name}.npz")["items"], rtol=1e-5, atol=1e-6)
 
 
-def test_it_resumes_as_if_nothing_had_changed(stored):
-    """Two more epochs give the results of version 0.1.0."""
-    name, run = stored
+def resumed(name: str, run: Path) -> Trainer:
+    """A trainer of a stored run with two more epochs."""
     config = read_run_config((run / "config.yaml").read_bytes(), "config.yaml")
     config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 5})})
     catalog = Catalog(config.data.catalog)
     assert run_status(config, str(run), catalog.manifest.fingerprint) == "begun"
     pairs = catalog.interactions("train")
-    result = Trainer(config, catalog, str(run), *pairs, load_graphs(config, catalog), Communicator()).fit()
+    return Trainer(config, catalog, str(run), *pairs, load_graphs(config, catalog), Communicator())
+
+
+@pytest.mark.parametrize("stored", ["paper"], indirect=True)
+def test_it_resumes_as_if_nothing_had_changed(stored):
+    """Two more epochs give the results of version 0.1.0."""
+    name, run = stored
+    result = resumed(name, run).fit()
     expected = EXPECTED[name]["after_5_epochs"]
     assert {key: result[key] for key in ("best_epoch", "last_epoch")} == {
         key: expected[key] for key in ("best_epoch", "last_epoch")
@@ -72,3 +78,34 @@ def test_it_resumes_as_if_nothing_had_changed(stored):
         assert got.keys() == want.keys()
         assert got["valid"] == pytest.approx(want["valid"], abs=1e-6)
         assert {k: got[k] for k in got if k != "valid"} == pytest.approx({k: want[k] for k in want if k != "valid"})
+
+
+@pytest.mark.parametrize("stored", ["gated"], indirect=True)
+def test_a_hybrid_learns_as_if_nothing_had_changed(stored, monkeypatch):
+    """Version 0.4.0 searches the weights of the fusion in another way. With the weights that version 0.1.0 found, two
+    more epochs of training rank as they did there; its own weights rank no worse."""
+    name, run = stored
+    trainer = resumed(name, run)
+    validator, ours, theirs = trainer.validator, [], []
+    tune = validator.validate
+
+    def compare(epoch: int, best: float):
+        want = EXPECTED[name]["epochs"][epoch]
+        before, parts = validator.scorer.state(), {"blend": {}, "cold": {}}
+        for key in want.keys() - {"epoch", "valid"}:
+            part, _, weight = key.partition("/")
+            parts.get(part, {})[weight] = want[key]
+        validator.scorer.load(parts)
+        fused = validator.scorer.fuse(*validator.embed())
+        metrics = validator.rank(validator.scorer.impute_cold(fused), "valid")["overall"]
+        assert metrics == pytest.approx(want["valid"], abs=1e-6)
+        theirs.append(validator.objective(fused, None))
+        validator.scorer.load(before)
+        out = tune(epoch, best)
+        ours.append(validator.objective(validator.scorer.fuse(*validator.embed()), None))
+        return out
+
+    monkeypatch.setattr(validator, "validate", compare)
+    assert trainer.fit()["last_epoch"] == 5
+    assert len(ours) == 2
+    assert all(own >= other for own, other in zip(ours, theirs, strict=True))
