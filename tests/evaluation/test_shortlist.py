@@ -33,13 +33,14 @@ def embeddings(catalog: Catalog, name: str, comm: Communicator) -> Embeddings:
 
 def both(comm: Communicator, uri: str, counted: np.ndarray | None, items: int) -> tuple[dict, dict]:
     """Metrics by a shortlist with so many items of each scorer, and by ranking all."""
-    shortlist.ITEMS = items
     catalog = Catalog(uri)
     scorers, graphs = {name: embeddings(catalog, name, comm) for name in WEIGHTS}, Graphs.load(catalog)
     options = RankingOptions(item_block=50, user_block=7)
     users = scorers["a"].users
     truth = load_ground_truth(catalog, "valid", users.start, users.stop)
-    found = Shortlist.of(scorers, graphs, truth, options, counted).metrics(WEIGHTS)
+    with pytest.MonkeyPatch.context() as patch:  # one rank runs in this process
+        patch.setattr(shortlist, "ITEMS", items)
+        found = Shortlist.of(scorers, graphs, truth, options, counted).metrics(WEIGHTS)
     used = [(each, WEIGHTS[name]) for name, each in scorers.items()]
     rows = torch.cat([each.users.weight * weight for each, weight in used], dim=1)
     columns = torch.cat([each.items.weight for each, _ in used], dim=1)
