@@ -65,15 +65,12 @@ def metrics_of_groups(
     Args:
         groups: name -> `counted` of that group.
     """
-    hit = _hits(top, rows, truth)
-    indptr, edges = take_edges(truth, rows)
-    out = {}
+    hit, out = hits(top, rows, truth), {}
     for group, counted in groups.items():
+        positives = count_positives(rows, truth, counted)
         if counted is None:
-            out[group] = user_metrics(hit, np.diff(indptr))
+            out[group] = user_metrics(hit, positives)
             continue
-        before = np.concatenate([[0], np.cumsum(counted[truth.indices[edges]])])
-        positives = before[indptr[1:]] - before[indptr[:-1]]
         any_left = positives > 0
         out[group] = user_metrics(hit[any_left] & counted[np.maximum(top[any_left], 0)], positives[any_left])
     return out
@@ -154,8 +151,22 @@ def _means(sums: list[float]) -> tuple[int, dict[str, float]]:
     return int(n), {name: total / max(n, 1) for name, total in zip(_LIST_METRICS, totals, strict=True)}
 
 
-def _hits(top: np.ndarray, rows: np.ndarray, truth: CSC) -> np.ndarray:
-    """Whether each recommended item is a positive of its user, bool [n, k]."""
+def count_positives(rows: np.ndarray, truth: CSC, counted: np.ndarray | None) -> np.ndarray:
+    """Positives of each user, int64 [n].
+
+    Args:
+        rows: [n], the users' rows in `truth`.
+        counted: bool [items], only these count; None: all items.
+    """
+    if counted is None:
+        return truth.degree[rows]
+    indptr, edges = take_edges(truth, rows)
+    before = np.concatenate([[0], np.cumsum(counted[truth.indices[edges]])])
+    return before[indptr[1:]] - before[indptr[:-1]]
+
+
+def hits(top: np.ndarray, rows: np.ndarray, truth: CSC) -> np.ndarray:
+    """Whether each recommended item is a positive of its user, bool [n, k]; -1 is none."""
     users = np.repeat(rows, top.shape[1])
     hit = (top.reshape(-1) >= 0) & (find_edges(truth, users, np.maximum(top.reshape(-1), 0)) >= 0)
     return hit.reshape(top.shape)

@@ -13,9 +13,9 @@ import torch
 from gtc_dist.data.catalog import CSC
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup
-from gtc_dist.evaluation.metrics import K_VALUES, mean_over_users, user_metrics
+from gtc_dist.evaluation.metrics import K_VALUES, count_positives, hits, mean_over_users, user_metrics
 from gtc_dist.evaluation.ranking import RankingOptions, ranked_users, train_positives
-from gtc_dist.graph.csc import Graphs, find_edges, take_edges
+from gtc_dist.graph.csc import Graphs
 
 ITEMS = 50  # of each scorer
 Scorers = Mapping[str, tuple[ShardedTable, ShardedTable]]  # name -> embeddings of users and items
@@ -53,14 +53,10 @@ class Shortlist:
         users = next(iter(scorers.values()))[0]
         rank_users = ranked_users(users, graphs, truth, options)
         rows = rank_users - users.start
-        indptr, edges = take_edges(truth, rows)
-        is_counted = np.ones(len(edges), bool) if counted is None else counted[truth.indices[edges]]
-        before = np.concatenate([[0], np.cumsum(is_counted)])
-        positives = before[indptr[1:]] - before[indptr[:-1]]
+        positives = count_positives(rows, truth, counted)
         rank_users, rows, positives = (values[positives > 0] for values in (rank_users, rows, positives))
         items, scores = _best_items(scorers, graphs, rank_users, options)
-        hit = find_edges(truth, np.repeat(rows, items.shape[1]), np.maximum(items, 0).reshape(-1)) >= 0
-        hit = hit.reshape(items.shape) & (items >= 0)
+        hit = hits(items, rows, truth)
         if counted is not None:
             hit &= counted[np.maximum(items, 0)]
         return Shortlist(
@@ -79,10 +75,7 @@ class Shortlist:
 
 
 def _best_items(
-    scorers: dict[str, tuple[ShardedTable, ShardedTable]],
-    graphs: Graphs,
-    rank_users: np.ndarray,
-    options: RankingOptions,
+    scorers: Scorers, graphs: Graphs, rank_users: np.ndarray, options: RankingOptions
 ) -> tuple[np.ndarray, torch.Tensor]:
     """Each user's best `ITEMS` items by each scorer, once each: int64 [n, m], -1 where there are fewer, and the scores
     of all scorers, float32 [scorers, n, m]. Collective: every rank must call it."""

@@ -14,8 +14,7 @@ Finally the norm of cold embeddings is tuned, which decides how many cold items 
 drop of the warm items' validation objective is at most `eval.cold_loss`, relative to lists without cold items. Where
 less than `SIMULATED_SHARE` of the items are cold (in small catalogs: fewer than `MIN_SIMULATED` items, or than
 `MAX_SIMULATED_SHARE`), randomly chosen warm items simulate the rest, so that the scale also suits a few items that
-arrive later. With a larger share fewer cold items are recommended
-than the allowed loss pays for (docs/log.md).
+arrive later. With a larger share fewer cold items are recommended than the allowed loss pays for (docs/log.md).
 
 Tuning ranks the valid split many times, so the trainer tunes only epochs that become the best checkpoint.
 """

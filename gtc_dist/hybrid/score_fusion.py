@@ -20,8 +20,8 @@ from gtc_dist.hybrid.embeddings import Embeddings, inverse_score_std, item_covar
 from gtc_dist.hybrid.graph_filter import CooccurrenceOperator
 from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
 
-# Given the scorers by name, makes the function whose value tuning maximises: of the weights of their sum, which are not
-# all 0. Collective, as is the function.
+# Scorers by name -> a function of the weights of their sum, whose value tuning maximises. It never gets weights that
+# are all 0. Both calls are collectives.
 FusionObjective = Callable[[dict[str, Embeddings]], Callable[[dict[str, float]], float]]
 
 MEMBERS = "members"
