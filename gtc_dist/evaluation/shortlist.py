@@ -1,7 +1,7 @@
 """Shortlists: each user's best items by each of several scorers, with the scores of all of them.
 
 The items at the top of a weighted sum of the scorers are among these for all but extreme cases, so that one pass over
-the catalog serves the search for the weights, whose every step then ranks a few hundred items of a user.
+the catalog serves the choice of the weights, which then reads a few hundred items of a user.
 """
 
 from collections.abc import Mapping
@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from gtc_dist.data.catalog import CSC
-from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup
-from gtc_dist.evaluation.metrics import K_VALUES, count_positives, hits, mean_over_users, user_metrics
+from gtc_dist.evaluation.metrics import count_positives, hits
 from gtc_dist.evaluation.ranking import RankingOptions, ranked_users, train_positives
 from gtc_dist.graph.csc import Graphs
 
@@ -23,16 +22,17 @@ Scorers = Mapping[str, tuple[ShardedTable, ShardedTable]]  # name -> embeddings 
 
 @dataclass(frozen=True)
 class Shortlist:
-    """Items of this rank's users. Methods are collectives.
+    """Items of this rank's users that have a positive.
 
+    users: int64 [n], indexes. items: int64 [n, m], indexes; -1 where a user has fewer.
     scores: scorer -> float32 [n, m]; -inf where a user has fewer items.
-    hit: bool [n, m], the item is a positive of the user. positives: int64 [n], at least 1.
+    hit: bool [n, m], the item is a positive of the user.
     """
 
+    users: torch.Tensor
+    items: torch.Tensor
     scores: dict[str, torch.Tensor]
     hit: torch.Tensor
-    positives: np.ndarray
-    comm: Communicator
 
     @staticmethod
     @torch.no_grad()
@@ -43,7 +43,7 @@ class Shortlist:
         options: RankingOptions,
         counted: np.ndarray | None = None,
     ) -> "Shortlist":
-        """Rank a split by each scorer.
+        """Rank a split by each scorer. Collective: every rank must call it.
 
         Args:
             scorers: tables row-sharded over the same ranks.
@@ -53,25 +53,15 @@ class Shortlist:
         users = next(iter(scorers.values()))[0]
         rank_users = ranked_users(users, graphs, truth, options)
         rows = rank_users - users.start
-        positives = count_positives(rows, truth, counted)
-        rank_users, rows, positives = (values[positives > 0] for values in (rank_users, rows, positives))
+        has_positive = count_positives(rows, truth, counted) > 0
+        rank_users, rows = rank_users[has_positive], rows[has_positive]
         items, scores = _best_items(scorers, graphs, rank_users, options)
         hit = hits(items, rows, truth)
         if counted is not None:
             hit &= counted[np.maximum(items, 0)]
-        return Shortlist(
-            dict(zip(scorers, scores, strict=True)), torch.from_numpy(hit).to(users.comm.device), positives, users.comm
-        )
-
-    @torch.no_grad()
-    def metrics(self, weights: dict[str, float]) -> dict[str, float]:
-        """Metrics name@K of the weighted sum of the scores. At least one weight must not be 0."""
-        total = sum(weight * self.scores[name] for name, weight in weights.items() if weight)
-        top = total.topk(min(max(K_VALUES), total.shape[1]), dim=1).indices
-        hit = self.hit.gather(1, top).cpu().numpy()
-        if (missing := max(K_VALUES) - hit.shape[1]) > 0:
-            hit = np.pad(hit, ((0, 0), (0, missing)))
-        return mean_over_users(user_metrics(hit, self.positives), self.comm)[1]
+        on_device = (torch.from_numpy(each).to(users.comm.device) for each in (rank_users, items, hit))
+        index, listed, found = on_device
+        return Shortlist(index, listed, dict(zip(scorers, scores, strict=True)), found)
 
 
 def _best_items(

@@ -29,8 +29,7 @@ from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.content_regression import ContentRegression
-from gtc_dist.hybrid.coordinate_search import grid_neighbours, nearest_step
-from gtc_dist.hybrid.embeddings import Embeddings
+from gtc_dist.hybrid.embeddings import Embeddings, SpecialColumns
 from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
 
 # Validation objective of embeddings, higher is better; every rank must call it. With bool [items], only these items
@@ -45,6 +44,8 @@ NORM_SCALE_STEPS = (0.0, *(round(1.1**n, 3) for n in range(-12, 13)))
 
 # of the items that are cold, or simulate cold ones, when the norm is tuned
 SIMULATED_SHARE, MIN_SIMULATED, MAX_SIMULATED_SHARE = 0.01, 40, 0.1
+
+EXCLUDED = -1e3  # score that keeps an item out of all lists
 
 
 class ColdStart:
@@ -89,11 +90,11 @@ class ColdStart:
         """Local. Weights before tuning."""
         return {REGRESSION: float(self.neighbours is None), CONTENT_WEIGHT: 1.0, NORM_SCALE: 1.0}
 
-    def impute(self, embeddings: Embeddings, profiles: dict[str, slice]) -> Embeddings:
+    def impute(self, embeddings: Embeddings, columns: SpecialColumns) -> Embeddings:
         """Embeddings with the rows of cold items replaced by their predictions.
 
         Args:
-            profiles: modality -> columns with the items' own content profiles.
+            columns: of these embeddings.
         """
         if not self.cold.any():
             return embeddings
@@ -102,10 +103,11 @@ class ColdStart:
             predicted = self.regression.predict(self.regression.fit(items), self._rank_rows(self.cold, items))
         else:
             predicted = self.neighbours.of_cold(items)
-        predicted = self._set_profiles(predicted, items, profiles, self.weights[CONTENT_WEIGHT])
-        return Embeddings(users, self._replace_rows(items, predicted, self.cold, self.weights[NORM_SCALE]))
+        predicted = self._set_profiles(predicted, columns, self.weights[CONTENT_WEIGHT])
+        scaled = scaled_rows(predicted, self.weights[NORM_SCALE], columns.constant)
+        return Embeddings(users, self._replace_rows(items, scaled, self.cold))
 
-    def tune(self, embeddings: Embeddings, profiles: dict[str, slice], objective: Objective) -> None:
+    def tune(self, embeddings: Embeddings, columns: SpecialColumns, objective: Objective) -> None:
         """Tune the weights by greedy coordinate search, from their current values."""
         users, items = embeddings
         predictions: dict[float, torch.Tensor] = {}  # by predictor, one at a time: as large as the embeddings
@@ -119,7 +121,7 @@ class ColdStart:
                     predictions[by_regression] = self.regression.predict(self.regression.fit(items))
                 else:
                     predictions[by_regression] = self.neighbours.of_all(items)
-            return self._set_profiles(predictions[by_regression], items, profiles, weights[CONTENT_WEIGHT])
+            return self._set_profiles(predictions[by_regression], columns, weights[CONTENT_WEIGHT])
 
         def value(weights: dict[str, float]) -> float:
             key = weights[REGRESSION], weights[CONTENT_WEIGHT]
@@ -129,24 +131,28 @@ class ColdStart:
 
         predictors = (self.neighbours, self.regression)
         grids = {REGRESSION: tuple(float(n) for n, predictor in enumerate(predictors) if predictor is not None)}
-        if profiles:
+        if columns.profiles:
             grids[CONTENT_WEIGHT] = CONTENT_WEIGHT_STEPS
-        for _ in range(2 if profiles else 1):  # the second round, as each weight may change the other's best value
+        for _ in range(
+            2 if columns.profiles else 1
+        ):  # the second round, as each weight may change the other's best value
             for name, grid in grids.items():
                 while (best := max(grid_neighbours(self.weights, name, grid), key=value)) != self.weights:
                     self.weights = best
-        self._tune_norm_scale(embeddings, predict(self.weights), objective)
+        self._tune_norm_scale(embeddings, predict(self.weights), columns.constant, objective)
 
-    def _tune_norm_scale(self, embeddings: Embeddings, predicted: torch.Tensor, objective: Objective) -> None:
-        """Largest scale within the allowed metric drop; starts from the previous value. Scale 0 keeps cold items out of
-        the lists: rows of zeros score zero, and enough items score more."""
+    def _tune_norm_scale(
+        self, embeddings: Embeddings, predicted: torch.Tensor, constant: int | None, objective: Objective
+    ) -> None:
+        """Largest scale within the allowed metric drop; starts from the previous value."""
         users, items = embeddings
         objectives: dict[int, float] = {}
 
         def value(at: int) -> float:
             if at not in objectives:
-                scaled = self._replace_rows(items, predicted, self.simulated_cold, NORM_SCALE_STEPS[at])
-                objectives[at] = objective(Embeddings(users, scaled), ~self.simulated_cold)
+                scaled = scaled_rows(predicted, NORM_SCALE_STEPS[at], constant)
+                replaced = self._replace_rows(items, scaled, self.simulated_cold)
+                objectives[at] = objective(Embeddings(users, replaced), ~self.simulated_cold)
             return objectives[at]
 
         least = (1 - self.allowed_loss) * value(0)
@@ -160,23 +166,44 @@ class ColdStart:
         self.weights = {**self.weights, NORM_SCALE: NORM_SCALE_STEPS[at]}
 
     @staticmethod
-    def _set_profiles(
-        predicted: torch.Tensor, items: ShardedTable, profiles: dict[str, slice], weight: float
-    ) -> torch.Tensor:
+    def _set_profiles(predicted: torch.Tensor, columns: SpecialColumns, weight: float) -> torch.Tensor:
         """Local. Write the items' own weighted profiles into their columns, in place."""
-        for columns in profiles.values():
-            torch.mul(items.weight[:, columns], weight, out=predicted[:, columns])
+        for name, at in columns.profiles.items():
+            torch.mul(columns.own_profiles[name], weight, out=predicted[:, at])
         return predicted
 
-    def _replace_rows(
-        self, items: ShardedTable, predicted: torch.Tensor, which: np.ndarray, scale: float
-    ) -> ShardedTable:
-        """Local. The table with the rows `which`, bool [items], replaced by scaled predictions."""
+    def _replace_rows(self, items: ShardedTable, predicted: torch.Tensor, which: np.ndarray) -> ShardedTable:
+        """Local. The table with the rows `which`, bool [items], replaced by predictions."""
         rows, replaced = items.weight.float().clone(), self._rank_rows(which, items)
-        rows[replaced] = scale * predicted[replaced]
+        rows[replaced] = predicted[replaced]
         return items.with_values(rows)
 
     @staticmethod
     def _rank_rows(which: np.ndarray, items: ShardedTable) -> torch.Tensor:
         """Local. Rows of this rank that are in bool [items], int64 [n]."""
         return torch.from_numpy(np.flatnonzero(which[items.start : items.stop])).to(items.comm.device)
+
+
+def scaled_rows(predicted: torch.Tensor, scale: float, constant: int | None) -> torch.Tensor:
+    """Predicted rows times the norm scale. Scale 0 keeps the items out of the lists.
+
+    Args:
+        constant: of `SpecialColumns`; None in runs before 0.5.0, whose lists hold positive scores.
+    """
+    scaled = predicted * scale
+    if constant is not None and scale == 0:
+        scaled[:, constant] = EXCLUDED
+    return scaled
+
+
+def grid_neighbours(weights: dict[str, float], name: str, grid: tuple[float, ...]) -> list[dict[str, float]]:
+    """Candidates: the current weights first (`max` keeps them on a tie), then the next lower and higher grid value of
+    `name`; the current one need not be on the grid."""
+    at = nearest_step(grid, weights[name])
+    around = grid[max(at - 1, 0) : at + 2]
+    return [weights, *({**weights, name: value} for value in around if value != weights[name])]
+
+
+def nearest_step(grid: tuple[float, ...], value: float) -> int:
+    """Index of the grid value that is nearest to `value`."""
+    return min(range(len(grid)), key=lambda n: abs(grid[n] - value))

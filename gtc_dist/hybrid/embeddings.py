@@ -1,5 +1,6 @@
 """Embeddings of users and items, and the standardisation that makes scores of different scorers comparable."""
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,19 @@ class Embeddings(NamedTuple):
 
     users: ShardedTable
     items: ShardedTable
+
+
+@dataclass(frozen=True)
+class SpecialColumns:
+    """Columns of fused embeddings that predictions treat apart.
+
+    profiles: modality -> columns of its content profile. own_profiles: modality -> this rank's items' profiles.
+    constant: column that is 1 for all users, if there is one.
+    """
+
+    profiles: dict[str, slice] = field(default_factory=dict)
+    own_profiles: dict[str, torch.Tensor] = field(default_factory=dict)
+    constant: int | None = None
 
 
 def unit_variance(embeddings: Embeddings) -> Embeddings:

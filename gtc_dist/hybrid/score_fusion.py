@@ -2,41 +2,53 @@
 
 The scorers are the masked diffusion if there is one, the trained network (its ensemble members side by side), the
 low-pass graph filter and one content profile per modality. Their dot-product scores are z-scored per user (standard
-deviation 1 over all items), so that weights are comparable, and added. The weights are tuned on the valid split by
-coordinate search, before training for the untrained scorers and at every validation for all; a scorer that does not
-help gets weight 0. They are stored with the checkpoint.
+deviation 1 over all items), so that weights are comparable, weighted by the user's activity and the item's popularity
+and added (`conditional_logit.py` has the formula). The weights are fitted to the valid split, before training for the
+untrained scorers and at every validation for all. They are stored with the checkpoint.
 
-The network's items enter with norm one: its norms encode popularity, which the other scorers model better. In all
-scorers but the content profiles, cold-start items get the mean of their warm neighbours; their final embeddings are
-predicted afterwards (`cold_start.py`). The effect of each scorer: docs/log.md.
+The network's items enter with norm one: its norms encode popularity, which has weights of its own. In all scorers but
+the content profiles, cold-start items get the mean of their warm neighbours; their final embeddings are predicted
+afterwards (`cold_start.py`). The effect of each scorer: docs/log.md.
 """
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
-from gtc_dist.hybrid.coordinate_search import coordinate_search
-from gtc_dist.hybrid.embeddings import Embeddings, inverse_score_std, item_covariance, unit_variance
+from gtc_dist.distributed.sharded_table import ShardedTable
+from gtc_dist.evaluation.shortlist import Shortlist
+from gtc_dist.graph.csc import Graphs
+from gtc_dist.hybrid.conditional_logit import (
+    ACTIVITY,
+    MEAN,
+    MEAN_ACTIVITY,
+    OWN,
+    POPULARITY,
+    TERMS,
+    Candidates,
+    fit_weights,
+)
+from gtc_dist.hybrid.embeddings import Embeddings, SpecialColumns, inverse_score_std, item_covariance, unit_variance
 from gtc_dist.hybrid.graph_filter import CooccurrenceOperator
 from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
 
-# Scorers by name -> a function of the weights of their sum, whose value tuning maximises. It never gets weights that
-# are all 0. Both calls are collectives.
-FusionObjective = Callable[[dict[str, Embeddings]], Callable[[dict[str, float]], float]]
+# The valid users' shortlists by the scorers; every rank must call it.
+Shortlister = Callable[[dict[str, Embeddings]], Shortlist]
 
 MEMBERS = "members"
 MASKED = "masked"
 NORM_DAMPING = "length"  # exponent p of x / |x|^p for the network's items; runs before 0.4.0 have tuned ones
 NEIGHBOR_SMOOTHING = "walked"  # weight of neighbour smoothing, which runs before 0.4.0 have
-GRID = (0.0, *(2 ** (-n / 2) for n in range(12, -1, -1)))  # of a weight; the largest weight is 1
-RADIUS = 3  # grid steps tried in each direction
-INITIAL_WEIGHTS = {MASKED: 1.0, MEMBERS: 0.5}
-INITIAL_UNTRAINED = 0.25
-MAX_ROUNDS = 4  # over all weights
+INITIAL_WEIGHTS = {MASKED: 0.6, MEMBERS: 0.4}
+INITIAL_UNTRAINED = 0.1
+CONSTANT = 0  # column of fused embeddings that is 1 for all users; items have their score by popularity there
 
 
 class ScoreFusion:
     """Untrained scorers, and the weights of all. Methods are collectives unless marked Local.
+
+    Weights have the names of `conditional_logit.weight_names`; absent ones are 0, as in runs before 0.5.0.
 
     Args:
         scorers: name -> embeddings of the untrained scorers.
@@ -51,6 +63,7 @@ class ScoreFusion:
         scorers: dict[str, Embeddings],
         profiles: list[str],
         neighbours: WarmNeighbours | None,
+        graphs: Graphs,
         operator: CooccurrenceOperator | None = None,
         has_masked: bool = False,
     ):
@@ -59,54 +72,103 @@ class ScoreFusion:
             name: unit_variance(embeddings if name in profiles else self._impute(embeddings))
             for name, embeddings in scorers.items()
         }
-        self.weights = {MEMBERS: 0.0} | ({MASKED: 0.0} if has_masked else {}) | dict.fromkeys(scorers, 1.0)
+        self.warm_users, self.warm_items = graphs.user_degree > 0, graphs.item_degree > 0
+        self.activity = _centred_log(graphs.weighted_user_degree / graphs.mean_weight, self.warm_users)
+        self.popularity = _centred_log(graphs.weighted_item_degree / graphs.mean_weight, self.warm_items)
+        self.trained = [MEMBERS, MASKED] if has_masked else [MEMBERS]
+        self.weights = self.unfitted_weights()
+
+    def unfitted_weights(self) -> dict[str, float]:
+        """Local. Weights before the first fit."""
+        weights = dict.fromkeys(self.trained, 0.0) | dict.fromkeys(self.scorers, 1.0)
         # without other scorers the order of the lists needs the norms
-        self.weights[NORM_DAMPING] = float(has_masked or bool(scorers))
-        initial = INITIAL_WEIGHTS | dict.fromkeys(scorers, INITIAL_UNTRAINED)
-        self.initial_weights = {name: initial[name] for name in self.weights if name in initial}
+        return weights | {NORM_DAMPING: float(len(weights) > 1)}
 
-    def tune_untrained(self, objective: FusionObjective) -> None:
-        """Tune the weights of the untrained scorers, before training."""
+    def tune_untrained(self, shortlist_by: Shortlister) -> None:
+        """Fit the weights of the untrained scorers, before training."""
         if self.scorers:
-            self._search(objective(self.scorers), [dict.fromkeys(self.scorers, 1.0)])
+            self._fit(self.scorers, shortlist_by)
 
-    def tune(self, network: Embeddings, objective: FusionObjective, masked: Embeddings | None = None) -> None:
-        """Tune all weights: from their current values, from the initial ones, since a weight that fell to 0 while its
-        model was untrained might stay there, and from those of the trained models alone."""
-        value = objective(self._trained(network, masked) | self.scorers)
-        current = {name: self.weights[name] for name in self.initial_weights}
-        trained_alone = self.initial_weights | dict.fromkeys(self.scorers, 0.0)
-        self._search(value, [current, self.initial_weights, trained_alone])
+    def tune(self, network: Embeddings, shortlist_by: Shortlister, masked: Embeddings | None = None) -> None:
+        """Fit all weights."""
+        self._fit(self._trained(network, masked) | self.scorers, shortlist_by)
 
-    def _search(self, value: Callable[[dict[str, float]], float], starts: list[dict[str, float]]) -> None:
-        """Set the weights to the best found by coordinate search; on a tie the first start's remain."""
-        values: dict[tuple, float] = {}
-
-        def cached(weights: dict[str, float]) -> float:
-            key = tuple(weights.values())
-            if key not in values:
-                values[key] = value(weights) if any(key) else float("-inf")
-            return values[key]
-
-        found = [start if any(start.values()) else self.initial_weights for start in starts]
-        self.weights |= max([coordinate_search(start, GRID, RADIUS, MAX_ROUNDS, cached) for start in found], key=cached)
+    def _fit(self, scorers: dict[str, Embeddings], shortlist_by: Shortlister) -> None:
+        shortlist = shortlist_by(scorers)
+        listed, items = shortlist.items >= 0, shortlist.items.clamp(min=0)
+        mean_scores = {name: self._mean_scores(each)[items] for name, each in scorers.items()}
+        activity, popularity = (each.to(items.device) for each in (self.activity, self.popularity))
+        scores = {name: each.masked_fill(~listed, 0) for name, each in shortlist.scores.items()}
+        candidates = Candidates(
+            scores, mean_scores, activity[shortlist.users], popularity[items], listed, shortlist.hit
+        )
+        comm = next(iter(scorers.values())).users.comm
+        initial = {name: INITIAL_WEIGHTS.get(name, INITIAL_UNTRAINED) for name in scorers}
+        self.weights |= fit_weights(candidates, initial, comm)
 
     def fuse(self, network: Embeddings, masked: Embeddings | None = None) -> Embeddings:
-        """Embeddings whose dot product is the weighted sum of all scores."""
-        scorers = {n: each for n, each in (self._trained(network, masked) | self.scorers).items() if self.weights[n]}
-        users = torch.cat([scorer.users.weight * self.weights[name] for name, scorer in scorers.items()], dim=1)
-        items = torch.cat([scorer.items.weight for scorer in scorers.values()], dim=1)
-        return Embeddings(network.users.with_values(users), network.items.with_values(items))
+        """Embeddings whose dot product is the weighted sum of all scores.
 
-    def profile_columns(self, width: int) -> dict[str, slice]:
-        """Local. Columns of the content profiles in fused embeddings of this width; profiles of weight 0 have none."""
-        widths = {name: scorer.items.width for name, scorer in self.scorers.items() if self.weights[name]}
-        at, columns = width - sum(widths.values()), {}
+        The item columns of all but the content profiles have mean 0 over warm items, so that a user's scores do, too:
+        shrinking the row of a cold item then moves it out of the lists.
+        """
+        users, items = network
+        user_parts, item_parts = [], []
+        activity = self.activity[users.start : users.stop, None].to(users.comm.device)
+        popularity = self.popularity[items.start : items.stop, None].to(items.comm.device)
+        if self._is_fitted:
+            weights = [self.weights[name] for name in POPULARITY]
+            user_parts.append(torch.ones_like(activity))
+            item_parts.append(self._centred(weights[0] * popularity + weights[1] * popularity**2, items))
+        for name, scorer in (self._trained(network, masked) | self.scorers).items():
+            if not self._is_used(name):
+                continue
+            own, by_activity, mean, mean_by_activity, exponent = (self.weights.get(name + term, 0.0) for term in TERMS)
+            rows = scorer.users.weight * (own + by_activity * activity)
+            if mean or mean_by_activity:
+                rows += self._mean_user(scorer.users) * (mean + mean_by_activity * activity)
+            user_parts.append(rows)
+            rows = scorer.items.weight * torch.exp(exponent * popularity)
+            item_parts.append(self._centred(rows, items) if self._is_fitted and name not in self.profiles else rows)
+        return Embeddings(
+            users.with_values(torch.cat(user_parts, dim=1)), items.with_values(torch.cat(item_parts, dim=1))
+        )
+
+    def special_columns(self, width: int) -> SpecialColumns:
+        """Local. Of fused embeddings of this width; profiles of weight 0 have no columns."""
+        widths = {name: scorer.items.width for name, scorer in self.scorers.items() if self._is_used(name)}
+        at, profiles = width - sum(widths.values()), {}
         for name, size in widths.items():
             if name in self.profiles:
-                columns[name] = slice(at, at + size)
+                profiles[name] = slice(at, at + size)
             at += size
-        return columns
+        own_profiles = {name: self.scorers[name].items.weight for name in profiles}
+        return SpecialColumns(profiles, own_profiles, CONSTANT if self._is_fitted else None)
+
+    @property
+    def _is_fitted(self) -> bool:
+        """Local. Whether the weights come from `fit_weights`, as in all runs since 0.5.0."""
+        return POPULARITY[0] in self.weights
+
+    def _is_used(self, scorer: str) -> bool:
+        """Local."""
+        return any(self.weights.get(scorer + term) for term in (OWN, ACTIVITY, MEAN, MEAN_ACTIVITY))
+
+    def _mean_user(self, users: ShardedTable) -> torch.Tensor:
+        """Mean row of the users with a train interaction, float32 [1, width]."""
+        return _mean_over(users, self.warm_users)
+
+    def _mean_scores(self, scorer: Embeddings) -> torch.Tensor:
+        """Scores of all items for the mean user, float32 [items], on every rank."""
+        users, items = scorer
+        scores = items.weight @ self._mean_user(users)[0]
+        comm = items.comm
+        ranges = (comm.row_range(items.rows, rank) for rank in range(comm.size))
+        return comm.all_gather(scores, [stop - start for start, stop in ranges])
+
+    def _centred(self, rows: torch.Tensor, items: ShardedTable) -> torch.Tensor:
+        """Rows less their mean over warm items."""
+        return rows - _mean_over(items.with_values(rows), self.warm_items)
 
     def _trained(self, network: Embeddings, masked: Embeddings | None) -> dict[str, Embeddings]:
         """The trained models' scorers, z-scored."""
@@ -125,3 +187,16 @@ class ScoreFusion:
     def _impute(self, embeddings: Embeddings) -> Embeddings:
         users, items = embeddings
         return Embeddings(users, items if self.neighbours is None else self.neighbours.impute(items))
+
+
+def _centred_log(degree: np.ndarray, warm: np.ndarray) -> torch.Tensor:
+    """log(1 + degree) less its mean over the warm ones, float32 [n]; 0 for the others."""
+    logs = np.log1p(degree)
+    return torch.from_numpy(np.where(warm, logs - logs[warm].mean() if warm.any() else 0, 0).astype(np.float32))
+
+
+def _mean_over(table: ShardedTable, chosen: np.ndarray) -> torch.Tensor:
+    """Mean of the rows of bool [rows], float32 [1, width]. Collective: every rank must call it."""
+    rows = table.weight[torch.from_numpy(chosen[table.start : table.stop]).to(table.comm.device)]
+    total = table.comm.all_reduce(rows.double().sum(0, keepdim=True))
+    return (total / max(int(chosen.sum()), 1)).float()

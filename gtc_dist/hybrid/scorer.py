@@ -13,9 +13,9 @@ from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.cold_start import ColdStart, Objective
 from gtc_dist.hybrid.content_profile import content_profile_scores
-from gtc_dist.hybrid.embeddings import Embeddings
+from gtc_dist.hybrid.embeddings import Embeddings, SpecialColumns
 from gtc_dist.hybrid.graph_filter import CooccurrenceOperator, graph_filter_scores
-from gtc_dist.hybrid.score_fusion import FusionObjective, ScoreFusion
+from gtc_dist.hybrid.score_fusion import ScoreFusion, Shortlister
 from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
 
 
@@ -50,25 +50,25 @@ class HybridScorer:
         """Local. Whether there are scores before training."""
         return self.fusion is not None and len(self.fusion.scorers) > 0
 
-    def tune_untrained(self, objective: FusionObjective) -> None:
-        """Tune the weights of the untrained scorers, before training."""
+    def tune_untrained(self, shortlist_by: Shortlister) -> None:
+        """Fit the weights of the untrained scorers, before training."""
         if self.fusion is not None:
-            self.fusion.tune_untrained(objective)
+            self.fusion.tune_untrained(shortlist_by)
 
-    def tune_fusion(self, network: Embeddings, masked: Embeddings | None, objective: FusionObjective) -> Embeddings:
-        """Tune the weights of the fusion; returns the fused embeddings.
+    def tune_fusion(self, network: Embeddings, masked: Embeddings | None, shortlist_by: Shortlister) -> Embeddings:
+        """Fit the weights of the fusion; returns the fused embeddings.
 
         Args:
             masked: of the masked diffusion, if there is one; so in the other methods.
         """
         if self.fusion is not None:
-            self.fusion.tune(network, objective, masked)
+            self.fusion.tune(network, shortlist_by, masked)
         return self.fuse(network, masked)
 
     def tune_cold_start(self, fused: Embeddings, objective: Objective) -> None:
         """Tune the weights of the cold-start predictions, from their current values."""
         if self.cold_start is not None:
-            self.cold_start.tune(fused, self.profile_columns(fused[1].width), objective)
+            self.cold_start.tune(fused, self.special_columns(fused[1].width), objective)
 
     @torch.no_grad()
     def __call__(self, network: Embeddings, masked: Embeddings | None = None) -> Embeddings:
@@ -83,11 +83,11 @@ class HybridScorer:
         """Final embeddings: fused ones with predicted rows for cold items."""
         if self.cold_start is None:
             return fused
-        return self.cold_start.impute(fused, self.profile_columns(fused[1].width))
+        return self.cold_start.impute(fused, self.special_columns(fused[1].width))
 
-    def profile_columns(self, width: int) -> dict[str, slice]:
-        """Local. Modality -> columns with the items' content profiles in final embeddings of this width."""
-        return {} if self.fusion is None else self.fusion.profile_columns(width)
+    def special_columns(self, width: int) -> SpecialColumns:
+        """Local. Of fused and final embeddings of this width."""
+        return SpecialColumns() if self.fusion is None else self.fusion.special_columns(width)
 
     def state(self) -> dict[str, dict[str, float]]:
         """Local. The hybrid weights, under the names that checkpoints use."""
@@ -97,7 +97,7 @@ class HybridScorer:
     def load(self, saved: dict) -> None:
         """Local. Set the hybrid weights from a checkpoint that contains `state()` among other entries."""
         if self.fusion is not None:
-            self.fusion.weights |= saved["blend"]
+            self.fusion.weights = self.fusion.unfitted_weights() | saved["blend"]
         if self.cold_start is not None:
             self.cold_start.weights = self.cold_start.initial_weights() | saved["cold"]
 
@@ -118,7 +118,7 @@ def build_score_fusion(
     """
     model, hybrid = config.model, config.model.hybrid
     if not model.has_hybrid:
-        return ScoreFusion({}, [], neighbours, has_masked=True) if model.masked_members else None
+        return ScoreFusion({}, [], neighbours, graphs, has_masked=True) if model.masked_members else None
     operator = CooccurrenceOperator(graphs, comm, config.eval.block_rows)
     scorers = {}
     if hybrid.graph_filter:
@@ -126,4 +126,4 @@ def build_score_fusion(
     for name, table in features.items() if hybrid.content_profile else ():
         scorers[name] = content_profile_scores(operator, table, hybrid.content_profile)
     profiles = list(features) if hybrid.content_profile else []
-    return ScoreFusion(scorers, profiles, neighbours, operator, model.masked_members > 0)
+    return ScoreFusion(scorers, profiles, neighbours, graphs, operator, model.masked_members > 0)

@@ -20,7 +20,7 @@ from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import similarity_weights
 from gtc_dist.graph.item_knn_graph import ITEM_NEIGHBOURS
-from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, NORM_SCALE, REGRESSION
+from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, NORM_SCALE, REGRESSION, scaled_rows
 from gtc_dist.hybrid.content_space import ContentSpace, weighted_unit_rows
 from gtc_dist.inference.trained_run import TrainedRun
 
@@ -103,11 +103,12 @@ def embed_new_items(run: TrainedRun, items: ShardedTable, new_features: dict[str
         neighbour, similarity = nearest_warm_items(run, warm, features)
         share = torch.from_numpy(similarity_weights(similarity))
         rows = torch.einsum("nk,nkd->nd", share, items.weight[torch.from_numpy(warm[neighbour])])
-    for name, columns in run.scorer.profile_columns(items.width).items():
+    special = run.scorer.special_columns(items.width)
+    for name, columns in special.profiles.items():
         space = ContentSpace.fit({name: run.features[name]}, run.config.model.hybrid.content_profile)
         profiles = space.apply({name: features[name]}, missing_as_zero=False)  # like those of the catalog's items
         rows[:, columns] = profiles * cold_start.weights[CONTENT_WEIGHT]
-    return rows * cold_start.weights[NORM_SCALE]
+    return scaled_rows(rows, cold_start.weights[NORM_SCALE], special.constant)
 
 
 def nearest_warm_items(

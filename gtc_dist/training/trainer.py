@@ -130,7 +130,7 @@ class Trainer:
         active = self.comm.rank == 0
         self.log = RunLog(self.run, config.train.epochs, self.loader.steps, active, progress.lines, progress.steps)
         if not resumed:
-            self.validator.scorer.tune_untrained(self.validator.fusion_objective)
+            self.validator.scorer.tune_untrained(self.validator.shortlist)
             self._validate(0)
             progress.epoch, progress.step = 1, 0
         while progress.epoch <= config.train.epochs and progress.waited < config.eval.patience:

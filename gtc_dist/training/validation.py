@@ -1,6 +1,5 @@
 """Validation: embed the catalog, tune the hybrid weights (score fusion, cold start), rank, and score the final test."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -77,7 +76,7 @@ class Validator:
         """
         metric = self.config.eval.metric
         diagnostics: dict[str, float] = {}
-        fused = self.scorer.tune_fusion(*self.embed(diagnostics), self.fusion_objective)
+        fused = self.scorer.tune_fusion(*self.embed(diagnostics), self.shortlist)
         metrics = self.rank(self.scorer.impute_cold(fused), "valid")
         is_better = metric_value(metrics, metric) > best
         if is_better and (epoch > 0 or self.scorer.has_untrained):
@@ -116,16 +115,11 @@ class Validator:
         values = ranking.evaluate_on_items(*embeddings, self.graphs, self.truth["valid"], options, positives)
         return (values[metric] * values["ndcg@20"]) ** 0.5
 
-    def fusion_objective(self, scorers: dict[str, Embeddings]) -> Callable[[dict[str, float]], float]:
-        """The same objective of weighted sums of the scorers, from one ranking by each of them."""
-        metric, positives = tuning_positives(self.config.eval.metric, self.groups)
-        shortlist = Shortlist.of(scorers, self.graphs, self.truth["valid"], self._tuning_options(), positives)
-
-        def value(weights: dict[str, float]) -> float:
-            values = shortlist.metrics(weights)
-            return (values[metric] * values["ndcg@20"]) ** 0.5
-
-        return value
+    def shortlist(self, scorers: dict[str, Embeddings]) -> Shortlist:
+        """Shortlists that the fusion weights are fitted to: of a sample of the valid users, with the positives of
+        `eval.metric`."""
+        _, positives = tuning_positives(self.config.eval.metric, self.groups)
+        return Shortlist.of(scorers, self.graphs, self.truth["valid"], self._tuning_options(), positives)
 
     def _tuning_options(self) -> RankingOptions:
         """Local. Options of the rankings that tune weights."""

@@ -18,9 +18,10 @@ from gtc_dist.hybrid.cold_start import (
     NORM_SCALE_STEPS,
     REGRESSION,
     ColdStart,
+    scaled_rows,
 )
 from gtc_dist.hybrid.content_regression import FOLDS, ContentRegression
-from gtc_dist.hybrid.embeddings import Embeddings, unit_variance
+from gtc_dist.hybrid.embeddings import Embeddings, SpecialColumns, unit_variance
 from gtc_dist.hybrid.score_fusion import MEMBERS, ScoreFusion
 from gtc_dist.hybrid.scorer import HybridScorer
 from gtc_dist.hybrid.warm_neighbours import WarmNeighbours, edges_from_warm
@@ -95,11 +96,11 @@ def predictions_of_rank(comm: Communicator, uri: str) -> dict:
     catalog = Catalog(uri)
     cold = cold_items(catalog, comm)
     pair = table(catalog, comm, "users"), table(catalog, comm)
-    profiles = {"m0": slice(2, 4)}
+    columns = SpecialColumns({"m0": slice(2, 4)}, {"m0": pair[1].weight[:, 2:]})
     cold.weights |= {REGRESSION: 1.0, CONTENT_WEIGHT: 2.0, NORM_SCALE: 1.1}
-    out = {"regression": cold.impute(pair, profiles)[1].weight}
+    out = {"regression": cold.impute(pair, columns)[1].weight}
     cold.weights |= {REGRESSION: 0.0}
-    return out | {"neighbours": cold.impute(pair, profiles)[1].weight}
+    return out | {"neighbours": cold.impute(pair, columns)[1].weight}
 
 
 def test_ranks_predict_the_same(catalog):
@@ -156,12 +157,12 @@ def test_the_predictor_that_is_best_on_warm_items_is_chosen(catalog):
     by_regression = cold.regression.predict(cold.regression.fit(items))
     by_neighbours = cold.neighbours.of_all(items)
     for wanted, form in ((by_regression, 1.0), (by_neighbours, 0.0), (by_regression, 1.0)):
-        cold.tune((users, items), {}, nearness(wanted))
+        cold.tune((users, items), SpecialColumns(), nearness(wanted))
         assert cold.weights[REGRESSION] == form
         assert cold.weights[CONTENT_WEIGHT] == 1  # there is no profile
-    profiles = {"m0": slice(2, 4)}
-    wanted = torch.cat([by_neighbours[:, :2], 4 * items.weight[:, 2:]], dim=1)
-    cold.tune((users, items), profiles, nearness(wanted))
+    own = 3 * items.weight[:, 2:]  # not as they are in the fused rows of warm items
+    wanted = torch.cat([by_neighbours[:, :2], 4 * own], dim=1)
+    cold.tune((users, items), SpecialColumns({"m0": slice(2, 4)}, {"m0": own}), nearness(wanted))
     assert (cold.weights[REGRESSION], cold.weights[CONTENT_WEIGHT]) == (0.0, 4.0)
 
 
@@ -184,22 +185,38 @@ def test_norm_scale_is_the_largest_within_the_allowed_loss(catalog):
         return value
 
     for each, scale in ((0.0071, 1.331), (0.012, 0.826), (0.0099, 1.0), (0.0, NORM_SCALE_STEPS[-1]), (5.0, 0.0)):
-        cold.tune((users, items), {}, objective(each))
+        cold.tune((users, items), SpecialColumns(), objective(each))
         assert cold.weights[NORM_SCALE] == scale
-    imputed = cold.impute((users, items), {})[1].weight
+    imputed = cold.impute((users, items), SpecialColumns())[1].weight
     assert (imputed[cold.cold] == 0).all()
-    cold.tune((users, items), {}, lambda pair, counted: 0.0)  # no warm item is found: no drop to measure
+    cold.tune((users, items), SpecialColumns(), lambda pair, counted: 0.0)  # no warm item is found: no drop to measure
     assert cold.weights[NORM_SCALE] == 0
     assert torch.equal(imputed[~cold.cold], items.weight[~cold.cold])
+
+
+def test_scale_zero_excludes_items_by_the_constant_column():
+    rows = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    users = torch.cat([torch.ones(5, 1), torch.randn(5, 3, generator=torch.Generator().manual_seed(1))], dim=1)
+    assert torch.equal(scaled_rows(rows, 1.5, 0), 1.5 * rows)
+    assert (users @ scaled_rows(rows, 0.0, 0).T < -100).all()
+    assert (scaled_rows(rows, 0.0, None) == 0).all()
 
 
 def test_weights_are_restored_from_a_checkpoint(catalog):
     users, items = table(catalog, Communicator(), "users"), table(catalog, Communicator())
     members = Embeddings(users, items)
-    saved = HybridScorer(ScoreFusion({"m0": members}, ["m0"], None), cold_items(catalog, Communicator()))
+
+    def fusion_of() -> ScoreFusion:
+        return ScoreFusion({"m0": members}, ["m0"], None, Graphs.load(catalog))
+
+    saved = HybridScorer(
+        ScoreFusion({"m0": members}, ["m0"], None, Graphs.load(catalog)), cold_items(catalog, Communicator())
+    )
     saved.fusion.weights[MEMBERS] = 2.0
     saved.cold_start.weights |= {REGRESSION: 0.0, CONTENT_WEIGHT: 3.5, NORM_SCALE: 1.0}
-    scorer = HybridScorer(ScoreFusion({"m0": members}, ["m0"], None), cold_items(catalog, Communicator()))
+    scorer = HybridScorer(
+        ScoreFusion({"m0": members}, ["m0"], None, Graphs.load(catalog)), cold_items(catalog, Communicator())
+    )
     scorer.load({"network": {}, **saved.state()})
     assert scorer.state() == saved.state()
     cold = scorer.cold_start.cold
@@ -228,9 +245,9 @@ def test_without_an_item_graph_or_content_there_is_one_predictor_or_none(catalog
     graphs, features = loaded(catalog, Communicator())
     cold = ColdStart.build(graphs, features, Communicator(), 7, None)
     users, items = table(catalog, Communicator(), "users"), table(catalog, Communicator())
-    cold.tune((users, items), {}, nearness(torch.randn(catalog.items, 4)))
+    cold.tune((users, items), SpecialColumns(), nearness(torch.randn(catalog.items, 4)))
     assert cold.weights[REGRESSION] == 1
     cold = ColdStart.build(graphs, {}, Communicator(), 7, WarmNeighbours(graphs, Communicator(), 7))
-    cold.tune((users, items), {}, nearness(torch.randn(catalog.items, 4)))
+    cold.tune((users, items), SpecialColumns(), nearness(torch.randn(catalog.items, 4)))
     assert cold.weights[REGRESSION] == 0
     assert ColdStart.build(graphs, {}, Communicator(), 7, None) is None

@@ -1,23 +1,19 @@
-"""The untrained scorers against dense matrices, alone and over ranks, and score fusion."""
+"""The untrained scorers against dense matrices."""
 
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
-from small import small_catalog, small_config
+from small import small_catalog
 
-from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs, both_directions
 from gtc_dist.graph.user_item_graph import build_user_item_graph
 from gtc_dist.hybrid import embeddings
 from gtc_dist.hybrid.content_profile import content_profile_scores
-from gtc_dist.hybrid.embeddings import Embeddings, unit_variance
+from gtc_dist.hybrid.embeddings import Embeddings
 from gtc_dist.hybrid.graph_filter import CooccurrenceOperator, graph_filter_scores
-from gtc_dist.hybrid.score_fusion import MASKED, MEMBERS, NEIGHBOR_SMOOTHING, NORM_DAMPING, ScoreFusion
-from gtc_dist.hybrid.scorer import build_score_fusion
-from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
+from gtc_dist.hybrid.score_fusion import MEMBERS, NEIGHBOR_SMOOTHING, NORM_DAMPING, ScoreFusion
 from gtc_dist.model.build import load_features
 
 USER_EXPONENT, ITEM_EXPONENT = 0.6, 0.3
@@ -107,123 +103,13 @@ def test_profile_is_the_content_of_a_users_items_and_of_those_near_them(catalog,
     torch.testing.assert_close(users.weight @ items.weight.T, torch.from_numpy(want).float(), rtol=1e-3, atol=1e-3)
 
 
-def scores(comm: Communicator, uri: str, config) -> dict:
-    catalog = Catalog(uri)
-    features = load_features(catalog.modalities(), catalog, comm)
-    graphs = Graphs.load(catalog)
-    fusion = build_score_fusion(config, graphs, features, comm, WarmNeighbours(graphs, comm, 9))
-    members = Embeddings(
-        *(ShardedTable(n, r, 4, comm, init_std=1.0) for n, r in (("u", catalog.users), ("i", catalog.items)))
-    )
-    fusion.weights |= {MEMBERS: 0.5, NORM_DAMPING: 0.75, NEIGHBOR_SMOOTHING: 2.0, "m1": 0.0}
-    users, items = fusion.fuse(members)
-    return {"users": users.weight, "items": items.weight, "scorers": list(fusion.scorers)}
-
-
-def test_ranks_make_the_same_scores(catalog):
-    config = small_config(
-        catalog.uri, model={"hybrid": {"graph_filter": 3, "content_profile": 4}}, eval={"block_rows": 9}
-    )
-    alone = run_ranks(scores, 1, catalog.uri, config)[0]
-    together = run_ranks(scores, 3, catalog.uri, config)
-    users, items = (torch.cat([part[kind] for part in together]) for kind in ("users", "items"))
-    assert alone["scorers"] == ["spectral", "m0", "m1"]
-    assert users.shape[1] == 4 + 3 + 4
-    torch.testing.assert_close(users @ items.T, alone["users"] @ alone["items"].T, rtol=1e-3, atol=1e-3)
-
-
-def pair(users: list, items: list) -> Embeddings:
-    tables = []
-    for name, rows in (("u", users), ("i", items)):
-        table = ShardedTable(name, len(rows), len(rows[0]), Communicator(), trainable=False)
-        table.weight = torch.tensor(rows)
-        tables.append(table)
-    return Embeddings(*tables)
-
-
-def test_scores_are_standardised_per_user():
-    part = pair([[2.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [3.0, 5.0], [-2.0, 1.0]])
-    users, items = unit_variance(part)
-    score = part[0].weight @ part[1].weight.T
-    torch.testing.assert_close((users.weight @ items.weight.T)[0], score[0] / score[0].std(correction=0))
-    assert (users.weight[1] == 0).all()  # all items have the same score
-
-
-def of_sums(objective):
-    """Objective of the weights, from one of embeddings."""
-
-    def summed(scorers: dict[str, Embeddings], weights: dict[str, float]) -> Embeddings:
-        used = [(each, weights[name]) for name, each in scorers.items() if weights.get(name)]
-        users = torch.cat([each.users.weight * weight for each, weight in used], dim=1)
-        items = torch.cat([each.items.weight for each, _ in used], dim=1)
-        first = used[0][0]
-        return Embeddings(first.users.with_values(users), first.items.with_values(items))
-
-    return lambda scorers: lambda weights: objective(summed(scorers, weights))
-
-
-def likeness(wanted: torch.Tensor):
-    """Cosine of all scores with wanted ones."""
-    return lambda part: float(torch.cosine_similarity(part[0].weight @ part[1].weight.T, wanted[None]).mean())
-
-
-def test_weights_maximise_the_objective():
-    good, other, bad = (pair([[1.0]], [[a], [b], [c]]) for a, b, c in ((3.0, 0.0, -1.0), (1, 0.0, -3), (0, 1.0, 0)))
-    objective = likeness(torch.tensor([3.0, 0.0, -3.0]))
-    fusion = ScoreFusion({"spectral": good, "helps": other, "hurts": bad}, [], None)
-    fusion.tune_untrained(of_sums(objective))
-    assert fusion.weights["spectral"] == fusion.weights["helps"] == 1
-    assert fusion.weights["hurts"] == 0
-    fusion.tune(bad, of_sums(objective))
-    assert fusion.weights[MEMBERS] == 0
-    assert objective(fusion.fuse(bad)) > 0.98
-
-
-def test_a_network_that_is_far_better_remains_alone():
-    good, bad = pair([[1.0]], [[1.0], [0.0], [-1.0]]), pair([[1.0]], [[0.0], [1.0], [0.2]])
-    objective = of_sums(likeness(torch.tensor([1.0, 0.0, -1.0])))
-    fusion = ScoreFusion({"spectral": bad}, [], None)
-    fusion.tune_untrained(objective)
-    fusion.tune(good, objective)
-    assert fusion.weights[MEMBERS] == 1
-    assert fusion.weights["spectral"] == 0
-
-
-def test_a_model_whose_weight_fell_to_zero_gets_one_again():
-    """From zero the next weights of the grid are worse here than zero, the initial one is better."""
-    good, bad = pair([[1.0]], [[1.0], [0.0], [-1.0]]), pair([[1.0]], [[0.0], [0.3], [-0.3]])
-    fusion = ScoreFusion({"spectral": bad}, [], None, has_masked=True)
-    fusion.tune_untrained(of_sums(lambda part: 0.0))
-    assert fusion.weights[MASKED] == 0
-
-    def objective(scorers):
-        return lambda weights: weights[MASKED] if weights[MASKED] >= 0.5 else -weights[MASKED]
-
-    fusion.tune(bad, objective, good)
-    assert fusion.weights[MASKED] == 1
-
-
-def test_the_network_is_ranked_by_directions():
-    angle, length = torch.tensor([0.0, 0.7, 1.4, 2.1, 2.8, 0.3]), torch.tensor([1.0, 6.0, 0.5, 3.0, 0.2, 0.0])
-    rows = torch.stack([angle.cos(), angle.sin()], dim=1)
-    members = pair([[1.0, 0.0]], (rows * length[:, None]).tolist())
-    objective = likeness(torch.where(length > 0, angle.cos(), 0.0))
-    fusion = ScoreFusion({"spectral": pair([[1.0]], [[0.1], [-0.1], [0.2], [-0.2], [0.1], [0.0]])}, [], None)
-    fusion.tune_untrained(of_sums(objective))
-    fusion.tune(members, of_sums(objective))
-    assert objective(fusion.fuse(members)) > 0.99
-    once = dict(fusion.weights)
-    fusion.tune(members, of_sums(objective))  # nothing is better
-    assert fusion.weights == once
-
-
 def test_users_are_smoothed_over_neighbours(catalog):
     """Own and smoothed scores, both z-scored, as runs before 0.4.0 have them; cold items are not imputed."""
     graphs, comm = Graphs.load(catalog), Communicator()
     operator = operator_of(graphs)
     users = ShardedTable("u", catalog.users, 4, comm, init_std=1.0, trainable=False)
     items = ShardedTable("i", catalog.items, 4, comm, init_std=1.0, trainable=False)
-    fusion = ScoreFusion({"spectral": graph_filter_scores(operator, 3, 0)}, [], None, operator)
+    fusion = ScoreFusion({"spectral": graph_filter_scores(operator, 3, 0)}, [], None, graphs, operator)
     fusion.weights |= {MEMBERS: 1.0, NORM_DAMPING: 0.0, NEIGHBOR_SMOOTHING: 0.5, "spectral": 0.0}
     joined = fusion.fuse(Embeddings(users, items))
     N, C, _ = dense(catalog)

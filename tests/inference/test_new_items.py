@@ -78,7 +78,7 @@ def test_a_new_item_equals_a_cold_item_with_its_content(run, form):
     rows = embed_new_items(opened, items, {n: x[cold] for n, x in features(catalog).items()}).numpy()
     in_catalog, all_rows = items.weight[cold].numpy(), items.weight.numpy()
     own = np.zeros(rows.shape[1], bool)
-    for columns in opened.scorer.profile_columns(items.width).values():
+    for columns in opened.scorer.special_columns(items.width).profiles.values():
         own[columns] = True
     assert own.any() == (opened.scorer.fusion is not None)
     np.testing.assert_allclose(rows[:, own], in_catalog[:, own], rtol=1e-2, atol=1e-3)
