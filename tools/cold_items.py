@@ -81,7 +81,8 @@ def print_row(name: str, run: TrainedRun, embeddings: Embeddings, truth: CSC, us
         recall = metrics_of_lists(top, rank_users, truth, counted)[f"recall@{TOP}"]
         cells.append(f"{recall.mean():.4f} ({len(recall):,} users)" if len(recall) else "-")
     alone = metrics_of_lists(best_of(embeddings, is_cold, rank_users), rank_users, truth, is_cold)[f"recall@{TOP}"]
-    scored = embeddings.items.weight[torch.from_numpy(is_cold)].any()
+    rows = embeddings.items.weight[torch.from_numpy(is_cold)]
+    scored = (rows != rows[:1]).any()  # not all alike, as without cold items
     cells.insert(1, f"{alone.mean():.4f}" if len(alone) and scored else "-")
     listed = top[:, :TOP]
     cells.append(f"{(is_cold[np.maximum(listed, 0)] & (listed >= 0)).sum(1).mean():.2f}")

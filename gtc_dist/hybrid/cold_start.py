@@ -6,9 +6,10 @@ The id embedding of a cold item was never trained, or only as a negative. Its fi
    (`warm_neighbours.py`)
 2. **Regression**: ridge regression from content to the embeddings of warm items (`content_regression.py`)
 
-Which predictor is better depends on the catalog. Both, and the weight of an item's own content profile beside them, are
-tuned on the valid split with all warm items scored as if they were cold (predicted without their own row). This is
-slightly optimistic: the embeddings of an item's neighbours still contain it via the graph.
+Which predictor is better depends on the catalog. Weights of both, and of an item's own content profile, are fitted to
+the valid split by maximum likelihood (`conditional_logit.py`), with all warm items scored as if they were cold
+(predicted without their own row). This is slightly optimistic: the embeddings of an item's neighbours still contain it
+via the graph.
 
 Finally the norm of cold embeddings is tuned, which decides how many cold items enter the lists: the largest scale whose
 drop of the warm items' validation objective is at most `eval.cold_loss`, relative to lists without cold items. Where
@@ -16,7 +17,7 @@ less than `SIMULATED_SHARE` of the items are cold (in small catalogs: fewer than
 `MAX_SIMULATED_SHARE`), randomly chosen warm items simulate the rest, so that the scale also suits a few items that
 arrive later. With a larger share fewer cold items are recommended than the allowed loss pays for (docs/log.md).
 
-Tuning ranks the valid split many times, so the trainer tunes only epochs that become the best checkpoint.
+Tuning ranks the valid split several times, so the trainer tunes only epochs that become the best checkpoint.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,9 @@ import torch
 from gtc_dist.data.hashing import index_bucket
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
+from gtc_dist.evaluation.shortlist import Shortlist
 from gtc_dist.graph.csc import Graphs
+from gtc_dist.hybrid.conditional_logit import Candidates, fit_weights
 from gtc_dist.hybrid.content_regression import ContentRegression
 from gtc_dist.hybrid.embeddings import Embeddings, SpecialColumns
 from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
@@ -36,10 +39,10 @@ from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
 # count as positives; None: all.
 Objective = Callable[[Embeddings, np.ndarray | None], float]
 
-REGRESSION = "regression"  # 1: regression predicts, 0: neighbours
+# weights of the predictors; runs before 0.5.0 have no `NEIGHBOURS`: regression 1 predicts alone, 0 neighbours alone
+REGRESSION, NEIGHBOURS = "regression", "neighbours"
 CONTENT_WEIGHT = "own"  # of an item's own content profile
 NORM_SCALE = "lift"  # factor of the whole predicted row
-CONTENT_WEIGHT_STEPS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 NORM_SCALE_STEPS = (0.0, *(round(1.1**n, 3) for n in range(-12, 13)))
 
 # of the items that are cold, or simulate cold ones, when the norm is tuned
@@ -88,7 +91,13 @@ class ColdStart:
 
     def initial_weights(self) -> dict[str, float]:
         """Local. Weights before tuning."""
-        return {REGRESSION: float(self.neighbours is None), CONTENT_WEIGHT: 1.0, NORM_SCALE: 1.0}
+        present = {REGRESSION: self.regression is not None, NEIGHBOURS: self.neighbours is not None}
+        shares = {name: is_present / max(sum(present.values()), 1) for name, is_present in present.items()}
+        return {**shares, CONTENT_WEIGHT: 1.0, NORM_SCALE: 1.0}
+
+    def load(self, saved: dict[str, float]) -> None:
+        """Local. Set the weights to those of a checkpoint."""
+        self.weights = {NEIGHBOURS: 1 - saved[REGRESSION]} | saved
 
     def impute(self, embeddings: Embeddings, columns: SpecialColumns) -> Embeddings:
         """Embeddings with the rows of cold items replaced by their predictions.
@@ -99,47 +108,42 @@ class ColdStart:
         if not self.cold.any():
             return embeddings
         users, items = embeddings
+        predicted = torch.zeros_like(items.weight, dtype=torch.float32)
         if self.weights[REGRESSION]:
-            predicted = self.regression.predict(self.regression.fit(items), self._rank_rows(self.cold, items))
-        else:
-            predicted = self.neighbours.of_cold(items)
-        predicted = self._set_profiles(predicted, columns, self.weights[CONTENT_WEIGHT])
+            rows = self.regression.predict(self.regression.fit(items), self._rank_rows(self.cold, items))
+            predicted += self.weights[REGRESSION] * rows
+        if self.weights[NEIGHBOURS]:
+            predicted += self.weights[NEIGHBOURS] * self.neighbours.of_cold(items)
+        predicted = self._set_profiles(predicted, columns)
         scaled = scaled_rows(predicted, self.weights[NORM_SCALE], columns.constant)
         return Embeddings(users, self._replace_rows(items, scaled, self.cold))
 
-    def tune(self, embeddings: Embeddings, columns: SpecialColumns, objective: Objective) -> None:
-        """Tune the weights by greedy coordinate search, from their current values."""
+    def tune(
+        self,
+        embeddings: Embeddings,
+        columns: SpecialColumns,
+        shortlist_by: Callable[[dict[str, Embeddings]], Shortlist],
+        objective: Objective,
+    ) -> None:
+        """Fit the weights of the predictions, then tune the norm scale from its current value."""
         users, items = embeddings
-        predictions: dict[float, torch.Tensor] = {}  # by predictor, one at a time: as large as the embeddings
-        objectives: dict[tuple, float] = {}
-
-        def predict(weights: dict[str, float]) -> torch.Tensor:
-            by_regression = weights[REGRESSION]
-            if by_regression not in predictions:
-                predictions.clear()
-                if by_regression:
-                    predictions[by_regression] = self.regression.predict(self.regression.fit(items))
-                else:
-                    predictions[by_regression] = self.neighbours.of_all(items)
-            return self._set_profiles(predictions[by_regression], columns, weights[CONTENT_WEIGHT])
-
-        def value(weights: dict[str, float]) -> float:
-            key = weights[REGRESSION], weights[CONTENT_WEIGHT]
-            if key not in objectives:
-                objectives[key] = objective(Embeddings(users, items.with_values(predict(weights))), None)
-            return objectives[key]
-
-        predictors = (self.neighbours, self.regression)
-        grids = {REGRESSION: tuple(float(n) for n, predictor in enumerate(predictors) if predictor is not None)}
+        scorers = {}
+        if self.regression is not None:
+            rows = self.regression.predict(self.regression.fit(items))
+            scorers[REGRESSION] = Embeddings(users, items.with_values(_without_profiles(rows, columns)))
+        if self.neighbours is not None:
+            rows = self.neighbours.of_all(items)
+            scorers[NEIGHBOURS] = Embeddings(users, items.with_values(_without_profiles(rows, columns)))
         if columns.profiles:
-            grids[CONTENT_WEIGHT] = CONTENT_WEIGHT_STEPS
-        for _ in range(
-            2 if columns.profiles else 1
-        ):  # the second round, as each weight may change the other's best value
-            for name, grid in grids.items():
-                while (best := max(grid_neighbours(self.weights, name, grid), key=value)) != self.weights:
-                    self.weights = best
-        self._tune_norm_scale(embeddings, predict(self.weights), columns.constant, objective)
+            of_users = torch.cat([users.weight[:, at] for at in columns.profiles.values()], dim=1)
+            own = torch.cat([columns.own_profiles[name] for name in columns.profiles], dim=1)
+            scorers[CONTENT_WEIGHT] = Embeddings(users.with_values(of_users), items.with_values(own))
+        candidates = Candidates.of_scores(shortlist_by(scorers))
+        fitted = fit_weights(candidates, {name: self.initial_weights()[name] for name in scorers}, users.comm)
+        self.weights |= {name: fitted[name] for name in scorers}
+        predictors = [name for name in scorers if name != CONTENT_WEIGHT]
+        predicted = sum(self.weights[name] * scorers[name].items.weight for name in predictors)
+        self._tune_norm_scale(embeddings, self._set_profiles(predicted, columns), columns.constant, objective)
 
     def _tune_norm_scale(
         self, embeddings: Embeddings, predicted: torch.Tensor, constant: int | None, objective: Objective
@@ -165,11 +169,10 @@ class ColdStart:
             at += 1
         self.weights = {**self.weights, NORM_SCALE: NORM_SCALE_STEPS[at]}
 
-    @staticmethod
-    def _set_profiles(predicted: torch.Tensor, columns: SpecialColumns, weight: float) -> torch.Tensor:
+    def _set_profiles(self, predicted: torch.Tensor, columns: SpecialColumns) -> torch.Tensor:
         """Local. Write the items' own weighted profiles into their columns, in place."""
         for name, at in columns.profiles.items():
-            torch.mul(columns.own_profiles[name], weight, out=predicted[:, at])
+            torch.mul(columns.own_profiles[name], self.weights[CONTENT_WEIGHT], out=predicted[:, at])
         return predicted
 
     def _replace_rows(self, items: ShardedTable, predicted: torch.Tensor, which: np.ndarray) -> ShardedTable:
@@ -196,12 +199,11 @@ def scaled_rows(predicted: torch.Tensor, scale: float, constant: int | None) -> 
     return scaled
 
 
-def grid_neighbours(weights: dict[str, float], name: str, grid: tuple[float, ...]) -> list[dict[str, float]]:
-    """Candidates: the current weights first (`max` keeps them on a tie), then the next lower and higher grid value of
-    `name`; the current one need not be on the grid."""
-    at = nearest_step(grid, weights[name])
-    around = grid[max(at - 1, 0) : at + 2]
-    return [weights, *({**weights, name: value} for value in around if value != weights[name])]
+def _without_profiles(rows: torch.Tensor, columns: SpecialColumns) -> torch.Tensor:
+    """Rows with zeros in the columns of the content profiles, in place."""
+    for at in columns.profiles.values():
+        rows[:, at] = 0
+    return rows
 
 
 def nearest_step(grid: tuple[float, ...], value: float) -> int:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.evaluation.shortlist import Shortlist
 from gtc_dist.hybrid.embeddings import BLOCK_VALUES
 
 # weights of one scorer, by what follows its name
@@ -50,6 +51,14 @@ class Candidates:
     popularity: torch.Tensor
     listed: torch.Tensor
     hit: torch.Tensor
+
+    @staticmethod
+    def of_scores(shortlist: Shortlist) -> "Candidates":
+        """Candidates without mean scores, activity and popularity, whose weights then stay 0."""
+        listed = shortlist.items >= 0
+        scores = {name: each.masked_fill(~listed, 0) for name, each in shortlist.scores.items()}
+        nothing = torch.zeros(listed.shape, device=listed.device)
+        return Candidates(scores, dict.fromkeys(scores, nothing), nothing[:, 0], nothing, listed, shortlist.hit)
 
     def users(self, chosen: torch.Tensor | slice) -> "Candidates":
         """The shortlists of some users."""

@@ -12,6 +12,7 @@ afterwards (`cold_start.py`). The effect of each scorer: docs/log.md.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -95,12 +96,13 @@ class ScoreFusion:
 
     def _fit(self, scorers: dict[str, Embeddings], shortlist_by: Shortlister) -> None:
         shortlist = shortlist_by(scorers)
-        listed, items = shortlist.items >= 0, shortlist.items.clamp(min=0)
-        mean_scores = {name: self._mean_scores(each)[items] for name, each in scorers.items()}
+        items = shortlist.items.clamp(min=0)
         activity, popularity = (each.to(items.device) for each in (self.activity, self.popularity))
-        scores = {name: each.masked_fill(~listed, 0) for name, each in shortlist.scores.items()}
-        candidates = Candidates(
-            scores, mean_scores, activity[shortlist.users], popularity[items], listed, shortlist.hit
+        candidates = replace(
+            Candidates.of_scores(shortlist),
+            mean_scores={name: self._mean_scores(each)[items] for name, each in scorers.items()},
+            activity=activity[shortlist.users],
+            popularity=popularity[items],
         )
         comm = next(iter(scorers.values())).users.comm
         initial = {name: INITIAL_WEIGHTS.get(name, INITIAL_UNTRAINED) for name in scorers}

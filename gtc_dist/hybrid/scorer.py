@@ -65,10 +65,10 @@ class HybridScorer:
             self.fusion.tune(network, shortlist_by, masked)
         return self.fuse(network, masked)
 
-    def tune_cold_start(self, fused: Embeddings, objective: Objective) -> None:
-        """Tune the weights of the cold-start predictions, from their current values."""
+    def tune_cold_start(self, fused: Embeddings, shortlist_by: Shortlister, objective: Objective) -> None:
+        """Fit the weights of the cold-start predictions and tune their norm."""
         if self.cold_start is not None:
-            self.cold_start.tune(fused, self.special_columns(fused[1].width), objective)
+            self.cold_start.tune(fused, self.special_columns(fused[1].width), shortlist_by, objective)
 
     @torch.no_grad()
     def __call__(self, network: Embeddings, masked: Embeddings | None = None) -> Embeddings:
@@ -99,7 +99,7 @@ class HybridScorer:
         if self.fusion is not None:
             self.fusion.weights = self.fusion.unfitted_weights() | saved["blend"]
         if self.cold_start is not None:
-            self.cold_start.weights = self.cold_start.initial_weights() | saved["cold"]
+            self.cold_start.load(saved["cold"])
 
 
 def build_score_fusion(

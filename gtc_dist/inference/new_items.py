@@ -1,6 +1,6 @@
 """New items: embeddings of items that arrive after training, from their content alone.
 
-They are predicted like the cold-start items of the catalog (`hybrid/cold_start.py`): by the regression on content, or
+They are predicted like the cold-start items of the catalog (`hybrid/cold_start.py`): by the regression on content, and
 as the mean of their nearest warm items. Unlike a catalog item, a new item gets its k nearest warm items, so it always
 has neighbours. Similarity is that of the item-item graph, with the modality weights of `data.features` in the run's
 config.yaml (1 for modalities that it does not list). Their content profiles are their own.
@@ -20,7 +20,7 @@ from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import similarity_weights
 from gtc_dist.graph.item_knn_graph import ITEM_NEIGHBOURS
-from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, NORM_SCALE, REGRESSION, scaled_rows
+from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, NEIGHBOURS, NORM_SCALE, REGRESSION, scaled_rows
 from gtc_dist.hybrid.content_space import ContentSpace, weighted_unit_rows
 from gtc_dist.inference.trained_run import TrainedRun
 
@@ -96,13 +96,14 @@ def embed_new_items(run: TrainedRun, items: ShardedTable, new_features: dict[str
     """
     cold_start = run.scorer.cold_start
     features = {name: torch.from_numpy(rows) for name, rows in new_features.items()}
-    if cold_start.weights[REGRESSION]:
-        rows = cold_start.regression.predict_new(cold_start.regression.fit(items), features)
-    else:
+    rows = torch.zeros(len(next(iter(features.values()))), items.width)
+    if weight := cold_start.weights[REGRESSION]:
+        rows += weight * cold_start.regression.predict_new(cold_start.regression.fit(items), features)
+    if weight := cold_start.weights[NEIGHBOURS]:
         warm = np.flatnonzero(run.graphs.item_degree > 0)
         neighbour, similarity = nearest_warm_items(run, warm, features)
         share = torch.from_numpy(similarity_weights(similarity))
-        rows = torch.einsum("nk,nkd->nd", share, items.weight[torch.from_numpy(warm[neighbour])])
+        rows += weight * torch.einsum("nk,nkd->nd", share, items.weight[torch.from_numpy(warm[neighbour])])
     special = run.scorer.special_columns(items.width)
     for name, columns in special.profiles.items():
         space = ContentSpace.fit({name: run.features[name]}, run.config.model.hybrid.content_profile)

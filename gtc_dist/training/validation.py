@@ -91,7 +91,7 @@ class Validator:
 
     def _tune_cold_start(self, fused: Embeddings, metrics: dict) -> dict:
         before = self.scorer.state()
-        self.scorer.tune_cold_start(fused, self.objective)
+        self.scorer.tune_cold_start(fused, self.shortlist, self.objective)
         if self.scorer.state() == before:
             return metrics
         final = self.scorer.impute_cold(fused)

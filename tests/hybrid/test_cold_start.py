@@ -10,10 +10,12 @@ from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.data.hashing import index_bucket
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
+from gtc_dist.evaluation.shortlist import Shortlist
 from gtc_dist.graph.csc import Graphs, by_destination
 from gtc_dist.hybrid import content_regression
 from gtc_dist.hybrid.cold_start import (
     CONTENT_WEIGHT,
+    NEIGHBOURS,
     NORM_SCALE,
     NORM_SCALE_STEPS,
     REGRESSION,
@@ -97,9 +99,11 @@ def predictions_of_rank(comm: Communicator, uri: str) -> dict:
     cold = cold_items(catalog, comm)
     pair = table(catalog, comm, "users"), table(catalog, comm)
     columns = SpecialColumns({"m0": slice(2, 4)}, {"m0": pair[1].weight[:, 2:]})
-    cold.weights |= {REGRESSION: 1.0, CONTENT_WEIGHT: 2.0, NORM_SCALE: 1.1}
+    cold.weights |= {REGRESSION: 1.0, NEIGHBOURS: 0.0, CONTENT_WEIGHT: 2.0, NORM_SCALE: 1.1}
     out = {"regression": cold.impute(pair, columns)[1].weight}
-    cold.weights |= {REGRESSION: 0.0}
+    cold.weights |= {REGRESSION: 0.3, NEIGHBOURS: 0.7}
+    out["both"] = cold.impute(pair, columns)[1].weight
+    cold.weights |= {REGRESSION: 0.0, NEIGHBOURS: 1.0}
     return out | {"neighbours": cold.impute(pair, columns)[1].weight}
 
 
@@ -113,6 +117,8 @@ def test_ranks_predict_the_same(catalog):
         assert torch.equal(want[warm], rows[warm])
         torch.testing.assert_close(want[~warm, 2:], 2.2 * rows[~warm, 2:])
         assert not torch.allclose(want[~warm, :2], rows[~warm, :2])
+    mean = 0.3 * alone["regression"] + 0.7 * alone["neighbours"]
+    torch.testing.assert_close(alone["both"][~warm], mean[~warm], rtol=1e-4, atol=1e-5)
 
 
 def test_cold_items_get_the_mean_of_their_warm_neighbours(catalog):
@@ -146,24 +152,45 @@ def test_neighbours_without_similarity_have_no_weight():
 # --- tuning ---
 
 
-def nearness(wanted: torch.Tensor):
-    """Objective that depends on the directions of the item rows only."""
-    return lambda pair, counted: 1 + float(torch.cosine_similarity(pair[1].weight, wanted, dim=1).mean())
+def taste(users: ShardedTable, wanted: torch.Tensor):
+    """Shortlists of all items, where each user takes the items that score best with these item rows."""
+
+    def shortlist(scorers: dict[str, Embeddings]) -> Shortlist:
+        scores = {name: each.users.weight @ each.items.weight.T for name, each in scorers.items()}
+        hit = torch.zeros(len(users.weight), len(wanted), dtype=torch.bool)
+        hit.scatter_(1, (users.weight @ wanted.T).topk(5, dim=1).indices, True)
+        every = torch.arange(len(wanted)).expand(len(hit), -1)
+        return Shortlist(torch.arange(len(hit)), every, scores, hit)
+
+    return shortlist
 
 
-def test_the_predictor_that_is_best_on_warm_items_is_chosen(catalog):
+def indifferent(pair: Embeddings, counted: np.ndarray | None) -> float:
+    """Objective that does not fall, whatever the norm of cold items."""
+    return 1.0
+
+
+def test_weights_are_those_of_the_predictors_that_rank_like_the_users(catalog):
     cold = cold_items(catalog, Communicator())
     users, items = table(catalog, Communicator(), "users"), table(catalog, Communicator())
     by_regression = cold.regression.predict(cold.regression.fit(items))
     by_neighbours = cold.neighbours.of_all(items)
-    for wanted, form in ((by_regression, 1.0), (by_neighbours, 0.0), (by_regression, 1.0)):
-        cold.tune((users, items), SpecialColumns(), nearness(wanted))
-        assert cold.weights[REGRESSION] == form
+    by_regression /= by_regression.std()  # what users do does not depend on the norm
+    for wanted, (better, worse) in (
+        (by_regression, (REGRESSION, NEIGHBOURS)),
+        (by_neighbours, (NEIGHBOURS, REGRESSION)),
+        (by_regression, (REGRESSION, NEIGHBOURS)),
+    ):
+        cold.tune((users, items), SpecialColumns(), taste(users, wanted), indifferent)
+        assert cold.weights[better] > 2 * abs(cold.weights[worse])
         assert cold.weights[CONTENT_WEIGHT] == 1  # there is no profile
     own = 3 * items.weight[:, 2:]  # not as they are in the fused rows of warm items
-    wanted = torch.cat([by_neighbours[:, :2], 4 * own], dim=1)
-    cold.tune((users, items), SpecialColumns({"m0": slice(2, 4)}, {"m0": own}), nearness(wanted))
-    assert (cold.weights[REGRESSION], cold.weights[CONTENT_WEIGHT]) == (0.0, 4.0)
+    columns = SpecialColumns({"m0": slice(2, 4)}, {"m0": own})
+    cold.tune((users, items), columns, taste(users, torch.cat([by_neighbours[:, :2], own], dim=1)), indifferent)
+    assert cold.weights[CONTENT_WEIGHT] > 0.3
+    high = cold.weights[CONTENT_WEIGHT]
+    cold.tune((users, items), columns, taste(users, torch.cat([by_neighbours[:, :2], 0 * own], dim=1)), indifferent)
+    assert abs(cold.weights[CONTENT_WEIGHT]) < high / 3
 
 
 def test_norm_scale_is_the_largest_within_the_allowed_loss(catalog):
@@ -179,17 +206,20 @@ def test_norm_scale_is_the_largest_within_the_allowed_loss(catalog):
             if counted is None:
                 return 1.0
             assert np.array_equal(counted, ~simulated)
-            predicted = {0.0: by_neighbours, 1.0: by_regression}[cold.weights[REGRESSION]][simulated]
+            predicted = cold.weights[REGRESSION] * by_regression + cold.weights[NEIGHBOURS] * by_neighbours
+            predicted = predicted[simulated]
             return 1 - each * float(pair[1].weight[simulated].norm() / predicted.norm())
 
         return value
 
     for each, scale in ((0.0071, 1.331), (0.012, 0.826), (0.0099, 1.0), (0.0, NORM_SCALE_STEPS[-1]), (5.0, 0.0)):
-        cold.tune((users, items), SpecialColumns(), objective(each))
+        cold.tune((users, items), SpecialColumns(), taste(users, by_neighbours), objective(each))
         assert cold.weights[NORM_SCALE] == scale
     imputed = cold.impute((users, items), SpecialColumns())[1].weight
     assert (imputed[cold.cold] == 0).all()
-    cold.tune((users, items), SpecialColumns(), lambda pair, counted: 0.0)  # no warm item is found: no drop to measure
+    cold.tune(
+        (users, items), SpecialColumns(), taste(users, by_neighbours), lambda pair, counted: 0.0
+    )  # no warm item is found: no drop to measure
     assert cold.weights[NORM_SCALE] == 0
     assert torch.equal(imputed[~cold.cold], items.weight[~cold.cold])
 
@@ -213,7 +243,7 @@ def test_weights_are_restored_from_a_checkpoint(catalog):
         ScoreFusion({"m0": members}, ["m0"], None, Graphs.load(catalog)), cold_items(catalog, Communicator())
     )
     saved.fusion.weights[MEMBERS] = 2.0
-    saved.cold_start.weights |= {REGRESSION: 0.0, CONTENT_WEIGHT: 3.5, NORM_SCALE: 1.0}
+    saved.cold_start.weights |= {REGRESSION: 0.0, NEIGHBOURS: 0.8, CONTENT_WEIGHT: 3.5, NORM_SCALE: 1.0}
     scorer = HybridScorer(
         ScoreFusion({"m0": members}, ["m0"], None, Graphs.load(catalog)), cold_items(catalog, Communicator())
     )
@@ -222,8 +252,18 @@ def test_weights_are_restored_from_a_checkpoint(catalog):
     cold = scorer.cold_start.cold
     profile = scorer(members).items.weight[cold, 4:]
     torch.testing.assert_close(profile, 3.5 * unit_variance(members).items.weight[cold])
-    scorer.tune_cold_start(scorer.fuse(members), lambda pair, counted: 1.0)  # nothing is better
-    assert scorer.cold_start.weights[CONTENT_WEIGHT] == 3.5
+
+
+def test_runs_before_0_5_chose_one_predictor(catalog):
+    cold = cold_items(catalog, Communicator())
+    for regression in (0.0, 1.0):
+        cold.load({REGRESSION: regression, CONTENT_WEIGHT: 2.0, NORM_SCALE: 1.1})
+        assert cold.weights == {
+            REGRESSION: regression,
+            NEIGHBOURS: 1 - regression,
+            CONTENT_WEIGHT: 2.0,
+            NORM_SCALE: 1.1,
+        }
 
 
 @pytest.mark.parametrize(("few", "more"), [(0, 100), (40, 60), (200, 0)])
@@ -245,9 +285,10 @@ def test_without_an_item_graph_or_content_there_is_one_predictor_or_none(catalog
     graphs, features = loaded(catalog, Communicator())
     cold = ColdStart.build(graphs, features, Communicator(), 7, None)
     users, items = table(catalog, Communicator(), "users"), table(catalog, Communicator())
-    cold.tune((users, items), SpecialColumns(), nearness(torch.randn(catalog.items, 4)))
-    assert cold.weights[REGRESSION] == 1
+    random = taste(users, torch.randn(catalog.items, 4))
+    cold.tune((users, items), SpecialColumns(), random, indifferent)
+    assert cold.weights[NEIGHBOURS] == 0 < abs(cold.weights[REGRESSION])
     cold = ColdStart.build(graphs, {}, Communicator(), 7, WarmNeighbours(graphs, Communicator(), 7))
-    cold.tune((users, items), SpecialColumns(), nearness(torch.randn(catalog.items, 4)))
-    assert cold.weights[REGRESSION] == 0
+    cold.tune((users, items), SpecialColumns(), random, indifferent)
+    assert cold.weights[REGRESSION] == 0 < abs(cold.weights[NEIGHBOURS])
     assert ColdStart.build(graphs, {}, Communicator(), 7, None) is None

@@ -15,7 +15,7 @@ from gtc_dist.data.catalog import Catalog
 from gtc_dist.data.feature_transform import FeatureTransform
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, NORM_SCALE, REGRESSION
+from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, NEIGHBOURS, NORM_SCALE, REGRESSION
 from gtc_dist.inference.new_items import embed_new_items
 from gtc_dist.inference.trained_run import load_run
 
@@ -71,7 +71,7 @@ def test_a_new_item_equals_a_cold_item_with_its_content(run, form):
     """By regression exactly; by neighbours it has the mean of the nearest warm items, and its own profile."""
     uri, catalog = run
     opened = load_run(find_run(uri))
-    opened.scorer.cold_start.weights |= {REGRESSION: form, CONTENT_WEIGHT: 2.0, NORM_SCALE: 1.21}
+    opened.scorer.cold_start.weights |= {REGRESSION: form, NEIGHBOURS: 1 - form, CONTENT_WEIGHT: 2.0, NORM_SCALE: 1.21}
     items = opened.final_embeddings()[1]
     warm = Graphs.load(catalog).item_degree > 0
     cold = np.flatnonzero(~warm)
@@ -135,7 +135,7 @@ def test_the_file_must_be_parquet(run, tmp_path, content):
 def test_modalities_without_weight_give_no_nearest_items(run):
     uri, catalog = run
     opened = load_run(find_run(uri))
-    opened.scorer.cold_start.weights[REGRESSION] = 0.0
+    opened.scorer.cold_start.weights |= {REGRESSION: 0.0, NEIGHBOURS: 1.0}
     weightless = {name: ModalityConfig(path="x.npy", weight=0) for name in catalog.modalities()}
     data = opened.config.data.model_copy(update={"features": weightless})
     opened.config = opened.config.model_copy(update={"data": data})

@@ -75,15 +75,15 @@ def test_it_resumes_as_if_nothing_had_changed(stored):
     epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(epochs) == len(EXPECTED[name]["epochs"])
     for got, want in zip(epochs, EXPECTED[name]["epochs"], strict=True):
-        assert got.keys() == want.keys()
+        assert got.keys() - {"cold/neighbours"} == want.keys()  # which came with 0.5.0
         assert got["valid"] == pytest.approx(want["valid"], abs=1e-6)
-        assert {k: got[k] for k in got if k != "valid"} == pytest.approx({k: want[k] for k in want if k != "valid"})
+        assert {k: got[k] for k in want if k != "valid"} == pytest.approx({k: want[k] for k in want if k != "valid"})
 
 
 @pytest.mark.parametrize("stored", ["gated"], indirect=True)
 def test_a_hybrid_learns_as_if_nothing_had_changed(stored, monkeypatch):
-    """The weights of the fusion are now fitted, not searched. With the weights that version 0.1.0 found, two more epochs
-    of training rank valid as they did there; fitted ones rank test, which neither has seen, no worse."""
+    """The weights of the fusion are now fitted, not searched. With the weights that version 0.1.0 found, two more
+    epochs of training rank valid as they did there; fitted ones rank test, which neither has seen, no worse."""
     name, run = stored
     trainer = resumed(name, run)
     validator, ours, theirs = trainer.validator, [], []
