@@ -4,8 +4,9 @@ Up to `EXACT_ITEMS` items, all pairs are compared. Beyond, the search is approxi
 
 1. projection: the joint content vectors are projected on the principal directions of a sample that hold a share
    `ENERGY` of the squared norms, at most 64; the other directions contribute little to similarities
-2. inverted lists: k-means on the sample partitions the items into lists of about `LIST_ITEMS`; the index stores the
-   projection of every item in 8 bits per value
+2. inverted lists: k-means on the sample partitions the items into lists of about `LIST_ITEMS`, in catalogs of more than
+   4 M items into `ROOT_LISTS` times the square root of their number; the index stores the projection of every item in 8
+   bits per value
 3. candidates: for each item, the `CANDIDATES` x k nearest items in the `probes` lists nearest to it
 4. reranking: the exact float32 similarities of the candidates decide
 
@@ -30,7 +31,8 @@ ITEM_NEIGHBOURS = 10  # k of the catalog's item-item graph
 EXACT_ITEMS = 50_000  # `auto` compares all pairs up to this number of items
 ITEM_BLOCK = 1 << 13  # items per block
 LIST_ITEMS = 250  # mean length of an inverted list
-LIST_SAMPLE = 50  # sampled items per list for k-means
+ROOT_LISTS = 8
+LIST_SAMPLE, LEAST_LIST_SAMPLE = 50, 30  # sampled items per list for k-means, and where these are more than MAX_SAMPLE
 MIN_SAMPLE, MAX_SAMPLE = 1 << 14, 1 << 17  # bounds of the whole sample
 DIRECTIONS_SAMPLE = 1 << 16  # items for the principal directions
 ENERGY, MAX_DIRECTIONS = 0.95, 64
@@ -215,8 +217,7 @@ def _search_index(joint: JointContent, k: int, probes: int, seed: int) -> Iterat
 
 def _build_index(joint: JointContent, present: np.ndarray, seed: int) -> tuple[faiss.LinearTransform, faiss.IndexIVF]:
     """The projection, and the index of all items that have a vector."""
-    lists = max(len(present) // LIST_ITEMS, 1)
-    size = min(max(LIST_SAMPLE * lists, MIN_SAMPLE), MAX_SAMPLE, len(present))
+    lists, size = lists_and_sample(len(present))
     sample = np.sort(np.random.default_rng(seed).choice(present, size, replace=False))
     projection = _fit_projection(joint, sample[:: -(-size // DIRECTIONS_SAMPLE)])
     index = faiss.IndexIVFScalarQuantizer(
@@ -234,6 +235,14 @@ def _build_index(joint: JointContent, present: np.ndarray, seed: int) -> tuple[f
     for items, rows in joint.blocks(present):
         index.add_with_ids(projection.apply(rows), items)
     return projection, index
+
+
+def lists_and_sample(items: int) -> tuple[int, int]:
+    """Number of inverted lists, and of items that k-means partitions: at least `LEAST_LIST_SAMPLE` for each list, or
+    all."""
+    lists = max(min(items // LIST_ITEMS, int(ROOT_LISTS * items**0.5)), 1)
+    size = max(LIST_SAMPLE * lists, MIN_SAMPLE)
+    return lists, min(size, max(MAX_SAMPLE, LEAST_LIST_SAMPLE * lists), items)
 
 
 def _fit_projection(joint: JointContent, sample: np.ndarray) -> faiss.LinearTransform:

@@ -230,3 +230,24 @@ def test_approximate_search_with_many_duplicates():
     assert (found != np.arange(2000)[:, None]).all()
     assert ((found[500:1700] >= 500) & (found[500:1700] < 1700)).all()
     np.testing.assert_allclose(graph.weight.reshape(-1, 5)[500:1700], 0.2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("items", [1, 300, 10**5, 10**6, 33 * 10**6, 10**9])
+def test_lists_grow_with_the_catalog_and_are_sampled(items):
+    lists, size = item_knn_graph.lists_and_sample(items)
+    assert 1 <= lists <= size <= items
+    assert size >= min(item_knn_graph.LEAST_LIST_SAMPLE * lists, items)
+    assert lists <= 8 * items**0.5
+
+
+def test_approximate_search_of_more_lists_than_the_sample_had(monkeypatch):
+    """As from 33 M items on, where a sample of fixed size had fewer items than there were lists."""
+    monkeypatch.setattr(item_knn_graph, "LIST_ITEMS", 4)
+    monkeypatch.setattr(item_knn_graph, "MIN_SAMPLE", 50)
+    monkeypatch.setattr(item_knn_graph, "MAX_SAMPLE", 50)
+    features = {"a": np.random.default_rng(0).normal(size=(600, 8)).astype(np.float16)}
+    options = {"search": "approximate", "probes": 60}
+    graph = item_knn_graph.build_item_knn_graph(features, {"a": 1.0}, 5, 1, **options)
+    check_layout(graph, 600)
+    assert item_knn_graph.lists_and_sample(600)[0] > 50
+    assert item_knn_graph.graph_recall(graph, features, {"a": 1.0}, 1) > 0.9
