@@ -23,7 +23,7 @@ class DrawnPairs:
     positives: np.ndarray  # int64 [B]
     negatives: np.ndarray  # int64 [B, K], or [P] shared by the batch
     timesteps: np.ndarray  # int64 [B], 1..T
-    noise: np.ndarray  # float32 [modalities, B, D]
+    noise: np.ndarray  # float32 [modalities, B, D], or [modalities, B, 0] where no filter reads it
     dropout: np.ndarray  # float32 [2, B], uniform in [0, 1)
     permutation_seed: int  # of the total correlation, the same on every rank
     sampler_seed: int  # of this rank's neighbour sampling

@@ -80,7 +80,10 @@ class DataLoader:
         self.graphs, self.subgraph_builder, self.comm, self.masks = graphs, subgraph_builder, comm, masks
         train, model = config.train, config.model
         self.seed, self.negatives, self.tc_rows = train.seed, train.negatives, train.tc_rows
-        self.diffusion_steps, self.width = model.diffusion.steps, model.width
+        self.diffusion_steps = model.diffusion.steps
+        # The content filter alone reads the noise. Sampled mode draws it in any case: the seed of its sampler comes later
+        # in the random stream.
+        self.noise_width = model.width if train.w_diff > 0 or model.propagation == "sampled" else 0
         self.n_modalities = len(subgraph_builder.features)
         # every ensemble member has its own negatives of a pair
         self.negative_count = train.negatives.count * (model.members if train.negatives.mode == "uniform" else 1)
@@ -126,7 +129,7 @@ class DataLoader:
             positives,
             negatives,
             rng.integers(1, self.diffusion_steps + 1, len(rows)),
-            rng.standard_normal((self.n_modalities, len(rows), self.width), dtype=np.float32),
+            rng.standard_normal((self.n_modalities, len(rows), self.noise_width), dtype=np.float32),
             rng.random((2, len(rows)), dtype=np.float32),
             int(np.random.default_rng([self.seed, pass_number, step]).integers(1 << 31)),
             int(rng.integers(1 << 31)),
