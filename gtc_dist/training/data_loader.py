@@ -81,8 +81,8 @@ class DataLoader:
         train, model = config.train, config.model
         self.seed, self.negatives, self.tc_rows = train.seed, train.negatives, train.tc_rows
         self.diffusion_steps = model.diffusion.steps
-        # The content filter alone reads the noise. Sampled mode draws it in any case: the seed of its sampler comes later
-        # in the random stream.
+        # The content filter alone reads the noise. Sampled mode draws it in any case, since its sampler's seed comes
+        # later in the random stream.
         self.noise_width = model.width if train.w_diff > 0 or model.propagation == "sampled" else 0
         self.n_modalities = len(subgraph_builder.features)
         # every ensemble member has its own negatives of a pair
