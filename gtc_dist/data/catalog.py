@@ -261,10 +261,7 @@ class Catalog:
                 rows are counted from 1).
         """
         known = self.ids(kind)
-        try:
-            wanted = ids.cast(known.type)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise InputError(f"the {kind} of {self.uri} have {known.type} ids, not {ids.type}: {error}") from None
+        wanted = self.cast_ids(kind, ids)
         found = pc.fill_null(pc.index_in(wanted, value_set=known), -1)
         index = np.asarray(found).astype(np.int64)
         unknown = np.flatnonzero(index < 0)
@@ -275,6 +272,26 @@ class Catalog:
                 f"{len(unknown)} of {len(index)} ids are no {kind} of {self.uri}, such as {first} (row {row})"
             )
         return index
+
+    def cast_ids(self, kind: str, ids: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+        """Original ids of `users` or `items` in the catalog's type.
+
+        Raises:
+            InputError: an id has no such value. Texts match integers only as these are written: `007` is not 7.
+        """
+        if pa.types.is_dictionary(ids.type):
+            ids = ids.cast(ids.type.value_type)
+        type = self.ids(kind, 0, 0).type
+        problem = f"the {kind} of {self.uri} have {type} ids, not {ids.type}"
+        try:
+            wanted = ids.cast(type)
+            changed = pc.not_equal(wanted.cast(ids.type), ids)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise InputError(f"{problem}: {error}") from None
+        row = pc.index(changed, pa.scalar(True)).as_py()
+        if row >= 0:
+            raise InputError(f"{problem}: {ids[row].as_py()!r} (row {row + 1}) would become {wanted[row].as_py()!r}")
+        return wanted
 
     def features(self, modality: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Read the features of items [start, stop), float16 [n, d]; fetches only the row groups with these."""

@@ -55,7 +55,7 @@ def _new_ids(catalog: Catalog, table: pa.Table, uri: str) -> pa.Array:
         index = catalog.index_of("items", table["id"], allow_unknown=True)
     except InputError as error:
         raise InputError(f"{uri}: column 'id': {error}") from None
-    ids = table["id"].combine_chunks().cast(catalog.ids("items", 0, 0).type)
+    ids = catalog.cast_ids("items", table["id"].combine_chunks())
     if ids.null_count:
         raise InputError(f"{uri}: column 'id' has {ids.null_count} nulls")
     if len(ids.unique()) < len(ids):
