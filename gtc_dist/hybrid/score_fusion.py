@@ -2,36 +2,37 @@
 
 The scorers are the masked diffusion if there is one, the trained network (its ensemble members side by side), the
 low-pass graph filter and one content profile per modality. Their dot-product scores are z-scored per user (standard
-deviation 1 over all items), so that weights are comparable, weighted by the user's activity and the item's popularity
-and added (`conditional_logit.py` has the formula). The weights are fitted to the valid split, before training for the
-untrained scorers and at every validation for all. They are stored with the checkpoint.
+deviation 1 over all items), so that weights are comparable, weighted by the user's activity and taste and the item's
+popularity, and added (`conditional_logit.py` has the formula). The weights are fitted to the valid split, before
+training for the untrained scorers and at every validation for all. They are stored with the checkpoint.
 
 The network's items enter with norm one: its norms encode popularity, which has weights of its own. In all scorers but
 the content profiles, cold-start items get the mean of their warm neighbours; their final embeddings are predicted
 afterwards (`cold_start.py`). The effect of each scorer: docs/log.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
 import torch
 
+from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.evaluation.shortlist import Shortlist
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.hybrid.conditional_logit import (
-    ACTIVITY,
-    MEAN,
-    MEAN_ACTIVITY,
-    OWN,
-    POPULARITY,
-    TERMS,
-    Candidates,
-    fit_weights,
-)
+from gtc_dist.hybrid.conditional_logit import COMMON, MEAN_TERMS, Candidates, fit_weights
 from gtc_dist.hybrid.embeddings import Embeddings, SpecialColumns, inverse_score_std, item_covariance, unit_variance
 from gtc_dist.hybrid.graph_filter import CooccurrenceOperator
+from gtc_dist.hybrid.pair_features import (
+    EXPONENT_TERMS,
+    POPULARITY,
+    USER_TERMS,
+    exponent_features,
+    item_popularity,
+    popularity_powers,
+    user_features,
+)
 from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
 
 # The valid users' shortlists by the scorers; every rank must call it.
@@ -43,7 +44,7 @@ NORM_DAMPING = "length"  # exponent p of x / |x|^p for the network's items; runs
 NEIGHBOR_SMOOTHING = "walked"  # weight of neighbour smoothing, which runs before 0.4.0 have
 INITIAL_WEIGHTS = {MASKED: 0.6, MEMBERS: 0.4}
 INITIAL_UNTRAINED = 0.1
-CONSTANT = 0  # column of fused embeddings that is 1 for all users; items have their score by popularity there
+CONSTANT = 0  # column of fused embeddings that is 1 for all users: the first of their features
 
 
 class ScoreFusion:
@@ -65,6 +66,7 @@ class ScoreFusion:
         profiles: list[str],
         neighbours: WarmNeighbours | None,
         graphs: Graphs,
+        comm: Communicator,
         operator: CooccurrenceOperator | None = None,
         has_masked: bool = False,
     ):
@@ -74,8 +76,9 @@ class ScoreFusion:
             for name, embeddings in scorers.items()
         }
         self.warm_users, self.warm_items = graphs.user_degree > 0, graphs.item_degree > 0
-        self.activity = _centred_log(graphs.weighted_user_degree / graphs.mean_weight, self.warm_users)
-        self.popularity = _centred_log(graphs.weighted_item_degree / graphs.mean_weight, self.warm_items)
+        self.popularity = item_popularity(graphs)
+        self.user_features = user_features(graphs, self.popularity, comm).to(comm.device)
+        self.popularity = self.popularity.to(comm.device)
         self.trained = [MEMBERS, MASKED] if has_masked else [MEMBERS]
         self.weights = self.unfitted_weights()
 
@@ -96,17 +99,17 @@ class ScoreFusion:
 
     def _fit(self, scorers: dict[str, Embeddings], shortlist_by: Shortlister) -> None:
         shortlist = shortlist_by(scorers)
+        first = next(iter(scorers.values()))
         items = shortlist.items.clamp(min=0)
-        activity, popularity = (each.to(items.device) for each in (self.activity, self.popularity))
         candidates = replace(
             Candidates.of_scores(shortlist),
             mean_scores={name: self._mean_scores(each)[items] for name, each in scorers.items()},
-            activity=activity[shortlist.users],
-            popularity=popularity[items],
+            user_features=self.user_features[shortlist.users - first.users.start],
+            popularity=self.popularity[items],
         )
-        comm = next(iter(scorers.values())).users.comm
         initial = {name: INITIAL_WEIGHTS.get(name, INITIAL_UNTRAINED) for name in scorers}
-        self.weights |= fit_weights(candidates, initial, comm)
+        was_fitted = all(name + MEAN_TERMS[0] in self.weights for name in scorers)
+        self.weights |= fit_weights(candidates, initial, first.users.comm, self.weights if was_fitted else None)
 
     def fuse(self, network: Embeddings, masked: Embeddings | None = None) -> Embeddings:
         """Embeddings whose dot product is the weighted sum of all scores.
@@ -115,22 +118,23 @@ class ScoreFusion:
         shrinking the row of a cold item then moves it out of the lists.
         """
         users, items = network
+        popularity = self.popularity[items.start : items.stop]
         user_parts, item_parts = [], []
-        activity = self.activity[users.start : users.stop, None].to(users.comm.device)
-        popularity = self.popularity[items.start : items.stop, None].to(items.comm.device)
         if self._is_fitted:
-            weights = [self.weights[name] for name in POPULARITY]
-            user_parts.append(torch.ones_like(activity))
-            item_parts.append(self._centred(weights[0] * popularity + weights[1] * popularity**2, items))
+            common = self._weights(COMMON).view(len(POPULARITY), -1)
+            user_parts.append(self.user_features)
+            item_parts.append(self._centred(popularity_powers(popularity) @ common, items))
         for name, scorer in (self._trained(network, masked) | self.scorers).items():
             if not self._is_used(name):
                 continue
-            own, by_activity, mean, mean_by_activity, exponent = (self.weights.get(name + term, 0.0) for term in TERMS)
-            rows = scorer.users.weight * (own + by_activity * activity)
-            if mean or mean_by_activity:
-                rows += self._mean_user(scorer.users) * (mean + mean_by_activity * activity)
+            own, mean, exponent = (
+                self._weights(name + term for term in terms) for terms in (USER_TERMS, MEAN_TERMS, EXPONENT_TERMS)
+            )
+            rows = scorer.users.weight * (self.user_features @ own)[:, None]
+            if mean.any():
+                rows += self._mean_user(scorer.users) * (self.user_features @ mean)[:, None]
             user_parts.append(rows)
-            rows = scorer.items.weight * torch.exp(exponent * popularity)
+            rows = scorer.items.weight * torch.exp(exponent_features(popularity) @ exponent)[:, None]
             item_parts.append(self._centred(rows, items) if self._is_fitted and name not in self.profiles else rows)
         return Embeddings(
             users.with_values(torch.cat(user_parts, dim=1)), items.with_values(torch.cat(item_parts, dim=1))
@@ -150,11 +154,15 @@ class ScoreFusion:
     @property
     def _is_fitted(self) -> bool:
         """Local. Whether the weights come from `fit_weights`, as in all runs since 0.5.0."""
-        return POPULARITY[0] in self.weights
+        return COMMON[0] in self.weights
 
     def _is_used(self, scorer: str) -> bool:
         """Local."""
-        return any(self.weights.get(scorer + term) for term in (OWN, ACTIVITY, MEAN, MEAN_ACTIVITY))
+        return any(self.weights.get(scorer + term) for term in (*USER_TERMS, *MEAN_TERMS))
+
+    def _weights(self, names: Iterable[str]) -> torch.Tensor:
+        """Local. Weights float32 [n]; 0 where a run before 0.5.0 has none."""
+        return torch.tensor([self.weights.get(name, 0.0) for name in names], device=self.popularity.device)
 
     def _mean_user(self, users: ShardedTable) -> torch.Tensor:
         """Mean row of the users with a train interaction, float32 [1, width]."""
@@ -189,12 +197,6 @@ class ScoreFusion:
     def _impute(self, embeddings: Embeddings) -> Embeddings:
         users, items = embeddings
         return Embeddings(users, items if self.neighbours is None else self.neighbours.impute(items))
-
-
-def _centred_log(degree: np.ndarray, warm: np.ndarray) -> torch.Tensor:
-    """log(1 + degree) less its mean over the warm ones, float32 [n]; 0 for the others."""
-    logs = np.log1p(degree)
-    return torch.from_numpy(np.where(warm, logs - logs[warm].mean() if warm.any() else 0, 0).astype(np.float32))
 
 
 def _mean_over(table: ShardedTable, chosen: np.ndarray) -> torch.Tensor:

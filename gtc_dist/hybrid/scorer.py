@@ -118,7 +118,7 @@ def build_score_fusion(
     """
     model, hybrid = config.model, config.model.hybrid
     if not model.has_hybrid:
-        return ScoreFusion({}, [], neighbours, graphs, has_masked=True) if model.masked_members else None
+        return ScoreFusion({}, [], neighbours, graphs, comm, has_masked=True) if model.masked_members else None
     operator = CooccurrenceOperator(graphs, comm, config.eval.block_rows)
     scorers = {}
     if hybrid.graph_filter:
@@ -126,4 +126,4 @@ def build_score_fusion(
     for name, table in features.items() if hybrid.content_profile else ():
         scorers[name] = content_profile_scores(operator, table, hybrid.content_profile)
     profiles = list(features) if hybrid.content_profile else []
-    return ScoreFusion(scorers, profiles, neighbours, graphs, operator, model.masked_members > 0)
+    return ScoreFusion(scorers, profiles, neighbours, graphs, comm, operator, model.masked_members > 0)

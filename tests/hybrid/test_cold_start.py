@@ -237,15 +237,17 @@ def test_weights_are_restored_from_a_checkpoint(catalog):
     members = Embeddings(users, items)
 
     def fusion_of() -> ScoreFusion:
-        return ScoreFusion({"m0": members}, ["m0"], None, Graphs.load(catalog))
+        return ScoreFusion({"m0": members}, ["m0"], None, Graphs.load(catalog), Communicator())
 
     saved = HybridScorer(
-        ScoreFusion({"m0": members}, ["m0"], None, Graphs.load(catalog)), cold_items(catalog, Communicator())
+        ScoreFusion({"m0": members}, ["m0"], None, Graphs.load(catalog), Communicator()),
+        cold_items(catalog, Communicator()),
     )
     saved.fusion.weights[MEMBERS] = 2.0
     saved.cold_start.weights |= {REGRESSION: 0.0, NEIGHBOURS: 0.8, CONTENT_WEIGHT: 3.5, NORM_SCALE: 1.0}
     scorer = HybridScorer(
-        ScoreFusion({"m0": members}, ["m0"], None, Graphs.load(catalog)), cold_items(catalog, Communicator())
+        ScoreFusion({"m0": members}, ["m0"], None, Graphs.load(catalog), Communicator()),
+        cold_items(catalog, Communicator()),
     )
     scorer.load({"network": {}, **saved.state()})
     assert scorer.state() == saved.state()

@@ -109,7 +109,7 @@ def test_users_are_smoothed_over_neighbours(catalog):
     operator = operator_of(graphs)
     users = ShardedTable("u", catalog.users, 4, comm, init_std=1.0, trainable=False)
     items = ShardedTable("i", catalog.items, 4, comm, init_std=1.0, trainable=False)
-    fusion = ScoreFusion({"spectral": graph_filter_scores(operator, 3, 0)}, [], None, graphs, operator)
+    fusion = ScoreFusion({"spectral": graph_filter_scores(operator, 3, 0)}, [], None, graphs, comm, operator)
     fusion.weights |= {MEMBERS: 1.0, NORM_DAMPING: 0.0, NEIGHBOR_SMOOTHING: 0.5, "spectral": 0.0}
     joined = fusion.fuse(Embeddings(users, items))
     N, C, _ = dense(catalog)

@@ -71,16 +71,19 @@ def dense_scores(fusion: ScoreFusion, scorers: dict[str, Embeddings], graphs: Gr
     """All users' scores of all items, by the formula of `conditional_logit.py`."""
     users, items = graphs.users, graphs.items
 
-    def centred(degree: np.ndarray) -> torch.Tensor:
-        logs = np.log1p(degree)
-        return torch.from_numpy(np.where(degree > 0, logs - logs[degree > 0].mean(), 0)).float()
+    def centred(values: np.ndarray, degree: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.where(degree > 0, values - values[degree > 0].mean(), 0)).float()
 
+    popularity = centred(np.log1p(graphs.item_degree), graphs.item_degree)
+    bought = [graphs.nodes.indices[slice(*graphs.nodes.indptr[u : u + 2])] - users for u in range(users)]
+    taste = np.array([popularity[torch.from_numpy(each).long()].mean() if len(each) else 0 for each in bought])
+    activity = centred(np.log1p(graphs.user_degree), graphs.user_degree)
+    features = torch.stack([torch.ones(users), activity, centred(taste, graphs.user_degree)], dim=1)
     every = torch.ones(users, items, dtype=torch.bool)
     scores = {name: each.users.weight @ each.items.weight.T for name, each in scorers.items()}
     warm = torch.from_numpy(graphs.user_degree > 0)
     means = {name: each[warm].mean(0).expand(users, -1) for name, each in scores.items()}
-    popularity = centred(graphs.item_degree).expand(users, -1)
-    made = Candidates(scores, means, centred(graphs.user_degree), popularity, every, every)
+    made = Candidates(scores, means, features, popularity.expand(users, -1), every, every)
     return model_scores(made, torch.tensor([fusion.weights[name] for name in weight_names(list(scorers))]))[0]
 
 
@@ -103,7 +106,7 @@ def test_the_dot_product_is_the_model_but_for_a_constant_of_each_user(catalog):
     rng = np.random.default_rng(0)
     scorers = fusion._trained(network, masked) | fusion.scorers
     assert list(scorers) == [MEMBERS, MASKED, "spectral", "m0", "m1"]
-    fusion.weights |= {name: float(rng.normal()) for name in weight_names(list(scorers))}
+    fusion.weights |= {name: 0.3 * float(rng.normal()) for name in weight_names(list(scorers))}
     users, items = fusion.fuse(network, masked)
     found, expected = users.weight @ items.weight.T, dense_scores(fusion, scorers, graphs)
     torch.testing.assert_close(
