@@ -96,8 +96,9 @@ class ColdStart:
         return {**shares, CONTENT_WEIGHT: 1.0, NORM_SCALE: 1.0}
 
     def load(self, saved: dict[str, float]) -> None:
-        """Local. Set the weights to those of a checkpoint."""
-        self.weights = {NEIGHBOURS: 1 - saved[REGRESSION]} | saved
+        """Local. Set the weights to those of a checkpoint; initial ones where it has none."""
+        one_predictor = {NEIGHBOURS: 1 - saved[REGRESSION]} if REGRESSION in saved else {}
+        self.weights = self.initial_weights() | one_predictor | saved
 
     def impute(self, embeddings: Embeddings, columns: SpecialColumns) -> Embeddings:
         """Embeddings with the rows of cold items replaced by their predictions.
