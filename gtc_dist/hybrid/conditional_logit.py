@@ -37,7 +37,7 @@ SCORER_TERMS = (*USER_TERMS, *MEAN_TERMS, *EXPONENT_TERMS)  # rows A_k, B_k and 
 COMMON = tuple(name + term for name in POPULARITY for term in USER_TERMS)  # G, by rows of g
 
 PENALTY = 30.0  # of squared differences from the initial weights, in positives' log-likelihood
-MAX_STEPS = 30
+MAX_STEPS, MAX_HALVINGS = 30, 20
 MIN_GAIN = 1e-5  # mean log-likelihood of a positive that one more step must gain
 
 
@@ -109,10 +109,11 @@ def fit_weights(
     loss, gradient, curvature = evaluate(weights)
     for _ in range(MAX_STEPS):
         step = torch.linalg.solve(curvature, gradient)
-        tried = evaluate(weights - step)
-        while not tried[0] <= loss and float(step.abs().max()) > 1e-6:
-            step = step / 2
+        for _ in range(MAX_HALVINGS):
             tried = evaluate(weights - step)
+            if tried[0] <= loss:
+                break
+            step = step / 2
         gain = loss - tried[0]
         if not gain > 0:
             break

@@ -56,6 +56,7 @@ class ScoreFusion:
         scorers: name -> embeddings of the untrained scorers.
         profiles: names of the scorers that are content profiles.
         neighbours: None: cold items keep their rows.
+        graphs: for activity, taste and popularity.
         operator: smooths users in runs before 0.4.0.
         has_masked: whether there is a masked diffusion, whose embeddings `tune` and `fuse` then get.
     """
