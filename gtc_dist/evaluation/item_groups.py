@@ -66,7 +66,8 @@ def positive_groups(graphs: Graphs, head: np.ndarray) -> dict[str, np.ndarray | 
 def tuning_positives(
     metric: str, groups: dict[str, np.ndarray | None], counted: np.ndarray | None = None
 ) -> tuple[str, np.ndarray | None]:
-    """Metric of a list, and the items that count as positives, for weights that are tuned by `eval.metric`.
+    """Metric of a list, and the items that count as positives, for weights that are tuned by `eval.metric`. Weights
+    fitted by likelihood use the positives alone.
 
     Metrics that compare lists of several users (`coverage@20`, `head_share@20`) only select the epoch; weights are then
     tuned by NDCG@20. `personal_gain` and `mean_list` tune by the metric itself.

@@ -81,7 +81,7 @@ class Validator:
         is_better = metric_value(metrics, metric) > best
         if is_better and (epoch > 0 or self.scorer.has_untrained):
             metrics = self._tune_cold_start(fused, metrics)
-        for part, weights in self.scorer.state().items():  # those of a scorer and its terms are in checkpoints alone
+        for part, weights in self.scorer.state().items():  # names with a slash are in checkpoints alone
             diagnostics |= {f"{part}/{name}": weight for name, weight in weights.items() if "/" not in name}
         if metric not in metrics["overall"]:
             diagnostics[f"valid/{metric}"] = metric_value(metrics, metric)  # metrics.jsonl shows what decided
