@@ -5,7 +5,7 @@ source for the backward pass. Both sums are `embedding_bag`, which is about ten 
 matrix product or `index_add_` at these widths.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -51,6 +51,11 @@ class Block:
         none = indices[:0]
         return Block(sources, indptr.to(indices.dtype), indices, weight, none, none, weight[:0])
 
+    def without(self, edges: torch.Tensor, by_source: torch.Tensor) -> "Block":
+        """The block with zero weights at some edges; their positions by destination and by source."""
+        weight, t_weight = self.weight.index_fill(0, edges, 0), self.t_weight.index_fill(0, by_source, 0)
+        return replace(self, weight=weight, t_weight=t_weight)
+
     def to(self, device: torch.device) -> "Block":
         tensors = (self.indptr, self.indices, self.weight, self.t_indptr, self.t_indices, self.t_weight)
         return Block(self.sources, *(t.to(device, non_blocking=True) for t in tensors))
@@ -92,7 +97,7 @@ class _Convolve(torch.autograd.Function):
         back = grad = grad.contiguous()
         for block in reversed(ctx.blocks):
             back = _bag(block.t_indices, back, block.t_indptr, block.t_weight)
-            back[: len(grad)] += grad
+            back[: len(grad)].add_(grad)
         return back, None, None
 
 

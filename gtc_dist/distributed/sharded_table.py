@@ -26,16 +26,16 @@ class LookupPlan:
     position: [n] position of each requested id among the received rows; None: they arrive in the requested order
     outgoing: [s] rows of this rank's range that each rank (itself included) requested, by rank; None: the whole range
     send, receive: number of rows sent to, and received from, each rank
+    touched, touched_at: [r] distinct rows among `outgoing`, and [s] the position there of each of `outgoing`; None:
+        `outgoing` has no row twice
     """
 
     position: torch.Tensor | None
     outgoing: torch.Tensor | None
     send: list[int]
     receive: list[int]
-
-    def to(self, device: torch.device) -> "LookupPlan":
-        moved = [t if t is None else t.to(device, non_blocking=True) for t in (self.position, self.outgoing)]
-        return LookupPlan(*moved, self.send, self.receive)
+    touched: torch.Tensor | None = None
+    touched_at: torch.Tensor | None = None
 
 
 def plan_lookup(ids: torch.Tensor, rows: int, comm: Communicator) -> LookupPlan:
@@ -52,7 +52,7 @@ def plan_lookup(ids: torch.Tensor, rows: int, comm: Communicator) -> LookupPlan:
     one_each = [1] * comm.size
     send = comm.all_to_all(asked, one_each, one_each).tolist()
     outgoing = comm.all_to_all(unique, receive, send) - comm.row_range(rows)[0]
-    return LookupPlan(position, outgoing, send, receive)
+    return LookupPlan(position, outgoing, send, receive, *torch.unique(outgoing, return_inverse=True))
 
 
 def plan_whole_table(rows: int, comm: Communicator) -> LookupPlan:
@@ -120,12 +120,13 @@ class ShardedTable:
         """Local. The pending gradient as (rows of this rank's range or None for all, values), mean over the ranks'
         losses.
 
-        Rows are unique and sorted. None where no lookup was differentiated.
+        Rows are unique. None where no lookup was differentiated.
         """
         if not self.pending:
             return None
-        if len(self.pending) == 1 and self.pending[0][0] is None:
-            return None, self.pending[0][1] / self.comm.size
+        if len(self.pending) == 1:
+            rows, values = self.pending[0]
+            return rows, values / self.comm.size if self.comm.size > 1 else values
         everything = torch.arange(len(self.weight), device=self.weight.device)
         ids = torch.cat([everything if rows is None else rows for rows, _ in self.pending])
         values = torch.cat([grad for _, grad in self.pending])
@@ -134,9 +135,20 @@ class ShardedTable:
         return unique, summed / self.comm.size
 
     @torch.no_grad()
-    def adam_step(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+    def adam_step(
+        self,
+        lr: float,
+        not_finite: torch.Tensor | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
         """Local. Adam on the rows with a pending gradient (torch.optim.SparseAdam's arithmetic), which is then
-        cleared."""
+        cleared.
+
+        Args:
+            not_finite: bool [] on the table's device: the gradients of the step are not finite, so the weights stay as
+                they are; the moments are spoilt, the run ends (gradient_guard.py). None: False.
+        """
         gradient = self.gradient()
         self.pending.clear()
         self.steps += 1  # the same on every rank, also if none of its rows was touched
@@ -153,6 +165,8 @@ class ShardedTable:
             avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
         size = (self.learning_rate or lr) * (1 - betas[1] ** self.steps) ** 0.5 / (1 - betas[0] ** self.steps)
         update = avg / avg_sq.sqrt().add_(eps)
+        if not_finite is not None:  # a branch on the host would wait for the device
+            update.masked_fill_(not_finite, 0)
         if rows is None:
             self.weight.sub_(update, alpha=size)
         else:
@@ -196,6 +210,9 @@ class _Lookup(torch.autograd.Function):
         if plan.position is None and table.comm.size > 1:  # every rank asked for the whole range: sum here
             back = back.view(table.comm.size, -1, table.width).sum(0)
             table.pending.append((None, back))
+        elif plan.touched is not None:
+            summed = back.new_zeros(len(plan.touched), table.width).index_add_(0, plan.touched_at, back)
+            table.pending.append((plan.touched, summed))
         else:
             table.pending.append((plan.outgoing, back))
         return torch.zeros_like(ctx.table._anchor), None, None

@@ -5,7 +5,7 @@ the user-item convolution computes an output (seed users first, then seed items)
 distinct ones in its pairs, a part of the seeds.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -49,9 +49,6 @@ class MaskedUsers:
     log_inclusion: torch.Tensor | None  # float32 [n] log P(item in batch); None: all items are
     total_users: int  # of all ranks
 
-    def to(self, device: torch.device) -> "MaskedUsers":
-        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
-
 
 @dataclass
 class HistoryLookup:
@@ -64,9 +61,6 @@ class HistoryLookup:
     excluded_into_users: Block  # excluded items -> the batch's users, weights as in the graph
     excluded_into_items: Block  # excluded users -> the batch's items
 
-    def to(self, device: torch.device) -> "HistoryLookup":
-        return HistoryLookup(*(_move(getattr(self, f.name), device) for f in fields(self)))
-
 
 @dataclass
 class HistoryRows:
@@ -76,6 +70,15 @@ class HistoryRows:
     users: torch.Tensor  # [u, node views * D] convolved, before the user's view weights
     user_hop: torch.Tensor | None  # [u, node views * D] what the user-user hop added
     items: torch.Tensor  # [i, node views * D] convolved, with the item-item hop
+
+
+@dataclass
+class ExcludedEdges:
+    """Edges of the whole graph that a batch must not see: positions among a block's edges by destination and source."""
+
+    edges: torch.Tensor  # of the user-item block, which is symmetric: the same positions in both orders
+    audience: torch.Tensor | None  # of the audience
+    audience_by_source: torch.Tensor | None
 
 
 @dataclass
@@ -98,9 +101,17 @@ class Subgraph:
     users_in_inputs: torch.Tensor  # [u] positions of the batch's users among the input users
     items_in_inputs: torch.Tensor  # [i] positions of the batch's items among the input items
     history: HistoryLookup | None = None  # sampled, with historical embeddings
+    excluded: ExcludedEdges | None = None  # full: edges whose weight is zero in this batch
 
-    def to(self, device: torch.device) -> "Subgraph":
-        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+    def without_excluded(self) -> tuple[list[Block], Block | None]:
+        """The blocks and the audience without the excluded edges."""
+        if self.excluded is None:
+            return self.blocks, self.audience
+        edges, audience = self.excluded.edges, self.audience
+        blocks = [self.blocks[0].without(edges, edges)] * len(self.blocks) if self.blocks else []
+        if audience is not None:
+            audience = audience.without(self.excluded.audience, self.excluded.audience_by_source)
+        return blocks, audience
 
 
 @dataclass
@@ -113,30 +124,17 @@ class Batch:
     negatives: torch.Tensor  # [B, K], or [P] shared by the batch
     negative_mask: torch.Tensor | None  # [B, P] False where a shared negative is the user's train positive
     negative_weight: torch.Tensor | None  # float32 [P] importance weight of an in-batch negative; None: all one
+    user_share: torch.Tensor  # float32 [u] pairs of each user
+    item_share: torch.Tensor  # float32 [i] pairs whose positive the item is, and its share of the pairs' negatives
     user_ids: torch.Tensor  # [u] catalog index of the batch's users
     item_ids: torch.Tensor  # [i] catalog index of the batch's items
     timesteps: torch.Tensor  # int64 [B] diffusion steps of the denoising loss
     noise: torch.Tensor  # [modalities, B, D] its noise
     dropout: torch.Tensor  # float32 [2, B] in [0, 1): the condition is dropped below a share; row 1 is unused
-    permutation_seed: int  # of the total correlation's permutations, the same on every rank
+    permutations: torch.Tensor | None  # int64 [groups, views, views - 1, rows] of the total correlation
     counts: list[int]  # pairs of each rank
     tc_counts: list[int]  # pairs of each rank that enter the total correlation
     drawn: DrawnPairs  # the same pairs as catalog indexes; stays on the host
     all_pairs: np.ndarray  # int64 [n, 2] user and positive of all ranks' pairs, catalog indexes; stays on the host
     masked: MaskedUsers | None = None  # for the masked diffusion
     recency_weight: torch.Tensor | None = None  # float32 [B] of the pairs, mean one over train; None: all one
-
-    def to(self, device: torch.device) -> "Batch":
-        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
-
-
-def _move(value, device):
-    if isinstance(value, list) and value and isinstance(value[0], Block):
-        # layers that share a block must share it after the copy, too
-        moved = {id(block): block.to(device) for block in value}
-        return [moved[id(block)] for block in value]
-    if isinstance(value, dict):
-        return {key: tensor.to(device, non_blocking=True) for key, tensor in value.items()}
-    if isinstance(value, torch.Tensor | Block | LookupPlan | HistoryLookup | Subgraph | MaskedUsers):
-        return value.to(device)
-    return value

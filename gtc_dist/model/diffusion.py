@@ -78,8 +78,7 @@ class ContentFilter(nn.Module):
         super().__init__()
         self.schedule = schedule
         self.denoiser = Denoiser(width, condition, hidden)
-        path = torch.linspace(start_step, 0, ddim_steps + 1).round().long()
-        self.register_buffer("path", path, persistent=False)
+        self.path = torch.linspace(start_step, 0, ddim_steps + 1).round().long().tolist()
 
     def loss(self, x0: torch.Tensor, condition: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         """||eps - eps_hat||^2 / D for each row, [n]; x0 [n, D], condition [n, C], t int64 [n] in 1..T, eps [n, D]."""
@@ -89,10 +88,11 @@ class ContentFilter(nn.Module):
     def forward(self, x0: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Filtered content x0_hat [n, D] of content x0 [n, D] under condition [n, C]."""
         x = self.schedule.signal[self.path[0]] * x0
-        for here, there in zip(self.path[:-1], self.path[1:], strict=True):
-            eps = self.denoiser(x, here[None], condition)
-            clean = self.schedule.clean(x, here[None], eps)
-            x = self.schedule.diffuse(clean, there[None], eps)
+        for step, next_step in zip(self.path[:-1], self.path[1:], strict=True):
+            here, there = (torch.full((1,), t, device=x0.device) for t in (step, next_step))
+            eps = self.denoiser(x, here, condition)
+            clean = self.schedule.clean(x, here, eps)
+            x = self.schedule.diffuse(clean, there, eps)
         return x
 
 

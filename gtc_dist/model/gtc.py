@@ -131,6 +131,15 @@ class GTC(nn.Module):
         return self.train_config.w_tc > 0 and self.n_views > 1
 
     @property
+    def tc_shape(self) -> tuple[int, int]:
+        """Groups of views whose total correlation is computed together, and views of each; no group without it."""
+        if not self.has_total_correlation:
+            return 0, 0
+        if self.variant.correlates_outputs:
+            return 2 * self.n_members, self.n_graph_views  # users and items
+        return self.n_members, self.n_views
+
+    @property
     def tc_temperature(self) -> float | None:
         """Temperature of the total correlation's critic, geometric mean over members."""
         if not self.has_total_correlation:
@@ -250,9 +259,9 @@ class GTC(nn.Module):
             history: historical embeddings; the blocks then carry the change since, to which they are added.
         """
         preference, weights = self.encode_users(user_rows)
-        audience = None
-        if graph.audience is not None:
-            audience = weighted_sum(graph.audience, preference)
+        blocks, audience = graph.without_excluded()
+        if audience is not None:
+            audience = weighted_sum(audience, preference)
         item_inputs, encoded = self.encode_items(item_rows, graph.features, audience)
         if history is not None:
             inputs = history.inputs.split([len(preference), len(item_inputs)])
@@ -262,7 +271,7 @@ class GTC(nn.Module):
         nodes = torch.cat([preference, item_inputs])
         if graph.input_nodes is not None:
             nodes = nodes.index_select(0, graph.input_nodes)
-        seeds = convolve(graph.blocks, nodes, graph.n_seed_users + graph.n_seed_items)
+        seeds = convolve(blocks, nodes, graph.n_seed_users + graph.n_seed_items)
         users, items = seeds.split([graph.n_seed_users, graph.n_seed_items])
         weights = weights[: graph.n_seed_users]  # seed users are the first input users
         out_users, out_items = users.index_select(0, graph.users_in_seeds), items.index_select(0, graph.items_in_seeds)
@@ -308,8 +317,11 @@ class GTC(nn.Module):
         terms["l2"] = losses.l2_loss(self, user_rows, item_rows, batch) / total
         if self.masked is not None:
             terms["masked"] = self.masked(batch.masked, masked_rows)
-        weights = {"masked": 1.0, train.loss: 1.0, "tc": train.w_tc, "diffusion": train.w_diff, "l2": train.w_reg}
-        loss = self.comm.size * sum(weights[name] * value for name, value in terms.items())
+        weights = {"tc": train.w_tc, "diffusion": train.w_diff, "l2": train.w_reg}
+        weighted = [value * weights[name] if name in weights else value for name, value in terms.items()]
+        loss = sum(weighted[1:], weighted[0])
+        if self.comm.size > 1:
+            loss = loss * self.comm.size
         return loss, {name: value.detach() for name, value in terms.items()}
 
     def diagnostics(self, encoded: list[EncodedItems]) -> dict[str, torch.Tensor]:

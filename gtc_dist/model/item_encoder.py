@@ -71,10 +71,12 @@ class ItemEncoder(nn.Module):
 
     def content(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Projected content of each modality, [n, D] with unit mean square, so that the noise schedule fits it."""
-        return {
-            name: F.rms_norm(project(features[name].to(project.weight.dtype)), (self.dim,))
-            for name, project in zip(self.modalities, self.project, strict=True)
-        }
+        if not self.modalities:
+            return {}
+        named = zip(self.modalities, self.project, strict=True)
+        projected = [project(features[name].to(project.weight.dtype)) for name, project in named]
+        scaled = F.rms_norm(torch.stack(projected, dim=1), (self.dim,))
+        return dict(zip(self.modalities, scaled.unbind(1), strict=True))
 
     def condition(self, ids: torch.Tensor, audience: torch.Tensor | None, view: int) -> torch.Tensor:
         """Condition of a view's filter, [n, C]: the item's id embedding, the mean preference of its users.
@@ -92,8 +94,8 @@ class ItemEncoder(nn.Module):
             preference = F.rms_norm(audience[:, : self.dim], (self.dim,))
         else:
             preference = audience.view(-1, self.n_views, self.dim)[:, view] * self.dim**0.5
-        has_users = (audience != 0).any(dim=1, keepdim=True)
-        return torch.cat([torch.where(has_users, ids, 0), preference], dim=1)
+        without_users = (audience == 0).all(dim=1, keepdim=True)
+        return torch.cat([ids.masked_fill(without_users, 0), preference], dim=1)
 
     def filter_content(
         self,

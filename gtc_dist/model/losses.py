@@ -27,7 +27,8 @@ def ranking_loss(network, users: torch.Tensor, items: torch.Tensor, batch: Batch
     score = (user * positive).sum(2).T[:, :, None]  # [members, B, 1]
     if batch.negatives.dim() == 2:
         split = batch.negatives.view(len(user), members, batch.negatives.shape[1] // members)
-        split = split * members + torch.arange(members, device=user.device)[:, None]  # rows of one member
+        if members > 1:
+            split = split * members + torch.arange(members, device=user.device)[:, None]  # rows of one member
         rows = items.view(-1, width).index_select(0, split.reshape(-1)).view(*split.shape, width)
         negative, mask = (user[:, :, None] * rows).sum(3).transpose(0, 1), None
     else:
@@ -37,7 +38,7 @@ def ranking_loss(network, users: torch.Tensor, items: torch.Tensor, batch: Batch
     if train.loss == "bpr":
         pairs = F.softplus(negative - score)
         if mask is None:
-            return pairs.mean(2).mean(0)
+            return pairs.mean((0, 2))
         weights = mask if weight is None else mask * weight
         return ((pairs * weights).sum(2) / weights.sum(1).clamp(min=1e-12)).mean(0)
     if weight is not None:
@@ -54,27 +55,22 @@ def total_correlation_loss(network, e, batch: Batch) -> torch.Tensor:
     Of the items' views that enter the graph; or, with `Variant.correlates_outputs`, of the views that leave it, of
     users and of items in equal parts, since these are scored.
     """
-    counts = batch.tc_counts
+    counts, shape = batch.tc_counts, (-1, network.n_members, network.n_graph_views, network.dim)
     chosen = slice(0, counts[network.comm.rank])
     items, users = batch.positives[chosen], batch.users[chosen]
-    generator = torch.Generator().manual_seed(batch.permutation_seed)
-    of_items, of_users = network.split_members(e.items), network.split_members(e.users)
-    shape = (-1, network.n_graph_views, network.dim)
-    losses = []
-    for m, (member, encoded) in enumerate(zip(network.members, e.encoded, strict=True)):
-        scale = member.log_scale.exp()
-        if network.variant.correlates_outputs:
-            sides = [
-                (of_items[m].index_select(0, items).view(shape), batch.item_ids[items]),
-                (of_users[m].index_select(0, users).view(shape), batch.user_ids[users]),
-            ]
-        else:
-            views = encoded.views.index_select(0, batch.subgraph.items_in_inputs[items])
-            sides = [(views, batch.item_ids[items])]
-        for views, ids in sides:
-            args = (F.normalize(views, dim=2), ids, scale, generator, network.comm, counts)
-            losses.append(total_correlation_cross_entropy(*args, additive=network.variant.additive_critic))
-    return torch.stack(losses).mean() / max(sum(counts), 1)
+    sides = [batch.item_ids.index_select(0, items)]
+    if network.variant.correlates_outputs:
+        views = [e.items.index_select(0, items).view(shape), e.users.index_select(0, users).view(shape)]
+        views = torch.stack(views, dim=2).flatten(1, 2)  # groups: a member's items, its users, the next member's items
+        sides.append(batch.user_ids.index_select(0, users))
+    else:
+        rows = batch.subgraph.items_in_inputs.index_select(0, items)
+        views = torch.stack([encoded.views.index_select(0, rows) for encoded in e.encoded], dim=1)
+    ids = torch.stack(sides, dim=1).repeat(1, network.n_members)
+    scale = torch.stack([member.log_scale for member in network.members]).exp().repeat_interleave(len(sides))
+    args = (F.normalize(views, dim=3), ids, scale, batch.permutations, network.comm, counts)
+    loss = total_correlation_cross_entropy(*args, additive=network.variant.additive_critic)
+    return loss / max(sum(counts), 1)
 
 
 def denoising_loss(network, e, batch: Batch) -> torch.Tensor:
@@ -84,13 +80,13 @@ def denoising_loss(network, e, batch: Batch) -> torch.Tensor:
     cheapest way to a low loss. Some pairs' conditions are dropped, as in the training of classifier-free guidance (Ho
     and Salimans 2022), so that the filter also works without them.
     """
-    inputs = batch.subgraph.items_in_inputs[batch.positives]
-    keep_condition = (batch.dropout[0] >= CONDITION_DROPOUT)[:, None]
+    inputs = batch.subgraph.items_in_inputs.index_select(0, batch.positives)
+    drop_condition = (batch.dropout[0] < CONDITION_DROPOUT)[:, None]
     losses = []
     for member, encoded in zip(network.members, e.encoded, strict=True):
         ids, content, audience = encoded.detached(inputs)
-        ids = torch.where(keep_condition, ids, 0)
-        audience = None if audience is None else torch.where(keep_condition, audience, 0)
+        ids = ids.masked_fill(drop_condition, 0)
+        audience = None if audience is None else audience.masked_fill(drop_condition, 0)
         for v, x0 in enumerate(content.values(), start=1):
             condition = member.condition(ids, audience, v)
             losses.append(member.filters[v - 1].loss(x0, condition, batch.timesteps, batch.noise[v - 1]))
@@ -100,8 +96,6 @@ def denoising_loss(network, e, batch: Batch) -> torch.Tensor:
 def l2_loss(network, user_rows: torch.Tensor, item_rows: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Half the squared norms of the looked-up rows of each pair, and the mean over its negatives, summed over pairs."""
     graph = batch.subgraph
-    user = user_rows.index_select(0, graph.users_in_inputs[batch.users]).square().sum()
-    positive = item_rows.index_select(0, graph.items_in_inputs[batch.positives]).square().sum()
-    negative = item_rows.index_select(0, graph.items_in_inputs[batch.negatives.reshape(-1)]).square().sum()
-    share = len(batch.users) / max(batch.negatives.numel(), 1)
-    return 0.5 * (user + positive + share * negative) / network.n_members
+    users = user_rows.index_select(0, graph.users_in_inputs).square().sum(1)
+    items = item_rows.index_select(0, graph.items_in_inputs).square().sum(1)
+    return (users @ batch.user_share + items @ batch.item_share) * (0.5 / network.n_members)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from gtc_dist.data.hashing import hash_bucket
+from gtc_dist.distributed.device_transfer import to_device
 from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup, plan_whole_table
 from gtc_dist.graph.csc import Graphs, take_edges
 from gtc_dist.model.batch import MaskedUsers
@@ -48,7 +49,7 @@ class UserMasks:
         if self.every_item:
             plan = plan_whole_table(self.graphs.items, self.comm)
             self.all_content = content.lookup(plan).float().to(self.device)
-            self.lookup = plan.to(self.device)
+            self.lookup = to_device(plan, self.device)
 
     def draw(self, pass_number: int, step: int, steps: int) -> tuple[np.ndarray, list[int], int]:
         """Local. Users of a step, int64 [m], the number of users of each rank, and the seed of the masks.

@@ -14,6 +14,7 @@ pass, or, where a pass takes hours, `train.epoch_steps` steps.
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -22,10 +23,12 @@ from scipy.special import gammaln
 from gtc_dist.config import Config
 from gtc_dist.data.hashing import hash_bucket
 from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.device_transfer import AsyncTransfer
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.batch import Batch, DrawnPairs, MaskedUsers
 from gtc_dist.model.gtc import GTC
+from gtc_dist.model.total_correlation import draw_permutations
 from gtc_dist.model.user_masks import UserMasks
 from gtc_dist.training.subgraph import FullGraphBuilder, SampledGraphBuilder
 
@@ -53,7 +56,8 @@ def build_loader(
     masks = None
     if network.masked is not None:
         masks = UserMasks(graphs, content, config.train.seed, network.masked.members, network.comm.device)
-    return DataLoader(config, users, items, graphs, builder(config, network, graphs, features), comm, masks)
+    subgraphs, device = builder(config, network, graphs, features), network.comm.device
+    return DataLoader(config, users, items, graphs, subgraphs, comm, masks, network.tc_shape, device)
 
 
 class DataLoader:
@@ -65,6 +69,8 @@ class DataLoader:
         subgraph_builder: FullGraphBuilder or SampledGraphBuilder (subgraph.py).
         comm: a communicator with a process group of the prefetch thread's own.
         masks: of the masked diffusion; None without it.
+        tc_shape: `GTC.tc_shape`.
+        device: of the network, to which `epoch` brings the batches; None: that of `comm`.
     """
 
     def __init__(
@@ -76,7 +82,10 @@ class DataLoader:
         subgraph_builder,
         comm: Communicator,
         masks: UserMasks | None = None,
+        tc_shape: tuple[int, int] = (0, 0),
+        device: torch.device | None = None,
     ):
+        self.tc_shape, self.transfer = tc_shape, AsyncTransfer(device or comm.device)
         self.graphs, self.subgraph_builder, self.comm, self.masks = graphs, subgraph_builder, comm, masks
         train, model = config.train, config.model
         self.seed, self.negatives, self.tc_rows = train.seed, train.negatives, train.tc_rows
@@ -103,8 +112,10 @@ class DataLoader:
         return [min(n, -(-self.tc_rows // self.comm.size)) if self.tc_rows else n for n in counts]
 
     def epoch(self, epoch: int, done: int = 0) -> Iterator[Batch]:
-        """Batches of an epoch after the first `done`, prepared ahead by one thread, whose errors are raised here."""
-        return _prefetch(self._batches(epoch, done), PREFETCH)
+        """Batches of an epoch after the first `done`, on the device, prepared ahead by one thread, whose errors are
+        raised here."""
+        with closing(_prefetch(map(self.transfer.start, self._batches(epoch, done)), PREFETCH)) as transfers:
+            yield from map(self.transfer.finish, transfers)
 
     def draw(self, pass_number: int, step: int, rows: np.ndarray) -> DrawnPairs:
         """Local. Negatives and randomness of a step, for the interactions at positions `rows` of this rank.
@@ -177,12 +188,15 @@ class DataLoader:
             negatives=torch.from_numpy(negatives.reshape(drawn.negatives.shape)),
             negative_mask=mask,
             negative_weight=self._negative_weight(drawn),
+            user_share=_counts(user_at, len(users)),
+            item_share=_counts(positives, len(items))
+            + _counts(negatives, len(items)) * (len(drawn.users) / max(drawn.negatives.size, 1)),
             user_ids=torch.from_numpy(users),
             item_ids=torch.from_numpy(items),
             timesteps=torch.from_numpy(drawn.timesteps),
             noise=torch.from_numpy(drawn.noise),
             dropout=torch.from_numpy(drawn.dropout),
-            permutation_seed=drawn.permutation_seed,
+            permutations=self._permutations(drawn),
             counts=drawn.counts,
             tc_counts=self.tc_counts(drawn.counts),
             drawn=drawn,
@@ -190,6 +204,12 @@ class DataLoader:
             masked=None if self.masks is None else self._masked_users(drawn),
             recency_weight=None if recency is None else torch.from_numpy(recency),
         )
+
+    def _permutations(self, drawn: DrawnPairs) -> torch.Tensor | None:
+        groups, views = self.tc_shape
+        if not groups:
+            return None
+        return draw_permutations(groups, views, sum(self.tc_counts(drawn.counts)), drawn.permutation_seed)
 
     def _masked_users(self, drawn: DrawnPairs) -> MaskedUsers:
         return self.masks.build(drawn.masked_users, drawn.masked_counts, drawn.mask_seed)
@@ -236,6 +256,11 @@ def inclusion_chance(count: np.ndarray, total: int, drawn: int) -> np.ndarray:
     none = gammaln(total - count + 1) + gammaln(total - drawn + 1)
     none = none - gammaln(np.maximum(total - count - drawn, 0) + 1) - gammaln(total + 1)
     return np.where(count > total - drawn, 1.0, -np.expm1(none))
+
+
+def _counts(positions: np.ndarray, total: int) -> torch.Tensor:
+    """How often each of `total` positions occurs, float32."""
+    return torch.from_numpy(np.bincount(positions, minlength=total).astype(np.float32))
 
 
 class _Failure:

@@ -1,13 +1,15 @@
 """Guard before the optimizers: finite losses and gradients, clipping, and a file from which a bad step is replayed.
 
-A loss or gradient that is not finite is found before the optimizers use it. By default the rank that finds it writes
-the batch and the weights it met to `not-finite-...npz` in the run folder and ends the run; `python -m gtc_dist.train
---replay FILE` computes that step again and names the terms that are not finite. With `train.not_finite: skip` all ranks
-leave the step out and count it.
+A loss or gradient that is not finite changes no weight: the check stays on the device, and the optimizers read its
+result there. By default the rank that finds it writes the batch and the weights it met to `not-finite-...npz` in the
+run folder and ends the run; `python -m gtc_dist.train --replay FILE` computes that step again and names the terms that
+are not finite. The host reads the result after the next backward pass was queued, so that a GPU never waits for it; the
+weights are still those that the bad step met, since neither step has changed them. With `train.not_finite: skip` all
+ranks leave the step out and count it, which costs a collective, and a wait for the device, in every step.
 """
 
 import io
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -26,6 +28,18 @@ ROW_NAMES = ("user", "item", "masked_item")  # tables in the order of a batch's 
 Rows = tuple[torch.Tensor, ...]  # of the input users and input items of a batch, and of the masked diffusion's items
 
 
+@dataclass
+class UnreadCheck:
+    """Check of a step that the host has not read."""
+
+    names: list[str]  # of the loss terms and gradients
+    values: torch.Tensor  # float32 [names] on the host, not finite where a term or gradient is not
+    copied: torch.cuda.Event | None  # when `values` have arrived; None without a GPU
+    batch: Batch
+    rows: Rows
+    place: str
+
+
 class GradientGuard:
     """Checks every step of one rank."""
 
@@ -35,45 +49,76 @@ class GradientGuard:
         self.network, self.tables, self.comm, self.run = network, tables, comm, run
         self.skip, self.clip = train.not_finite == "skip", train.clip_norm
         self.skipped = 0  # steps left out so far
+        self.unread: UnreadCheck | None = None
 
-    def passes(self, terms: dict[str, torch.Tensor], batch: Batch, rows: Rows, place: str) -> bool:
-        """Whether the optimizers may use the gradients of this step; clips them if so. A collective if steps are
-        skipped or gradients are clipped.
+    def check(self, terms: dict[str, torch.Tensor], batch: Batch, rows: Rows, place: str) -> torch.Tensor | None:
+        """Check the gradients of a step and clip them; settle the check of the step before.
+
+        A collective if steps are skipped or gradients are clipped.
 
         Args:
             terms: loss terms of this rank.
             rows: looked-up rows of the tables.
             place: of the step, for the message: "epoch 3, step 14".
 
+        Returns:
+            Whether any is not finite, bool [] on the device, for the optimizers, which then must not change the
+            weights; None: the ranks leave the step out.
+
         Raises:
-            NotFinite: unless such steps are skipped.
+            NotFinite: if the step before was not finite, unless such steps are skipped.
         """
-        bad = []
-        if not self._finite(terms):
-            bad = non_finite_names(terms, self.network, self.tables) or ["the sum of all"]
-        if bad and not self.skip:
-            uri = storage.join(self.run, not_finite_name(place, self.comm.rank))
-            storage.write_bytes(uri, dump_step(batch, rows, self.network))
-            shown = ", ".join(bad[:SHOWN]) + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
-            raise NotFinite(
-                f"{place}: the loss is not finite, or its gradient: {shown}. The batch is in {uri}; "
-                f"`python -m gtc_dist.train --replay {uri}` computes it again"
-            )
-        if self.skip and self.comm.all_reduce_max(int(bool(bad))):
-            self.skipped += 1
-            for table in self.tables:
-                table.pending.clear()
-            return False
+        self.settle()
+        names, values = self._sums(terms)
+        not_finite = (values * 0).sum().isnan()
+        if self.skip:
+            if self.comm.all_reduce_max(int(not_finite)):
+                self.skipped += 1
+                for table in self.tables:
+                    table.pending.clear()
+                return None
+        else:
+            host, copied = _copy_to_host(values)
+            self.unread = UnreadCheck(names, host, copied, batch, rows, place)
         if self.clip is not None:
             self._clip()
-        return True
+        return not_finite
 
-    def _finite(self, terms: dict[str, torch.Tensor]) -> bool:
-        """One reduction: the sum of all losses and gradients is finite iff (barring overflow) each of them is."""
-        sums = [value.float() for value in terms.values()]
-        sums += [p.grad.sum() for p in self.network.parameters() if p.grad is not None]
-        sums += [values.sum() for table in self.tables for _, values in table.pending]
-        return bool(torch.stack(sums).sum().isfinite())
+    def settle(self) -> None:
+        """Local. Read the check of the last step.
+
+        Raises:
+            NotFinite: if it was not finite.
+        """
+        check, self.unread = self.unread, None
+        if check is None:
+            return
+        if check.copied is not None:
+            check.copied.synchronize()
+        finite = np.isfinite(check.values.numpy())
+        if finite.all():
+            return
+        bad = [name for name, is_finite in zip(check.names, finite, strict=True) if not is_finite]
+        uri = storage.join(self.run, not_finite_name(check.place, self.comm.rank))
+        storage.write_bytes(uri, dump_step(check.batch, check.rows, self.network))
+        shown = ", ".join(bad[:SHOWN]) + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
+        raise NotFinite(
+            f"{check.place}: the loss is not finite, or its gradient: {shown}. The batch is in {uri}; "
+            f"`python -m gtc_dist.train --replay {uri}` computes it again"
+        )
+
+    def _sums(self, terms: dict[str, torch.Tensor]) -> tuple[list[str], torch.Tensor]:
+        """Names of the loss terms and gradients, and the sum of each, float32 [names], which is finite iff, barring
+        overflow, every summand is."""
+        sums = {f"loss {name}": value.float() for name, value in terms.items()}
+        for name, parameter in self.network.named_parameters():
+            if parameter.grad is not None:
+                sums[f"gradient of {name}"] = parameter.grad.sum()
+        for table in self.tables:
+            if table.pending:
+                first, *others = (values.sum() for _, values in table.pending)
+                sums[f"gradient of the {table.name} table"] = sum(others, first)
+        return list(sums), torch.stack(list(sums.values()))
 
     def _clip(self) -> None:
         """Scale all gradients so that their norm over all ranks is at most `clip`."""
@@ -96,6 +141,17 @@ def non_finite_names(terms: dict[str, torch.Tensor], network: nn.Module, tables:
         if any(not values.isfinite().all() for _, values in table.pending):
             bad.append(f"gradient of the {table.name} table")
     return bad
+
+
+def _copy_to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """A copy on the host, and the event of its arrival; the host does not wait."""
+    if values.device.type != "cuda":
+        return values, None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return host, copied
 
 
 NETWORK = "network."  # prefix of a parameter or buffer in the file

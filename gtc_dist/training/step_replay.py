@@ -15,6 +15,7 @@ from gtc_dist.config_file import read_run_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.device_transfer import to_device
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import load_graphs
 from gtc_dist.model.batch import DrawnPairs
@@ -55,7 +56,7 @@ def replay_step(uri: str) -> dict:
     found = trainer.resume()
     set_network(trainer, dumped, uri)
     batch = trainer.loader.assemble(dumped.drawn, dumped.all_pairs)
-    batch = replace(batch, negative_weight=dumped.negative_weight)
+    batch = to_device(replace(batch, negative_weight=dumped.negative_weight), trainer.comm.device)
     rows = trainer.look_up(batch)
     set_rows(rows, dumped, uri)
     terms = trainer.forward_backward(batch, rows)

@@ -3,20 +3,19 @@
 Both builders give the same numbers where the sample takes every neighbour; a test compares them.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import scipy.sparse as sp
 import torch
 
 from gtc_dist.config import Config
 from gtc_dist.data.catalog import CSC
+from gtc_dist.distributed.device_transfer import to_device
 from gtc_dist.distributed.message_passing import Block
 from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup, plan_whole_table
 from gtc_dist.distributed.stopwatch import Stopwatch
 from gtc_dist.graph.csc import Graphs, find_edges, take_edges
 from gtc_dist.graph.neighbor_sampler import NeighborSampler, SampledLayer, importance_sample_sources
-from gtc_dist.model.batch import HistoryLookup, Subgraph
+from gtc_dist.model.batch import ExcludedEdges, HistoryLookup, Subgraph
 from gtc_dist.model.gtc import GTC
 
 
@@ -35,8 +34,8 @@ class FullGraphBuilder:
         all_items = plan_whole_table(items, comm)
         self.features = {name: table.lookup(all_items).float().to(device) for name, table in features.items()}
         self.lookups = {
-            "user_lookup": plan_whole_table(users, comm).to(device),
-            "item_lookup": all_items.to(device),
+            "user_lookup": to_device(plan_whole_table(users, comm), device),
+            "item_lookup": to_device(all_items, device),
         }
         self.block = Block.build(nodes.indptr, nodes.indices, nodes.weight, users + items).to(device)
         self.item_hop_first, self.input_hop = network.item_hop_first, None
@@ -59,21 +58,21 @@ class FullGraphBuilder:
             seed: of the sampling; not used on the whole graph.
         """
         self.stopwatch.part("sampling")
-        graphs, block, audience = self.graphs, self.block, self.audience
+        graphs, excluded = self.graphs, None
         if self.exclude_seed_edges:
             into_users, into_items = _seed_edges(graphs, all_pairs)
-            edges = np.concatenate([into_users, into_items])
-            block = _without(block, edges, edges)  # the graph is symmetric: edge order by source is that by destination
-            if audience is not None:
-                edges = into_items - self.first_audience_edge
-                audience = _without(audience, edges, self.audience_by_source[edges])
+            edges, of_audience = np.concatenate([into_users, into_items]), (None, None)
+            if self.audience is not None:
+                at = into_items - self.first_audience_edge
+                of_audience = torch.from_numpy(at), torch.from_numpy(self.audience_by_source[at])
+            excluded = ExcludedEdges(torch.from_numpy(edges), *of_audience)
         users_at, items_at = torch.from_numpy(users), torch.from_numpy(items)
         subgraph = Subgraph(
             **self.lookups,
             features=self.features,
-            audience=audience,
+            audience=self.audience,
             input_nodes=None,
-            blocks=[block] * self.layers,
+            blocks=[self.block] * self.layers,
             n_seed_users=graphs.users,
             n_seed_items=graphs.items,
             user_hop=_restricted_hop(graphs.user_user, users),
@@ -83,6 +82,7 @@ class FullGraphBuilder:
             items_in_seeds=items_at,
             users_in_inputs=users_at,
             items_in_inputs=items_at,
+            excluded=excluded,
         )
         self.stopwatch.part(None)
         return subgraph
@@ -143,7 +143,7 @@ class SampledGraphBuilder:
         subgraph = Subgraph(
             user_lookup=plan_lookup(torch.from_numpy(in_users), n_users, self.comm),
             item_lookup=item_lookup,
-            features={name: table.lookup(item_lookup).float() for name, table in self.features.items()},
+            features={name: table.lookup(item_lookup) for name, table in self.features.items()},
             audience=audience,
             input_nodes=torch.from_numpy(order),
             blocks=blocks,
@@ -287,11 +287,3 @@ def _position_by_source(nodes: CSC, users: int, items: int) -> np.ndarray:
     position = np.empty_like(number)
     position[by_item.tocsc().data] = number
     return position
-
-
-def _without(block: Block, edges: np.ndarray, by_source: np.ndarray) -> Block:
-    """The block with the weights of some edges zero; their positions by destination and by source."""
-    weight, t_weight = block.weight.clone(), block.t_weight.clone()
-    weight[torch.from_numpy(edges).to(weight.device)] = 0
-    t_weight[torch.from_numpy(by_source).to(weight.device)] = 0
-    return replace(block, weight=weight, t_weight=t_weight)

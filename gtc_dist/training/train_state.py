@@ -168,6 +168,8 @@ class TrainState:
         """Local. Restore from a loaded state everything but the tables' rows."""
         self.network.load(loaded["network"])
         self.network.clamp_parameters()
+        for group in loaded["optimizer"]["param_groups"]:
+            group["fused"] = True  # versions before 0.6.0 have another implementation
         self.optimizer.load_state_dict(loaded["optimizer"])
         for table in self.tables.all():
             table.steps = loaded["table_steps"][table.name]

@@ -100,7 +100,7 @@ class Trainer:
         if comm.size > 1:
             devices = [comm.device] if comm.device.type == "cuda" else None
             self.ddp_network = DistributedDataParallel(self.network, device_ids=devices, forward_sync_buffers=False)
-        self.optimizer = torch.optim.Adam(self.network.parameter_groups(), lr=config.train.lr)
+        self.optimizer = torch.optim.Adam(self.network.parameter_groups(), lr=config.train.lr, fused=True)
         self.validator = Validator(
             config, catalog, graphs, self.network, self.tables, self.features, content, scorer, self.history
         )
@@ -178,7 +178,7 @@ class Trainer:
         self.stopwatch.part("data")
         with closing(self.loader.epoch(epoch, done)) as batches:
             for step, batch in enumerate(batches, start=done + 1):
-                terms = self.train_step(batch.to(self.comm.device))
+                terms = self.train_step(batch)
                 self.state.meter.add(terms, sum(batch.counts))
                 self.state.progress.step = step
                 if step % self.config.train.log_every == 0 or step == self.loader.steps:
@@ -201,11 +201,13 @@ class Trainer:
         terms = self.forward_backward(batch, rows)
         self.stopwatch.part("optimizer")
         at = self.state.progress
-        if self.guard.passes(terms, batch, rows, f"epoch {at.epoch}, step {at.step + 1}"):
+        not_finite = self.guard.check(terms, batch, rows, f"epoch {at.epoch}, step {at.step + 1}")
+        if not_finite is not None:
+            self.optimizer.found_inf = not_finite.float()  # the fused optimizer then changes nothing
             self.optimizer.step()
             self.network.clamp_parameters()
             for table in self.tables.all():
-                table.adam_step(self.config.train.table_lr)
+                table.adam_step(self.config.train.table_lr, not_finite)
         else:
             terms = {name: torch.nan_to_num(value, 0, 0, 0) for name, value in terms.items()}
         self.stopwatch.part(None)
@@ -257,6 +259,7 @@ class Trainer:
 
     def _log_and_poll(self, epoch: int, step: int, batch: Batch) -> None:
         """Log the losses since the last point, and act on what the ranks signal with them (checkpointing.py)."""
+        self.guard.settle()
         meter, config = self.state.meter, self.config.train
         elapsed = time.perf_counter() - meter.since
         means = torch.stack(list(meter.sums.values())) / meter.steps

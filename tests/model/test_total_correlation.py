@@ -7,49 +7,68 @@ import torch
 import torch.nn.functional as F
 
 from gtc_dist.distributed.collectives import Communicator
-from gtc_dist.model.total_correlation import multilinear_product, total_correlation_cross_entropy
+from gtc_dist.model.total_correlation import (
+    draw_permutations,
+    multilinear_product,
+    pair_sum,
+    total_correlation_cross_entropy,
+)
 
 
-def by_loops(views, items, scale, seed):
+def by_loops(views, items, scale, permutations, additive=False):
     """The definition, one logit at a time."""
     N, S, D = views.shape
-    generator = torch.Generator().manual_seed(seed)
+
+    def inner(rows):  # of one row of each view
+        chosen = [views[rows[k], k].double() for k in range(S)]
+        if not additive:
+            return D ** (S / 2 - 1) * float(torch.stack(chosen).prod(0).sum())
+        pairs = [float(chosen[a] @ chosen[b]) for a in range(S) for b in range(a)]
+        return sum(pairs) / len(pairs)
+
     losses = []
     for anchor in range(S):
         others = [k for k in range(S) if k != anchor]
-        order = {k: torch.randperm(N, generator=generator).tolist() for k in others}
+        order = dict(zip(others, permutations[anchor].tolist(), strict=True))
         for i in range(N):
             logits = []
             for j in range(N):
                 rows = {k: i if j == i else order[k][j] for k in others}
                 if j != i and all(items[r] == items[i] for r in rows.values()):
                     continue
-                product = sum(
-                    float(views[i, anchor, d]) * math.prod(float(views[rows[k], k, d]) for k in others)
-                    for d in range(D)
-                )
-                logits.append((float(scale) * D ** (S / 2 - 1) * product, j == i))
+                logits.append((float(scale) * inner(rows | {anchor: i}), j == i))
             top = max(value for value, _ in logits)
             total = top + math.log(sum(math.exp(value - top) for value, _ in logits))
             losses.append(total - next(value for value, own in logits if own))
     return sum(losses) / S
 
 
+def of_one_group(x, ids, scale, seed):
+    """The loss of views [n, S, D] alone."""
+    permutations = draw_permutations(1, x.shape[1], len(x), seed)
+    return total_correlation_cross_entropy(
+        x[:, None], ids[:, None], scale[None], permutations, Communicator(), [len(x)]
+    )
+
+
+@pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("views", [2, 3, 6])
-def test_matches_the_definition(views):
+def test_matches_the_definition(views, additive):
+    """Two groups of other views, ids, scales and permutations: the mean of their losses."""
     torch.manual_seed(0)
-    x = F.normalize(torch.randn(9, views, 4), dim=2)
-    items = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0, 1])
-    scale = torch.tensor(3.0)
-    got = total_correlation_cross_entropy(x, items, scale, torch.Generator().manual_seed(7), Communicator(), [9])
-    assert float(got) == pytest.approx(by_loops(x, items, scale, 7), rel=1e-5)
+    x = F.normalize(torch.randn(9, 2, views, 4), dim=3)
+    ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 1], [0, 0, 0, 1, 2, 3, 4, 5, 6]]).T
+    scale, permutations = torch.tensor([3.0, 2.0]), draw_permutations(2, views, 9, seed=7)
+    got = total_correlation_cross_entropy(x, ids, scale, permutations, Communicator(), [9], additive)
+    want = [by_loops(x[:, g], ids[:, g], scale[g], permutations[g], additive) for g in range(2)]
+    assert float(got) == pytest.approx(sum(want) / 2, rel=1e-5)
 
 
 def test_gradients_are_finite_where_duplicates_are_masked():
     x = F.normalize(torch.randn(6, 2, 4), dim=2).requires_grad_()
     scale = torch.tensor(5.0, requires_grad=True)
     items = torch.zeros(6, dtype=torch.int64)  # all the same item: every negative is masked
-    loss = total_correlation_cross_entropy(x, items, scale, torch.Generator().manual_seed(0), Communicator(), [6])
+    loss = of_one_group(x, items, scale, 0)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0, abs=1e-5)
     assert torch.isfinite(x.grad).all()
@@ -64,10 +83,7 @@ def test_dependent_views_have_a_larger_bound_than_independent_ones():
     items, scale = torch.arange(256), torch.tensor(10.0)
 
     def bound(x):
-        loss = (
-            total_correlation_cross_entropy(x, items, scale, torch.Generator().manual_seed(0), Communicator(), [256])
-            / 256
-        )
+        loss = of_one_group(x, items, scale, 0) / 256
         return math.log(256) - float(loss)
 
     assert bound(dependent) > bound(independent) + 0.5
@@ -76,11 +92,12 @@ def test_dependent_views_have_a_larger_bound_than_independent_ones():
 
 def test_two_views_are_the_plain_cosine():
     a, b = F.normalize(torch.randn(2, 5, 8), dim=2)
-    assert torch.allclose(multilinear_product([a, b]).sum(1), F.cosine_similarity(a, b), atol=1e-6)
+    for product in (multilinear_product(torch.stack([a, b])).sum(1), pair_sum(torch.stack([a, b]))):
+        assert torch.allclose(product, F.cosine_similarity(a, b), atol=1e-6)
 
 
 def test_no_rows_at_all():
     x = torch.zeros(0, 3, 4, requires_grad=True)
-    loss = total_correlation_cross_entropy(x, torch.zeros(0), torch.tensor(1.0), torch.Generator(), Communicator(), [0])
+    loss = of_one_group(x, torch.zeros(0), torch.tensor(1.0), 0)
     loss.backward()
     assert float(loss.detach()) == 0

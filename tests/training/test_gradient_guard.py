@@ -68,6 +68,44 @@ def test_a_step_that_is_not_finite_ends_the_run_and_changes_no_weight(catalog, t
     assert all(p.isfinite().all() for p in trainer.network.parameters())
 
 
+@pytest.mark.parametrize("part", ["loss", "table", "dense"])
+def test_the_host_learns_of_a_bad_step_after_the_next_backward_pass(catalog, tmp_path, part):
+    """Until then nothing has changed: the file holds the weights that the bad step met."""
+    trainer = poisoned(
+        trainer_of(Communicator(), config_of(catalog, tmp_path, log_every=100), f"{tmp_path}/small"), 5, part
+    )
+    step, met = trainer.train_step, []
+
+    def kept(batch):
+        dense = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+        met.append((dense, [table.weight.clone() for table in trainer.tables.all()]))
+        return step(batch)
+
+    trainer.train_step = kept
+    with pytest.raises(NotFinite, match="epoch 1, step 5"):
+        trainer.fit()
+    assert len(met) == 6
+    for (dense, tables), found in zip(met[4:], ("the bad step", "the next one"), strict=True):
+        assert all(torch.equal(dense[name], value) for name, value in trainer.network.state_dict().items()), found
+        for table, weight in zip(trainer.tables.all(), tables, strict=True):
+            assert torch.equal(table.weight, weight), found
+    assert not torch.equal(met[3][1][0], met[4][1][0])
+    [name] = [name for name in storage.listing(f"{tmp_path}/small") if name.startswith("not-finite")]
+    dumped = read_dumped_step(f"{tmp_path}/small/{name}")
+    assert all(torch.equal(dumped.network[name], value) for name, value in met[4][0].items())
+
+
+def test_the_check_of_an_epochs_last_step_is_read_before_its_validation(catalog, tmp_path):
+    config = config_of(catalog, tmp_path)
+    trainer = trainer_of(Communicator(), config, f"{tmp_path}/small")
+    steps = trainer.loader.steps
+    validate, epochs = trainer._validate, []
+    trainer._validate = lambda epoch: (epochs.append(epoch), validate(epoch))[1]
+    with pytest.raises(NotFinite, match=f"epoch 1, step {steps}"):
+        poisoned(trainer, steps).fit()
+    assert epochs == [0]
+
+
 def replayed(folder, capsys) -> dict:
     """Report that --replay prints on the file in the run folder."""
     [name] = [name for name in storage.listing(str(folder)) if name.startswith("not-finite")]
@@ -240,7 +278,7 @@ def clipped(comm: Communicator, config, run: str, clip: float | None) -> dict:
     trainer.guard.clip = clip
     batch = trainer.loader.assemble(trainer.loader.draw(1, 0, trainer.loader._order(1)[trainer.loader._rows(0)]))
     rows = trainer.look_up(batch)
-    trainer.guard.passes(trainer.forward_backward(batch, rows), batch, rows, "here")
+    trainer.guard.check(trainer.forward_backward(batch, rows), batch, rows, "here")
     dense = sum(p.grad.square().sum() for p in trainer.network.parameters() if p.grad is not None)
     own = sum(table.gradient()[1].square().sum() for table in trainer.tables.all())
     return {"norm": float((dense + comm.all_reduce(own)).sqrt()), "row": trainer.tables.user.gradient()[1][0].clone()}

@@ -58,7 +58,7 @@ def measure_gpu(trainer: Trainer, repeats: int) -> dict:
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(count):
-            trainer.train_step(next(batches).to(trainer.comm.device))
+            trainer.train_step(next(batches))
         torch.cuda.synchronize()
         return (time.perf_counter() - start) / count
 
@@ -97,7 +97,7 @@ def measure_steps(trainer: Trainer, repeats: int) -> dict:
             batches = trainer.loader.epoch(epoch)
             batch = next(batches)
         fetched = time.perf_counter()
-        trainer.train_step(batch.to(comm.device))
+        trainer.train_step(batch)
         waits.append(fetched - start)
         totals.append(time.perf_counter() - start)
         sent.append(comm.bytes_sent + loader.bytes_sent + dense[0] - before)
@@ -176,7 +176,7 @@ def measure_checkpoints(case: dict, comm: Communicator) -> dict:
             comm.barrier()
             start = time.perf_counter()
             for _ in range(count):
-                trainer.train_step(next(batches).to(comm.device))
+                trainer.train_step(next(batches))
             comm.barrier()
             return time.perf_counter() - start
 
