@@ -127,6 +127,15 @@ class TrainConfig(Section):
     w_diff: Weight = Field(
         0.0, description="Weight of the content filter's denoising loss; the paper has 0.7. 0: no content filter."
     )
+    precision: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="bf16: matrix products of a step in bfloat16 (autocast); weights, sums and losses stay float32.",
+    )
+    compile: bool = Field(
+        False,
+        description="Compile forward and backward with torch.compile: up to a minute at the start; it needs a C++ "
+        "compiler, and Triton on a GPU.",
+    )
     w_reg: Weight = Field(1e-3, description="Weight of the L2 term over the batch's rows.")
     clip_norm: PositiveFloat | None = Field(None, description="Largest norm of all gradients together. null: any.")
     not_finite: Literal["stop", "skip"] = Field(

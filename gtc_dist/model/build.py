@@ -1,11 +1,16 @@
 """Network, tables and features of one rank, from a configuration and a catalog."""
 
+import importlib.util
+import os
+import shutil
+
 import torch
 
 from gtc_dist.config import Config
 from gtc_dist.data.catalog import FEATURE_ROWS, Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
+from gtc_dist.errors import InputError
 from gtc_dist.model.gtc import GTC, Tables
 from gtc_dist.model.variant import Variant
 
@@ -27,6 +32,28 @@ def build_network(
     network = GTC(modalities, config.model, config.train, comm, variant).to(comm.device)
     options = {"trainable": trainable, "rowwise_second_moment": config.train.table_optimizer == "rowwise_adam"}
     return network, Tables.build(network, catalog.users, catalog.items, comm, config.train.seed, **options)
+
+
+def compile_step(network: GTC, backend: str = "inductor") -> None:
+    """Compile the network's forward and backward pass, at the first step.
+
+    Raises:
+        InputError: what torch.compile needs on this machine is missing.
+    """
+    on_gpu = network.comm.device.type == "cuda"
+    compilers = [os.environ.get("CC" if on_gpu else "CXX"), *(("gcc", "clang") if on_gpu else ("g++", "clang++"))]
+    missing = (
+        [] if any(map(shutil.which, filter(None, compilers))) else ["a C compiler" if on_gpu else "a C++ compiler"]
+    )
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        missing.append("the package triton")
+    if missing and backend == "inductor":
+        raise InputError(
+            f"train.compile is true, but {' and '.join(missing)} is missing; install it or set it to false"
+        )
+    # The whole graph keeps its shapes; sizes of the batch become symbols at the second step. Sampled, all differ.
+    sampled = network.model_config.propagation == "sampled"
+    network.compile(backend=backend, dynamic=True if sampled else None)
 
 
 def load_features(modalities: dict[str, int], catalog: Catalog, comm: Communicator) -> dict[str, ShardedTable]:

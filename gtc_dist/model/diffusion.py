@@ -54,7 +54,7 @@ class Denoiser(nn.Module):
         """xt [n, D], t int64 [n] or [1], condition [n, C] -> eps_hat [n, D]."""
         time = _sinusoid(t, self.width).expand(len(xt), -1)
         hidden = nn.functional.silu(self.enter(torch.cat([xt, time, condition], dim=1)))
-        return self.leave(nn.functional.silu(self.middle(hidden)))
+        return self.leave(nn.functional.silu(self.middle(hidden))).float()
 
 
 class ContentFilter(nn.Module):

@@ -75,7 +75,7 @@ class ItemEncoder(nn.Module):
             return {}
         named = zip(self.modalities, self.project, strict=True)
         projected = [project(features[name].to(project.weight.dtype)) for name, project in named]
-        scaled = F.rms_norm(torch.stack(projected, dim=1), (self.dim,))
+        scaled = F.rms_norm(torch.stack(projected, dim=1).float(), (self.dim,))
         return dict(zip(self.modalities, scaled.unbind(1), strict=True))
 
     def condition(self, ids: torch.Tensor, audience: torch.Tensor | None, view: int) -> torch.Tensor:

@@ -24,29 +24,29 @@ def ranking_loss(network, users: torch.Tensor, items: torch.Tensor, batch: Batch
     width = network.out_width // members
     user = users.index_select(0, batch.users).view(-1, members, width) / train.temperature
     positive = items.index_select(0, batch.positives).view(-1, members, width)
-    score = (user * positive).sum(2).T[:, :, None]  # [members, B, 1]
+    score = (user * positive).sum(2, keepdim=True)  # [B, members, 1]
     if batch.negatives.dim() == 2:
         split = batch.negatives.view(len(user), members, batch.negatives.shape[1] // members)
         if members > 1:
             split = split * members + torch.arange(members, device=user.device)[:, None]  # rows of one member
         rows = items.view(-1, width).index_select(0, split.reshape(-1)).view(*split.shape, width)
-        negative, mask = (user[:, :, None] * rows).sum(3).transpose(0, 1), None
+        negative, mask = (user[:, :, None] * rows).sum(3), None  # [B, members, K / members]
     else:
         rows = items.index_select(0, batch.negatives).view(-1, members, width)
-        negative, mask = user.transpose(0, 1) @ rows.permute(1, 2, 0), batch.negative_mask
+        negative, mask = torch.einsum("bmd,pmd->bmp", user, rows).float(), batch.negative_mask[:, None]
     weight = batch.negative_weight
     if train.loss == "bpr":
         pairs = F.softplus(negative - score)
         if mask is None:
-            return pairs.mean((0, 2))
+            return pairs.mean((1, 2))
         weights = mask if weight is None else mask * weight
-        return ((pairs * weights).sum(2) / weights.sum(1).clamp(min=1e-12)).mean(0)
+        return ((pairs * weights).sum(2) / weights.sum(2).clamp(min=1e-12)).mean(1)
     if weight is not None:
         negative = negative + weight.log()
     if mask is not None:
         negative = negative.masked_fill(~mask, float("-inf"))
     logits = torch.cat([score, negative], dim=2)
-    return (torch.logsumexp(logits, dim=2) - logits[:, :, 0]).mean(0)
+    return (torch.logsumexp(logits, dim=2) - logits[:, :, 0]).mean(1)
 
 
 def total_correlation_loss(network, e, batch: Batch) -> torch.Tensor:

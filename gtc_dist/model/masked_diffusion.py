@@ -80,7 +80,7 @@ class MaskedDiffusion(nn.Module):
         ids = rows[:, : self.columns]
         if has_id is not None:
             ids = (ids.unflatten(1, (self.members, self.width)) * has_id[:, :, None]).flatten(1)
-        return self.unit(torch.addmm(ids, content.float(), self.content_map))
+        return self.unit(torch.addmm(ids, content.float(), self.content_map).float())
 
     def unit(self, vectors: torch.Tensor) -> torch.Tensor:
         """Each member's vectors with norm one; zeros stay zeros. [n, members * D]."""
@@ -98,7 +98,7 @@ class MaskedDiffusion(nn.Module):
         users = self.unit(users) * self.log_scale.exp()
         users, items = self._by_member(users), self._by_member(items)
         bias = rows[:, self.columns :].T
-        scores = torch.baddbmm(bias[:, None], users, items.transpose(1, 2))
+        scores = torch.baddbmm(bias[:, None], users, items.transpose(1, 2)).float()
         # from the vectors: their gradient is small, that of an entry of the scores is a matrix of the scores' size
         target = (users[:, batch.target_user] * items[:, batch.target]).sum(2) + bias[:, batch.target]
         if batch.log_inclusion is not None:

@@ -74,11 +74,11 @@ def total_correlation_cross_entropy(
     own = by_group[:, others]  # [G, S, S - 1, n, D]
     if not additive:
         factor = D ** (S / 2 - 1)
-        logits = by_group @ multilinear_product(drawn).transpose(2, 3)
+        logits = (by_group @ multilinear_product(drawn).transpose(2, 3)).float()
         positive = (by_group * multilinear_product(own)).sum(3)
     else:
         factor = 2 / (S * (S - 1))
-        logits = by_group @ drawn.sum(2).transpose(2, 3)
+        logits = (by_group @ drawn.sum(2).transpose(2, 3)).float()
         positive = (by_group * own.sum(2)).sum(3)
         if S > 2:  # the sum over the pairs of one view is zero
             logits = logits + pair_sum(drawn)[:, :, None]

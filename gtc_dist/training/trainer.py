@@ -32,7 +32,7 @@ from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.scorer import HybridScorer
 from gtc_dist.inference.masked_content import fit_projection, masked_content
 from gtc_dist.model.batch import Batch
-from gtc_dist.model.build import build_network, load_features, with_communicator
+from gtc_dist.model.build import build_network, compile_step, load_features, with_communicator
 from gtc_dist.training.checkpointing import Checkpointer
 from gtc_dist.training.control_variate import HistoricalEmbeddings
 from gtc_dist.training.data_loader import build_loader
@@ -96,6 +96,8 @@ class Trainer:
         scorer = HybridScorer.build(config, graphs, self.features, comm)
         decay = config.train.ema_decay
         self.average = WeightAverage(self.network, self.tables, decay) if decay else None
+        if config.train.compile:
+            compile_step(self.network)
         self.ddp_network = self.network
         if comm.size > 1:
             devices = [comm.device] if comm.device.type == "cuda" else None
@@ -225,7 +227,8 @@ class Trainer:
         self.stopwatch.part("history")
         history = None if self.history is None else self.history.rows(batch.subgraph)
         self.stopwatch.part("forward")
-        loss, terms = self.ddp_network(batch, *rows, history=history)
+        with torch.autocast(self.comm.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+            loss, terms = self.ddp_network(batch, *rows, history=history)
         self.stopwatch.part("backward")
         self.optimizer.zero_grad(set_to_none=True)
         with self.comm.tracked():  # waits for other ranks: DDP averages gradients, look-ups send rows back to owners
