@@ -169,16 +169,23 @@ def popularity(graphs: Graphs, comm: Communicator) -> tuple[ShardedTable, Sharde
 
 
 def top_k_items(
-    users: ShardedTable, items: ShardedTable, graphs: Graphs, rank_users: np.ndarray, k: int, options: RankingOptions
+    users: ShardedTable,
+    items: ShardedTable,
+    graphs: Graphs,
+    rank_users: np.ndarray,
+    k: int,
+    options: RankingOptions,
+    allowed: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Best k items by dot product, train positives masked. Of equal scores in different blocks, the lower index wins.
     Collective: every rank must call it.
 
     Args:
         rank_users: [n], indexes of this rank's users to rank for.
+        allowed: bool [items], only these are listed; None: all.
 
     Returns:
-        items int64 [n, k], best first, -1 where there are fewer; their scores float32 [n, k].
+        items int64 [n, k], best first, -1 where there are fewer; their scores float32 [n, k], -inf there.
     """
     device, comm = users.comm.device, users.comm
     best = torch.full((len(rank_users), k), float("-inf"), device=device)
@@ -188,11 +195,14 @@ def top_k_items(
         last = min(first + options.item_block, items.rows)
         ids = torch.arange(first, last, device=device)
         block = items.lookup(plan_lookup(ids, items.rows, comm)).float()
+        excluded = None if allowed is None else torch.from_numpy(~allowed[first:last]).to(device)
         for start in range(0, len(rank_users), options.user_block):
             part = slice(start, min(start + options.user_block, len(rank_users)))
             scores = users.weight[rows[part]].float() @ block.T
             row, column = train_positives(graphs, rank_users[part], first, last)
             scores[row.to(device), column.to(device)] = float("-inf")
+            if excluded is not None:
+                scores.masked_fill_(excluded, float("-inf"))
             if first:
                 value, at = _above_running_best(scores, best[part, -1], k)
             else:  # no running top k yet

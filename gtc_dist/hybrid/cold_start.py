@@ -17,7 +17,7 @@ less than `SIMULATED_SHARE` of the items are cold (in small catalogs: fewer than
 `MAX_SIMULATED_SHARE`), randomly chosen warm items simulate the rest, so that the scale also suits a few items that
 arrive later. With a larger share fewer cold items are recommended than the allowed loss pays for (docs/log.md).
 
-Tuning ranks the valid split several times, so the trainer tunes only epochs that become the best checkpoint.
+Tuning ranks the valid split some more times, so the trainer tunes only epochs that become the best checkpoint.
 """
 
 from collections.abc import Callable
@@ -35,9 +35,9 @@ from gtc_dist.hybrid.content_regression import ContentRegression
 from gtc_dist.hybrid.embeddings import Embeddings, SpecialColumns
 from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
 
-# Validation objective of embeddings, higher is better; every rank must call it. With bool [items], only these items
-# count as positives; None: all.
-Objective = Callable[[Embeddings, np.ndarray | None], float]
+# From embeddings, predicted rows of the items and bool [items], the ones that get them: the validation objective,
+# higher is better, as a function of the predicted rows' factor; the other items count. Every rank must call both.
+ObjectiveByScale = Callable[[Embeddings, ShardedTable, np.ndarray], Callable[[float], float]]
 
 # weights of the predictors; runs before 0.5.0 have no `NEIGHBOURS`: regression 1 predicts alone, 0 neighbours alone
 REGRESSION, NEIGHBOURS = "regression", "neighbours"
@@ -124,7 +124,7 @@ class ColdStart:
         embeddings: Embeddings,
         columns: SpecialColumns,
         shortlist_by: Callable[[dict[str, Embeddings]], Shortlist],
-        objective: Objective,
+        objective: ObjectiveByScale,
     ) -> None:
         """Fit the weights of the predictions, then tune the norm scale from its current value."""
         users, items = embeddings
@@ -144,21 +144,14 @@ class ColdStart:
         self.weights |= {name: fitted[name] for name in scorers}
         predictors = [name for name in scorers if name != CONTENT_WEIGHT]
         predicted = sum(self.weights[name] * scorers[name].items.weight for name in predictors)
-        self._tune_norm_scale(embeddings, self._set_profiles(predicted, columns), columns.constant, objective)
+        predicted = items.with_values(self._set_profiles(predicted, columns))
+        self._tune_norm_scale(objective(embeddings, predicted, self.simulated_cold))
 
-    def _tune_norm_scale(
-        self, embeddings: Embeddings, predicted: torch.Tensor, constant: int | None, objective: Objective
-    ) -> None:
+    def _tune_norm_scale(self, objective: Callable[[float], float]) -> None:
         """Largest scale within the allowed metric drop; starts from the previous value."""
-        users, items = embeddings
-        objectives: dict[int, float] = {}
 
         def value(at: int) -> float:
-            if at not in objectives:
-                scaled = scaled_rows(predicted, NORM_SCALE_STEPS[at], constant)
-                replaced = self._replace_rows(items, scaled, self.simulated_cold)
-                objectives[at] = objective(Embeddings(users, replaced), ~self.simulated_cold)
-            return objectives[at]
+            return objective(NORM_SCALE_STEPS[at])
 
         least = (1 - self.allowed_loss) * value(0)
         if not least > 0:

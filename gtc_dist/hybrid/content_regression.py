@@ -2,7 +2,7 @@
 
 Warm items get out-of-fold predictions (10-fold), so they can simulate cold-start items in validation; cold items are
 predicted by the fit on all. The content moments are computed once, the cross moments with the embeddings at every fit,
-from at most `MAX_FITTED_ITEMS` items, far more than there are weights.
+from a sample of the items in large catalogs, far more than there are weights.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,9 @@ import torch
 
 from gtc_dist.data.hashing import index_bucket
 from gtc_dist.distributed.sharded_table import ShardedTable
-from gtc_dist.hybrid.content_space import ContentSpace
+from gtc_dist.hybrid.content_space import ContentSpace, sampled_rows
 
 FOLDS = 10
-MAX_FITTED_ITEMS = 1 << 18
 DIRECTIONS = 256  # principal directions of a modality; the penalty leaves little of the others
 
 
@@ -37,8 +36,7 @@ class ContentRegression:
         self.features, self.chunk = features, chunk
         table = next(iter(features.values()))
         self.comm, rank_rows = table.comm, slice(table.start, table.stop)
-        sampled = index_bucket(table.start, table.stop, 1 << 30) < (1 << 30) * MAX_FITTED_ITEMS / max(warm.sum(), 1)
-        self.fitted = torch.from_numpy(np.flatnonzero(warm[rank_rows] & sampled)).to(self.comm.device)
+        self.fitted = sampled_rows(table, warm)
         # fold FOLDS, of cold items, is the fit on all
         fold = np.where(warm[rank_rows], index_bucket(table.start, table.stop, FOLDS), FOLDS)
         self.fold = torch.from_numpy(fold).to(self.comm.device)

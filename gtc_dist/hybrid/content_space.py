@@ -8,11 +8,15 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn.functional import normalize
 
+from gtc_dist.data.hashing import index_bucket
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.hybrid.embeddings import row_blocks
+
+MAX_FITTED_ITEMS = 1 << 18  # far more than there are directions
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,14 @@ class ContentSpace:
         Args:
             features: modality -> table of the items' features.
             width: columns of each modality; all of them without projection where it is not wider.
-            fitted: int64 [n], rows of this rank that are used; None: all.
+            fitted: int64 [n], rows of this rank that are used; None: `sampled_rows`.
         """
-        return ContentSpace({name: _fit_modality(table, width, fitted) for name, table in features.items()})
+        return ContentSpace(
+            {
+                name: _fit_modality(table, width, sampled_rows(table) if fitted is None else fitted)
+                for name, table in features.items()
+            }
+        )
 
     def apply(self, features: dict[str, torch.Tensor], missing_as_zero: bool = False) -> torch.Tensor:
         """Local. Joint content vectors float32 [n, k].
@@ -65,6 +74,19 @@ class ContentSpace:
                 rows = torch.where((features[name] != 0).any(dim=1, keepdim=True), rows, 0)
             parts.append(rows)
         return _side_by_side(parts)
+
+
+def sampled_rows(table: ShardedTable, among: np.ndarray | None = None) -> torch.Tensor:
+    """Local. Rows of this rank that moments of content are computed from, int64 [n]: a sample by hash, with about
+    `MAX_FITTED_ITEMS` rows over all ranks.
+
+    Args:
+        among: bool [rows of the whole table], only these; None: all.
+    """
+    among = np.ones(table.rows, bool) if among is None else among
+    chance = MAX_FITTED_ITEMS / max(among.sum(), 1)
+    sampled = index_bucket(table.start, table.stop, 1 << 30) < (1 << 30) * chance
+    return torch.from_numpy(np.flatnonzero(among[table.start : table.stop] & sampled)).to(table.comm.device)
 
 
 def weighted_unit_rows(features: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
@@ -86,8 +108,8 @@ def _side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _fit_modality(table: ShardedTable, width: int, fitted: torch.Tensor | None) -> ModalityMap:
-    comm, rows = table.comm, table.weight if fitted is None else table.weight[fitted]
+def _fit_modality(table: ShardedTable, width: int, fitted: torch.Tensor) -> ModalityMap:
+    comm, rows = table.comm, table.weight if len(fitted) == len(table.weight) else table.weight[fitted]
     blocks = row_blocks(rows)
     count = sum(comm.all_gather_int(len(rows)))
     mean = comm.all_reduce(sum(block.double().sum(0) for block in blocks)) / max(count, 1)

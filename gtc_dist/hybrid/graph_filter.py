@@ -29,7 +29,9 @@ ITEM_EXPONENT = 0.33  # q: the same for items; a smaller one ranks popular items
 
 COLUMNS_AT_ONCE = 32  # of a matrix that the operator is applied to: bounds memory
 OVERSAMPLING = 24  # columns iterated beside the wanted ones: the farther the next mode, the faster the convergence
-MAX_ITERATIONS = 60  # products with C
+MAX_ITERATIONS = 60  # products with C; at least `MIN_ITERATIONS`, and fewer than 60 where these exceed
+MAX_EDGE_PRODUCTS = 400_000_000  # edges passed in all products together; 10 products find the modes of large catalogs
+MIN_ITERATIONS = 10
 TOLERANCE = 1e-5  # largest change of a leading eigenvalue in an iteration, relative to the largest eigenvalue
 
 
@@ -49,6 +51,7 @@ class CooccurrenceOperator:
         item_exponent: float = ITEM_EXPONENT,
     ):
         nodes = (graphs.nodes.indptr, graphs.nodes.indices, graphs.nodes.weight)
+        self.edges = len(graphs.nodes.indices)
         users = ShardedTable("users", graphs.users, 0, comm, trainable=False)
         items = ShardedTable("items", graphs.items, 0, comm, trainable=False)
         self.users, self.items = users, items
@@ -121,7 +124,7 @@ def _leading_modes(operator: CooccurrenceOperator, width: int, seed: int) -> tup
     # One product first zeroes the rows of items without edges, which would otherwise count in the Gram matrix.
     x = _orthonormal(operator(start.weight), comm)
     previous = None
-    for _ in range(MAX_ITERATIONS):
+    for _ in range(min(MAX_ITERATIONS, max(MIN_ITERATIONS, MAX_EDGE_PRODUCTS // max(operator.edges, 1)))):
         if not x.shape[1]:  # no two items share a user
             return x.new_zeros(0), x
         image = operator(x)

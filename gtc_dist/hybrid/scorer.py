@@ -11,7 +11,7 @@ from gtc_dist.config import Config
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.hybrid.cold_start import ColdStart, Objective
+from gtc_dist.hybrid.cold_start import ColdStart, ObjectiveByScale
 from gtc_dist.hybrid.content_profile import content_profile_scores
 from gtc_dist.hybrid.embeddings import Embeddings, SpecialColumns
 from gtc_dist.hybrid.graph_filter import CooccurrenceOperator, graph_filter_scores
@@ -65,7 +65,7 @@ class HybridScorer:
             self.fusion.tune(network, shortlist_by, masked)
         return self.fuse(network, masked)
 
-    def tune_cold_start(self, fused: Embeddings, shortlist_by: Shortlister, objective: Objective) -> None:
+    def tune_cold_start(self, fused: Embeddings, shortlist_by: Shortlister, objective: ObjectiveByScale) -> None:
         """Fit the weights of the cold-start predictions and tune their norm."""
         if self.cold_start is not None:
             self.cold_start.tune(fused, self.special_columns(fused[1].width), shortlist_by, objective)

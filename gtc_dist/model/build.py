@@ -41,16 +41,13 @@ def compile_step(network: GTC, backend: str = "inductor") -> None:
         InputError: what torch.compile needs on this machine is missing.
     """
     on_gpu = network.comm.device.type == "cuda"
-    compilers = [os.environ.get("CC" if on_gpu else "CXX"), *(("gcc", "clang") if on_gpu else ("g++", "clang++"))]
-    missing = (
-        [] if any(map(shutil.which, filter(None, compilers))) else ["a C compiler" if on_gpu else "a C++ compiler"]
-    )
+    variable, language, *compilers = ("CC", "C", "gcc", "clang") if on_gpu else ("CXX", "C++", "g++", "clang++")
+    has_compiler = any(map(shutil.which, (os.environ.get(variable, compilers[0]), *compilers)))
+    missing = [] if has_compiler else [f"a {language} compiler"]
     if on_gpu and importlib.util.find_spec("triton") is None:
         missing.append("the package triton")
     if missing and backend == "inductor":
-        raise InputError(
-            f"train.compile is true, but {' and '.join(missing)} is missing; install it or set it to false"
-        )
+        raise InputError(f"train.compile is true, but {' and '.join(missing)} is missing: install it, or set false")
     # The whole graph keeps its shapes; sizes of the batch become symbols at the second step. Sampled, all differ.
     sampled = network.model_config.propagation == "sampled"
     network.compile(backend=backend, dynamic=True if sampled else None)

@@ -1,5 +1,6 @@
 """Validation: embed the catalog, tune the hybrid weights (score fusion, cold start), rank, and score the final test."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from gtc_dist.evaluation import ranking
 from gtc_dist.evaluation.item_groups import HEAD_ITEMS, positive_groups, tuning_positives, valid_head
 from gtc_dist.evaluation.metrics import metric_value
 from gtc_dist.evaluation.ranking import RankingOptions
+from gtc_dist.evaluation.scaled_items import ScaledItems
 from gtc_dist.evaluation.shortlist import Shortlist
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.embeddings import Embeddings
@@ -91,7 +93,7 @@ class Validator:
 
     def _tune_cold_start(self, fused: Embeddings, metrics: dict) -> dict:
         before = self.scorer.state()
-        self.scorer.tune_cold_start(fused, self.shortlist, self.objective)
+        self.scorer.tune_cold_start(fused, self.shortlist, self.objective_by_scale)
         if self.scorer.state() == before:
             return metrics
         final = self.scorer.impute_cold(fused)
@@ -102,18 +104,23 @@ class Validator:
         options = RankingOptions.of(self.config)
         return ranking.evaluate_split(*embeddings, self.graphs, self.truth[split], options, self.head)
 
-    def objective(self, embeddings: Embeddings, counted: np.ndarray | None) -> float:
-        """Objective for tuning the cold-start weights: geometric mean of `eval.metric` and NDCG@20 on a sample of the
-        valid users, so that a relative gain of one counts as much as the same gain of the other. Both count the
-        positives of `eval.metric`, such as those of "head_free".
-
-        Args:
-            counted: bool [items], only these of them count (`tuning_positives`); None: all.
+    def objective_by_scale(
+        self, embeddings: Embeddings, predicted: ShardedTable, which: np.ndarray
+    ) -> Callable[[float], float]:
+        """Objective for tuning the norm of the items `which`, bool [items], as a function of the factor of their
+        `predicted` rows: geometric mean of `eval.metric` and NDCG@20 on a sample of the valid users, so that a relative
+        gain of one counts as much as the same gain of the other. Both count those of the other items that `eval.metric`
+        counts, such as "head_free" (`tuning_positives`).
         """
-        metric, positives = tuning_positives(self.config.eval.metric, self.groups, counted)
-        options = self._tuning_options()
-        values = ranking.evaluate_on_items(*embeddings, self.graphs, self.truth["valid"], options, positives)
-        return (values[metric] * values["ndcg@20"]) ** 0.5
+        metric, positives = tuning_positives(self.config.eval.metric, self.groups, ~which)
+        options, truth = self._tuning_options(), self.truth["valid"]
+        lists = ScaledItems(*embeddings, predicted, which, self.graphs, truth, options, positives)
+
+        def objective(factor: float) -> float:
+            values = lists.metrics(factor)
+            return (values[metric] * values["ndcg@20"]) ** 0.5
+
+        return objective
 
     def shortlist(self, scorers: dict[str, Embeddings]) -> Shortlist:
         """Shortlists that the fusion weights are fitted to: of a sample of the valid users, with the positives of

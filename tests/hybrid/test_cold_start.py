@@ -12,7 +12,7 @@ from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.evaluation.shortlist import Shortlist
 from gtc_dist.graph.csc import Graphs, by_destination
-from gtc_dist.hybrid import content_regression
+from gtc_dist.hybrid import content_regression, content_space
 from gtc_dist.hybrid.cold_start import (
     CONTENT_WEIGHT,
     NEIGHBOURS,
@@ -84,7 +84,7 @@ def test_regression_predicts_out_of_fold(catalog, monkeypatch, directions):
 def test_regression_is_fitted_on_a_bounded_sample(catalog, monkeypatch):
     graphs, features = loaded(catalog, Communicator())
     warm = graphs.item_degree > 0
-    monkeypatch.setattr(content_regression, "MAX_FITTED_ITEMS", 40)
+    monkeypatch.setattr(content_space, "MAX_FITTED_ITEMS", 40)
     regression = ContentRegression(features, warm, 7)
     assert 20 < len(regression.fitted) < 60
     items = table(catalog, Communicator())
@@ -165,9 +165,9 @@ def taste(users: ShardedTable, wanted: torch.Tensor):
     return shortlist
 
 
-def indifferent(pair: Embeddings, counted: np.ndarray | None) -> float:
+def indifferent(pair: Embeddings, predicted: ShardedTable, which: np.ndarray):
     """Objective that does not fall, whatever the norm of cold items."""
-    return 1.0
+    return lambda factor: 1.0
 
 
 def test_weights_are_those_of_the_predictors_that_rank_like_the_users(catalog):
@@ -202,15 +202,14 @@ def test_norm_scale_is_the_largest_within_the_allowed_loss(catalog):
     assert (cold.cold <= simulated).all()
 
     def objective(each):
-        def value(pair, counted):
-            if counted is None:
-                return 1.0
-            assert np.array_equal(counted, ~simulated)
-            predicted = cold.weights[REGRESSION] * by_regression + cold.weights[NEIGHBOURS] * by_neighbours
-            predicted = predicted[simulated]
-            return 1 - each * float(pair[1].weight[simulated].norm() / predicted.norm())
+        def of(pair, predicted, which):
+            assert np.array_equal(which, simulated)
+            assert pair[1] is items
+            wanted = cold.weights[REGRESSION] * by_regression + cold.weights[NEIGHBOURS] * by_neighbours
+            torch.testing.assert_close(predicted.weight, wanted)
+            return lambda factor: 1 - each * factor
 
-        return value
+        return of
 
     for each, scale in ((0.0071, 1.331), (0.012, 0.826), (0.0099, 1.0), (0.0, NORM_SCALE_STEPS[-1]), (5.0, 0.0)):
         cold.tune((users, items), SpecialColumns(), taste(users, by_neighbours), objective(each))
@@ -218,7 +217,7 @@ def test_norm_scale_is_the_largest_within_the_allowed_loss(catalog):
     imputed = cold.impute((users, items), SpecialColumns())[1].weight
     assert (imputed[cold.cold] == 0).all()
     cold.tune(
-        (users, items), SpecialColumns(), taste(users, by_neighbours), lambda pair, counted: 0.0
+        (users, items), SpecialColumns(), taste(users, by_neighbours), lambda *_: lambda factor: 0.0
     )  # no warm item is found: no drop to measure
     assert cold.weights[NORM_SCALE] == 0
     assert torch.equal(imputed[~cold.cold], items.weight[~cold.cold])

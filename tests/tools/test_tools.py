@@ -48,7 +48,11 @@ def test_benchmark_steps_on_one_and_two_ranks(small, tmp_path):
         assert 0 <= result["waiting_for_batch"] < 1
         inside = sum(result[f"seconds/{part}"] for part in ("lookup", "forward", "backward", "optimizer"))
         assert inside > 0
+        assert result["loader_interactions_per_second"] > 0
     assert [row["result"]["sent_bytes_per_step"] > 0 for row in rows] == [False, True]
+    assert 0 < rows[0]["result"]["floor/share_reached"] < 1
+    assert 100 < rows[0]["result"]["operators/launches"] < 1000
+    assert rows[0]["result"]["operators/waits"] == 0
     assert "seconds_per_step" in printed
     assert not Path(config).with_name("runs").exists()
 

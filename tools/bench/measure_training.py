@@ -5,10 +5,12 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import torch
+from step_operators import operators_of_a_step
 from watching import peak_mib, printed, seconds_until
 
 from gtc_dist.checkpoint import checkpoint_files
@@ -41,11 +43,65 @@ def measure_step(case: dict, comm: Communicator) -> dict:
     with tempfile.TemporaryDirectory(prefix="gtc-benchmark-") as run:
         users, items = (column[comm.rank :: comm.size] for column in catalog.interactions("train"))
         trainer = Trainer(config, catalog, run, users, items, load_graphs(config, catalog), comm)
-        if comm.device.type != "cuda":
-            return measure_steps(trainer, case["repeats"])
-        gpu = measure_gpu(trainer, case["repeats"])
-        trainer.stopwatch = SynchronizedStopwatch()
-        return measure_steps(trainer, case["repeats"]) | gpu
+        result = {}
+        if comm.device.type == "cuda":
+            result = measure_gpu(trainer, case["repeats"])
+            trainer.stopwatch = SynchronizedStopwatch()
+        result = measure_steps(trainer, case["repeats"]) | result
+        result["loader_interactions_per_second"] = measure_loader(trainer, case["repeats"])
+        return result if comm.size > 1 else result | measure_floor(trainer, result)
+
+
+def measure_loader(trainer: Trainer, repeats: int) -> float:
+    """Interactions a second that the loader prepares while nothing else runs."""
+    batches = trainer.loader.epoch(1)
+    next(batches)
+    start, seen, count = time.perf_counter(), 0, 0
+    for batch in itertools.islice(batches, repeats):
+        seen, count = seen + sum(batch.counts), count + 1
+    seconds = time.perf_counter() - start
+    batches.close()
+    return seen / seconds if count else 0.0
+
+
+def measure_floor(trainer: Trainer, result: dict) -> dict:
+    """Operators of a step, and the time that it takes at least: its matrix products at the speed of one large product
+    and the rows of its tables, with their moments, read and written at the speed of one large copy."""
+    device, train = trainer.comm.device, trainer.config.train
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    seconds = result.get("gpu/seconds_per_step", result["seconds_per_step"])
+    square, rows = torch.ones(2048, 2048, device=device, dtype=dtype), torch.ones(1 << 26, device=device)
+    target = torch.zeros_like(rows)
+    flops_per_second = 2 * len(square) ** 3 / best_seconds(lambda: square @ square, device)
+    bytes_per_second = 2 * rows.nbytes / best_seconds(lambda: target.copy_(rows), device)
+    widths = {table.name: table.width for table in trainer.tables.all()}
+    item_width = sum(width for name, width in widths.items() if name != "user")
+    touched = result["rows_users"] * widths["user"] + result["rows_items"] * item_width
+    counted = operators_of_a_step(trainer)
+    floor = counted.flops / flops_per_second + 6 * 4 * touched / bytes_per_second
+    return {
+        "operators/launches": counted.launches.total(),
+        "operators/waits": len(counted.copies),
+        "operators/gflop": counted.flops / 1e9,
+        "operators/gigabytes": counted.bytes / 1e9,
+        "floor/gflop_per_second": flops_per_second / 1e9,
+        "floor/gigabytes_per_second": bytes_per_second / 1e9,
+        "floor/seconds_per_step": floor,
+        "floor/share_reached": floor / seconds,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+    }
+
+
+def best_seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:
+    """Least time of ten calls."""
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def measure_gpu(trainer: Trainer, repeats: int) -> dict:

@@ -1,0 +1,68 @@
+"""Metrics by the factor of some items' scores, against rankings of the scaled embeddings."""
+
+import numpy as np
+import pytest
+from ranks import run_ranks
+from small import small_catalog
+
+from gtc_dist.data.catalog import Catalog
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable
+from gtc_dist.evaluation.ranking import RankingOptions, evaluate_on_items, load_ground_truth, top_k_items
+from gtc_dist.evaluation.scaled_items import ScaledItems
+from gtc_dist.graph.csc import Graphs
+
+FACTORS = (0.0, 0.4, 1.0, 2.5)
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    return small_catalog(tmp_path_factory.mktemp("catalog") / "c", users=90, items=120)
+
+
+def table(name: str, rows: int, comm: Communicator) -> ShardedTable:
+    return ShardedTable(name, rows, 6, comm, init_std=1.0, trainable=False)
+
+
+def by_factor(comm: Communicator, uri: str, counts_all: bool) -> dict:
+    """Metrics of each factor: from one object, and of embeddings with scaled rows, where 0 excludes the items."""
+    catalog = Catalog(uri)
+    graphs, options = Graphs.load(catalog), RankingOptions(item_block=50, user_block=7)
+    users, items, other = (table(n, r, comm) for n, r in (("u", 90), ("i", 120), ("other", 120)))
+    users.weight[:, 5], items.weight[:, 5] = 1, 0  # a column by which items can be excluded
+    truth = load_ground_truth(catalog, "valid", users.start, users.stop)
+    which = np.arange(120) % 4 == 1
+    counted = None if counts_all else ~which
+    lists = ScaledItems(users, items, other, which, graphs, truth, options, counted)
+    own = which[items.start : items.stop]
+    out = {}
+    for factor in FACTORS:
+        rows = items.weight.clone()
+        rows[own] = other.weight[own] * factor
+        if factor == 0:
+            rows[own, 5] = -1e3
+        out[factor] = (
+            lists.metrics(factor),
+            evaluate_on_items(users, items.with_values(rows), graphs, truth, options, counted),
+        )
+    return out
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("counts_all", [True, False])
+def test_one_pair_of_rankings_serves_all_factors(catalog, ranks, counts_all):
+    for found in run_ranks(by_factor, ranks, catalog.uri, counts_all):
+        recalls = set()
+        for factor, (got, want) in found.items():
+            assert got == pytest.approx(want), factor
+            recalls.add(round(got["recall@20"], 6))
+        assert len(recalls) > 1
+
+
+def test_only_allowed_items_are_listed(catalog):
+    graphs, options, comm = Graphs.load(catalog), RankingOptions(item_block=50, user_block=7), Communicator()
+    users, items, allowed = table("u", 90, comm), table("i", 120, comm), np.arange(120) % 30 == 2
+    top, scores = top_k_items(users, items, graphs, np.arange(90), 10, options, allowed)
+    assert allowed[top[top >= 0]].all()
+    assert (top >= 0).sum(1).max() == 4
+    assert np.isneginf(scores[top < 0]).all()
