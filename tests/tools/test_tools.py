@@ -127,3 +127,13 @@ def test_the_demo_refuses_a_folder_that_it_did_not_make(tmp_path):
     assert done.returncode == 2
     assert "demo/ holds files that the demo did not write" in done.stderr
     assert [path.name for path in (tmp_path / "demo").iterdir()] == ["mine.txt"]
+
+
+def test_the_gpu_check_runs_on_a_cpu(tmp_path):
+    words = ["--size", "0.01", "--minutes", "0.001", "--out", str(tmp_path / "check.json")]
+    command = [sys.executable, str(ROOT / "tools/gpu_check.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    report = json.loads((tmp_path / "check.json").read_text())
+    assert report["parity"] == {"loss": 0, "gradient": 0}
+    assert set(report["left_out"].values()) == {"no time"}
+    assert "parity with the CPU" in done.stdout

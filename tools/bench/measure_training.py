@@ -5,7 +5,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 
 import numpy as np
@@ -22,6 +23,7 @@ from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.stopwatch import Stopwatch
 from gtc_dist.graph.csc import load_graphs
+from gtc_dist.model.batch import Batch
 from gtc_dist.training.run_log import RunLog
 from gtc_dist.training.trainer import Trainer
 
@@ -92,10 +94,10 @@ def measure_floor(trainer: Trainer, result: dict) -> dict:
     }
 
 
-def best_seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:
-    """Least time of ten calls."""
+def best_seconds(work: Callable[[], torch.Tensor], device: torch.device, repeats: int = 10) -> float:
+    """Least time of some calls."""
     times = []
-    for _ in range(10):
+    for _ in range(repeats):
         start = time.perf_counter()
         work()
         if device.type == "cuda":
@@ -108,7 +110,7 @@ def measure_gpu(trainer: Trainer, repeats: int) -> dict:
     """Steps without synchronisation in between, as in training; the share of that time in which the GPU computed, from
     the kernels of as many profiled steps; and the GPU's memory."""
     trainer.network.train()
-    batches = itertools.chain.from_iterable(trainer.loader.epoch(epoch) for epoch in itertools.count(1))
+    batches = endless_batches(trainer)
 
     def steps(count: int) -> float:
         torch.cuda.synchronize()
@@ -123,6 +125,7 @@ def measure_gpu(trainer: Trainer, repeats: int) -> dict:
     seconds = steps(repeats)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         steps(repeats)
+    batches.close()
     busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / repeats
     return {
         "gpu/seconds_per_step": seconds,
@@ -130,6 +133,13 @@ def measure_gpu(trainer: Trainer, repeats: int) -> dict:
         "gpu/busy_share": busy / seconds,
         "gpu/peak_mib": torch.cuda.max_memory_allocated() / MIB,
     }
+
+
+def endless_batches(trainer: Trainer) -> Iterator[Batch]:
+    """Batches of one epoch after the other; `close` ends the thread that prepares them."""
+    for epoch in itertools.count(1):
+        with closing(trainer.loader.epoch(epoch)) as batches:
+            yield from batches
 
 
 def measure_steps(trainer: Trainer, repeats: int) -> dict:
@@ -226,7 +236,7 @@ def measure_checkpoints(case: dict, comm: Communicator) -> dict:
         trainer.network.train()
         trainer.log = RunLog(run, 1, 1, active=False)
         trainer.started = time.monotonic()
-        batches = itertools.chain.from_iterable(trainer.loader.epoch(epoch) for epoch in itertools.count(1))
+        batches = endless_batches(trainer)
 
         def steps(count: int) -> float:
             comm.barrier()
