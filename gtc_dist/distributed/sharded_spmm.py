@@ -34,24 +34,32 @@ class ShardedSpMM:
         self.first = first + rows.start
         # with several ranks: the source rows of each chunk, planned once for all columns and layers
         self.plans = [self._plan(*bounds, sources.rows) for bounds in self.bounds] if self.comm.size > 1 else []
+        self.keeps_blocks = self.comm.device.type != "cpu"  # a GPU gets the edges once, not for every group of columns
+        self.blocks: dict[int, Block] = {}
 
     def sums(self, sources: ShardedTable) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(first row, end, float32 [end - first, width]) of this rank's rows, chunk by chunk. Collective: every rank
         must exhaust the iterator."""
         for number, (low, high) in enumerate(self.bounds):
-            edges, indptr = self._edges(low, high)
-            if self.weight is None:
-                count = np.diff(indptr)
-                weight = np.repeat(1 / np.maximum(count, 1).astype(np.float32), count)
-            else:
-                weight = np.array(self.weight[edges])  # a copy: shared memory is read-only
-            if self.plans:
-                position, plan = self.plans[number]
-                rows = sources.lookup(plan)
-            else:
-                position, rows = torch.from_numpy(self.indices[edges] - np.int32(self.base)), sources.weight
-            block = Block.forward_only(torch.from_numpy(indptr), position, torch.from_numpy(weight), len(rows))
-            yield low, high, weighted_sum(block.to(self.comm.device), rows).float()
+            rows = sources.lookup(self.plans[number][1]) if self.plans else sources.weight
+            yield low, high, weighted_sum(self._block(number, len(rows)), rows).float()
+
+    def _block(self, number: int, sources: int) -> Block:
+        """Local. Edges into a chunk, from this many source rows, on the device."""
+        if number in self.blocks:
+            return self.blocks[number]
+        edges, indptr = self._edges(*self.bounds[number])
+        if self.weight is None:
+            count = np.diff(indptr)
+            weight = np.repeat(1 / np.maximum(count, 1).astype(np.float32), count)
+        else:
+            weight = np.array(self.weight[edges])  # a copy: shared memory is read-only
+        position = self.plans[number][0] if self.plans else torch.from_numpy(self.indices[edges] - np.int32(self.base))
+        block = Block.forward_only(torch.from_numpy(indptr), position, torch.from_numpy(weight), sources)
+        block = block.to(self.comm.device)
+        if self.keeps_blocks:
+            self.blocks[number] = block
+        return block
 
     def _edges(self, low: int, high: int) -> tuple[slice, np.ndarray]:
         """Local. Edges into rows [low, high), and their indptr from 0."""

@@ -39,3 +39,29 @@ def test_products_match_the_dense_matrix(chunk, mean):
     want = torch.from_numpy(matrix.toarray()[2:, BASE:]) @ sources.weight
     torch.testing.assert_close(products(Communicator(), chunk, mean), want)
     torch.testing.assert_close(torch.cat(run_ranks(products, 3, chunk, mean)), want)
+
+
+def products_with_kept_blocks(comm: Communicator, chunk: int) -> list[torch.Tensor]:
+    """Products with two tables, one after the other, as on a GPU, which keeps the edges."""
+    edges = graph()
+    rows = ShardedTable("rows", ROWS, 0, comm, trainable=False)
+    sources = [ShardedTable(n, SOURCES, WIDTH, comm, init_std=1.0, trainable=False) for n in ("sources", "other")]
+    operator = ShardedSpMM(
+        edges.indptr.astype(np.int64), edges.indices, edges.data, 2, rows, sources[0], chunk, base=BASE
+    )
+    operator.keeps_blocks = True
+    first, second, again = (
+        torch.cat([values for _, _, values in operator.sums(table)]) for table in (*sources, sources[0])
+    )
+    assert len(operator.blocks) == len(operator.bounds)
+    assert torch.equal(first, again)
+    return [first, second]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_kept_blocks_serve_other_tables(ranks):
+    parts = run_ranks(products_with_kept_blocks, ranks, 2)
+    for number, name in enumerate(("sources", "other")):
+        table = ShardedTable(name, SOURCES, WIDTH, Communicator(), init_std=1.0, trainable=False)
+        want = torch.from_numpy(graph().toarray()[2:, BASE:]) @ table.weight
+        torch.testing.assert_close(torch.cat([part[number] for part in parts]), want)
