@@ -157,15 +157,11 @@ class TrainConfig(Section):
 
 
 class DiffusionConfig(Section):
-    """Content filter: a conditional diffusion model that predicts the noise."""
+    """Content filter: a diffusion model that predicts the noise, conditioned on an item's id embedding and the mean
+    preference of its users."""
 
     steps: PositiveInt = Field(600, description="Diffusion steps T.")
     start_step: PositiveInt = Field(100, description="Step at which the deterministic filter starts.")
-    condition: Literal["item", "audience"] = Field(
-        "audience",
-        description="Condition of the denoiser. item: the item's id embedding. audience: also the mean preference of "
-        "the item's users.",
-    )
 
     @model_validator(mode="after")
     def _steps(self):
@@ -178,7 +174,6 @@ class HybridConfig(Section):
     """Untrained scorers, made of the train graph and the content, whose scores are added to those of the network. Their
     weights are tuned on the valid split (hybrid/score_fusion.py)."""
 
-    enabled: bool | None = Field(None, description="null: on with `model.propagation: full`, off with `sampled`.")
     graph_filter: NonNegativeInt = Field(
         16, description="Leading eigenvectors of the ideal low-pass graph filter. 0: no graph filter."
     )
@@ -231,8 +226,7 @@ class ModelConfig(Section):
     @property
     def has_hybrid(self) -> bool:
         """Whether untrained scorers are added to the network's scores."""
-        wanted = self.propagation == "full" if self.hybrid.enabled is None else self.hybrid.enabled
-        return wanted and bool(self.hybrid.graph_filter or self.hybrid.content_profile)
+        return bool(self.hybrid.graph_filter or self.hybrid.content_profile)
 
     @model_validator(mode="after")
     def _fanouts(self):

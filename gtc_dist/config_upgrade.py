@@ -1,8 +1,8 @@
 """Configuration keys of older versions: errors that say what to write now, and the upgrade of a run's own config.yaml.
 
 Version 0.2.0 removed switches that no shipped configuration used, made one `model.variant` of six, and renamed a few
-keys. A configuration with such a key is refused with one line per key. The config.yaml in a run folder, which holds
-every key, is upgraded in memory: runs of versions 0.1 and 0.2 open, evaluate, export and resume.
+keys; later versions removed some more. A configuration with such a key is refused with one line per key. The
+config.yaml in a run folder, which holds every key, is upgraded in memory: older runs open, evaluate, export and resume.
 """
 
 from typing import Any
@@ -10,10 +10,14 @@ from typing import Any
 from gtc_dist.errors import InputError
 
 SINCE = "0.2.0"
-LATER = {"model.masked_width": "0.3.0", "model.diffusion.condition": "0.3.0"}  # what went after 0.2.0
+# What went after 0.2.0: in which version, and the last one that opens a run with another value.
+LATER = {
+    "model.masked_width": ("0.3.0", "0.2"),
+    "model.diffusion.condition": ("0.6.0", "0.5"),
+    "model.hybrid.enabled": ("0.6.0", "0.5"),
+}
 
 RENAMED = {
-    "model.walk.enabled": "model.hybrid.enabled",
     "model.walk.spectral": "model.hybrid.graph_filter",
     "model.walk.profile": "model.hybrid.content_profile",
     "model.correlation.rows": "train.tc_rows",
@@ -41,6 +45,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "train.w_personal": (0.1, DROP_LINE),
     "graph.item_neighbours": (10, DROP_LINE),
     "model.masked_width": (0, "write model.masked_members"),
+    "model.diffusion.condition": ("audience", DROP_LINE),
     "model.user_fanout": (5, "model.item_fanout serves both"),  # a run's value must be that of model.item_fanout
 }
 # Switches that became something else; `upgrade` translates them.
@@ -55,6 +60,8 @@ REPLACED = {
     "model.correlation.critic": VARIANT,
     "model.correlation.enabled": "write train.w_tc: 0 to switch the total correlation off",
     "model.diffusion.enabled": "write train.w_diff: 0 to switch the content filter off",
+    "model.walk.enabled": "write model.hybrid.graph_filter: 0 and model.hybrid.content_profile: 0 for false",
+    "model.hybrid.enabled": "write model.hybrid.graph_filter: 0 and model.hybrid.content_profile: 0 for false",
     "data.split.train_label": "write data.split.labels: [TRAIN, VALID, TEST]",
     "data.split.valid_label": "write data.split.labels: [TRAIN, VALID, TEST]",
     "data.split.test_label": "write data.split.labels: [TRAIN, VALID, TEST]",
@@ -89,7 +96,7 @@ def old_keys(tree: dict) -> dict[str, str]:
         elif key in REMOVED:
             found[key] = f"was removed in {_since(key)}; {REMOVED[key][1]}"
         elif key in REPLACED:
-            found[key] = f"was replaced in {SINCE}; {REPLACED[key]}"
+            found[key] = f"was replaced in {_since(key)}; {REPLACED[key]}"
         else:
             for name, advice in IGNORED.items():
                 if key == name or key.startswith(f"{name}."):
@@ -105,10 +112,6 @@ def upgrade(tree: dict, origin: str) -> dict:
         InputError: the run was trained with a switch that this version does not have any more.
     """
     old = flatten_keys(tree)
-    if old.get("model.diffusion.condition") == "user":
-        if old.get("train.w_diff", 0.7) > 0 and old.get("model.diffusion.enabled", True):
-            _refuse(origin, "model.diffusion.condition", "'user'")
-        old["model.diffusion.condition"] = "audience"  # without a filter there is no condition
     if not old_keys(tree):
         return _nest(ADDED | old)
     new = ADDED | {key: value for key, value in old.items() if not _is_old(key)}
@@ -117,6 +120,9 @@ def upgrade(tree: dict, origin: str) -> dict:
         new["train.w_tc"] = 0.0
     if old.get("model.diffusion.enabled") is False:
         new["train.w_diff"] = 0.0
+    for key in ("model.hybrid.enabled", "model.walk.enabled"):
+        if key in old and not (old.get("model.propagation") == "full" if old[key] is None else old[key]):
+            new |= {"model.hybrid.graph_filter": 0, "model.hybrid.content_profile": 0}
     has_tc, has_filter = new.get("train.w_tc", 0.4) > 0, new.get("train.w_diff", 0.7) > 0
     for part, on in (("correlation", has_tc), ("diffusion", has_filter)):
         if old.get(f"model.{part}.enabled") and not on:
@@ -163,15 +169,17 @@ def _variant(old: dict[str, Any], has_tc: bool, origin: str) -> str:
 
 
 def _refuse(origin: str, key: str, value: str) -> None:
-    version = "0.2" if key in LATER else "0.1"
+    since, last = LATER.get(key, (SINCE, "0.1"))
+    if value == "'user'":  # of model.diffusion.condition
+        since, last = "0.3.0", "0.2"
     raise InputError(
-        f"{origin}: the run was trained with {key} {value}, which was removed in {_since(key)}; open the run with "
-        f"version {version}"
+        f"{origin}: the run was trained with {key} {value}, which was removed in {since}; open the run with version "
+        f"{last}"
     )
 
 
 def _since(key: str) -> str:
-    return LATER.get(key, SINCE)
+    return LATER[key][0] if key in LATER else SINCE
 
 
 def _is_old(key: str) -> bool:

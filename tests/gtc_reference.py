@@ -63,10 +63,9 @@ def member_reference(
         x0 = unit_mean_square(member.project[s - 1](torch.from_numpy(catalog.features(name).astype(np.float32))))
         if network.has_filter:
             c = unit_mean_square(ids)
-            if model.diffusion.condition != "item":
-                liked = unit_mean_square(audience @ rows) if gated else D**0.5 * (audience @ preference[:, s])
-                c[audience.sum(1) == 0] = 0  # nobody's: known by its content alone
-                c = torch.cat([c, liked], dim=1)
+            liked = unit_mean_square(audience @ rows) if gated else D**0.5 * (audience @ preference[:, s])
+            c[audience.sum(1) == 0] = 0  # nobody's: known by its content alone
+            c = torch.cat([c, liked], dim=1)
             x0 = member.filters[s - 1](x0, c)
         contents.append(x0)
     if gated:

@@ -146,7 +146,7 @@ def trainer_of(
     """A trainer of this process alone."""
     train = {"w_diff": 0, "w_tc": 0, **sections["train"], **train}
     train["batch_size"] = max(32, int(train["batch_size"] * size))
-    model = {**sections["model"], "hybrid": {"enabled": False}}
+    model = {**sections["model"], "hybrid": {"graph_filter": 0, "content_profile": 0}}
     tree = {"data": {"raw": "none", "catalog": catalog.uri}, "run": {"storage": folder, "name": "check"}}
     config = build_config(tree | {"model": model, "train": train}, "gpu_check")
     users, items = catalog.interactions("train")

@@ -84,7 +84,7 @@ def graph_inputs(
     for low, high in row_chunks(users, chunk):
         users.weight[low:high] = network.encode_users(tables.user.weight[low:high])[0]
     sums: dict[str, torch.Tensor] = {}
-    audiences = audience_spmm(graphs, users, items, chunk) if network.needs_audience else None
+    audiences = audience_spmm(graphs, users, items, chunk) if network.has_filter else None
     for low, high, audience in audiences.sums(users) if audiences else _chunks_without_audience(items, chunk):
         chunk_features = {name: table.weight[low:high] for name, table in features.items()}
         items.weight[low:high], encoded = network.encode_items(tables.item.weight[low:high], chunk_features, audience)

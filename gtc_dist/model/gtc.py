@@ -111,11 +111,6 @@ class GTC(nn.Module):
         return self.train_config.w_diff > 0
 
     @property
-    def needs_audience(self) -> bool:
-        """Whether the filter's condition holds the mean preference of an item's users."""
-        return self.has_filter and self.model_config.diffusion.condition == "audience"
-
-    @property
     def user_widths(self) -> tuple[int, int]:
         """Columns of a user's row: preferences, view weights."""
         preferences = self.n_members if self.variant.gated_content else self.n_node_views

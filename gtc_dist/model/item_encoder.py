@@ -50,7 +50,7 @@ class ItemEncoder(nn.Module):
 
     def __init__(self, modalities: dict[str, int], model: ModelConfig, train: TrainConfig, variant: Variant):
         super().__init__()
-        self.modalities, self.variant, self.condition_on = modalities, variant, model.diffusion.condition
+        self.modalities, self.variant = modalities, variant
         self.view_names = ["id", *modalities]
         self.n_views, self.dim = len(self.view_names), model.width
         # by number: a modality may have the name of an attribute of nn.Module
@@ -61,9 +61,9 @@ class ItemEncoder(nn.Module):
         self.filters = nn.ModuleList()
         if train.w_diff > 0:
             schedule = NoiseSchedule(model.diffusion.steps)
-            condition = self.dim * (1 + ("item", "audience").index(self.condition_on))
             for _ in modalities:
-                self.filters.append(ContentFilter(schedule, self.dim, condition, start_step=model.diffusion.start_step))
+                start_step = model.diffusion.start_step
+                self.filters.append(ContentFilter(schedule, self.dim, 2 * self.dim, start_step=start_step))
         if variant.view_attention and self.n_views > 1:
             self.gate_scale = nn.Parameter(torch.ones(()))
         if train.w_tc > 0 and self.n_views > 1:
@@ -78,8 +78,8 @@ class ItemEncoder(nn.Module):
         scaled = F.rms_norm(torch.stack(projected, dim=1).float(), (self.dim,))
         return dict(zip(self.modalities, scaled.unbind(1), strict=True))
 
-    def condition(self, ids: torch.Tensor, audience: torch.Tensor | None, view: int) -> torch.Tensor:
-        """Condition of a view's filter, [n, C]: the item's id embedding, the mean preference of its users.
+    def condition(self, ids: torch.Tensor, audience: torch.Tensor, view: int) -> torch.Tensor:
+        """Condition of a view's filter, [n, 2 * D]: the item's id embedding, the mean preference of its users.
 
         An item without interactions has the condition zero, which the denoising loss trains with pairs whose condition
         is dropped.
@@ -88,8 +88,6 @@ class ItemEncoder(nn.Module):
             audience: [n, graph views * D]; the view's own columns are used, or the id view's where content is gated.
         """
         ids = F.rms_norm(ids, (self.dim,))
-        if self.condition_on == "item":
-            return ids
         if self.variant.gated_content:
             preference = F.rms_norm(audience[:, : self.dim], (self.dim,))
         else:

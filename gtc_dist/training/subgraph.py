@@ -43,7 +43,7 @@ class FullGraphBuilder:
             hop = graphs.item_item
             self.input_hop = Block.build(hop.indptr, hop.indices, hop.weight, items).to(device)
         self.audience = None
-        if network.needs_audience:
+        if network.has_filter:
             self.audience = mean_of_users(graphs).to(device)
             # ids of edges into items follow those of edges into users
             self.first_audience_edge = int(nodes.indptr[users])
@@ -100,7 +100,7 @@ class SampledGraphBuilder:
     def __init__(self, config: Config, network: GTC, graphs: Graphs, features: dict[str, ShardedTable]):
         self.graphs, self.features, self.stopwatch = graphs, features, Stopwatch()
         self.model, self.exclude_seed_edges = config.model, config.train.exclude_seed_edges
-        self.needs_audience, self.item_hop_first = network.needs_audience, network.item_hop_first
+        self.has_filter, self.item_hop_first = network.has_filter, network.item_hop_first
         self.has_history = config.has_historical_embeddings
         self.comm = next(iter(features.values())).comm
         budget = config.model.layer_nodes
@@ -203,7 +203,7 @@ class SampledGraphBuilder:
         self, in_users: np.ndarray, in_items: np.ndarray, excluded: np.ndarray | None
     ) -> tuple[Block | None, np.ndarray]:
         """Mean over (sampled) users of each input item, and the input users with those users appended."""
-        if not self.needs_audience:
+        if not self.has_filter:
             return None, in_users
         destinations = in_items + self.graphs.users
         layer = self.user_item_sampler.layer(destinations, self.model.item_fanout, keep_destinations=False)

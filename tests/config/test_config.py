@@ -154,6 +154,7 @@ OLD_RUNS = {
             "model.correlation.of": "outputs",
             "model.correlation.critic": "additive",
             "model.diffusion.enabled": False,
+            "model.walk.enabled": True,
             "model.walk.spectral": 3,
             "train.average": 0.5,
             "data.split.test_label": "held out",
@@ -172,12 +173,20 @@ OLD_RUNS = {
     ),
     "without a filter, with a condition": (
         {"model.diffusion.enabled": False, "model.diffusion.condition": "user"},
-        {"model.diffusion.condition": "audience", "train.w_diff": 0.0, "model.masked_members": 0},
+        {"train.w_diff": 0.0, "model.masked_members": 0},
     ),
     "full, with a fanout for users": ({"model.user_fanout": 7}, {"model.item_fanout": 5}),
     "sampled, with equal fanouts": (
         {"model.propagation": "sampled", "model.item_fanout": 7, "model.user_fanout": 7},
         {"model.propagation": "sampled", "model.item_fanout": 7},
+    ),
+    "sampled, untrained scorers by default": (
+        {"model.propagation": "sampled", "model.walk.enabled": None},
+        {"model.hybrid.graph_filter": 0, "model.hybrid.content_profile": 0},
+    ),
+    "full, untrained scorers by default": (
+        {"model.walk.enabled": None, "model.walk.spectral": 3},
+        {"model.hybrid.graph_filter": 3},
     ),
 }
 
@@ -204,6 +213,16 @@ def test_a_run_config_of_version_0_1_is_upgraded(name):
             node = getattr(node, part)
         assert node == value, key
     assert read_run_config(yaml.safe_dump(config.model_dump()).encode(), "config.yaml") == config
+
+
+@pytest.mark.parametrize(("propagation", "enabled"), [("full", True), ("sampled", False)])
+def test_a_run_of_0_5_keeps_the_untrained_scorers_it_had(propagation, enabled):
+    tree = read_run_config(old_run_config({"model.walk.enabled": True, "model.walk.spectral": 3}), "").model_dump()
+    tree["model"] |= {"propagation": propagation, "hybrid": tree["model"]["hybrid"] | {"enabled": None}}
+    tree["model"]["diffusion"]["condition"] = "audience"
+    hybrid = read_run_config(yaml.safe_dump(tree).encode(), "config.yaml").model.hybrid
+    assert hybrid.graph_filter == (3 if enabled else 0)
+    assert (hybrid.content_profile > 0) == enabled
 
 
 def test_a_run_config_of_early_0_2_keeps_its_variant_and_labels():
@@ -235,6 +254,7 @@ def test_a_run_config_of_early_0_2_keeps_its_variant_and_labels():
             "trained with model.user_fanout 7, which was removed in 0.2.0",
         ),
         ({"model.diffusion.condition": "user"}, "removed in 0.3.0; open the run with version 0.2"),
+        ({"model.diffusion.condition": "item"}, "removed in 0.6.0; open the run with version 0.5"),
         ({"train.w_diff": 0.0}, "model.diffusion.enabled true together with a loss weight of 0"),
     ],
 )

@@ -20,7 +20,6 @@ from gtc_dist.model.variant import GATED, PAPER
 NO_HOPS = {"item_hop": False, "user_hop": False}
 NETWORKS = {  # sections of the configuration, and parts of the network that no `model.variant` has
     "as in the paper": ({}, None),
-    "condition on the item alone": ({"model": {"diffusion": {"condition": "item"}}}, None),
     "no filter": ({"train": {"w_diff": 0}}, None),
     "no total correlation": ({"train": {"w_tc": 0}}, None),
     "no view attention": ({}, replace(PAPER, view_attention=False)),

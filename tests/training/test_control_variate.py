@@ -14,8 +14,8 @@ from gtc_dist.training.control_variate import HistoricalEmbeddings
 
 ALL = {"propagation": "sampled", "fanout": [-1, -1], "item_fanout": -1}
 FEW = {"propagation": "sampled", "fanout": [2, 2], "item_fanout": 2}
-# the condition is sampled too, and not linear; the item's own is not
-ITEM = {"diffusion": {"condition": "item", "steps": 20, "start_step": 5}}
+# of few neighbours: the filter's condition is sampled, too, and not linear
+NO_FILTER = {"train": {"exclude_seed_edges": False, "w_diff": 0}}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def step(comm: Communicator, uri: str, config, draws, counts, moved: float) -> d
 def test_all_neighbours_give_the_full_graph_with_a_history_of_any_age(catalog, layers, hops, content):
     outcomes = []
     for model in ({"propagation": "full"}, {**ALL, "fanout": [-1] * layers}):
-        model = {**model, **content, **ITEM, "layers": layers, "item_hop": hops, "user_hop": hops}
+        model = {**model, **content, "layers": layers, "item_hop": hops, "user_hop": hops}
         config = small_config(catalog.uri, model=model, train={"exclude_seed_edges": False, "loss": "softmax"})
         outcomes.append(step(Communicator(), catalog.uri, config, global_draws(config, catalog), [24], moved=0.2))
     # the view weights of a hop neighbour get a gradient only from the change since the refresh
@@ -94,7 +94,7 @@ def test_every_rank_excludes_the_edges_of_all_ranks(catalog, content):
 def test_excluded_edges_are_not_on_paths_of_one_step(catalog, layers, content):
     outcomes = []
     for model in ({"propagation": "full"}, {**ALL, "fanout": [-1] * layers}):
-        model = {**model, **ITEM, "layers": layers, "user_hop": False, "item_hop": False, **content}
+        model = {**model, "layers": layers, "user_hop": False, "item_hop": False, **content}
         config = small_config(catalog.uri, model=model)
         outcomes.append(
             step(Communicator(), catalog.uri, config, global_draws(config, catalog), [24], 0.0)["parts"]["bpr"]
@@ -121,9 +121,8 @@ def embeddings(catalog, config, moved: float, with_history: bool, draws: int, dt
 
 
 def test_few_neighbours_are_unbiased_with_an_error_that_follows_the_change(catalog):
-    options = {"train": {"exclude_seed_edges": False}}
-    few = small_config(catalog.uri, model={**FEW, **ITEM, "user_hop": False, "layer_nodes": 12}, **options)
-    whole = small_config(catalog.uri, model={"propagation": "full", **ITEM, "user_hop": False}, **options)
+    few = small_config(catalog.uri, model={**FEW, "user_hop": False, "layer_nodes": 12}, **NO_FILTER)
+    whole = small_config(catalog.uri, model={"propagation": "full", "user_hop": False}, **NO_FILTER)
     want = embeddings(catalog, whole, 0.02, False, 1)[0]
     drawn = {kind: embeddings(catalog, few, 0.02, kind, 300) for kind in (False, True)}
     error = {kind: ((out - want).square().sum() / want.square().sum() / 300).item() for kind, out in drawn.items()}
@@ -134,9 +133,8 @@ def test_few_neighbours_are_unbiased_with_an_error_that_follows_the_change(catal
 @pytest.mark.parametrize("content", [{}, GATED])
 def test_right_after_a_refresh_there_is_no_sampling_error(catalog, content):
     """Two sampled neighbours give the embeddings of the full graph, to the rounding of float16."""
-    options = {"train": {"exclude_seed_edges": False}}
-    few = small_config(catalog.uri, model={**FEW, **content, **ITEM}, **options)
-    whole = small_config(catalog.uri, model={"propagation": "full", **content, **ITEM}, **options)
+    few = small_config(catalog.uri, model={**FEW, **content}, **NO_FILTER)
+    whole = small_config(catalog.uri, model={"propagation": "full", **content}, **NO_FILTER)
     want = embeddings(catalog, whole, 0.0, False, 1)[0]
     torch.testing.assert_close(embeddings(catalog, few, 0.0, True, 1, torch.float16)[0], want, rtol=5e-3, atol=5e-3)
 
