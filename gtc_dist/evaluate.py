@@ -29,6 +29,7 @@ from gtc_dist.evaluation.item_groups import HEAD_ITEMS
 from gtc_dist.evaluation.metrics import personalisation_lines
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.inference.trained_run import load_run
+from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
 
 
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.head_items < 0:
         parser.error("--head-items must not be negative")
 
+    refuse_relative_paths({"--run": args.run, "--against": args.against})
     run_ref = find_run(args.run)
     users = run_ref.config.eval.users if args.users is None else args.users or None
     options = {"split": args.split, "users": users, "head_items": args.head_items}

@@ -25,6 +25,7 @@ from gtc_dist.data import formats, storage
 from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.inference.embedding_files import export_rank
+from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
 
 EXPORT_MANIFEST = "manifest.json"
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.new_items and args.workers:
         parser.error("--new-items works in this process alone, without --workers")
 
+    refuse_relative_paths({"--run": args.run, "--out": args.out, "--new-items": args.new_items})
     out = storage.absolute(args.out)
     run_ref = find_run(args.run)
     folder = empty_folder(out, args.out)
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     folder.finish(manifest)
     new = f" (and {export['new_items']:,} new ones)" if args.new_items else ""
-    print(f"{export['users']:,} users and {export['items']:,} items{new} of width {export['dim']} are in {args.out}")
+    print(f"{export['users']:,} users and {export['items']:,} items{new} of width {export['dim']} are in {out}")
 
 
 def empty_folder(out: str, named: str) -> OutputFolder:

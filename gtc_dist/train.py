@@ -36,6 +36,7 @@ from gtc_dist.evaluation.item_groups import HEAD_ITEMS, positive_groups, tuning_
 from gtc_dist.evaluation.metrics import personalisation_lines
 from gtc_dist.evaluation.ranking import load_ground_truth
 from gtc_dist.graph.csc import Graphs, load_graphs
+from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.run_lock import hold_run_lock
 
 STOPPED = 143  # exit status: 128 + SIGTERM
@@ -43,12 +44,15 @@ STOPPED = 143  # exit status: 128 + SIGTERM
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    refuse_relative_paths({"--replay": args.replay})
     if args.replay:
         from gtc_dist.training.step_replay import replay_step
 
         print(json.dumps(replay_step(args.replay), indent=1))
         return 0
-    config = with_absolute_uris(load_config(args.config, args.overrides))
+    config = load_config(args.config, args.overrides)
+    refuse_relative_paths({"data.catalog": config.data.catalog, "run.storage": config.run.storage})
+    config = with_absolute_uris(config)
     run = storage.join(config.run.storage, config.run.name)
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
     check_modalities(config, catalog)

@@ -33,6 +33,7 @@ from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.data.scratch import Scratch
 from gtc_dist.errors import InputError
 from gtc_dist.graph import item_knn_graph, user_cooccurrence_graph, user_item_graph
+from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.prepare import catalog_interactions, feature_files, features, interactions
 from gtc_dist.prepare.catalog_interactions import SplitInteractions
 from gtc_dist.prepare.feature_files import FeatureSource
@@ -49,9 +50,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gtc_dist.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("--force", action="store_true", help="rebuild an existing catalog")
     config, args = parse_command_line(parser, argv)
+    refuse_relative_paths({"data.raw": config.data.raw, "data.catalog": config.data.catalog})
     manifest, built = prepare_catalog(config, args.force)
-    if not built:
-        print(f"{config.data.catalog} is up to date (--force rebuilds it)")
+    uri = storage.absolute(config.data.catalog)
+    print(f"catalog {uri}" if built else f"{uri} is up to date (--force rebuilds it)")
     print(catalog_summary(manifest))
     return 0
 
