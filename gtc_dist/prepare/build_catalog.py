@@ -174,7 +174,7 @@ def write_catalog(
 ) -> Manifest:
     """Read and validate all raw data, then write the catalog; `digest` is its fingerprint."""
     data, uri = config.data, config.data.catalog
-    raw = interactions.read_interactions(files, scratch, progress.often)
+    raw = interactions.read_interactions(files, scratch, progress.often, features.has_text_ids(sources))
     progress(f"interactions read: {len(raw.user):,}")
     more_items = features.item_ids(sources, raw.item_ids.type) if data.items == "all" else None
     split = catalog_interactions.build_interactions(raw, data, scratch, more_items, progress.often)

@@ -74,7 +74,10 @@ class FeatureSource:
         return uri, row - first + 1
 
     def all_ids(self) -> pa.Array:
-        return pa.array(np.arange(self.rows)) if self.ids is None else self.ids
+        """Item id of each row: integers if those of a text file are all written like numbers."""
+        if self.ids is None:
+            return pa.array(np.arange(self.rows))
+        return id_columns.from_text(self.ids) if self.ids_from_text else self.ids
 
 
 def inspect_features(name: str, modality: ModalityConfig, raw: str) -> FeatureSource:
@@ -223,7 +226,7 @@ def _inspect_parquet(name: str, modality: ModalityConfig, uris: list[str]) -> Fe
     if width is None:
         raise InputError(f"data.features.{name}: {', '.join(uris[:3])} hold no vector")
     out_dtype = "float16" if set(types.values()) == {pa.float16()} else "float32"
-    id_type = id_columns.common_type({uri: c.type for uri, c in zip(uris, columns, strict=True)}, f"{name}'s item ids")
+    id_type = id_columns.common_type(column.type for column in columns)
     ids = pa.concat_arrays(
         [id_columns.cast(c, id_type, f"item ids of {uri}") for uri, c in zip(uris, columns, strict=True)]
     )

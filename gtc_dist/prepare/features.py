@@ -53,7 +53,7 @@ class GatheredFeatures:
 
 
 def item_ids(sources: dict[str, FeatureSource], type: pa.DataType) -> pa.Array:
-    """Ids that have a vector in any modality, for data.items=all. Raises InputError for ids of another type."""
+    """Ids that have a vector in any modality, for data.items=all."""
     parts = [ids.cast(_ids_like(source, type), type, f"item ids of {source.uris[0]}") for source in sources.values()]
     return ids.sorted_unique(pa.chunked_array(parts, type))
 
@@ -65,7 +65,7 @@ def match_rows(source: FeatureSource, items: pa.Array) -> np.ndarray:
         items: original ids in index order.
 
     Raises:
-        InputError: ids of another type than in the interactions, a `.npy` with too few rows, or no match at all.
+        InputError: a `.npy` with rows by number for items with text ids or with too few rows, or no match at all.
     """
     found = _ids_like(source, items.type)
     if source.ids is None:
@@ -232,18 +232,20 @@ def _pca_transform(mean: np.ndarray, covariance: np.ndarray, width: int) -> tupl
 
 
 def _ids_like(source: FeatureSource, type: pa.DataType) -> pa.Array:
-    """The ids of a source as integers or strings, like those of the interactions. Raises InputError."""
+    """The ids of a source as integers or strings, like those of the catalog.
+
+    Raises:
+        InputError: rows by number, where ids are strings.
+    """
     found = source.all_ids()
-    if source.ids_from_text and not ids.is_text(type):
-        found = ids.from_text(found)
-    if ids.is_text(found.type) == ids.is_text(type):
-        return found
-    if source.ids is None:
+    if source.ids is None and ids.is_text(type):
         raise InputError(
-            f"{source.uris[0]} has rows by integer item id, but the interactions' item ids are strings; list each "
-            f"row's id (data.features.{source.name}.ids)"
+            f"{source.uris[0]} has rows by integer item id, but the interactions' item ids are strings; list each row's id "
+            f"(data.features.{source.name}.ids)"
         )
-    raise InputError(
-        f"the item ids of {source.ids_uri or source.uris[0]} are {found.type}, but those of the interactions are "
-        f"{type}; write them with one type"
-    )
+    return found.cast(pa.large_string()) if ids.is_text(type) and not ids.is_text(found.type) else found
+
+
+def has_text_ids(sources: dict[str, FeatureSource]) -> bool:
+    """Whether a source's item ids are strings; then those of the whole catalog are."""
+    return any(ids.is_text(source.all_ids().type) for source in sources.values())

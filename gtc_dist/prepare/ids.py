@@ -1,6 +1,10 @@
-"""Original ids of users and items: integers of any width or strings, as Arrow arrays of the type in the raw files."""
+"""Original ids of users and items: integers of any width or strings, as Arrow arrays of the type in the raw files.
 
-from collections.abc import Callable, Mapping
+Ids are never changed: where one source has text, all are text, an integer as it is written. So `007` and `7` are two
+items, and `7` is the same item whether a file says that it is a number or not.
+"""
+
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -25,27 +29,12 @@ def is_text(type: pa.DataType) -> bool:
     return not pa.types.is_integer(type)
 
 
-def common_type(types: Mapping[str, pa.DataType], title: str) -> pa.DataType:
-    """The type that holds the ids of all files: the widest integer, or the string type with larger offsets.
-
-    Args:
-        types: file -> id type.
-        title: name of the ids in errors, such as `user ids`.
-
-    Raises:
-        InputError: some files have integers and others strings (one of each is named).
-    """
-    texts = [file for file, type in types.items() if is_text(type)]
-    numbers = [file for file, type in types.items() if not is_text(type)]
-    if texts and numbers:
-        raise InputError(
-            f"{title} are integers ({types[numbers[0]]}) in {numbers[0]} but strings in {texts[0]}; "
-            "write them with one type"
-        )
-    found = set(types.values())
+def common_type(types: Iterable[pa.DataType]) -> pa.DataType:
+    """The type that holds the ids of all files: the widest integer, or, where one has strings, strings."""
+    found = set(types)
     if len(found) == 1:
         return found.pop()
-    if texts:
+    if any(map(is_text, found)):
         return pa.large_string()
     signed, unsigned = found & set(_SIGNED), found & set(_UNSIGNED)
     widest = max(t.bit_width for t in found)
@@ -119,7 +108,7 @@ class Vocabulary:
     """A growing set of ids; the code of an id is the number of ids that were added before it.
 
     Columns may have different types. Codes do not change when the known ids are cast to a wider integer type, or to
-    strings: integers of a text file are in canonical form (`from_text`), so their text is known.
+    strings: integers of a text file are as they were written (`from_text`), so their text is known.
 
     Args:
         title: name of the ids in errors, such as `user ids`.
@@ -138,7 +127,7 @@ class Vocabulary:
         for file, column in columns:
             if not is_text(self.types.setdefault(file, column.type)):  # one string makes all ids of a file strings
                 self.types[file] = column.type
-        type = self._current_type()
+        type = common_type(self.types.values())
         chunks = [chunk for _, column in columns for chunk in cast(column, type, self._title_with_types()).chunks]
         known = pa.array([], type) if self.ids is None else cast(self.ids, type, self._title_with_types())
         encoded = pa.chunked_array(chunks, type).combine_chunks().dictionary_encode()
@@ -148,13 +137,15 @@ class Vocabulary:
         self.ids = pa.concat_arrays([known, encoded.dictionary.take(pa.array(new))])
         return found[encoded.indices.to_numpy()]
 
-    def finish(self) -> tuple[pa.Array, np.ndarray]:
+    def finish(self, as_text: bool = False) -> tuple[pa.Array, np.ndarray]:
         """Sorted ids in the common type of the files, and the position of each code among them (int32).
 
-        Raises:
-            InputError: some files have integers and others strings (one of each is named).
+        Args:
+            as_text: strings, whatever the files have.
         """
-        ids = cast(self.ids, common_type(dict(sorted(self.types.items())), self.title), self._title_with_types())
+        ids = self.ids
+        if as_text and not is_text(ids.type):
+            ids = cast(ids, pa.large_string(), self.title)
         order = pc.sort_indices(ids)
         position = np.empty(len(ids), np.int32)
         position[order.to_numpy()] = np.arange(len(ids), dtype=np.int32)
@@ -164,11 +155,6 @@ class Vocabulary:
         """The title, and one file for each id type."""
         files = {type: file for file, type in sorted(self.types.items(), reverse=True)}
         return f"{self.title} ({', '.join(f'{type} in {file}' for type, file in files.items())})"
-
-    def _current_type(self) -> pa.DataType:
-        """One type for all ids so far, even if integers and strings are mixed, which `finish` refuses."""
-        texts = {file: type for file, type in self.types.items() if is_text(type)}
-        return common_type(texts or self.types, self.title)
 
 
 def sorted_unique(column: pa.ChunkedArray | pa.Array) -> pa.Array:

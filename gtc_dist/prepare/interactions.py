@@ -50,23 +50,23 @@ def inspect_interactions(data: DataConfig) -> list[InteractionFile]:
     with ThreadPoolExecutor(8) as pool:
         jobs = [pool.submit(parse.inspect_table, uri, roles, columns.format, code, labels) for uri, code in wanted]
         files = [job.result() for job in jobs]
-    for role in ("user", "item"):  # the id type of CSV and TSV files is known only after reading them
-        typed = {file.uri: file.types[role] for file in files if file.format in ("parquet", "jsonl")}
-        if typed:
-            ids.common_type(typed, f"{role} ids")
     return files
 
 
 def read_interactions(
-    files: list[InteractionFile], scratch: Scratch, progress: ProgressCallback = no_progress
+    files: list[InteractionFile],
+    scratch: Scratch,
+    progress: ProgressCallback = no_progress,
+    text_items: bool = False,
 ) -> RawInteractions:
     """Parse the files in Ray tasks and gather their columns in scratch.
 
     Args:
         progress: called with a line for every batch.
+        text_items: item ids are text elsewhere, so they become text, whatever the files have.
 
     Raises:
-        InputError: a file cannot be parsed; ids or times have different types in two files; there is no row.
+        InputError: a file cannot be parsed; times have different types in two files; there is no row.
     """
     users, items, times = ids.Vocabulary("user ids"), ids.Vocabulary("item ids"), _TimeColumn(scratch)
     columns = {"user": scratch.growing(np.int32), "item": scratch.growing(np.int32)}
@@ -85,7 +85,7 @@ def read_interactions(
     if not columns["user"].rows:
         raise InputError(f"no interactions in {', '.join(file.uri for file in files[:5])}")
     user_ids, user_positions = users.finish()
-    item_ids, item_positions = items.finish()
+    item_ids, item_positions = items.finish(text_items)
     time = times.finish()
     arrays = {name: column.finish() for name, column in columns.items()}
     for block in scratch.blocks(len(arrays["user"]), 16):

@@ -9,7 +9,6 @@ import pytest
 from broken import (
     AS_PARQUET,
     BY_TIME,
-    COLUMNS,
     CSV,
     EIGHT,
     FOLDER,
@@ -49,10 +48,6 @@ INTERACTIONS = {  # found before Ray starts
     "gz without a byte": one("a.csv.gz", b"", "Empty CSV file"),
     "parquet of nulls without a type": one(
         "a.parquet", parquet(user_id=pa.nulls(ROWS)), "'user_id' (user) has type null"
-    ),
-    "files that disagree on the id type": Case(
-        {"a.parquet": GOOD, "a.2.parquet": parquet(user_id=[f"u{u}" for u in COLUMNS["user_id"]])},
-        ["user ids are integers (int64) in {raw}/a.parquet but strings in {raw}/a.2.parquet; write them with one type"],
     ),
     "a column that one file lacks": Case(
         {"a.parquet": GOOD, "a.2.csv": b"user_id,item_id\n1,2\n"},
@@ -208,11 +203,6 @@ FEATURES = {  # found before Ray starts
         vectors([1], ["[1]"], pa.string()),
         "'vector' has type string; expected lists of",
         overrides=[AS_PARQUET],
-    ),
-    "vectors whose files disagree on the id type": Case(
-        {"v1.parquet": vectors([1], [[1]]), "v2.parquet": vectors(["2"], [[1]])},
-        ["integers (int64) in {raw}/v1.parquet but strings in {raw}/v2.parquet"],
-        ["data.features.v.path=v*.parquet"],
     ),
     "vectors with a null id": one("v.parquet", vectors([1, None], [[1]] * 2), "row 2 is null", overrides=[AS_PARQUET]),
     "vectors with an id in latin-1": one(

@@ -200,6 +200,27 @@ def test_items_that_only_have_features(ray_local, tmp_path, raw):
     assert sorted(Catalog(str(tmp_path / "every")).ids("items").to_pylist()) == list(range(ITEMS))
 
 
+def test_ids_are_matched_exactly_where_features_have_text(ray_local, tmp_path, raw):
+    """Items are integers in the interactions; one source of features writes them, and others, as text."""
+    written = pq.read_table(f"{raw}/textual.parquet")
+    names = [str(item) for item in written["item_id"].to_pylist()]
+    more = pa.table({"item_id": [*names, "007", "B07"], "vector": written["vector"].to_pylist() + [[1.0] * 5] * 2})
+    pq.write_table(more, f"{raw}/textual.parquet")
+    pq.write_table(pa.table({"item_id": [str(i) for i in range(ITEMS)]}), f"{raw}/rows.parquet")
+    config = catalog_config(raw, tmp_path / "catalog", items="all")
+    visual = config.data.features["visual"].model_copy(update={"ids": "rows.parquet"})
+    features = config.data.features | {"visual": visual}
+    config = config.model_copy(update={"data": config.data.model_copy(update={"features": features})})
+    build_catalog.prepare_catalog(config)
+    catalog = Catalog(str(tmp_path / "catalog"))
+    items = catalog.ids("items").to_pylist()
+    assert {"007", "B07", "7"} <= set(items)
+    trained = {str(i) for i in pq.read_table(f"{raw}/train.parquet")["item_id"].to_pylist()}
+    assert {items[i] for i in catalog.interactions("train")[1].tolist()} == trained
+    present = catalog.features("textual").any(axis=1)
+    assert {items[row] for row in np.flatnonzero(present)} == {*names, "007", "B07"}
+
+
 def bad(raw: str, catalog: Path, force: bool = False, **data) -> str:
     """The error message; nothing is written."""
     with pytest.raises(InputError) as caught:

@@ -235,9 +235,10 @@ def test_ids_of_another_type_than_the_interactions(tmp_path):
     np.save(tmp_path / "v.npy", feature_matrix())
     with pytest.raises(InputError, match=r"rows by integer item id, but .* are strings; list each row's id"):
         features.match_rows(inspect_visual(tmp_path), pa.array(["a", "b"]))
-    write_feature_parquet(tmp_path / "v.parquet", ["1", "2"], [[1.0]] * 2, pa.list_(pa.float32()))
-    with pytest.raises(InputError, match=r"v\.parquet are string, but those of the interactions are int32"):
-        features.match_rows(inspect_visual(tmp_path, "v.parquet"), ITEMS)
+    write_feature_parquet(tmp_path / "v.parquet", [1, 2], [[1.0]] * 2, pa.list_(pa.float32()))
+    source = inspect_visual(tmp_path, "v.parquet")
+    assert features.match_rows(source, pa.array(["x", "2", "01"])).tolist() == [-1, 1]
+    assert not features.has_text_ids({"v": source})
 
 
 def test_no_item_in_common(tmp_path, ray_local):

@@ -30,7 +30,7 @@ def test_text_ids_are_integers_only_without_loss(texts, expected):
 
 def test_integers_of_several_widths_take_the_widest():
     def common(*types):
-        return ids.common_type({str(i): t for i, t in enumerate(types)}, "user ids")
+        return ids.common_type(types)
 
     assert common(pa.int32(), pa.int64()) == pa.int64()
     assert common(pa.uint8(), pa.uint16()) == pa.uint16()
@@ -38,6 +38,7 @@ def test_integers_of_several_widths_take_the_widest():
     assert common(pa.int32(), pa.uint8()) == pa.int32()
     assert common(pa.uint64(), pa.int8()) == pa.int64()
     assert common(pa.string(), pa.large_string()) == pa.large_string()
+    assert common(pa.int32(), pa.string()) == pa.large_string()
     with pytest.raises(InputError, match="user ids do not fit int64"):
         ids.cast(pa.array([2**64 - 1], pa.uint64()), pa.int64(), "user ids")
 
@@ -88,11 +89,25 @@ def test_codes_do_not_change_while_a_vocabulary_grows(batches, text_from):
     assert found.take(pa.array(places)).equals(words.ids.cast(found.type))
 
 
-def test_a_vocabulary_names_files_that_disagree():
+def test_one_file_with_text_makes_all_ids_text_as_they_are_written():
     words = ids.Vocabulary("user ids")
-    words.add([("b", pa.chunked_array([pa.array([1])])), ("a", pa.chunked_array([pa.array(["x"])]))])
-    with pytest.raises(InputError, match=r"user ids are integers \(int64\) in b but strings in a"):
-        words.finish()
+    codes = words.add(
+        [("b", pa.chunked_array([pa.array([7, 12])])), ("a", pa.chunked_array([pa.array(["x", "007", "7"])]))]
+    )
+    assert codes[4] == codes[0]  # 7 is 7, written or counted
+    assert len(set(codes.tolist())) == 4  # 007 is another item
+    more = words.add([("b", pa.chunked_array([pa.array([12])]))])
+    assert more.tolist() == [codes[1]]
+    found, places = words.finish()
+    assert found.to_pylist() == ["007", "12", "7", "x"]
+    assert [found[places[code]].as_py() for code in codes] == ["7", "12", "x", "007", "7"]
+
+
+def test_integers_become_text_where_another_source_has_text():
+    words = ids.Vocabulary("item ids")
+    codes = words.add([("b", pa.chunked_array([pa.array([7, 12])]))])
+    found, places = words.finish(as_text=True)
+    assert [found[places[code]].as_py() for code in codes] == ["7", "12"]
 
 
 def test_integer_ids_of_different_types_match_by_value():

@@ -314,20 +314,14 @@ def test_splits_by_time_ask_for_the_time_column(tmp_path, method):
     assert "set data.interactions.time" in message
 
 
-def test_files_that_disagree_on_the_id_type_are_both_named(tmp_path, ray_local):
-    data = write_given(tmp_path)
-    write_table_file(tmp_path / "test.parquet", pa.table({"user_id": ["a"], "item_id": [3]}))
-    message = refused(data)
-    assert f"{tmp_path}/train.parquet" in message
-    assert f"{tmp_path}/test.parquet" in message
-    assert "integers (int64)" in message
-    write_table_file(
-        tmp_path / "one.csv", pa.table({"user_id": ["1"], "item_id": [3]})
-    )  # the type of text is known after reading
-    write_table_file(tmp_path / "two.csv", pa.table({"user_id": ["x"], "item_id": [3]}))
-    files = interactions.inspect_interactions(data_config(tmp_path, interactions={"files": ["one.csv", "two.csv"]}))
-    with pytest.raises(InputError, match=r"user ids are integers \(int64\) in .*one\.csv but strings in .*two\.csv"):
-        read(files)
+@pytest.mark.parametrize("names", [["a.parquet", "b.csv"], ["a.csv", "b.parquet"], ["a.jsonl", "b.csv"]])
+def test_integers_are_text_where_one_file_has_text(tmp_path, ray_local, names):
+    write_table_file(tmp_path / names[0], pa.table({"user_id": [1, 20], "item_id": [7, 8]}))
+    write_table_file(tmp_path / names[1], pa.table({"user_id": ["1", "x", "01"], "item_id": ["7", "9", "8"]}))
+    raw = read(interactions.inspect_interactions(data_config(tmp_path, interactions={"files": names})))
+    assert raw.user_ids.to_pylist() == ["01", "1", "20", "x"]
+    found = {(raw.user_ids[u].as_py(), str(raw.item_ids[i])) for u, i in zip(raw.user, raw.item, strict=True)}
+    assert found == {("1", "7"), ("20", "8"), ("x", "9"), ("01", "8")}
 
 
 def test_files_that_disagree_on_time_are_both_named(tmp_path, ray_local):
