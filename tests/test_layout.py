@@ -21,6 +21,7 @@ ORDER = [
     ["training"],
     ["launch"],
     ["prepare", "synthetic", "train", "evaluate", "export"],
+    ["features"],
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILES, MAX_LINES, MAX_CHAIN, MAX_SHARE = 12, 350, 5, 0.2

@@ -58,6 +58,14 @@ def map_tables(
         raise errors[min(errors)]
 
 
+def map_blocks(work: Callable[[pa.Table], pa.Table], tables: list[pa.Table], gpu: bool) -> Iterator[dict[str, Any]]:
+    """Run `work` on every table, each a row or a few, in a Ray task with a CPU or a GPU; yield the rows of the results
+    in no particular order."""
+    blocks = ray.data.from_arrow(tables)
+    done = blocks.map_batches(work, batch_size=None, batch_format="pyarrow", num_gpus=1 if gpu else None)
+    yield from done.iter_rows()
+
+
 def read_rows(files: pa.Table) -> pa.Table:
     """Ray Data task: read the interactions in the files of column `uri`.
 

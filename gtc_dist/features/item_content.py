@@ -1,0 +1,144 @@
+"""Raw content of items: texts in the columns of tables, pictures in a folder or named by a column."""
+
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gtc_dist.data import storage
+from gtc_dist.errors import InputError
+from gtc_dist.prepare import ids as id_columns
+from gtc_dist.prepare.interaction_file import InteractionFile, format_of, read_batches, read_schema, readable
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class ItemContent:
+    """Content of items, held in memory; pictures by their URI or as the bytes of a file.
+
+    ids: [n], each once. content: strings or bytes [n], null where an item has none. uris: files that were read.
+    """
+
+    ids: pa.Array
+    content: pa.Array
+    uris: list[str]
+
+
+def read_texts(pattern: str, id_column: str, columns: list[str]) -> ItemContent:
+    """Texts of items: the columns of a row joined by a space, null where all of them are empty.
+
+    Args:
+        pattern: CSV, TSV, JSON lines or Parquet files, a name or a glob.
+
+    Raises:
+        InputError: no such file or column, a null or repeated id, a column that is not text.
+    """
+    uris = storage.glob(pattern)
+    parts = [part for uri in uris for part in _read(uri, id_column, columns, "text", (pa.types.is_string,))]
+    ids = _unique_ids([part[0] for part in parts], uris)
+    space = pa.scalar(" ", pa.large_string())
+    filled = [[pc.fill_null(column, "") for column in texts] for _, texts in parts]
+    joined = [pc.binary_join_element_wise(*texts, space) for texts in filled]
+    texts = pc.utf8_trim_whitespace(pa.chunked_array(joined, pa.large_string()))
+    return ItemContent(ids, pc.if_else(pc.equal(texts, ""), None, texts).combine_chunks(), uris)
+
+
+def read_picture_column(pattern: str, id_column: str, column: str) -> ItemContent:
+    """Pictures named by a column of tables: URIs, paths relative to the table's folder, or the bytes of picture files.
+
+    Raises:
+        InputError: as `read_texts`.
+    """
+    uris, types = storage.glob(pattern), (pa.types.is_string, pa.types.is_binary)
+    ids, pictures = [], []
+    for uri in uris:
+        folder = posixpath.dirname(storage.absolute(uri))
+        for found, (values,) in _read(uri, id_column, [column], "picture", types):
+            ids.append(found)
+            if pa.types.is_large_string(values.type):
+                named = [name and storage.join(folder, name) for name in values.to_pylist()]
+                values = pa.chunked_array([pa.array(named, pa.large_string())])
+            pictures.append(values)
+    kinds = {values.type for values in pictures}
+    if len(kinds) > 1:
+        raise InputError(f"{pattern}: column {column!r} has names in some files and bytes in others; use one kind")
+    joined = pa.chunked_array([chunk for values in pictures for chunk in values.chunks], *kinds)
+    return ItemContent(_unique_ids(ids, uris), joined.combine_chunks(), uris)
+
+
+def find_pictures(folder: str) -> ItemContent:
+    """Pictures of a folder and the folders in it; a file's name without its extension is the item's id.
+
+    Raises:
+        InputError: no picture, or two of one item.
+    """
+    names = sorted(name for name in storage.listing(folder) if posixpath.splitext(name)[1].lower() in PICTURES)
+    if not names:
+        raise InputError(f"{folder} has no picture ({', '.join(PICTURES)})")
+    uris = [storage.join(storage.absolute(folder), name) for name in names]
+    stems = pa.array([posixpath.splitext(posixpath.basename(name))[0] for name in names], pa.large_string())
+    ids = _unique_ids([pa.chunked_array([id_columns.from_text(stems)])], uris)
+    return ItemContent(ids, pa.array(uris, pa.large_string()), uris)
+
+
+def _read(
+    uri: str, id_column: str, columns: list[str], kind: str, accepted: tuple
+) -> Iterator[tuple[pa.ChunkedArray, list[pa.ChunkedArray]]]:
+    """Ids and the columns of a table, block by block; strings as large strings."""
+    file = InteractionFile(uri, format_of(uri), uri.removesuffix("/").endswith(".gz"), {}, {})
+    schema = read_schema(file)
+    for name in (id_column, *columns):
+        if name not in schema.names:
+            raise InputError(f"{uri} has no column {name!r}; columns found: {', '.join(schema.names)}")
+    types = {name: schema.field(name).type for name in (id_column, *columns)}
+    if file.format in ("csv", "tsv"):
+        types = dict.fromkeys(types, pa.string())
+    elif file.format == "jsonl":  # Arrow reads strings that look like timestamps as such
+        types = {name: pa.string() if pa.types.is_timestamp(type) else type for name, type in types.items()}
+    if id_columns.plain_type(types[id_column]) is None:
+        raise InputError(f"{uri}: column {id_column!r} has type {types[id_column]}; expected integers or strings")
+    for name in columns:
+        plain = pa.string() if pa.types.is_large_string(types[name]) else types[name]
+        plain = pa.binary() if pa.types.is_large_binary(plain) else plain
+        if not any(fits(plain) for fits in accepted) and not pa.types.is_null(plain):
+            raise InputError(f"{uri}: column {name!r} has type {types[name]}; expected a {kind}")
+    file = InteractionFile(uri, file.format, file.gzipped, {name: name for name in types}, types)
+    first_row, batches = 1, read_batches(file)
+    while True:
+        with readable(file, first_row):
+            table = next(batches, None)
+        if table is None:
+            return
+        plain = id_columns.plain_type(types[id_column])
+        found = pa.concat_arrays([pa.array([], plain), *(chunk.cast(plain) for chunk in table[id_column].chunks)])
+        bad, problem = id_columns.first_bad(found)
+        if bad is not None:
+            raise InputError(f"{uri}: column {id_column!r} {problem} in row {first_row + bad}")
+        found = found if file.has_typed_ids else id_columns.from_text(found)
+        values = [_large(table[name]) for name in columns]
+        yield pa.chunked_array([found]), values
+        first_row += table.num_rows
+
+
+def _large(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    is_bytes = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
+    return column.cast(pa.large_binary() if is_bytes else pa.large_string())
+
+
+def _unique_ids(columns: list[pa.ChunkedArray], uris: list[str]) -> pa.Array:
+    """All ids in one type. Raises InputError for one that is there twice."""
+    type = id_columns.common_type(column.type for column in columns) if columns else pa.int64()
+    ids = pa.concat_arrays([chunk.cast(type) for column in columns for chunk in column.chunks])
+    counts = pc.value_counts(ids)
+    repeated = pc.filter(counts.field("values"), pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        raise InputError(
+            f"{len(repeated)} items are more than once in {', '.join(uris[:3])}, such as {repeated[0].as_py()!r}; keep "
+            "one row of each"
+        )
+    if not len(ids):
+        raise InputError(f"{', '.join(uris[:3])} has no item")
+    return ids
