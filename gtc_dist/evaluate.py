@@ -51,13 +51,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.head_items < 0:
         parser.error("--head-items must not be negative")
 
-    refuse_relative_paths({"--run": args.run, "--against": args.against})
-    run_ref = find_run(args.run)
+    refuse_relative_paths({"--run": args.run, "--against": args.against, "--catalog": args.catalog})
+    run_ref = find_run(args.run, args.catalog)
     users = run_ref.config.eval.users if args.users is None else args.users or None
     options = {"split": args.split, "users": users, "head_items": args.head_items}
     work = functools.partial(evaluate_run, **options)
     if args.against:
-        other = find_run(args.against)
+        other = find_run(args.against, args.catalog)
         check_same_catalog(run_ref, other)
         work = functools.partial(compare_runs, other=other, **options)
     result = run_on_ranks_or_here(args, run_ref, work)

@@ -42,9 +42,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.new_items and args.workers:
         parser.error("--new-items works in this process alone, without --workers")
 
-    refuse_relative_paths({"--run": args.run, "--out": args.out, "--new-items": args.new_items})
+    refuse_relative_paths(
+        {"--run": args.run, "--out": args.out, "--new-items": args.new_items, "--catalog": args.catalog}
+    )
     out = storage.absolute(args.out)
-    run_ref = find_run(args.run)
+    run_ref = find_run(args.run, args.catalog)
     folder = empty_folder(out, args.out)
     print(f"run {args.run}, {run_ref.checkpoint}: computing embeddings", flush=True)
     export = run_on_ranks_or_here(

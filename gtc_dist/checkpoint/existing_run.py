@@ -3,6 +3,7 @@
 Only small files are read; the weights are loaded by inference/trained_run.py.
 """
 
+import posixpath
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,17 +20,18 @@ from gtc_dist.config import Config
 from gtc_dist.config_file import read_run_config
 from gtc_dist.config_upgrade import flatten_keys
 from gtc_dist.data import storage
-from gtc_dist.data.catalog import Catalog
+from gtc_dist.data.catalog import MANIFEST, Catalog
 from gtc_dist.errors import InputError
 
 # Configuration keys (prefixes) that may change when a run is resumed. They do not affect the learned weights, or, like
 # train.clip_norm and train.not_finite, are needed to get past a step whose loss was not finite. The catalog's own keys
-# (data.*) are covered by its fingerprint; prepare.* affects only memory and disk.
+# (data.*) and a catalog that moved are covered by its fingerprint; prepare.* affects only memory and disk.
 RESUMABLE_KEYS = (
     "cluster.",
     "prepare.",
     "run.",
     "data.raw",
+    "data.catalog",
     "data.verify",
     "data.interactions.",
     "data.split.",
@@ -95,8 +97,12 @@ def differences(before: Config, now: Config) -> dict[str, tuple]:
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
-def find_run(uri: str) -> RunRef:
+def find_run(uri: str, catalog_uri: str | None = None) -> RunRef:
     """Find a run and check that it matches its catalog.
+
+    Args:
+        catalog_uri: where the catalog is now; None: where it was, or, if nothing is there and the run has moved, in the
+            same place relative to the run.
 
     Raises:
         InputError: no run at `uri`, no complete checkpoint in it, or a catalog that is missing or was rebuilt.
@@ -104,13 +110,39 @@ def find_run(uri: str) -> RunRef:
     path = storage.join(uri, CONFIG_FILE)
     if not storage.exists(path):
         raise InputError(f"{uri} holds no run (no {CONFIG_FILE}); give run.storage/run.name of a training")
-    config = read_run_config(storage.read_bytes(path), path)
+    config = with_catalog(read_run_config(storage.read_bytes(path), path), uri, catalog_uri)
     name = best_checkpoint(uri)
     manifest = checkpoint_files.read_manifest(storage.join(uri, name))
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
     if catalog.manifest.fingerprint != manifest["catalog"]:
         raise InputError(f"{config.data.catalog} was rebuilt after the run {uri} was trained on it; train again")
     return RunRef(uri, name, manifest["epoch"], config)
+
+
+def with_catalog(config: Config, run: str, catalog_uri: str | None = None) -> Config:
+    """A run's configuration with the catalog's present place; arguments as in `find_run`.
+
+    Raises:
+        InputError: the catalog is neither where it was nor beside a run that has moved.
+    """
+    recorded = config.data.catalog
+    if catalog_uri is None and not storage.exists(storage.join(recorded, MANIFEST)):
+        from_run = posixpath.relpath(_path(recorded), _path(storage.join(config.run.storage, config.run.name)))
+        scheme, separator, path = storage.absolute(run).rpartition("://")
+        catalog_uri = f"{scheme}{separator}{posixpath.normpath(posixpath.join(path, from_run))}"
+        if not storage.exists(storage.join(catalog_uri, MANIFEST)):
+            raise InputError(
+                f"the catalog {recorded} of run {run} does not exist; if it has moved, name its place with --catalog"
+            )
+    if catalog_uri is None:
+        return config
+    data = config.data.model_copy(update={"catalog": storage.absolute(catalog_uri)})
+    return config.model_copy(update={"data": data})
+
+
+def _path(uri: str) -> str:
+    """A URI without its scheme."""
+    return storage.absolute(uri).rpartition("://")[2]
 
 
 def best_checkpoint(run: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
+from gtc_dist.checkpoint.existing_run import with_catalog
 from gtc_dist.checkpoint.run_folder import CONFIG_FILE
 from gtc_dist.config import Config
 from gtc_dist.config_file import read_run_config
@@ -49,7 +50,8 @@ def replay_step(uri: str) -> dict:
     path = storage.join(run or ".", CONFIG_FILE)
     if not storage.exists(path):
         raise InputError(f"{uri} is in no run folder (there is no {path}); replay it where the run wrote it")
-    config = for_one_rank(read_run_config(storage.read_bytes(path), path), dumped.ranks)
+    config = with_catalog(read_run_config(storage.read_bytes(path), path), run)
+    config = for_one_rank(config, dumped.ranks)
     catalog = Catalog(config.data.catalog, verify="size")
     pairs = catalog.interactions("train")
     trainer = Trainer(config, catalog, run, *pairs, load_graphs(config, catalog), Communicator())

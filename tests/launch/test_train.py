@@ -91,8 +91,10 @@ def test_evaluate_prints_the_metrics_of_the_run(run, capsys):
 
 
 def untrained_run(folder: str, config: Config, catalog: Catalog) -> str:
-    """A run folder whose checkpoint holds the initial weights."""
-    config = config.model_copy(update={"data": config.data.model_copy(update={"catalog": catalog.uri})})
+    """A run folder whose checkpoint holds initial weights, of another seed: the best epoch of a short run may be 0."""
+    train = config.train.model_copy(update={"seed": config.train.seed + 1})
+    data = config.data.model_copy(update={"catalog": catalog.uri})
+    config = config.model_copy(update={"data": data, "train": train})
     storage.write_bytes(f"{folder}/config.yaml", yaml.safe_dump(config.model_dump()).encode())
     network, tables = build_network(config, catalog, Communicator())
     head = {"epoch": 0, "catalog": catalog.manifest.fingerprint}
