@@ -22,6 +22,7 @@ ORDER = [
     ["launch"],
     ["prepare", "synthetic", "train", "evaluate", "export"],
     ["features"],
+    ["__main__"],
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILES, MAX_LINES, MAX_CHAIN, MAX_SHARE = 12, 350, 5, 0.2
