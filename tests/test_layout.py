@@ -22,6 +22,7 @@ ORDER = [
     ["launch"],
     ["prepare", "synthetic", "train", "evaluate", "export"],
     ["features"],
+    ["recommend"],
     ["__main__"],
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))

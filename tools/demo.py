@@ -36,7 +36,7 @@ run               {run} (config.yaml, metrics.jsonl, metrics.json, checkpoints)
 TensorBoard logs  {run}/tensorboard
                   {bin}tensorboard --logdir {run}/tensorboard
 embeddings        {demo}/embeddings (Parquet with columns id and embedding, score by dot product)
-                  {bin}python tools/recommend.py --embeddings {demo}/embeddings --user {user}
+lists             {bin}gtc recommend --run {run} --user {user}
 """
 
 

@@ -36,7 +36,7 @@ def mean_lists(
         rank_users: [n], indexes of this rank's users to rank for.
     """
     longest = users.comm.all_reduce_max(int(graphs.user_degree[rank_users].max(initial=0)))
-    best = _best_items(_mean_user(users, graphs, item_block), items, min(k + longest, items.rows), item_block)
+    best = _best_items(mean_user(users, graphs, item_block), items, min(k + longest, items.rows), item_block)
     place = np.full(items.rows, -1)
     place[best] = np.arange(len(best))
     top = np.empty((len(rank_users), k), np.int64)
@@ -73,7 +73,7 @@ def list_spread(top: np.ndarray, graphs: Graphs, comm: Communicator) -> dict[str
     }
 
 
-def _mean_user(users: ShardedTable, graphs: Graphs, block: int) -> torch.Tensor:
+def mean_user(users: ShardedTable, graphs: Graphs, block: int) -> torch.Tensor:
     """Mean embedding float64 [width] of all users with a train interaction."""
     trained = torch.from_numpy(graphs.user_degree[users.start : users.stop] > 0).to(users.weight.device).double()
     total = trained.new_zeros(users.width + 1)

@@ -176,13 +176,15 @@ def top_k_items(
     k: int,
     options: RankingOptions,
     allowed: np.ndarray | None = None,
+    mask_train: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Best k items by dot product, train positives masked. Of equal scores in different blocks, the lower index wins.
-    Collective: every rank must call it.
+    """Best k items by dot product, without a user's train positives. Of equal scores in different blocks, the lower
+    index wins. Collective: every rank must call it.
 
     Args:
         rank_users: [n], indexes of this rank's users to rank for.
         allowed: bool [items], only these are listed; None: all.
+        mask_train: False: train positives are listed, too.
 
     Returns:
         items int64 [n, k], best first, -1 where there are fewer; their scores float32 [n, k], -inf there.
@@ -199,8 +201,9 @@ def top_k_items(
         for start in range(0, len(rank_users), options.user_block):
             part = slice(start, min(start + options.user_block, len(rank_users)))
             scores = users.weight[rows[part]].float() @ block.T
-            row, column = train_positives(graphs, rank_users[part], first, last)
-            scores[row.to(device), column.to(device)] = float("-inf")
+            if mask_train:
+                row, column = train_positives(graphs, rank_users[part], first, last)
+                scores[row.to(device), column.to(device)] = float("-inf")
             if excluded is not None:
                 scores.masked_fill_(excluded, float("-inf"))
             if first:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gtc_dist.data import storage
+from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
 from gtc_dist.prepare import ids as id_columns
 from gtc_dist.prepare.interaction_file import InteractionFile, format_of, read_batches, read_schema, readable
@@ -67,6 +67,17 @@ def read_picture_column(pattern: str, id_column: str, column: str) -> ItemConten
         raise InputError(f"{pattern}: column {column!r} has names in some files and bytes in others; use one kind")
     joined = pa.chunked_array([chunk for values in pictures for chunk in values.chunks], *kinds)
     return ItemContent(_unique_ids(ids, uris), joined.combine_chunks(), uris)
+
+
+def read_ids(uri: str, column: str) -> pa.Array:
+    """Ids of a file: its lines (.txt), or a column of a table. Raises InputError."""
+    if uri.endswith(".txt"):
+        with formats.parsing(uri, "UTF-8 text"):
+            lines = storage.read_bytes(uri).decode().splitlines()
+        return id_columns.from_text(pa.array([line.strip() for line in lines if line.strip()], pa.large_string()))
+    parts = [ids for ids, _ in _read(uri, column, [], "", ())]
+    type = id_columns.common_type(part.type for part in parts) if parts else pa.int64()
+    return pa.concat_arrays([pa.array([], type), *(chunk.cast(type) for part in parts for chunk in part.chunks)])
 
 
 def find_pictures(folder: str) -> ItemContent:

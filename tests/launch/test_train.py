@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import recommend
 import yaml
 from ranks import run_ranks
 from small import refused, small_catalog, write_config
@@ -164,20 +163,6 @@ def test_export_is_deterministic_typed_and_in_half_precision(run, tmp_path):
 
     index = faiss.read_index(str(tmp_path / "a" / "items.faiss"))
     assert (index.ntotal, index.d) == (40, 24)
-
-
-def test_recommend_shows_original_ids(run, tmp_path, capsys):
-    export.main(["--run", run, "--out", str(tmp_path / "e")])
-    capsys.readouterr()
-    recommend.main(["--embeddings", str(tmp_path / "e"), "--user", "u003", "--top", "4"])
-    lines = capsys.readouterr().out.split()
-    ids = set(load_run(find_run(run)).catalog.ids("items").to_pylist())
-    assert len(lines) == 8
-    assert all(int(item) in ids for item in lines[1::2])
-    with pytest.raises(InputError, match="holds no export"):
-        recommend.main(["--embeddings", load_run(find_run(run)).catalog.uri, "--user", "u003"])
-    with pytest.raises(InputError, match="no user 'nobody'"):
-        recommend.main(["--embeddings", str(tmp_path / "e"), "--user", "nobody"])
 
 
 def test_ray_and_object_storage_give_the_same_run(run, ray_local, s3, tmp_path):

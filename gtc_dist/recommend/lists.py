@@ -1,0 +1,278 @@
+"""Lists of recommended items from a trained run:
+
+    python -m gtc_dist.recommend --run RUN --user ID [--user ID ...]      on the terminal
+    python -m gtc_dist.recommend --run RUN --out lists [--users FILE]     Parquet, for all users or those of a file
+    python -m gtc_dist.recommend --run RUN --item ID                      similar items
+
+What a user already has, in train, valid or test, is left out (--include-seen: not). Users without a train interaction
+get the list of the mean user. FILE holds ids: one in each line (.txt), or in a column of a CSV, TSV, JSON lines or
+Parquet file that is named user_id or item_id. --titles adds names from a table. Parquet has the columns user_id, rank
+(from 1), item_id, score and, with --titles, title; rows of a user follow each other.
+
+Similar items are those with the largest cosine. The dot product, by which users' lists are ranked, also rewards items
+that many people take.
+"""
+
+import argparse
+import functools
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.nn.functional import normalize
+
+from gtc_dist.checkpoint.existing_run import RunRef, find_run
+from gtc_dist.data import formats, storage
+from gtc_dist.data.catalog import CSC, Catalog
+from gtc_dist.data.output_folder import OutputFolder
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.errors import InputError
+from gtc_dist.evaluation.beyond_accuracy import mean_user
+from gtc_dist.evaluation.metrics import hits
+from gtc_dist.evaluation.ranking import top_k_items
+from gtc_dist.features.item_content import read_ids, read_texts
+from gtc_dist.graph.csc import Graphs, by_destination
+from gtc_dist.hybrid.embeddings import Embeddings
+from gtc_dist.inference.trained_run import TrainedRun, load_run
+from gtc_dist.launch.job_paths import refuse_relative_paths
+from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
+
+CHUNK_USERS = 1 << 16  # of a rank, whose lists are held at once
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--user", action="append", metavar="ID", help="print this user's list; may be repeated")
+    parser.add_argument("--item", metavar="ID", help="print the items most similar to this one")
+    parser.add_argument("--users", metavar="FILE", help="users to make lists for (default: all)")
+    parser.add_argument("--out", metavar="FOLDER", help="new or empty folder for the lists")
+    parser.add_argument("--top", type=int, default=20, help="items of a list (default: %(default)s)")
+    parser.add_argument("--include-seen", action="store_true", help="list what a user already has, too")
+    parser.add_argument("--candidates", metavar="FILE", help="list only these items")
+    parser.add_argument("--exclude", metavar="FILE", help="never list these items")
+    parser.add_argument("--titles", metavar="FILE", help="table with names of the items")
+    parser.add_argument("--title", default="title", metavar="COLUMN", help="its column with the name (%(default)s)")
+    parser.add_argument("--id", default="item_id", metavar="COLUMN", help="its column with the id (%(default)s)")
+    args = parse_run_command(parser, argv)
+    check_arguments(parser, args)
+
+    run_ref = find_run(args.run, args.catalog)
+    catalog = Catalog(run_ref.config.data.catalog)
+    named = [(args.user, "users"), (args.item and [args.item], "items")]
+    users, item = (None if ids is None else index_of_texts(catalog, kind, ids) for ids, kind in named)
+    if args.users:
+        users = np.unique(catalog.index_of("users", read_ids(args.users, "user_id")))
+    options = {
+        "top": args.top,
+        "allowed": allowed_items(catalog, args.candidates, args.exclude),
+        "titles": None if args.titles is None else item_titles(catalog, args.titles, args.id, args.title),
+    }
+    if item is not None:
+        work = functools.partial(similar_items, item=int(item[0]), **options)
+        show(run_on_ranks_or_here(args, run_ref, work)["lists"], "item")
+        return
+    out = None if args.out is None else storage.absolute(args.out)
+    folder = None if out is None else lists_folder(out, args.out)
+    work = functools.partial(recommend_rank, users=users, include_seen=args.include_seen, out=out, **options)
+    result = run_on_ranks_or_here(args, run_ref, work)
+    if folder is None:
+        show(result["lists"], "user")
+        return
+    folder.finish({"run": run_ref.uri, "checkpoint": run_ref.checkpoint, "top": args.top, **result})
+    print(f"lists of {result['users']:,} users, {result['rows']:,} rows, are in {out}")
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage message where options do not fit together."""
+    chosen = [name for name in ("user", "item", "out") if getattr(args, name)]
+    if len(chosen) != 1:
+        parser.error("give one of --user, --item and --out")
+    if args.users and not args.out:
+        parser.error("--users goes with --out")
+    if args.workers and not args.out:
+        parser.error("--workers goes with --out")
+    if args.top < 1:
+        parser.error("--top must be positive")
+    paths = ("run", "catalog", "out", "users", "candidates", "exclude", "titles")
+    refuse_relative_paths({f"--{name}": getattr(args, name) for name in paths})
+
+
+def index_of_texts(catalog: Catalog, kind: str, ids: list[str]) -> np.ndarray:
+    """Indexes of ids from the command line, as they are written in the catalog."""
+    return catalog.index_of(kind, pa.array(ids, pa.string()))
+
+
+def allowed_items(catalog: Catalog, candidates: str | None, exclude: str | None) -> np.ndarray | None:
+    """Mask bool [items] of what may be listed; None: all. Ids that the catalog lacks have no effect.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    if candidates is None and exclude is None:
+        return None
+    allowed = np.full(catalog.items, candidates is None)
+    for uri, value in ((candidates, True), (exclude, False)):
+        if uri is not None:
+            index = catalog.index_of("items", read_ids(uri, "item_id"), allow_unknown=True)
+            allowed[index[index >= 0]] = value
+    if not allowed.any():
+        raise InputError(f"no item of {catalog.uri} is left to list by --candidates and --exclude")
+    return allowed
+
+
+def item_titles(catalog: Catalog, uri: str, id_column: str, column: str) -> pa.Array:
+    """Title of each item by its index, null where the table has none."""
+    content = read_texts(uri, id_column, [column])
+    index = catalog.index_of("items", content.ids, allow_unknown=True)
+    row = np.full(catalog.items, -1)
+    row[index[index >= 0]] = np.flatnonzero(index >= 0)
+    return content.content.take(pa.array(row, mask=row < 0))
+
+
+def lists_folder(out: str, named: str) -> OutputFolder:
+    """The output folder, emptied of lists that were cut off. Raises InputError where it holds anything else."""
+    own = r"part-\d{12}\.parquet"
+    folder = OutputFolder(out, "the output folder", "lists", own_files=own, manifest="manifest.json", marker=None)
+    if folder.state() == "complete":
+        raise InputError(f"the output folder {named} is not empty, it holds lists; name another folder, or remove it")
+    folder.check_writable()
+    folder.clear()
+    return folder
+
+
+def recommend_rank(
+    comm: Communicator,
+    graphs: Graphs | None,
+    run_ref: RunRef,
+    users: np.ndarray | None,
+    top: int,
+    include_seen: bool,
+    allowed: np.ndarray | None,
+    titles: pa.Array | None,
+    out: str | None,
+) -> dict:
+    """Lists of this rank's users, written to `out`, or, without it, returned. Collective: every rank must call it.
+
+    Args:
+        users: indexes in the order of the lists; None: all.
+        allowed, titles: by item index.
+    """
+    run = load_run(run_ref, comm, graphs)
+    embeddings = with_mean_user(run, run.final_embeddings())
+    first, last = embeddings.users.start, embeddings.users.stop
+    mine = np.arange(first, last) if users is None else users[(users >= first) & (users < last)]
+    known = None if include_seen else later_interactions(run.catalog, first, last)
+    files, lists, rows = {}, [], 0
+    for number in range(comm.all_reduce_max(-(-len(mine) // CHUNK_USERS))):
+        chunk = mine[number * CHUNK_USERS : (number + 1) * CHUNK_USERS]
+        items, scores = ranked_lists(run, embeddings, chunk, top, known, allowed)
+        table = list_table(run.catalog, "user_id", chunk, items, scores, titles)
+        rows += table.num_rows
+        if out is None:
+            lists += table.to_pylist()
+        elif len(chunk):
+            name = f"part-{first + number * CHUNK_USERS:012d}.parquet"
+            files[name] = asdict(formats.write_table(storage.join(out, name), table))
+    gathered = comm.all_gather_json({"files": files, "rows": rows, "users": len(mine)})
+    merged = {name: entry for part in gathered for name, entry in part["files"].items()}
+    totals = {name: sum(part[name] for part in gathered) for name in ("users", "rows")}
+    return {**totals, "files": merged, "lists": lists} if out is None else {**totals, "files": merged}
+
+
+def with_mean_user(run: TrainedRun, embeddings: Embeddings) -> Embeddings:
+    """Embeddings in which users without a train interaction have the mean of the others."""
+    users, items = embeddings
+    new = torch.from_numpy(run.graphs.user_degree[users.start : users.stop] == 0).to(users.weight.device)
+    mean = mean_user(users, run.graphs, run.config.eval.block_rows)
+    return Embeddings(users.with_values(torch.where(new[:, None], mean.to(users.weight.dtype), users.weight)), items)
+
+
+def later_interactions(catalog: Catalog, first: int, last: int) -> CSC:
+    """Items of valid and test of the users [first, last), by user index less `first`."""
+    users, items = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    for split in ("valid", "test"):
+        for user, item in catalog.interaction_files(split):
+            inside = (user >= first) & (user < last)
+            users.append(user[inside] - np.int32(first))
+            items.append(item[inside])
+    pairs = np.unique(np.concatenate(users).astype(np.int64) * catalog.items + np.concatenate(items))
+    return by_destination(
+        (pairs // catalog.items).astype(np.int32), (pairs % catalog.items).astype(np.int32), last - first
+    )
+
+
+def ranked_lists(
+    run: TrainedRun,
+    embeddings: Embeddings,
+    users: np.ndarray,
+    top: int,
+    known: CSC | None,
+    allowed: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Items int64 [n, top] and scores of some of this rank's users, -1 where there are fewer. Collective.
+
+    Args:
+        known: interactions beside those of train that are left out; None: all items may be listed.
+    """
+    options, rows = run.ranking_options(None), users - embeddings.users.start
+    more = 0 if known is None or not len(users) else int(known.degree[rows].max())
+    items, scores = top_k_items(
+        *embeddings, run.graphs, users, top + more, options, allowed, mask_train=known is not None
+    )
+    if known is not None:
+        drop = hits(items, rows, known)
+        order = np.argsort(drop, axis=1, kind="stable")  # what is left, in its order, then what is dropped
+        items = np.where(drop, -1, items)
+        items, scores = (np.take_along_axis(each, order, axis=1) for each in (items, scores))
+    return items[:, :top], scores[:, :top]
+
+
+def similar_items(
+    comm: Communicator,
+    graphs: Graphs | None,
+    run_ref: RunRef,
+    item: int,
+    top: int,
+    allowed: np.ndarray | None,
+    titles: pa.Array | None,
+) -> dict:
+    """The items with the largest cosine with an item, in this process alone."""
+    run = load_run(run_ref, comm, graphs)
+    rows = normalize(run.final_embeddings().items.weight.double(), dim=1)
+    scores = rows @ rows[item]
+    scores[item] = -torch.inf
+    if allowed is not None:
+        scores[torch.from_numpy(~allowed)] = -torch.inf
+    best = scores.topk(min(top, len(scores) - 1))
+    items = np.where(torch.isinf(best.values).numpy(), -1, best.indices.numpy())[None]
+    return {
+        "lists": list_table(run.catalog, "to", np.array([item]), items, best.values.numpy()[None], titles).to_pylist()
+    }
+
+
+def list_table(
+    catalog: Catalog, key: str, of: np.ndarray, items: np.ndarray, scores: np.ndarray, titles: pa.Array | None
+) -> pa.Table:
+    """Lists as rows (key, rank, item_id, score, title) under the original ids."""
+    kind = "users" if key == "user_id" else "items"
+    row, place = np.nonzero(items >= 0)
+    listed = pa.array(items[row, place])
+    columns = {
+        key: catalog.ids(kind).take(pa.array(of[row])),
+        "rank": pa.array(place + 1, pa.int32()),
+        "item_id": catalog.ids("items").take(listed),
+        "score": pa.array(scores[row, place].astype(np.float32)),
+    }
+    return pa.table(columns | ({} if titles is None else {"title": titles.take(listed)}))
+
+
+def show(rows: list[dict], kind: str) -> None:
+    """Print lists, one after the other."""
+    key = "user_id" if kind == "user" else "to"
+    for n, row in enumerate(rows):
+        if row["rank"] == 1:
+            print(f"{'' if n == 0 else chr(10)}{kind} {row[key]}")
+        print(f"{row['rank']:4}  {row['score']:10.4f}  {row['item_id']}  {row.get('title') or ''}".rstrip())
+    if not rows:
+        print("no item is left to list")
