@@ -9,6 +9,7 @@ import sys
 from gtc_dist.errors import run_command
 
 COMMANDS = {
+    "init": ("gtc_dist.init.write_config", "a configuration for a folder of files"),
     "features": ("gtc_dist.features.encode_items", "texts and pictures of items to vectors"),
     "prepare": ("gtc_dist.prepare.build_catalog", "interactions and vectors to a catalog"),
     "train": ("gtc_dist.train", "train on a catalog, or go on with an interrupted training"),

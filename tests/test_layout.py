@@ -22,7 +22,7 @@ ORDER = [
     ["launch"],
     ["prepare", "synthetic", "train", "evaluate", "export"],
     ["features"],
-    ["recommend"],
+    ["recommend", "init"],
     ["__main__"],
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,124 @@
+"""What the files of a folder are for, by their names, columns and types: interactions, vectors, texts, pictures."""
+
+import posixpath
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from gtc_dist.data import formats, storage
+from gtc_dist.errors import InputError
+from gtc_dist.features.item_content import PICTURES
+from gtc_dist.prepare.interaction_file import FORMATS, InteractionFile, format_of, read_schema
+
+# names of columns, lower-case, in the order of preference; a type suffix as in `user_id:token` is left out
+ROLES = {
+    "user": ["user_?id", "user|uid", "(customer|client|visitor|member|reader|reviewer|account)(_?(id|no|number))?"],
+    "item": [
+        "item_?id",
+        "item|iid",
+        "parent_asin",
+        "asin|sku|isbn",
+        "(product|article|movie|book|track|song|video|artist|business)_?id",
+        "product|article|movie|book|track|song",
+    ],
+    "time": [
+        "timestamp|time|datetime|date|ts",
+        "(event|unix_?review|order|purchase)_?(time|date)",
+        "(created|ordered|purchased)_?(at|on)",
+    ],
+    "rating": ["rating", "stars|overall|score"],
+}
+TEXT = r"title|name|description|brand|category|categories|text|features?"
+
+
+@dataclass
+class Found:
+    """Files of a folder by their use, each as a pattern relative to the folder.
+
+    interactions: pattern -> role -> column. vectors: pattern -> id column, vector column or None (.npy). texts: pattern
+    -> id column, text columns. pictures: folder -> number of pictures. unknown: files that were not understood.
+    """
+
+    interactions: dict[str, dict[str, str]] = field(default_factory=dict)
+    vectors: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+    texts: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
+    pictures: dict[str, int] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+
+def look_at_folder(folder: str) -> Found:
+    """Look at every file of a folder, its head alone. Raises InputError if the folder is empty."""
+    names = sorted(
+        name for name in storage.listing(folder) if not any(p.startswith((".", "_")) for p in name.split("/"))
+    )
+    if not names:
+        raise InputError(f"{folder} has no file")
+    found = Found()
+    for name in names:
+        extension = posixpath.splitext(name.removesuffix(".gz"))[1].lower()
+        if extension in PICTURES:
+            top = posixpath.dirname(name).partition("/")[0] or "."
+            found.pictures[top] = found.pictures.get(top, 0) + 1
+        elif extension == ".npy":
+            _look_at_array(folder, name, names, found)
+        elif extension in FORMATS:
+            _look_at_table(folder, name, found)
+        elif extension != ".txt":
+            found.unknown.append(name)
+    return found
+
+
+def columns_by_role(schema: pa.Schema) -> dict[str, str]:
+    """Role -> column, of the roles that a column's name and type fit."""
+    found: dict[str, str] = {}
+    for role, patterns in ROLES.items():
+        for wanted in patterns:
+            plain = {column.name: column.name.partition(":")[0].strip().lower() for column in schema}
+            fitting = [column for column in schema if re.fullmatch(wanted, plain[column.name])]
+            for column in fitting:
+                number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+                if role not in found and column.name not in found.values() and (number or role != "rating"):
+                    found[role] = column.name
+    return found
+
+
+def _look_at_array(folder: str, name: str, names: list[str], found: Found) -> None:
+    with storage.open_input(storage.join(folder, name)) as file, formats.parsing(name, "a .npy array"):
+        shape, _, dtype = formats.read_array_header(file)
+    if len(shape) == 2 and np.issubdtype(dtype, np.floating):
+        stem = name.removesuffix(".npy")
+        ids = [other for other in names if re.fullmatch(rf"{re.escape(stem)}[_.-]?ids?\.(txt|npy|parquet)", other)]
+        found.vectors[name] = (ids[0] if ids else "", None)
+    elif len(shape) != 1:
+        found.unknown.append(name)
+
+
+def _look_at_table(folder: str, name: str, found: Found) -> None:
+    uri = storage.join(folder, name)
+    schema = read_schema(InteractionFile(uri, format_of(uri), uri.endswith(".gz"), {}, {}))
+    roles = columns_by_role(schema)
+    pattern = _pattern(name)
+    lists = [c.name for c in schema if pa.types.is_list(c.type) or pa.types.is_fixed_size_list(c.type)]
+    texts = [c.name for c in schema if re.fullmatch(TEXT, c.name.lower()) and _is_text(c.type)]
+    if "user" in roles and "item" in roles:
+        found.interactions[pattern] = roles
+    elif "item" in roles and lists:
+        found.vectors[pattern] = (roles["item"], "vector" if "vector" in lists else lists[0])
+    elif "item" in roles and texts:
+        found.texts[pattern] = (roles["item"], texts)
+    elif re.search(r"[_.-]?ids?\.parquet$", name) is None:
+        found.unknown.append(name)
+
+
+def _is_text(type: pa.DataType) -> bool:
+    return pa.types.is_string(type) or pa.types.is_large_string(type)
+
+
+def _pattern(name: str) -> str:
+    """A file in a folder of its own, or with a number at the end, stands for all of its kind: a glob."""
+    folder, base = posixpath.split(name)
+    stem, dot, extension = base.partition(".")
+    numbered = re.fullmatch(r"(.*?)[_-]?\d+", stem)
+    return posixpath.join(folder, f"{numbered[1]}*{dot}{extension}") if numbered else name

@@ -1,0 +1,146 @@
+"""Write a configuration for a folder of files:
+
+    python -m gtc_dist.init shop --out shop.yaml
+
+It looks at the names and columns of the files: interactions, vectors, and texts and pictures that `python -m
+gtc_dist.features` can turn into vectors. What it guessed is in the comments; edit the file where it is wrong.
+"""
+
+import argparse
+import posixpath
+from pathlib import Path
+
+from gtc_dist.config_file import load_config
+from gtc_dist.data import storage
+from gtc_dist.errors import InputError
+from gtc_dist.init.look_at_files import Found, look_at_folder
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gtc_dist.init", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", help="folder of the files, local or s3://")
+    parser.add_argument("--out", required=True, help="YAML file to write")
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    if out.exists():
+        raise InputError(f"{out} exists; name another file, or remove it")
+    found = look_at_folder(args.folder)
+    if not found.interactions:
+        looked = [*found.vectors, *found.texts, *found.unknown]
+        raise InputError(
+            f"{args.folder} has no table with a column of users and one of items, such as user_id and item_id "
+            f"(looked at {', '.join(looked[:5]) or 'pictures alone'}); rename the columns, or write the YAML by hand"
+        )
+    out.write_text(yaml_text(args.folder, found, out.stem))
+    load_config(str(out), [])
+    print(next_steps(args.folder, found, args.out))
+
+
+def yaml_text(folder: str, found: Found, name: str) -> str:
+    """The configuration, with a comment on every guess."""
+    (pattern, roles), *others = found.interactions.items()
+    same = [pattern, *(other for other, columns in others if columns == roles)]
+    given = split_files(same)
+    lines = ["data:", f"  raw: {folder}", f"  catalog: work/{name}/catalog", "  interactions:"]
+    if not given:
+        lines.append(f"    files: [{', '.join(map(quoted, same))}]")
+    lines += [f"    {role}: {quoted(column)}" for role, column in roles.items()]
+    if "rating" in roles:
+        lines.append("    # min_rating: 4   # drops lower ratings; now all count alike")
+    lines += [f"    # not used: {other} has other columns" for other, _ in others if other not in same]
+    lines.append("  split:")
+    if given:
+        lines.append("    method: given   # by files")
+        lines += [f"    {split}: [{quoted(file)}]" for split, file in given.items()]
+    elif "time" in roles:
+        lines.append("    method: global_time   # valid and test are later than train; or leave_last_out")
+    else:
+        lines.append("    method: ratio   # of each user's interactions, at random: no column has times")
+    features = feature_lines(found)
+    lines += ["  features:", *features] if features else ["  features: {}   # needs one modality at least"]
+    for command, entry in feature_commands(folder, found):
+        lines += [f"    # {command}", f"    # {entry}"]
+    lines += ["run:", f"  storage: work/{name}/runs", "  name: first", ""]
+    if found.unknown:
+        lines.insert(0, f"# not understood: {', '.join(found.unknown[:10])}")
+    return "\n".join(lines)
+
+
+def split_files(patterns: list[str]) -> dict[str, str]:
+    """Split -> file, where the files are named after all three splits; else empty."""
+    names = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
+    stems = {posixpath.basename(pattern).partition(".")[0].lower(): pattern for pattern in patterns}
+    found = {split: stems[stem] for split, options in names.items() for stem in options if stem in stems}
+    return found if len(found) == len(names) == len(patterns) else {}
+
+
+def feature_lines(found: Found) -> list[str]:
+    """Entries of data.features for vectors that are there."""
+    lines = []
+    for pattern, (ids, column) in found.vectors.items():
+        parts = [f"path: {quoted(pattern)}"]
+        if column is None:
+            parts += [f"ids: {quoted(ids)}"] if ids else []
+        else:
+            parts += [f"id_column: {quoted(ids)}"] if ids != "item_id" else []
+            parts += [f"vector_column: {quoted(column)}"] if column != "vector" else []
+        rows = "   # row number = item id" if column is None and not ids else ""
+        lines.append(f"    {modality_name(pattern, lines)}: {{{', '.join(parts)}}}{rows}")
+    return lines
+
+
+def feature_commands(folder: str, found: Found) -> list[tuple[str, str]]:
+    """Commands that make vectors of texts and pictures, each with its entry of data.features."""
+    commands = []
+    for pattern, (ids, columns) in found.texts.items():
+        options = f"--id {ids} " if ids != "item_id" else ""
+        name = f"text{len(commands) or ''}"
+        texts = f"--texts {shell(storage.join(folder, pattern))} {options}--columns {','.join(columns)}"
+        commands.append((f"gtc features {texts} --out {folder}/features/{name}", entry_of(name)))
+    for top, count in found.pictures.items():
+        name = f"visual{sum('pictures' in command for command, _ in commands) or ''}"
+        place = folder if top == "." else storage.join(folder, top)
+        command = f"gtc features --pictures {shell(place)} --out {folder}/features/{name}"
+        commands.append((f"{command}   # {count:,} pictures", entry_of(name)))
+    return commands
+
+
+def entry_of(name: str) -> str:
+    return f"{name}: {{path: features/{name}/*.parquet}}"
+
+
+def modality_name(pattern: str, taken: list[str]) -> str:
+    """A name from the path: the file's without numbers and extension, or that of the folder of many files."""
+    folder, _, base = pattern.rpartition("/")
+    stem = folder.rpartition("/")[2] if "*" in base and folder else base.partition(".")[0]
+    name = "".join(c if c.isalnum() or c in "_-" else "_" for c in stem).strip("*_-") or "content"
+    same = sum(line.strip().startswith(name) for line in taken)
+    return f"{name}{same + 1}" if same else name
+
+
+def quoted(text: str) -> str:
+    """A YAML string, quoted where it needs to be."""
+    return text if text.replace("_", "").replace("/", "").replace(".", "").replace("-", "").isalnum() else f'"{text}"'
+
+
+def shell(path: str) -> str:
+    return f"'{path}'" if "*" in path else path
+
+
+def next_steps(folder: str, found: Found, out: str) -> str:
+    """What was written and what to do now, for the terminal."""
+    pattern, roles = next(iter(found.interactions.items()))
+    columns = ", ".join(f"{role} {column}" for role, column in roles.items())
+    more = f" and {len(found.interactions) - 1} more" if len(found.interactions) > 1 else ""
+    lines = [f"{out}: interactions {pattern}{more} ({columns}); {len(found.vectors)} sets of vectors"]
+    commands = feature_commands(folder, found)
+    if commands:
+        lines += ["make vectors of the texts and pictures, and take the comments off their entries:"]
+        lines += [f"  {command.partition('   #')[0]}" for command, _ in commands]
+    if commands or found.vectors:
+        lines += ["then:", f"  gtc prepare --config {out}", f"  gtc train --config {out}"]
+    else:
+        lines.append("there are no vectors, texts or pictures of the items: GTC needs one kind at least")
+    return "\n".join(lines)
