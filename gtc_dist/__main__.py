@@ -4,6 +4,7 @@ Each is also a module of its own, `python -m gtc_dist.COMMAND`, as jobs on a clu
 """
 
 import importlib
+import os
 import sys
 
 from gtc_dist.errors import run_command
@@ -33,6 +34,7 @@ def main() -> None:
     if name not in COMMANDS:
         print(f"error: unknown command {name!r}\n\n{usage()}", file=sys.stderr)
         sys.exit(2)
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it: encoders may be written in a file there
     module = importlib.import_module(COMMANDS[name][0])
     sys.argv[0] = f"gtc {name}"
     run_command(lambda: module.main(rest))

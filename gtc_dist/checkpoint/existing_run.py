@@ -126,11 +126,9 @@ def with_catalog(config: Config, run: str, catalog_uri: str | None = None) -> Co
         InputError: the catalog is neither where it was nor beside a run that has moved.
     """
     recorded = config.data.catalog
-    if catalog_uri is None and not storage.exists(storage.join(recorded, MANIFEST)):
-        from_run = posixpath.relpath(_path(recorded), _path(storage.join(config.run.storage, config.run.name)))
-        scheme, separator, path = storage.absolute(run).rpartition("://")
-        catalog_uri = f"{scheme}{separator}{posixpath.normpath(posixpath.join(path, from_run))}"
-        if not storage.exists(storage.join(catalog_uri, MANIFEST)):
+    if catalog_uri is None and not _has_catalog(recorded):
+        catalog_uri = _beside(run, config)
+        if catalog_uri is None or not _has_catalog(catalog_uri):
             raise InputError(
                 f"the catalog {recorded} of run {run} does not exist; if it has moved, name its place with --catalog"
             )
@@ -138,6 +136,24 @@ def with_catalog(config: Config, run: str, catalog_uri: str | None = None) -> Co
         return config
     data = config.data.model_copy(update={"catalog": storage.absolute(catalog_uri)})
     return config.model_copy(update={"data": data})
+
+
+def _has_catalog(uri: str) -> bool:
+    """Whether a catalog is there; False also for a place that this machine may not read."""
+    try:
+        return storage.exists(storage.join(uri, MANIFEST))
+    except (InputError, OSError):
+        return False
+
+
+def _beside(run: str, config: Config) -> str | None:
+    """Where the catalog is if it has kept its place relative to the run; None: that would be in another bucket."""
+    from_run = posixpath.relpath(_path(config.data.catalog), _path(storage.join(config.run.storage, config.run.name)))
+    scheme, separator, path = storage.absolute(run).rpartition("://")
+    found = posixpath.normpath(posixpath.join(path, from_run))
+    if separator and found.partition("/")[0] != path.partition("/")[0]:
+        return None
+    return f"{scheme}{separator}{found}"
 
 
 def _path(uri: str) -> str:

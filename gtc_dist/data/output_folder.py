@@ -71,8 +71,8 @@ class OutputFolder:
     def clear(self) -> None:
         """Empty the folder, after `state` accepted it: write the marker, remove the manifest, then the other files."""
         names = sorted(storage.listing(self.uri), key=lambda name: name != self.manifest)
-        if names:
-            self.mark()
+        if names and self.marker is not None:
+            storage.write_json(storage.join(self.uri, self.marker), {})  # until `mark`: old files may still be there
         for name in names:
             if name != self.marker:
                 storage.remove_tree(storage.join(self.uri, name))

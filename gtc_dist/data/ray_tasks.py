@@ -61,9 +61,24 @@ def map_tables(
 def map_blocks(work: Callable[[pa.Table], pa.Table], tables: list[pa.Table], gpu: bool) -> Iterator[dict[str, Any]]:
     """Run `work` on every table, each a row or a few, in a Ray task with a CPU or a GPU; yield the rows of the results
     in no particular order."""
-    blocks = ray.data.from_arrow(tables)
-    done = blocks.map_batches(work, batch_size=None, batch_format="pyarrow", num_gpus=1 if gpu else None)
+    blocks, options = ray.data.from_arrow(tables), {"batch_size": None, "batch_format": "pyarrow"}
+    if gpu:  # actors: Ray ends a task's process after one call if it has a GPU
+        gpus = int(ray.cluster_resources()["GPU"])
+        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(gpus, len(tables))))
+        done = blocks.map_batches(_Caller, fn_constructor_args=(work,), compute=pool, num_gpus=1, **options)
+    else:
+        done = blocks.map_batches(work, **options)
     yield from done.iter_rows()
+
+
+class _Caller:
+    """A function as an actor."""
+
+    def __init__(self, work: Callable[[pa.Table], pa.Table]):
+        self.work = work
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return self.work(table)
 
 
 def read_rows(files: pa.Table) -> pa.Table:

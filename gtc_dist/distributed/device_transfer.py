@@ -21,10 +21,11 @@ def to_device(value: T, device: torch.device) -> T:
         value: nested dataclasses, lists, tuples and dictionaries. A part that occurs twice is one part afterwards, too.
             Tensors that are on the device already, and all else, stay as they are.
     """
-    moved = AsyncTransfer(device).start(value)
+    transfer = AsyncTransfer(device)
+    moved = transfer.start(value)
     if moved.arrived is not None:
         moved.arrived.synchronize()
-    return moved.value
+    return transfer.finish(moved)
 
 
 @dataclass
@@ -45,6 +46,8 @@ class AsyncTransfer:
 
     def start(self, value: T) -> Transfer:
         """Queue the copy of a value."""
+        if self.stream is not None:
+            torch.cuda.set_device(self.device)  # of this thread; otherwise it would open a context on the first GPU
         found: dict[int, torch.Tensor] = {}
         _collect(value, self.device, found)
         if not found:

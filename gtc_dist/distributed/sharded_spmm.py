@@ -1,4 +1,5 @@
-"""Sharded sparse-dense matrix products: each rank sums over the edges into its own rows, in bounded memory.
+"""Sharded sparse-dense matrix products: each rank sums over the edges into its own rows, in bounded memory (on a GPU up
+to `MAX_KEPT_BYTES` of edges stay on the device).
 
 A rank's destinations are computed a chunk at a time, and a chunk looks up only the source rows that its edges name.
 Nothing is differentiated: inference and the untrained scorers use this, training uses `message_passing`.
@@ -12,6 +13,8 @@ import torch
 
 from gtc_dist.distributed.message_passing import Block, weighted_sum
 from gtc_dist.distributed.sharded_table import LookupPlan, ShardedTable, plan_lookup
+
+MAX_KEPT_BYTES = 1 << 30  # edges of an operator that stay on a GPU between products
 
 
 class ShardedSpMM:
@@ -34,7 +37,9 @@ class ShardedSpMM:
         self.first = first + rows.start
         # with several ranks: the source rows of each chunk, planned once for all columns and layers
         self.plans = [self._plan(*bounds, sources.rows) for bounds in self.bounds] if self.comm.size > 1 else []
-        self.keeps_blocks = self.comm.device.type != "cpu"  # a GPU gets the edges once, not for every group of columns
+        # a GPU gets the edges once, not for every group of columns, if they are few enough
+        edges = int(indptr[self.first + self.bounds[-1][1]] - indptr[self.first]) if self.bounds else 0
+        self.keeps_blocks = self.comm.device.type != "cpu" and 8 * edges <= MAX_KEPT_BYTES
         self.blocks: dict[int, Block] = {}
 
     def sums(self, sources: ShardedTable) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -70,7 +75,7 @@ class ShardedSpMM:
         """Place of each edge's source among the looked-up rows, and the plan that looks these up."""
         ids = torch.from_numpy(self.indices[self._edges(low, high)[0]] - np.int32(self.base))
         used, position = torch.unique(ids, return_inverse=True)
-        plan = plan_lookup(used.long().to(self.comm.device), rows, self.comm)
+        plan = plan_lookup(used.long().to(self.comm.device), rows, self.comm, trained=False)
         return position.int(), replace(plan, position=None)  # rows arrive in the order of `used`
 
 

@@ -38,9 +38,13 @@ class LookupPlan:
     touched_at: torch.Tensor | None = None
 
 
-def plan_lookup(ids: torch.Tensor, rows: int, comm: Communicator) -> LookupPlan:
+def plan_lookup(ids: torch.Tensor, rows: int, comm: Communicator, trained: bool = True) -> LookupPlan:
     """Plan a look-up of `ids` (int64 [n], repeats allowed) in a table with `rows` rows. Collective: every rank must
-    call it."""
+    call it.
+
+    Args:
+        trained: False: of frozen tables alone, whose rows get no gradient.
+    """
     unique, position = torch.unique(ids, return_inverse=True)  # sorted, hence grouped by owner
     bounds = torch.tensor([comm.row_range(rows, r)[0] for r in range(comm.size)] + [rows], device=ids.device)
     if len(unique) and (unique[0] < 0 or unique[-1] >= rows):
@@ -52,7 +56,8 @@ def plan_lookup(ids: torch.Tensor, rows: int, comm: Communicator) -> LookupPlan:
     one_each = [1] * comm.size
     send = comm.all_to_all(asked, one_each, one_each).tolist()
     outgoing = comm.all_to_all(unique, receive, send) - comm.row_range(rows)[0]
-    return LookupPlan(position, outgoing, send, receive, *torch.unique(outgoing, return_inverse=True))
+    touched = torch.unique(outgoing, return_inverse=True) if trained else (None, None)
+    return LookupPlan(position, outgoing, send, receive, *touched)
 
 
 def plan_whole_table(rows: int, comm: Communicator) -> LookupPlan:

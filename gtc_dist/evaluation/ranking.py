@@ -176,6 +176,7 @@ def top_k_items(
     k: int,
     options: RankingOptions,
     allowed: np.ndarray | None = None,
+    known: CSC | None = None,
     mask_train: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Best k items by dot product, without a user's train positives. Of equal scores in different blocks, the lower
@@ -184,6 +185,7 @@ def top_k_items(
     Args:
         rank_users: [n], indexes of this rank's users to rank for.
         allowed: bool [items], only these are listed; None: all.
+        known: further items of each of this rank's users that are not listed, by user index less the rank's first.
         mask_train: False: train positives are listed, too.
 
     Returns:
@@ -203,6 +205,9 @@ def top_k_items(
             scores = users.weight[rows[part]].float() @ block.T
             if mask_train:
                 row, column = train_positives(graphs, rank_users[part], first, last)
+                scores[row.to(device), column.to(device)] = float("-inf")
+            if known is not None:
+                row, column = items_in_range(known, rank_users[part] - users.start, first, last)
                 scores[row.to(device), column.to(device)] = float("-inf")
             if excluded is not None:
                 scores.masked_fill_(excluded, float("-inf"))
@@ -238,8 +243,15 @@ def _above_running_best(scores: torch.Tensor, least: torch.Tensor, k: int) -> tu
 
 def train_positives(graphs: Graphs, users: np.ndarray, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(row, column) of the train positives of `users` among items [first, last)."""
-    indptr, edges = take_edges(graphs.nodes, users)
-    items = graphs.nodes.indices[edges] - graphs.users
-    row = np.repeat(np.arange(len(users)), np.diff(indptr))
+    return items_in_range(graphs.nodes, users, first, last, graphs.users)
+
+
+def items_in_range(
+    graph: CSC, rows: np.ndarray, first: int, last: int, base: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row, column) of the items in [first, last) of some rows of a graph, whose first item has the index `base`."""
+    indptr, edges = take_edges(graph, rows)
+    items = graph.indices[edges] - base
+    row = np.repeat(np.arange(len(rows)), np.diff(indptr))
     inside = (items >= first) & (items < last)
     return torch.from_numpy(row[inside]), torch.from_numpy(items[inside].astype(np.int64) - first)

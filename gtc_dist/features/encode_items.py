@@ -12,10 +12,12 @@ relative to the table, or bytes. The configuration then has
 
 Built-in encoders need no download: `ngrams` for texts, `descriptor` for pictures. `--encoder module:callable` takes any
 model (docs/quickstart.md shows one). Items that arrive later are encoded alike with `--like FOLDER`, the output of the
-first time; `python -m gtc_dist.export --new-items` takes them.
+first time.
 
-Tasks on the Ray cluster encode parts of the items and write a file each. Rerun the same command to continue an
-interrupted one. The driver holds ids and texts in memory; pictures are read by the tasks.
+Tasks on the Ray cluster encode parts of the items and write a file each. Rerun the same command, without --force, to
+continue an interrupted one. The driver holds ids, texts and pictures given as bytes in memory; named pictures are read
+by the tasks. A change of the tables, of the encoder or of its file is noticed, that of a picture that a table names is
+not.
 """
 
 import argparse
@@ -39,6 +41,7 @@ from gtc_dist.features.encoders import (
     encode_batch,
     load_pictures,
     make_encoder,
+    module_digest,
     search_path,
 )
 from gtc_dist.features.item_content import ItemContent, find_pictures, read_picture_column, read_texts
@@ -48,7 +51,8 @@ from gtc_dist.progress import ProgressPrinter
 
 VERSION = 1  # of the built-in encoders: another version makes other vectors
 PART_ITEMS = {"text": 8192, "picture": 512}  # of a file
-BATCH = 256  # items given to an encoder at once
+BATCH = {"text": 256, "picture": 32}  # items given to an encoder at once
+DESCRIPTOR_SIDE = 256  # pixels that the built-in descriptor needs at most
 FEATURES_MANIFEST, MARKER = "manifest.json", "encoding.json"
 EXAMPLES = 3
 
@@ -60,13 +64,14 @@ def main(argv: list[str] | None = None) -> None:
     encoder = args.encoder or BUILT_IN[kind]
     out, progress = storage.absolute(args.out), ProgressPrinter()
     check_encoder(encoder, kind)
-    like = fitted_like(args.like, encoder) if args.like else None
+    like, fitted = fitted_like(args.like, encoder, out) if args.like else (None, None)
     content = read_content(args)
     present = len(content.ids) - content.content.null_count
     progress(f"{len(content.ids):,} items, {present:,} with a {kind}; encoder {encoder}")
     if not present:
         raise InputError(f"no item has a {kind}")
-    spec = {"kind": kind, "encoder": encoder, "version": VERSION, "like": like}
+    spec = {"kind": kind, "encoder": encoder, "version": VERSION, "like": like, "fitted": fitted}
+    spec["module"] = module_digest(encoder)
     if encoder == "ngrams" and like is None:
         spec["width"] = args.width
     digest = content_fingerprint(content, spec, args)
@@ -117,16 +122,22 @@ def read_content(args: argparse.Namespace) -> ItemContent:
     return read_picture_column(args.pictures, args.id, columns[0])
 
 
-def fitted_like(uri: str, encoder: str) -> str:
-    """URI of an earlier output whose encoder is used. Raises InputError if it has none, or another one."""
+def fitted_like(uri: str, encoder: str, out: str) -> tuple[str, str]:
+    """URI of an earlier output whose encoder is used, and the fingerprint of what it was fitted to.
+
+    Raises:
+        InputError: it has no encoder, or another one.
+    """
     uri = storage.absolute(uri)
+    if uri == out:
+        raise InputError(f"--like and --out are the same folder, {out}; name another one for the new items")
     path = storage.join(uri, FEATURES_MANIFEST)
     if not storage.exists(path):
         raise InputError(f"--like {uri} is no finished output of this command (there is no {path})")
     earlier = storage.read_json(path)
     if (earlier["encoder"], earlier["version"]) != (encoder, VERSION):
         raise InputError(f"--like {uri} was made by {earlier['encoder']} {earlier['version']}, not {encoder} {VERSION}")
-    return earlier["like"] or uri
+    return earlier["like"] or uri, earlier["fitted"] or earlier["fingerprint"]
 
 
 def content_fingerprint(content: ItemContent, spec: dict, args: argparse.Namespace) -> str:
@@ -210,11 +221,12 @@ def encode_part(number: int, ids: pa.Array, content: list, task: EncodingTask) -
     encoder = make_encoder(task.encoder, task.state, task.search, task.digest)
     given = [position for position, value in enumerate(content) if value is not None]
     vectors, kept, problems = [], [], []
-    for start in range(0, len(given), BATCH):
-        positions = given[start : start + BATCH]
+    side = DESCRIPTOR_SIDE if task.encoder == BUILT_IN["picture"] else None
+    for start in range(0, len(given), BATCH[task.kind]):
+        positions = given[start : start + BATCH[task.kind]]
         batch = [content[position] for position in positions]
         if task.kind == "picture":
-            batch, good, wrong = load_pictures(batch)
+            batch, good, wrong = load_pictures(batch, side)
             positions = [positions[place] for place in good]
             problems += wrong
         if batch:

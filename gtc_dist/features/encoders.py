@@ -7,6 +7,7 @@ module:callable    a function from a list of texts, or of RGB pictures (PIL), to
 """
 
 import functools
+import hashlib
 import importlib
 import inspect
 import io
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from gtc_dist.data import storage
 from gtc_dist.errors import InputError
@@ -55,6 +56,14 @@ def make_encoder(name: str, folder: str, search: str | None, digest: str) -> Enc
         return describe_pictures
     found = _import(name)
     return found() if inspect.isclass(found) else found
+
+
+def module_digest(name: str) -> str:
+    """SHA-256 of the file that an encoder is written in; empty for built-in ones. What it imports is not covered."""
+    if name in BUILT_IN.values():
+        return ""
+    file = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
+    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def search_path(name: str) -> str | None:
@@ -98,27 +107,38 @@ def encode_batch(encoder: Encoder, name: str, content: list) -> np.ndarray:
     return vectors
 
 
-def load_pictures(pictures: list) -> tuple[list[Image.Image], list[int], list[str]]:
+def load_pictures(pictures: list, side: int | None) -> tuple[list[Image.Image], list[int], list[str]]:
     """Read pictures from URIs or bytes, as RGB.
+
+    Args:
+        side: a JPEG may be read smaller, if it stays larger than this; None: as it is.
 
     Returns:
         The pictures that could be read, their positions in the list, and what was wrong with the others.
+
+    Raises:
+        Unreachable, InputError: the storage cannot be read; a file that is missing is no such error.
     """
     with ThreadPoolExecutor(READERS) as pool:
-        read = list(pool.map(_load_picture, pictures))
+        read = list(pool.map(functools.partial(_load_picture, side=side), pictures))
     good = [position for position, (picture, _) in enumerate(read) if picture is not None]
     return [read[position][0] for position in good], good, [problem for picture, problem in read if picture is None]
 
 
-def _load_picture(picture: str | bytes) -> tuple[Image.Image | None, str]:
+def _load_picture(picture: str | bytes, side: int | None) -> tuple[Image.Image | None, str]:
     named = picture if isinstance(picture, str) else f"{len(picture)} bytes"
     try:
         data = storage.read_bytes(picture) if isinstance(picture, str) else picture
-        with Image.open(io.BytesIO(data)) as opened:
-            return opened.convert("RGB"), ""
-    except FileNotFoundError:
+    except (IsADirectoryError, FileNotFoundError):
         return None, f"{named} does not exist"
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
+    except InputError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None, f"{named} does not exist"
+        raise
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            if side is not None:
+                opened.draft("RGB", (side, side))
+            return opened.convert("RGB"), ""
+    except Exception:  # Pillow raises errors of many types for damaged files
         return None, f"{named} is not a picture that can be read"

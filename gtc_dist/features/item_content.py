@@ -59,13 +59,15 @@ def read_picture_column(pattern: str, id_column: str, column: str) -> ItemConten
         for found, (values,) in _read(uri, id_column, [column], "picture", types):
             ids.append(found)
             if pa.types.is_large_string(values.type):
-                named = [name and storage.join(folder, name) for name in values.to_pylist()]
+                named = [storage.join(folder, name) if name and name.strip() else None for name in values.to_pylist()]
                 values = pa.chunked_array([pa.array(named, pa.large_string())])
             pictures.append(values)
-    kinds = {values.type for values in pictures}
+    kinds = {values.type for values in pictures if values.null_count < len(values)} or {pa.large_string()}
     if len(kinds) > 1:
         raise InputError(f"{pattern}: column {column!r} has names in some files and bytes in others; use one kind")
-    joined = pa.chunked_array([chunk for values in pictures for chunk in values.chunks], *kinds)
+    (kind,) = kinds
+    chunks = [pa.nulls(len(v), kind) if v.null_count == len(v) else v.combine_chunks() for v in pictures]
+    joined = pa.chunked_array(chunks, kind)
     return ItemContent(_unique_ids(ids, uris), joined.combine_chunks(), uris)
 
 
@@ -73,8 +75,8 @@ def read_ids(uri: str, column: str) -> pa.Array:
     """Ids of a file: its lines (.txt), or a column of a table. Raises InputError."""
     if uri.endswith(".txt"):
         with formats.parsing(uri, "UTF-8 text"):
-            lines = storage.read_bytes(uri).decode().splitlines()
-        return id_columns.from_text(pa.array([line.strip() for line in lines if line.strip()], pa.large_string()))
+            lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
+        return id_columns.from_text(pa.array([line for line in lines if line.strip()], pa.large_string()))
     parts = [ids for ids, _ in _read(uri, column, [], "", ())]
     type = id_columns.common_type(part.type for part in parts) if parts else pa.int64()
     return pa.concat_arrays([pa.array([], type), *(chunk.cast(type) for part in parts for chunk in part.chunks)])
@@ -108,7 +110,8 @@ def _read(
     if file.format in ("csv", "tsv"):
         types = dict.fromkeys(types, pa.string())
     elif file.format == "jsonl":  # Arrow reads strings that look like timestamps as such
-        types = {name: pa.string() if pa.types.is_timestamp(type) else type for name, type in types.items()}
+        untyped = (pa.types.is_timestamp, pa.types.is_null)  # a block of nulls says nothing of what follows
+        types = {name: pa.string() if any(is_(type) for is_ in untyped) else type for name, type in types.items()}
     if id_columns.plain_type(types[id_column]) is None:
         raise InputError(f"{uri}: column {id_column!r} has type {types[id_column]}; expected integers or strings")
     for name in columns:
@@ -142,7 +145,7 @@ def _large(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def _unique_ids(columns: list[pa.ChunkedArray], uris: list[str]) -> pa.Array:
     """All ids in one type. Raises InputError for one that is there twice."""
     type = id_columns.common_type(column.type for column in columns) if columns else pa.int64()
-    ids = pa.concat_arrays([chunk.cast(type) for column in columns for chunk in column.chunks])
+    ids = pa.concat_arrays([pa.array([], type), *(chunk.cast(type) for column in columns for chunk in column.chunks)])
     counts = pc.value_counts(ids)
     repeated = pc.filter(counts.field("values"), pc.greater(counts.field("counts"), 1))
     if len(repeated):

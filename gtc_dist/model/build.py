@@ -50,6 +50,7 @@ def compile_step(network: GTC, backend: str = "inductor") -> None:
         raise InputError(f"train.compile is true, but {' and '.join(missing)} is missing: install it, or set false")
     # The whole graph keeps its shapes; sizes of the batch become symbols at the second step. Sampled, all differ.
     sampled = network.model_config.propagation == "sampled"
+    torch._dynamo.config.optimize_ddp = False  # it would cut the graph where gradients are averaged, for overlap
     network.compile(backend=backend, dynamic=True if sampled else None)
 
 

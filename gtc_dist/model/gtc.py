@@ -104,7 +104,9 @@ class GTC(nn.Module):
         if not self.variant.unit_rows and not self.variant.gated_content:
             # preference that all users share; only in combinations of parts that no model.variant has
             self.common = nn.Parameter(torch.zeros(self.n_node_views * self.dim))
-        self.masked = MaskedDiffusion(modalities, model.masked_members) if model.masked_members else None
+        self.masked = None
+        if model.masked_members:
+            self.masked = MaskedDiffusion(modalities, model.masked_members, train.precision == "bf16")
 
     @property
     def has_filter(self) -> bool:

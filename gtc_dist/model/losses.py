@@ -98,4 +98,6 @@ def l2_loss(network, user_rows: torch.Tensor, item_rows: torch.Tensor, batch: Ba
     graph = batch.subgraph
     users = user_rows.index_select(0, graph.users_in_inputs).square().sum(1)
     items = item_rows.index_select(0, graph.items_in_inputs).square().sum(1)
-    return (users @ batch.user_share + items @ batch.item_share) * (0.5 / network.n_members)
+    # no dot products, which autocast would round
+    total = (users * batch.user_share).sum() + (items * batch.item_share).sum()
+    return total * (0.5 / network.n_members)

@@ -46,11 +46,12 @@ class MaskedDiffusion(nn.Module):
 
     Args:
         modalities: name -> width of its features.
+        autocast: a step runs under autocast, which would round the ids and biases if they were added in a product.
     """
 
-    def __init__(self, modalities: dict[str, int], members: int):
+    def __init__(self, modalities: dict[str, int], members: int, autocast: bool = False):
         super().__init__()
-        self.width, self.members = WIDTH, members
+        self.width, self.members, self.autocast = WIDTH, members, autocast
         self.columns = members * WIDTH
         # modality -> columns of its content; state of the projection that made it, for inference on another machine
         self.content_widths = {name: min(d, CONTENT_WIDTH) for name, d in modalities.items()}
@@ -80,7 +81,9 @@ class MaskedDiffusion(nn.Module):
         ids = rows[:, : self.columns]
         if has_id is not None:
             ids = (ids.unflatten(1, (self.members, self.width)) * has_id[:, :, None]).flatten(1)
-        return self.unit(torch.addmm(ids, content.float(), self.content_map).float())
+        if self.autocast:
+            return self.unit(ids + torch.mm(content.float(), self.content_map).float())
+        return self.unit(torch.addmm(ids, content.float(), self.content_map))
 
     def unit(self, vectors: torch.Tensor) -> torch.Tensor:
         """Each member's vectors with norm one; zeros stay zeros. [n, members * D]."""
@@ -98,7 +101,10 @@ class MaskedDiffusion(nn.Module):
         users = self.unit(users) * self.log_scale.exp()
         users, items = self._by_member(users), self._by_member(items)
         bias = rows[:, self.columns :].T
-        scores = torch.baddbmm(bias[:, None], users, items.transpose(1, 2)).float()
+        if self.autocast:
+            scores = torch.bmm(users, items.transpose(1, 2)).float() + bias[:, None]
+        else:
+            scores = torch.baddbmm(bias[:, None], users, items.transpose(1, 2))
         # from the vectors: their gradient is small, that of an entry of the scores is a matrix of the scores' size
         target = (users[:, batch.target_user] * items[:, batch.target]).sum(2) + bias[:, batch.target]
         if batch.log_inclusion is not None:

@@ -86,7 +86,9 @@ def total_correlation_cross_entropy(
     factor = scale[:, None, None] * factor
     logits, positive = logits * factor[..., None], positive * factor
     drawn_ids = pool_ids.reshape(-1)[permutations * G + group]  # [G, S, S - 1, N]
-    same = (drawn_ids[:, :, :, None] == ids.T[:, None, None, :, None]).all(2)
+    same = drawn_ids[:, :, 0, None] == ids.T[:, None, :, None]
+    for k in range(1, S - 1):
+        same &= drawn_ids[:, :, k, None] == ids.T[:, None, :, None]
     logits = logits.masked_fill(same, float("-inf"))
     logits = torch.diagonal_scatter(logits, positive, offset=first, dim1=2, dim2=3)
     return (torch.logsumexp(logits, dim=3) - positive).sum() / (S * G)

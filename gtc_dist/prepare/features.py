@@ -240,8 +240,8 @@ def _ids_like(source: FeatureSource, type: pa.DataType) -> pa.Array:
     found = source.all_ids()
     if source.ids is None and ids.is_text(type):
         raise InputError(
-            f"{source.uris[0]} has rows by integer item id, but the interactions' item ids are strings; list each "
-            f"row's id (data.features.{source.name}.ids)"
+            f"{source.uris[0]} has rows by integer item id, but the item ids of the interactions or of another "
+            f"modality are strings; list each row's id (data.features.{source.name}.ids)"
         )
     return found.cast(pa.large_string()) if ids.is_text(type) and not ids.is_text(found.type) else found
 

@@ -9,8 +9,8 @@ get the list of the mean user. FILE holds ids: one in each line (.txt), or in a 
 Parquet file that is named user_id or item_id. --titles adds names from a table. Parquet has the columns user_id, rank
 (from 1), item_id, score and, with --titles, title; rows of a user follow each other.
 
-Similar items are those with the largest cosine. The dot product, by which users' lists are ranked, also rewards items
-that many people take.
+Similar items are those that users score alike: the correlation of two items' scores over the users. It leaves out what
+all users have in common, such as an item's popularity.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from dataclasses import asdict
 import numpy as np
 import pyarrow as pa
 import torch
-from torch.nn.functional import normalize
 
 from gtc_dist.checkpoint.existing_run import RunRef, find_run
 from gtc_dist.data import formats, storage
@@ -29,16 +28,17 @@ from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
 from gtc_dist.evaluation.beyond_accuracy import mean_user
-from gtc_dist.evaluation.metrics import hits
 from gtc_dist.evaluation.ranking import top_k_items
 from gtc_dist.features.item_content import read_ids, read_texts
 from gtc_dist.graph.csc import Graphs, by_destination
+from gtc_dist.hybrid.content_space import sampled_rows
 from gtc_dist.hybrid.embeddings import Embeddings
 from gtc_dist.inference.trained_run import TrainedRun, load_run
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
+from gtc_dist.prepare import ids as id_columns
 
-CHUNK_USERS = 1 << 16  # of a rank, whose lists are held at once
+CHUNK_USERS = 1 << 15  # of a rank, whose lists are held at once
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -103,6 +103,14 @@ def index_of_texts(catalog: Catalog, kind: str, ids: list[str]) -> np.ndarray:
     return catalog.index_of(kind, pa.array(ids, pa.string()))
 
 
+def index_of_known(catalog: Catalog, ids: pa.Array) -> np.ndarray:
+    """Index of items, -1 for ids that the catalog lacks; integers and texts compare as they are written."""
+    known = catalog_item_ids(catalog)
+    if id_columns.is_text(ids.type) != id_columns.is_text(known.type):
+        ids, known = ids.cast(pa.large_string()), known.cast(pa.large_string())
+    return id_columns.positions(ids, known).astype(np.int64)
+
+
 def allowed_items(catalog: Catalog, candidates: str | None, exclude: str | None) -> np.ndarray | None:
     """Mask bool [items] of what may be listed; None: all. Ids that the catalog lacks have no effect.
 
@@ -114,7 +122,7 @@ def allowed_items(catalog: Catalog, candidates: str | None, exclude: str | None)
     allowed = np.full(catalog.items, candidates is None)
     for uri, value in ((candidates, True), (exclude, False)):
         if uri is not None:
-            index = catalog.index_of("items", read_ids(uri, "item_id"), allow_unknown=True)
+            index = index_of_known(catalog, read_ids(uri, "item_id"))
             allowed[index[index >= 0]] = value
     if not allowed.any():
         raise InputError(f"no item of {catalog.uri} is left to list by --candidates and --exclude")
@@ -124,7 +132,7 @@ def allowed_items(catalog: Catalog, candidates: str | None, exclude: str | None)
 def item_titles(catalog: Catalog, uri: str, id_column: str, column: str) -> pa.Array:
     """Title of each item by its index, null where the table has none."""
     content = read_texts(uri, id_column, [column])
-    index = catalog.index_of("items", content.ids, allow_unknown=True)
+    index = index_of_known(catalog, content.ids)
     row = np.full(catalog.items, -1)
     row[index[index >= 0]] = np.flatnonzero(index >= 0)
     return content.content.take(pa.array(row, mask=row < 0))
@@ -163,10 +171,12 @@ def recommend_rank(
     first, last = embeddings.users.start, embeddings.users.stop
     mine = np.arange(first, last) if users is None else users[(users >= first) & (users < last)]
     known = None if include_seen else later_interactions(run.catalog, first, last)
-    files, lists, rows = {}, [], 0
+    files, lists, rows, options = {}, [], 0, run.ranking_options(None)
     for number in range(comm.all_reduce_max(-(-len(mine) // CHUNK_USERS))):
         chunk = mine[number * CHUNK_USERS : (number + 1) * CHUNK_USERS]
-        items, scores = ranked_lists(run, embeddings, chunk, top, known, allowed)
+        items, scores = top_k_items(
+            *embeddings, run.graphs, chunk, top, options, allowed, known, mask_train=not include_seen
+        )
         table = list_table(run.catalog, "user_id", chunk, items, scores, titles)
         rows += table.num_rows
         if out is None:
@@ -202,32 +212,6 @@ def later_interactions(catalog: Catalog, first: int, last: int) -> CSC:
     )
 
 
-def ranked_lists(
-    run: TrainedRun,
-    embeddings: Embeddings,
-    users: np.ndarray,
-    top: int,
-    known: CSC | None,
-    allowed: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Items int64 [n, top] and scores of some of this rank's users, -1 where there are fewer. Collective.
-
-    Args:
-        known: interactions beside those of train that are left out; None: all items may be listed.
-    """
-    options, rows = run.ranking_options(None), users - embeddings.users.start
-    more = 0 if known is None or not len(users) else int(known.degree[rows].max())
-    items, scores = top_k_items(
-        *embeddings, run.graphs, users, top + more, options, allowed, mask_train=known is not None
-    )
-    if known is not None:
-        drop = hits(items, rows, known)
-        order = np.argsort(drop, axis=1, kind="stable")  # what is left, in its order, then what is dropped
-        items = np.where(drop, -1, items)
-        items, scores = (np.take_along_axis(each, order, axis=1) for each in (items, scores))
-    return items[:, :top], scores[:, :top]
-
-
 def similar_items(
     comm: Communicator,
     graphs: Graphs | None,
@@ -237,18 +221,24 @@ def similar_items(
     allowed: np.ndarray | None,
     titles: pa.Array | None,
 ) -> dict:
-    """The items with the largest cosine with an item, in this process alone."""
+    """The items whose scores correlate most with those of an item, over the users; in this process alone."""
     run = load_run(run_ref, comm, graphs)
-    rows = normalize(run.final_embeddings().items.weight.double(), dim=1)
-    scores = rows @ rows[item]
+    users, items = run.final_embeddings()
+    chosen = sampled_rows(users, run.graphs.user_degree > 0)
+    covariance = torch.cov(users.weight[chosen].double().T)
+    own = items.weight[item].double() @ covariance
+    parts = []
+    for rows in items.weight.split(run.config.eval.block_rows):
+        variance = ((rows.double() @ covariance) * rows).sum(1)
+        parts.append((rows.double() @ own) / (variance * (own @ items.weight[item].double())).clamp(min=1e-30).sqrt())
+    scores = torch.cat(parts)
     scores[item] = -torch.inf
     if allowed is not None:
         scores[torch.from_numpy(~allowed)] = -torch.inf
     best = scores.topk(min(top, len(scores) - 1))
-    items = np.where(torch.isinf(best.values).numpy(), -1, best.indices.numpy())[None]
-    return {
-        "lists": list_table(run.catalog, "to", np.array([item]), items, best.values.numpy()[None], titles).to_pylist()
-    }
+    listed = np.where(torch.isinf(best.values).numpy(), -1, best.indices.numpy())[None]
+    table = list_table(run.catalog, "to", np.array([item]), listed, best.values.numpy()[None], titles)
+    return {"lists": table.to_pylist()}
 
 
 def list_table(
@@ -257,14 +247,26 @@ def list_table(
     """Lists as rows (key, rank, item_id, score, title) under the original ids."""
     kind = "users" if key == "user_id" else "items"
     row, place = np.nonzero(items >= 0)
-    listed = pa.array(items[row, place])
+    low, high = (int(of.min()), int(of.max()) + 1) if len(of) else (0, 0)
+    names, listed = catalog.ids(kind, low, high), pa.array(items[row, place])
     columns = {
-        key: catalog.ids(kind).take(pa.array(of[row])),
+        key: long_text(names).take(pa.array(of[row] - low)),
         "rank": pa.array(place + 1, pa.int32()),
-        "item_id": catalog.ids("items").take(listed),
+        "item_id": long_text(catalog_item_ids(catalog)).take(listed),
         "score": pa.array(scores[row, place].astype(np.float32)),
     }
     return pa.table(columns | ({} if titles is None else {"title": titles.take(listed)}))
+
+
+@functools.lru_cache(maxsize=1)
+def catalog_item_ids(catalog: Catalog) -> pa.Array:
+    """All item ids of a catalog, read once."""
+    return catalog.ids("items")
+
+
+def long_text(ids: pa.Array) -> pa.Array:
+    """Strings as large strings, of which an array may hold more than 2 GiB."""
+    return ids.cast(pa.large_string()) if pa.types.is_string(ids.type) else ids
 
 
 def show(rows: list[dict], kind: str) -> None:

@@ -36,7 +36,7 @@ class UnreadCheck:
     values: torch.Tensor  # float32 [names] on the host, not finite where a term or gradient is not
     copied: torch.cuda.Event | None  # when `values` have arrived; None without a GPU
     batch: Batch
-    rows: Rows
+    rows: Rows | None  # None: with one rank they can be looked up again, since no weight has changed
     place: str
 
 
@@ -79,9 +79,9 @@ class GradientGuard:
                 return None
         else:
             host, copied = _copy_to_host(values)
-            self.unread = UnreadCheck(names, host, copied, batch, rows, place)
+            self.unread = UnreadCheck(names, host, copied, batch, rows if self.comm.size > 1 else None, place)
         if self.clip is not None:
-            self._clip()
+            not_finite = not_finite | ~self._clip().isfinite()  # of another rank
         return not_finite
 
     def settle(self) -> None:
@@ -100,7 +100,8 @@ class GradientGuard:
             return
         bad = [name for name, is_finite in zip(check.names, finite, strict=True) if not is_finite]
         uri = storage.join(self.run, not_finite_name(check.place, self.comm.rank))
-        storage.write_bytes(uri, dump_step(check.batch, check.rows, self.network))
+        rows = check.rows or self._look_up(check.batch)
+        storage.write_bytes(uri, dump_step(check.batch, rows, self.network))
         shown = ", ".join(bad[:SHOWN]) + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
         raise NotFinite(
             f"{check.place}: the loss is not finite, or its gradient: {shown}. The batch is in {uri}; "
@@ -120,8 +121,15 @@ class GradientGuard:
                 sums[f"gradient of the {table.name} table"] = sum(others, first)
         return list(sums), torch.stack(list(sums.values()))
 
-    def _clip(self) -> None:
-        """Scale all gradients so that their norm over all ranks is at most `clip`."""
+    @torch.no_grad()
+    def _look_up(self, batch: Batch) -> Rows:
+        """Local. The rows of a batch, with one rank."""
+        plans = [batch.subgraph.user_lookup, batch.subgraph.item_lookup]
+        plans += [] if batch.masked is None else [batch.masked.item_lookup]
+        return tuple(table.lookup(plan) for table, plan in zip(self.tables, plans, strict=True))
+
+    def _clip(self) -> torch.Tensor:
+        """Scale all gradients so that their norm over all ranks is at most `clip`; returns the squared norm."""
         dense = [p.grad for p in self.network.parameters() if p.grad is not None]
         own = [gradient[1].square().sum() for table in self.tables if (gradient := table.gradient()) is not None]
         zero = torch.zeros((), device=self.comm.device)
@@ -129,6 +137,7 @@ class GradientGuard:
         scale = (self.clip / square.sqrt().clamp(min=1e-12)).clamp(max=1.0)
         for gradient in [*dense, *(values for table in self.tables for _, values in table.pending)]:
             gradient.mul_(scale)
+        return square
 
 
 def non_finite_names(terms: dict[str, torch.Tensor], network: nn.Module, tables: tuple[ShardedTable, ...]) -> list[str]:

@@ -175,7 +175,7 @@ class SampledGraphBuilder:
             (excluded_users, graphs.users),
             (excluded_items, graphs.items),
         )
-        lookups = [plan_lookup(torch.from_numpy(ids), total, self.comm) for ids, total in rows]
+        lookups = [plan_lookup(torch.from_numpy(ids), total, self.comm, trained=False) for ids, total in rows]
         return HistoryLookup(*lookups, into_users, into_items)
 
     def _hop(self, sampler: NeighborSampler | None, batch: np.ndarray, fanout: int) -> tuple[Block | None, np.ndarray]:

@@ -187,6 +187,7 @@ class Trainer:
                     self._log_and_poll(epoch, step, batch)
                     self.state.meter = LossMeter()
                 if self.checkpointer.wanted:
+                    self.guard.settle()
                     self.stopwatch.part(None)
                     before_validation = step == self.loader.steps and self._validates(epoch)
                     self.checkpointer.save_if_wanted(before_validation, wait=True)

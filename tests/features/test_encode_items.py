@@ -295,3 +295,63 @@ def test_titles_and_pictures_to_a_catalog(tmp_path, ray_local, small_parts):
     assert sorted(items) == ids
     assert catalog.features("text").any(axis=1).all()
     assert {items[row] for row in np.flatnonzero(catalog.features("visual").any(axis=1))} == set(ids[:20])
+
+
+def test_pictures_that_cannot_be_read_are_told_apart_from_storage_that_cannot(tmp_path, ray_local, small_parts, capsys):
+    png = picture_bytes(0, 0, "PNG")
+    (tmp_path / "good.png").write_bytes(png)
+    (tmp_path / "cut.png").write_bytes(png[:300])
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "items.csv").write_text("item_id,picture\n1,good.png\n2,\n3,cut.png\n4,missing.png\n5,folder.png\n")
+    encode("--pictures", tmp_path / "items.csv", "--columns", "picture", "--out", tmp_path / "out")
+    assert list(vectors(tmp_path / "out")) == [1]
+    shown = capsys.readouterr().out
+    assert "4 items have no vector" in shown
+    for warning in ("cut.png is not a picture", "missing.png does not exist", "folder.png does not exist"):
+        assert warning in shown
+    (tmp_path / "remote.csv").write_text("item_id,picture\n1,good.png\n2,gopher://there/2.png\n")
+    with pytest.raises(InputError, match="gopher"):
+        encode("--pictures", tmp_path / "remote.csv", "--columns", "picture", "--out", tmp_path / "remote")
+    assert not (tmp_path / "remote" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("text", ["item_id,title\n", "item_id,title,picture\n"])
+def test_tables_without_a_row(tmp_path, text):
+    (tmp_path / "items.csv").write_text(text)
+    kind = "--texts" if text.endswith("title\n") else "--pictures"
+    with pytest.raises(InputError, match="has no item"):
+        encode(kind, tmp_path / "items.csv", "--columns", text.strip().rpartition(",")[2], "--out", tmp_path / "out")
+
+
+def test_a_folder_that_is_being_emptied_is_not_gone_on_with(tmp_path, ray_local, small_parts, monkeypatch, capsys):
+    items, out = write_titles(tmp_path), tmp_path / "out"
+    encode("--texts", items, "--columns", "title", "--out", out)
+    remove, removed = storage.remove_tree, []
+
+    def interrupted(uri):
+        removed.append(uri)
+        if len(removed) == 3:
+            raise KeyboardInterrupt
+        remove(uri)
+
+    monkeypatch.setattr(storage, "remove_tree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encode("--texts", items, "--columns", "title", "--out", out, "--width", "5", "--force")
+    monkeypatch.undo()
+    monkeypatch.setattr(encode_items, "PART_ITEMS", {"text": 16})
+    assert len(removed) == 3
+    encode("--texts", items, "--columns", "title", "--out", out, "--width", "5")
+    assert "going on" not in capsys.readouterr().err
+    assert {len(vector) for vector in vectors(out).values()} == {5}
+
+
+def test_a_new_fit_of_the_first_output_is_noticed(tmp_path, ray_local, small_parts):
+    items = write_titles(tmp_path)
+    words = ["--texts", items, "--columns", "title"]
+    encode(*words, "--out", tmp_path / "first")
+    encode(*words, "--out", tmp_path / "later", "--like", tmp_path / "first")
+    encode(*words, "--out", tmp_path / "first", "--width", "9", "--force")
+    with pytest.raises(InputError, match="holds vectors of other content or of another encoder"):
+        encode(*words, "--out", tmp_path / "later", "--like", tmp_path / "first")
+    with pytest.raises(InputError, match="--like and --out are the same folder"):
+        encode(*words, "--out", tmp_path / "first", "--like", tmp_path / "first", "--force")

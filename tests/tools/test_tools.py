@@ -135,5 +135,6 @@ def test_the_gpu_check_runs_on_a_cpu(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     report = json.loads((tmp_path / "check.json").read_text())
     assert report["parity"] == {"loss": 0, "gradient": 0}
+    assert report["transfer"] == 0
     assert set(report["left_out"].values()) == {"no time"}
     assert "parity with the CPU" in done.stdout

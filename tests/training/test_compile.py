@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import torch._dynamo
+from ranks import run_ranks
 from small import small_catalog, small_config
 from trainings import fit, trainer_of
 
@@ -105,6 +106,26 @@ def test_a_compiled_training_in_bfloat16_runs_to_its_end(catalog, tmp_path, monk
         lines = storage.read_bytes(f"{run}/metrics.jsonl").decode().splitlines()
         valid[compile] = json.loads(lines[-1])["valid"]["ndcg@20"]
     assert valid[True] == pytest.approx(valid[False], rel=0.05)
+
+
+def compiled_and_plain(comm: Communicator, config, run: str) -> dict:
+    """Gradients of three steps of a rank, from both kinds of step."""
+    one, found = trainer_of(comm, config, run), []
+    for network in ("plain", "compiled"):
+        if network == "compiled":
+            build.compile_step(one.network, "aot_eager")
+        for batch in batches_of(one, 3):
+            found.append(gradients(one, one.ddp_network, batch)[1])
+    return {str(number): each for number, each in enumerate(found)}
+
+
+def test_ranks_compile_the_same_step(catalog, tmp_path):
+    """Total correlation over the ranks, and averaged gradients."""
+    config = small_config(catalog.uri, str(tmp_path), model={"masked_members": 1}, train={"w_diff": 0})
+    for result in run_ranks(compiled_and_plain, 2, config, f"{tmp_path}/small"):
+        for step in range(3):
+            for name, want in result[str(step)].items():
+                torch.testing.assert_close(result[str(step + 3)][name], want, rtol=1e-4, atol=1e-6)
 
 
 def test_a_machine_without_a_compiler_is_named(catalog, tmp_path, monkeypatch):
