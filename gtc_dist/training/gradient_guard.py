@@ -81,7 +81,7 @@ class GradientGuard:
             host, copied = _copy_to_host(values)
             self.unread = UnreadCheck(names, host, copied, batch, rows if self.comm.size > 1 else None, place)
         if self.clip is not None:
-            not_finite = not_finite | ~self._clip().isfinite()  # of another rank
+            not_finite = not_finite | (self._clip() * 0).isnan()  # of another rank
         return not_finite
 
     def settle(self) -> None:

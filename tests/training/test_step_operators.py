@@ -31,7 +31,7 @@ GATED = {"variant": "gated", "members": 4, "masked_members": 0}
         ({"masked_members": 0}, {}, 250),
         (GATED, {"w_tc": 0.02}, 650),
         (SAMPLED, {}, 410),
-        (SAMPLED, {"negatives": {"mode": "shared", "count": 64}, "loss": "softmax", "clip_norm": 1.0}, 450),
+        (SAMPLED, {"negatives": {"mode": "shared", "count": 64}, "loss": "softmax", "clip_norm": 1.0}, 460),
     ],
     ids=["default", "network alone", "four members and total correlation", "sampled", "sampled softmax"],
 )
