@@ -22,12 +22,14 @@ class SpecialColumns:
     """Columns of fused embeddings that predictions treat apart.
 
     profiles: modality -> columns of its content profile. own_profiles: modality -> this rank's items' profiles.
-    constant: column that is 1 for all users, if there is one.
+    constant: column that is 1 for all users, if there is one. popularity: number of leading columns, with the constant,
+    that hold the weights of an item's popularity.
     """
 
     profiles: dict[str, slice] = field(default_factory=dict)
     own_profiles: dict[str, torch.Tensor] = field(default_factory=dict)
     constant: int | None = None
+    popularity: int = 0
 
 
 def unit_variance(embeddings: Embeddings) -> Embeddings:

@@ -150,7 +150,9 @@ class ScoreFusion:
                 profiles[name] = slice(at, at + size)
             at += size
         own_profiles = {name: self.scorers[name].items.weight for name in profiles}
-        return SpecialColumns(profiles, own_profiles, CONSTANT if self._is_fitted else None)
+        if not self._is_fitted:
+            return SpecialColumns(profiles, own_profiles)
+        return SpecialColumns(profiles, own_profiles, CONSTANT, popularity=self.user_features.shape[1])
 
     @property
     def _is_fitted(self) -> bool:

@@ -9,8 +9,8 @@ get the list of the mean user. FILE holds ids: one in each line (.txt), or in a 
 Parquet file that is named user_id or item_id. --titles adds names from a table. Parquet has the columns user_id, rank
 (from 1), item_id, score and, with --titles, title; rows of a user follow each other.
 
-Similar items are those that users score alike: the correlation of two items' scores over the users. It leaves out what
-all users have in common, such as an item's popularity.
+Similar items are those with the largest cosine, without the columns that hold an item's popularity. The dot product, by
+which users' lists are ranked, also rewards items that many people take.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from dataclasses import asdict
 import numpy as np
 import pyarrow as pa
 import torch
+from torch.nn.functional import normalize
 
 from gtc_dist.checkpoint.existing_run import RunRef, find_run
 from gtc_dist.data import formats, storage
@@ -31,7 +32,6 @@ from gtc_dist.evaluation.beyond_accuracy import mean_user
 from gtc_dist.evaluation.ranking import top_k_items
 from gtc_dist.features.item_content import read_ids, read_texts
 from gtc_dist.graph.csc import Graphs, by_destination
-from gtc_dist.hybrid.content_space import sampled_rows
 from gtc_dist.hybrid.embeddings import Embeddings
 from gtc_dist.inference.trained_run import TrainedRun, load_run
 from gtc_dist.launch.job_paths import refuse_relative_paths
@@ -221,17 +221,13 @@ def similar_items(
     allowed: np.ndarray | None,
     titles: pa.Array | None,
 ) -> dict:
-    """The items whose scores correlate most with those of an item, over the users; in this process alone."""
+    """The items with the largest cosine with an item, without the columns of popularity; in this process alone."""
     run = load_run(run_ref, comm, graphs)
-    users, items = run.final_embeddings()
-    chosen = sampled_rows(users, run.graphs.user_degree > 0)
-    covariance = torch.cov(users.weight[chosen].double().T)
-    own = items.weight[item].double() @ covariance
-    parts = []
-    for rows in items.weight.split(run.config.eval.block_rows):
-        variance = ((rows.double() @ covariance) * rows).sum(1)
-        parts.append((rows.double() @ own) / (variance * (own @ items.weight[item].double())).clamp(min=1e-30).sqrt())
-    scores = torch.cat(parts)
+    items = run.final_embeddings().items
+    first = run.scorer.special_columns(items.width).popularity
+    own = normalize(items.weight[item, first:].double(), dim=0)
+    blocks = items.weight[:, first:].split(run.config.eval.block_rows)
+    scores = torch.cat([normalize(rows.double(), dim=1) @ own for rows in blocks])
     scores[item] = -torch.inf
     if allowed is not None:
         scores[torch.from_numpy(~allowed)] = -torch.inf

@@ -13,6 +13,7 @@ from gtc_dist.checkpoint.existing_run import find_run
 from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import SPLITS, Catalog
 from gtc_dist.errors import InputError
+from gtc_dist.inference.trained_run import load_run
 from gtc_dist.recommend import lists
 from gtc_dist.recommend.lists import recommend_rank
 
@@ -119,17 +120,24 @@ def test_lists_on_the_terminal_have_titles(run, expected, tmp_path, capsys):
         lists.main(["--run", run, "--user", "nobody"])
 
 
-def test_similar_items_are_those_that_users_score_alike(run, expected, capsys):
-    scores = np.array([list(of_user.values()) for of_user in expected[0].values()])
-    ids = list(next(iter(expected[0].values())))
+def test_similar_items_are_those_with_the_largest_cosine(run, tmp_path, capsys):
+    """Without the columns of popularity: activity, taste and the constant."""
+    out = str(tmp_path / "e")
+    export.main(["--run", run, "--out", out])
+    table = pq.read_table(f"{out}/items")
+    rows = np.array(table["embedding"].to_pylist(), np.float64)
+    first = load_run(find_run(run)).scorer.special_columns(rows.shape[1]).popularity
+    assert first == (3 if rows.shape[1] > 24 else 0)  # this run has no fusion; where there is one, three columns
+    rows = rows[:, first:] / np.linalg.norm(rows[:, first:], axis=1, keepdims=True)
+    ids = table["id"].to_pylist()
     capsys.readouterr()
     lists.main(["--run", run, "--item", str(ids[4]), "--top", "5"])
     lines = capsys.readouterr().out.splitlines()
-    correlation = np.corrcoef(scores.T)[4]
-    correlation[4] = -2
+    cosine = rows @ rows[4]
+    cosine[4] = -2
     assert lines[0] == f"item {ids[4]}"
-    assert [float(line.split()[1]) for line in lines[1:]] == pytest.approx(np.sort(correlation)[::-1][:5], abs=1e-3)
-    assert int(lines[1].split()[2]) == ids[int(correlation.argmax())]
+    assert [float(line.split()[1]) for line in lines[1:]] == pytest.approx(np.sort(cosine)[::-1][:5], abs=1e-4)
+    assert int(lines[1].split()[2]) == ids[int(cosine.argmax())]
 
 
 def on_ranks(comm, run_ref, out: str) -> dict:
