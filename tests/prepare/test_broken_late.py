@@ -106,7 +106,7 @@ LATE = {
     "npy with inf": one("v.npy", npy(np.full((8, 3), np.inf)), "item 0 (row 1) has a value that is not finite (inf"),
     "npy with fewer rows than items": one("v.npy", npy(VECTORS[:5]), "has 5 rows, one for each item id from 0, but"),
     "npy for items with names": one(
-        "v.npy", NPY, "the item ids of the interactions or of another modality are strings; list each row's id (data.features.v.ids)"
+        "v.npy", NPY, "or of another modality are strings; list each row's id (data.features.v.ids)"
     ),
     "vectors of another width": Case(
         {"v1.parquet": vectors([0, 1], [[1, 2]] * 2), "v2.parquet": vectors([2, 3], [[1, 2], [1, 2, 3]])},
