@@ -53,7 +53,7 @@ VERSION = 1  # of the built-in encoders: another version makes other vectors
 PART_ITEMS = {"text": 8192, "picture": 512}  # of a file
 BATCH = {"text": 256, "picture": 32}  # items given to an encoder at once
 DESCRIPTOR_SIDE = 256  # pixels that the built-in descriptor needs at most
-FEATURES_MANIFEST, MARKER = "manifest.json", "encoding.json"
+FEATURES_MANIFEST, MARKER = "_manifest.json", "_encoding.json"  # readers of Parquet folders leave out names with _
 EXAMPLES = 3
 
 
@@ -151,7 +151,7 @@ def output_folder(out: str, digest: str) -> OutputFolder:
         out,
         title="the output folder",
         kind="feature vectors",
-        own_files=r"part-\d{6}\.parquet|encoder\.npz",
+        own_files=r"part-\d{6}\.parquet|_encoder\.npz",
         manifest=FEATURES_MANIFEST,
         marker=MARKER,
         marker_content={"fingerprint": digest},

@@ -26,7 +26,7 @@ from gtc_dist.features.text_ngrams import NgramEncoder
 
 Encoder = Callable[[list], np.ndarray]
 BUILT_IN = {"text": "ngrams", "picture": "descriptor"}
-FILE = "encoder.npz"  # of a fitted encoder, in the output folder
+FILE = "_encoder.npz"  # of a fitted encoder, in the output folder
 READERS = 8  # threads of a task that read pictures
 
 

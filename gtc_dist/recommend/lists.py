@@ -141,7 +141,7 @@ def item_titles(catalog: Catalog, uri: str, id_column: str, column: str) -> pa.A
 def lists_folder(out: str, named: str) -> OutputFolder:
     """The output folder, emptied of lists that were cut off. Raises InputError where it holds anything else."""
     own = r"part-\d{12}\.parquet"
-    folder = OutputFolder(out, "the output folder", "lists", own_files=own, manifest="manifest.json", marker=None)
+    folder = OutputFolder(out, "the output folder", "lists", own_files=own, manifest="_manifest.json", marker=None)
     if folder.state() == "complete":
         raise InputError(f"the output folder {named} is not empty, it holds lists; name another folder, or remove it")
     folder.check_writable()

@@ -66,6 +66,7 @@ def test_texts_of_every_format_become_vectors_by_id(tmp_path, ray_local, small_p
     assert list(found) == [row[0] for row in rows]
     assert nearest_is_alike(found, lambda item: int(item[1:]) % 4) == 1.0
     assert "60 items with a vector of width" in capsys.readouterr().out
+    assert pq.read_table(tmp_path / "out").num_rows == 60  # the folder reads as one table
     encode("--texts", tmp_path / f"items.{format}", "--columns", "title,description", "--out", tmp_path / "out")
     assert "is up to date" in capsys.readouterr().out
 
@@ -90,16 +91,16 @@ def test_an_interrupted_command_goes_on_and_other_content_is_refused(tmp_path, r
     encode("--texts", items, "--columns", "title", "--out", out)
     want = {name: (out / name).read_bytes() for name in storage.listing(str(out)) if name.startswith("part-")}
     assert len(want) == 4
-    manifest = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").unlink()
+    manifest = json.loads((out / "_manifest.json").read_text())
+    (out / "_manifest.json").unlink()
     (out / "part-000002.parquet").unlink()
-    (out / "encoding.json").write_text(json.dumps({"fingerprint": manifest["fingerprint"]}))
+    (out / "_encoding.json").write_text(json.dumps({"fingerprint": manifest["fingerprint"]}))
     kept = (out / "part-000001.parquet").stat().st_mtime_ns
     encode("--texts", items, "--columns", "title", "--out", out)
     assert "going on with what an earlier command has written" in capsys.readouterr().err
     assert (out / "part-000001.parquet").stat().st_mtime_ns == kept
     assert {name: (out / name).read_bytes() for name in want} == want
-    assert json.loads((out / "manifest.json").read_text())["rows"] == manifest["rows"]
+    assert json.loads((out / "_manifest.json").read_text())["rows"] == manifest["rows"]
     with pytest.raises(InputError, match=r"holds vectors of other content or of another encoder; .*--force"):
         encode("--texts", items, "--columns", "title", "--out", out, "--width", "7")
     encode("--texts", items, "--columns", "title", "--out", out, "--width", "7", "--force")
@@ -312,7 +313,7 @@ def test_pictures_that_cannot_be_read_are_told_apart_from_storage_that_cannot(tm
     (tmp_path / "remote.csv").write_text("item_id,picture\n1,good.png\n2,gopher://there/2.png\n")
     with pytest.raises(InputError, match="gopher"):
         encode("--pictures", tmp_path / "remote.csv", "--columns", "picture", "--out", tmp_path / "remote")
-    assert not (tmp_path / "remote" / "manifest.json").exists()
+    assert not (tmp_path / "remote" / "_manifest.json").exists()
 
 
 @pytest.mark.parametrize("text", ["item_id,title\n", "item_id,title,picture\n"])

@@ -76,8 +76,9 @@ def test_all_users_get_their_best_items_without_what_they_have(run, expected, tm
     assert len(found) == 60
     assert_lists(found, scores, has, 7)
     assert "lists of 60 users, 420 rows" in capsys.readouterr().out
-    manifest = storage.read_json(f"{tmp_path}/lists/manifest.json")
+    manifest = storage.read_json(f"{tmp_path}/lists/_manifest.json")
     assert (manifest["users"], manifest["rows"], manifest["top"]) == (60, 420, 7)
+    assert pq.read_table(tmp_path / "lists").num_rows == 420  # the folder reads as one table
     with pytest.raises(InputError, match="is not empty, it holds lists"):
         lists.main(["--run", run, "--out", str(tmp_path / "lists")])
 
