@@ -3,7 +3,7 @@
 ngrams             texts: hashed n-grams and truncated SVD, fitted to the texts (text_ngrams.py)
 descriptor         pictures: colours, edges and layout (picture_descriptor.py)
 module:callable    a function from a list of texts, or of RGB pictures (PIL), to an array [n, d]; or a class, which
-                   each worker instantiates once without arguments and then calls in the same way
+                   each process instantiates once without arguments and then calls in the same way
 """
 
 import functools

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
 from gtc_dist.prepare import ids as id_columns
-from gtc_dist.prepare.interaction_file import InteractionFile, format_of, read_batches, read_schema, readable
+from gtc_dist.prepare.interaction_file import InteractionFile, format_of, numbered_batches, read_schema
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -101,7 +101,7 @@ def _read(
     uri: str, id_column: str, columns: list[str], kind: str, accepted: tuple
 ) -> Iterator[tuple[pa.ChunkedArray, list[pa.ChunkedArray]]]:
     """Ids and the columns of a table, block by block; strings as large strings."""
-    file = InteractionFile(uri, format_of(uri), uri.removesuffix("/").endswith(".gz"), {}, {})
+    file = InteractionFile(uri, format_of(uri), uri.endswith(".gz"), {}, {})
     schema = read_schema(file)
     for name in (id_column, *columns):
         if name not in schema.names:
@@ -120,12 +120,7 @@ def _read(
         if not any(fits(plain) for fits in accepted) and not pa.types.is_null(plain):
             raise InputError(f"{uri}: column {name!r} has type {types[name]}; expected a {kind}")
     file = InteractionFile(uri, file.format, file.gzipped, {name: name for name in types}, types)
-    first_row, batches = 1, read_batches(file)
-    while True:
-        with readable(file, first_row):
-            table = next(batches, None)
-        if table is None:
-            return
+    for first_row, table in numbered_batches(file):
         plain = id_columns.plain_type(types[id_column])
         found = pa.concat_arrays([pa.array([], plain), *(chunk.cast(plain) for chunk in table[id_column].chunks)])
         bad, problem = id_columns.first_bad(found)
@@ -134,7 +129,6 @@ def _read(
         found = found if file.has_typed_ids else id_columns.from_text(found)
         values = [_large(table[name]) for name in columns]
         yield pa.chunked_array([found]), values
-        first_row += table.num_rows
 
 
 def _large(column: pa.ChunkedArray) -> pa.ChunkedArray:

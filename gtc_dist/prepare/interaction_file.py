@@ -114,6 +114,18 @@ def read_batches(file: InteractionFile) -> Iterator[pa.Table]:
         yield pa.Table.from_batches([batch])
 
 
+def numbered_batches(file: InteractionFile) -> Iterator[tuple[int, pa.Table]]:
+    """`read_batches` with the number of each table's first row, from 1. Raises InputError for a broken file."""
+    first_row, batches = 1, read_batches(file)
+    while True:
+        with readable(file, first_row):
+            table = next(batches, None)
+        if table is None:
+            return
+        yield first_row, table
+        first_row += table.num_rows
+
+
 @contextmanager
 def readable(file: InteractionFile, first_row: int = 1) -> Iterator[None]:
     """Turn Arrow's errors about a broken file into an InputError with the file's name.

@@ -20,7 +20,7 @@ from gtc_dist.prepare import ids
 from gtc_dist.prepare.interaction_file import (
     InteractionFile,
     format_of,
-    read_batches,
+    numbered_batches,
     read_first_block,
     read_schema,
     readable,
@@ -61,15 +61,10 @@ def read_table_file(file: InteractionFile) -> Iterator[pa.Table]:
     Raises:
         InputError: a null or invalid value (its row is named), or a broken file.
     """
-    first_row, batches = 1, read_batches(file)
-    while True:
+    for first_row, table in numbered_batches(file):
         with readable(file, first_row):
-            table = next(batches, None)
-            if table is None:
-                return
             rows = _normalise(file, table, first_row)
         yield rows
-        first_row += table.num_rows
 
 
 def _find_column(uri: str, wanted: str, found: list[str]) -> str:
