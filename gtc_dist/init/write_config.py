@@ -7,10 +7,15 @@ gtc_dist.features` can turn into vectors. What it guessed is in the comments; ed
 """
 
 import argparse
+import json
 import posixpath
+import re
+import shlex
 from pathlib import Path
 
-from gtc_dist.config_file import load_config
+import yaml
+
+from gtc_dist.config_file import build_config
 from gtc_dist.data import storage
 from gtc_dist.errors import InputError
 from gtc_dist.init.look_at_files import Found, look_at_folder
@@ -33,8 +38,9 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.folder} has no table with a column of users and one of items, such as user_id and item_id "
             f"(looked at {', '.join(looked[:5]) or 'pictures alone'}); rename the columns, or write the YAML by hand"
         )
-    out.write_text(yaml_text(args.folder, found, out.stem))
-    load_config(str(out), [])
+    text = yaml_text(args.folder, found, out.stem)
+    build_config(yaml.safe_load(text), str(out))
+    out.write_text(text)
     print(next_steps(args.folder, found, args.out))
 
 
@@ -43,7 +49,7 @@ def yaml_text(folder: str, found: Found, name: str) -> str:
     (pattern, roles), *others = found.interactions.items()
     same = [pattern, *(other for other, columns in others if columns == roles)]
     given = split_files(same)
-    lines = ["data:", f"  raw: {folder}", f"  catalog: work/{name}/catalog", "  interactions:"]
+    lines = ["data:", f"  raw: {quoted(folder)}", f"  catalog: {quoted(f'work/{name}/catalog')}", "  interactions:"]
     if not given:
         lines.append(f"    files: [{', '.join(map(quoted, same))}]")
     lines += [f"    {role}: {quoted(column)}" for role, column in roles.items()]
@@ -62,7 +68,7 @@ def yaml_text(folder: str, found: Found, name: str) -> str:
     lines += ["  features:", *features] if features else ["  features: {}   # needs one modality at least"]
     for command, entry in feature_commands(folder, found):
         lines += [f"    # {command}", f"    # {entry}"]
-    lines += ["run:", f"  storage: work/{name}/runs", "  name: first", ""]
+    lines += ["run:", f"  storage: {quoted(f'work/{name}/runs')}", "  name: first", ""]
     if found.unknown:
         lines.insert(0, f"# not understood: {', '.join(found.unknown[:10])}")
     return "\n".join(lines)
@@ -95,14 +101,16 @@ def feature_commands(folder: str, found: Found) -> list[tuple[str, str]]:
     """Commands that make vectors of texts and pictures, each with its entry of data.features."""
     commands = []
     for pattern, (ids, columns) in found.texts.items():
-        options = f"--id {ids} " if ids != "item_id" else ""
+        options = f"--id {shlex.quote(ids)} " if ids != "item_id" else ""
         name = f"text{len(commands) or ''}"
-        texts = f"--texts {shell(storage.join(folder, pattern))} {options}--columns {','.join(columns)}"
-        commands.append((f"gtc features {texts} --out {folder}/features/{name}", entry_of(name)))
+        texts = (
+            f"--texts {shlex.quote(storage.join(folder, pattern))} {options}--columns {shlex.quote(','.join(columns))}"
+        )
+        commands.append((f"gtc features {texts} --out {shlex.quote(f'{folder}/features/{name}')}", entry_of(name)))
     for top, count in found.pictures.items():
         name = f"visual{sum('pictures' in command for command, _ in commands) or ''}"
         place = folder if top == "." else storage.join(folder, top)
-        command = f"gtc features --pictures {shell(place)} --out {folder}/features/{name}"
+        command = f"gtc features --pictures {shlex.quote(place)} --out {shlex.quote(f'{folder}/features/{name}')}"
         commands.append((f"{command}   # {count:,} pictures", entry_of(name)))
     return commands
 
@@ -122,11 +130,8 @@ def modality_name(pattern: str, taken: list[str]) -> str:
 
 def quoted(text: str) -> str:
     """A YAML string, quoted where it needs to be."""
-    return text if text.replace("_", "").replace("/", "").replace(".", "").replace("-", "").isalnum() else f'"{text}"'
-
-
-def shell(path: str) -> str:
-    return f"'{path}'" if "*" in path else path
+    is_plain = re.fullmatch(r"[\w./-]+(:[\w./-]+)*", text) and yaml.safe_load(text) == text
+    return text if is_plain else json.dumps(text, ensure_ascii=False)
 
 
 def next_steps(folder: str, found: Found, out: str) -> str:
@@ -140,7 +145,7 @@ def next_steps(folder: str, found: Found, out: str) -> str:
         lines += ["make vectors of the texts and pictures, and take the comments off their entries:"]
         lines += [f"  {command.partition('   #')[0]}" for command, _ in commands]
     if commands or found.vectors:
-        lines += ["then:", f"  gtc prepare --config {out}", f"  gtc train --config {out}"]
+        lines += ["then:", *(f"  gtc {step} --config {shlex.quote(out)}" for step in ("prepare", "train"))]
     else:
         lines.append("there are no vectors, texts or pictures of the items: GTC needs one kind at least")
     return "\n".join(lines)

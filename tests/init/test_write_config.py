@@ -60,8 +60,8 @@ def write_shop(folder) -> None:
 def test_a_shops_folder_to_a_catalog(tmp_path, ray_local, capsys, monkeypatch):
     """The commands that it prints, and its file with the comments taken off the modalities' entries."""
     monkeypatch.chdir(tmp_path)
-    write_shop(tmp_path / "shop")
-    init("shop", "shop.yaml")
+    write_shop(tmp_path / "my shop: 2026")  # a name that YAML and the shell need quoted
+    init("my shop: 2026", "shop.yaml")
     shown = capsys.readouterr().out
     config = load_config("shop.yaml", [])
     assert config.data.interactions.files == ["orders/part*.csv"]
