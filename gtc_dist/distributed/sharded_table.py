@@ -13,6 +13,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+from torch.optim.adam import adam
 
 from gtc_dist.distributed.collectives import Communicator
 
@@ -152,7 +153,7 @@ class ShardedTable:
 
         Args:
             not_finite: bool [] on the table's device: the gradients of the step are not finite, so the weights stay as
-                they are; the moments are spoilt, the run ends (gradient_guard.py). None: False.
+                they are; the moments may be spoilt, the run ends (gradient_guard.py). None: False.
         """
         gradient = self.gradient()
         self.pending.clear()
@@ -163,21 +164,46 @@ class ShardedTable:
         avg, avg_sq = self.exp_avg, self.exp_avg_sq
         if rows is not None:  # index_select: several times faster than indexing
             avg, avg_sq = avg.index_select(0, rows), avg_sq.index_select(0, rows)
-        avg.lerp_(grad, 1 - betas[0])
+        weight = self.weight if rows is None else self.weight.index_select(0, rows)
+        lr = self.learning_rate or lr
         if self.rowwise_second_moment:
+            avg.lerp_(grad, 1 - betas[0])
             avg_sq.mul_(betas[1]).add_(grad.square().mean(dim=1, keepdim=True), alpha=1 - betas[1])
+            size = lr * (1 - betas[1] ** self.steps) ** 0.5 / (1 - betas[0] ** self.steps)
+            update = avg / avg_sq.sqrt().add_(eps)
+            if not_finite is not None:  # a branch on the host would wait for the device
+                update.masked_fill_(not_finite, 0)
+            weight.sub_(update, alpha=size)
         else:
-            avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-        size = (self.learning_rate or lr) * (1 - betas[1] ** self.steps) ** 0.5 / (1 - betas[0] ** self.steps)
-        update = avg / avg_sq.sqrt().add_(eps)
-        if not_finite is not None:  # a branch on the host would wait for the device
-            update.masked_fill_(not_finite, 0)
-        if rows is None:
-            self.weight.sub_(update, alpha=size)
-        else:
+            self._fused_adam(weight, grad, avg, avg_sq, lr, not_finite, betas, eps)
+        if rows is not None:
             self.exp_avg.index_copy_(0, rows, avg)
             self.exp_avg_sq.index_copy_(0, rows, avg_sq)
-            self.weight.index_copy_(0, rows, self.weight.index_select(0, rows).sub_(update, alpha=size))
+            self.weight.index_copy_(0, rows, weight)
+
+    def _fused_adam(self, weight, grad, avg, avg_sq, lr, not_finite, betas, eps) -> None:
+        """Local. One kernel that reads and writes each tensor once; arguments as in `adam_step`."""
+        # torch.optim.Adam adds eps to the corrected second moment, SparseAdam to the moment itself
+        corrected_eps = eps / (1 - betas[1] ** self.steps) ** 0.5
+        step = torch.full((), self.steps - 1.0, device=weight.device)  # the kernel's caller adds one
+        found_inf = None if not_finite is None else not_finite.float()
+        adam(
+            [weight],
+            [grad],
+            [avg],
+            [avg_sq],
+            [],
+            [step],
+            fused=True,
+            found_inf=found_inf,
+            amsgrad=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=lr,
+            weight_decay=0.0,
+            eps=corrected_eps,
+            maximize=False,
+        )
 
     def state(self) -> dict[str, torch.Tensor]:
         """Local. This rank's rows, and their optimizer state if they are trainable."""

@@ -195,30 +195,42 @@ def top_k_items(
     best = torch.full((len(rank_users), k), float("-inf"), device=device)
     index = torch.full((len(rank_users), k), -1, dtype=torch.int64, device=device)
     rows = torch.from_numpy(rank_users - users.start).to(device)
+    seen = False
     for first in range(0, items.rows, options.item_block):
         last = min(first + options.item_block, items.rows)
-        ids = torch.arange(first, last, device=device)
+        listed = np.arange(first, last) if allowed is None else first + np.flatnonzero(allowed[first:last])
+        if not len(listed):
+            continue
+        ids = torch.from_numpy(listed).to(device)
         block = items.lookup(plan_lookup(ids, items.rows, comm)).float()
-        excluded = None if allowed is None else torch.from_numpy(~allowed[first:last]).to(device)
         for start in range(0, len(rank_users), options.user_block):
             part = slice(start, min(start + options.user_block, len(rank_users)))
             scores = users.weight[rows[part]].float() @ block.T
             if mask_train:
-                row, column = train_positives(graphs, rank_users[part], first, last)
-                scores[row.to(device), column.to(device)] = float("-inf")
+                _exclude(scores, graphs.nodes, rank_users[part], listed, graphs.users)
             if known is not None:
-                row, column = items_in_range(known, rank_users[part] - users.start, first, last)
-                scores[row.to(device), column.to(device)] = float("-inf")
-            if excluded is not None:
-                scores.masked_fill_(excluded, float("-inf"))
-            if first:
+                _exclude(scores, known, rank_users[part] - users.start, listed)
+            if seen:
                 value, at = _above_running_best(scores, best[part, -1], k)
             else:  # no running top k yet
                 value, at = scores.topk(min(k, scores.shape[1]), dim=1)
             best[part], order = torch.cat([best[part], value], dim=1).topk(k, dim=1)
-            index[part] = torch.cat([index[part], at + first], dim=1).gather(1, order)
+            index[part] = torch.cat([index[part], ids[at]], dim=1).gather(1, order)
+        seen = True
     index[best == float("-inf")] = -1
     return index.cpu().numpy(), best.cpu().numpy()
+
+
+def _exclude(scores: torch.Tensor, graph: CSC, rows: np.ndarray, listed: np.ndarray, base: int = 0) -> None:
+    """Set the scores [n, m] of the n rows' items of a graph to -inf; `listed`: int64 [m], ascending, the items of the
+    columns; base: as in `items_in_range`."""
+    first = int(listed[0])
+    row, item = items_in_range(graph, rows, first, int(listed[-1]) + 1, base)
+    if len(listed) <= listed[-1] - first:  # not all items of the range
+        column = np.searchsorted(listed, item.numpy() + first)
+        is_listed = torch.from_numpy(listed[column] == item.numpy() + first)
+        row, item = row[is_listed], torch.from_numpy(column)[is_listed]
+    scores[row.to(scores.device), item.to(scores.device)] = float("-inf")
 
 
 def _above_running_best(scores: torch.Tensor, least: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -94,9 +94,11 @@ class ScoreFusion:
         if self.scorers:
             self._fit(self.scorers, shortlist_by)
 
-    def tune(self, network: Embeddings, shortlist_by: Shortlister, masked: Embeddings | None = None) -> None:
-        """Fit all weights."""
-        self._fit(self._trained(network, masked) | self.scorers, shortlist_by)
+    def tune(self, network: Embeddings, shortlist_by: Shortlister, masked: Embeddings | None = None) -> Embeddings:
+        """Fit all weights; returns the fused embeddings."""
+        scorers = self._trained(network, masked) | self.scorers
+        self._fit(scorers, shortlist_by)
+        return self._fuse(network, scorers)
 
     def _fit(self, scorers: dict[str, Embeddings], shortlist_by: Shortlister) -> None:
         shortlist = shortlist_by(scorers)
@@ -118,6 +120,9 @@ class ScoreFusion:
         The item columns of all but the content profiles have mean 0 over warm items, so that a user's scores do, too:
         shrinking the row of a cold item then moves it out of the lists.
         """
+        return self._fuse(network, self._trained(network, masked) | self.scorers)
+
+    def _fuse(self, network: Embeddings, scorers: dict[str, Embeddings]) -> Embeddings:
         users, items = network
         popularity = self.popularity[items.start : items.stop]
         user_parts, item_parts = [], []
@@ -125,7 +130,7 @@ class ScoreFusion:
             common = self._weights(COMMON).view(len(POPULARITY), -1)
             user_parts.append(self.user_features)
             item_parts.append(self._centred(popularity_powers(popularity) @ common, items))
-        for name, scorer in (self._trained(network, masked) | self.scorers).items():
+        for name, scorer in scorers.items():
             if not self._is_used(name):
                 continue
             own, mean, exponent = (

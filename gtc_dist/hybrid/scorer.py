@@ -61,9 +61,7 @@ class HybridScorer:
         Args:
             masked: of the masked diffusion, if there is one; so in the other methods.
         """
-        if self.fusion is not None:
-            self.fusion.tune(network, shortlist_by, masked)
-        return self.fuse(network, masked)
+        return network if self.fusion is None else self.fusion.tune(network, shortlist_by, masked)
 
     def tune_cold_start(self, fused: Embeddings, shortlist_by: Shortlister, objective: ObjectiveByScale) -> None:
         """Fit the weights of the cold-start predictions and tune their norm."""

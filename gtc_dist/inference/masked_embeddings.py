@@ -25,7 +25,7 @@ def embed_masked(
     masked, table, comm = network.masked, tables.masked_item, tables.masked_item.comm
     vectors = ShardedTable(table.name, table.rows, masked.columns, comm, trainable=False)
     for low, high in row_chunks(vectors, chunk):
-        vectors.weight[low:high] = masked.vectors(table.weight[low:high], content.weight[low:high])
+        vectors.weight[low:high] = masked.vectors(table.weight[low:high, : masked.columns], content.weight[low:high])
     users = ShardedTable(table.name, graphs.users, masked.columns + 1, comm, trainable=False)
     nodes = graphs.nodes
     means = ShardedSpMM(nodes.indptr, nodes.indices, None, 0, users, vectors, chunk, base=graphs.users)

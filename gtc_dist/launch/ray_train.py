@@ -1,6 +1,5 @@
 """Training on Ray: resources of the ranks, the Ray Train trainer, and the function that each rank runs."""
 
-import ctypes
 import logging
 import math
 import os
@@ -27,13 +26,12 @@ from gtc_dist.data.ray_tasks import EveryRow, read_rows
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError, NotFinite
 from gtc_dist.graph.csc import Graphs
+from gtc_dist.launch.rank_memory import keep_memory
 from gtc_dist.launch.ray_cluster import cores
 from gtc_dist.launch.watchdog import Watchdog, watch_rank
 from gtc_dist.training.trainer import Trainer
 
 READER_CPUS = 0.25  # CPUs of a Ray Data task; small, to fit beside ranks that take nearly all of every node
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-KEPT_BYTES = 2**30  # a rank keeps freed blocks, and free memory in total, up to this size
 
 FATAL = {error.__name__: error for error in (InputError, NotFinite)}  # a retry would only repeat them
 
@@ -234,18 +232,9 @@ def _make_communicator(cluster: ClusterConfig) -> Communicator:
     context = train.get_context()
     # one core per rank is left to its prefetch thread: a thread too many costs more than one too few
     torch.set_num_threads(cluster.threads or max(1, cores() // context.get_local_world_size() - 1))
-    _keep_memory()
+    keep_memory()
     device = train.torch.get_device() if cluster.gpu else torch.device("cpu")
     return Communicator(context.get_world_rank(), context.get_world_size()).new_group(device)
-
-
-def _keep_memory() -> None:
-    """Make glibc keep freed blocks of any size for the next step. By default it returns large blocks to the system,
-    which has to clear every page again: a fifth of a training step on a CPU. No effect with another C library."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            mallopt(option, KEPT_BYTES)
 
 
 def read_shard(shard) -> tuple[np.ndarray, np.ndarray]:

@@ -43,8 +43,8 @@ class MaskedUsers:
     has_id: torch.Tensor  # bool [n, members] False: the member's id row of the item is dropped
     kept: torch.Tensor  # int64 [k] kept items, by user
     kept_start: torch.Tensor  # int64 [m + 1] first kept item of each user
-    target: torch.Tensor  # int64 [t] masked items
-    target_user: torch.Tensor  # int64 [t] their users, 0..m-1
+    target: torch.Tensor  # int64 [t] masked items, by user
+    target_start: torch.Tensor  # int64 [m + 1] first masked item of each user
     recency_weight: torch.Tensor | None  # float32 [t] of the masked items, mean one over train; None: all one
     log_inclusion: torch.Tensor | None  # float32 [n] log P(item in batch); None: all items are
     total_users: int  # of all ranks

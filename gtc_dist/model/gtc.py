@@ -30,6 +30,7 @@ from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import InputError
 from gtc_dist.model import losses
 from gtc_dist.model.batch import Batch, HistoryRows, Subgraph
+from gtc_dist.model.functions import unit_rows
 from gtc_dist.model.item_encoder import MAX_LOG_SCALE, EncodedItems, ItemEncoder
 from gtc_dist.model.masked_diffusion import DENSE_LR, MASKED_TABLE, TABLE_LR, MaskedDiffusion
 from gtc_dist.model.variant import VARIANTS, Variant
@@ -182,7 +183,7 @@ class GTC(nn.Module):
         if self.variant.gated_content:
             preference = F.pad(preference.reshape(-1, self.n_members, 1, self.dim), (0, 0, 0, self.n_graph_views - 1))
         elif self.variant.unit_rows:
-            preference = F.normalize(preference.reshape(-1, self.n_node_views, self.dim), dim=2)
+            preference = unit_rows(preference.reshape(-1, self.n_node_views, self.dim))
         else:
             preference = preference + self.common
         return preference.reshape(-1, self.n_node_views * self.dim), self.view_weights(weight)

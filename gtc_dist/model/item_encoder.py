@@ -14,6 +14,7 @@ from torch import nn
 
 from gtc_dist.config import ModelConfig, TrainConfig
 from gtc_dist.model.diffusion import ContentFilter, NoiseSchedule
+from gtc_dist.model.functions import unit_rows
 from gtc_dist.model.variant import Variant
 
 CONTENT_NORM = 0.3  # initial norm of a content view without unit rows
@@ -113,13 +114,13 @@ class ItemEncoder(nn.Module):
         """Id and content views, [n, views, D]: L2-normalised, or with their norms where content gates the id."""
         if self.variant.gated_content:
             return torch.stack([ids, *(ids * torch.sigmoid(x) for x in filtered.values())], dim=1)
-        return F.normalize(torch.stack([ids, *filtered.values()], dim=1), dim=2)
+        return unit_rows(torch.stack([ids, *filtered.values()], dim=1))
 
     def view_attention(self, views: torch.Tensor) -> torch.Tensor:
         """Weight of each view, [n, views], summing to one: softmax over its mean cosine with the other views."""
         if not hasattr(self, "gate_scale"):
             return views.new_full(views.shape[:2], 1 / self.n_views)
-        unit = F.normalize(views, dim=2) if self.variant.gated_content else views
+        unit = unit_rows(views) if self.variant.gated_content else views
         total = unit.sum(dim=1, keepdim=True)
         agreement = (unit * (total - unit)).sum(dim=2) / (self.n_views - 1)
         return torch.softmax(self.gate_scale * agreement, dim=1)
@@ -141,7 +142,7 @@ class ItemEncoder(nn.Module):
             fused = ids + (weights[:, 1:, None] * content).sum(dim=1)
             return torch.cat([fused[:, None], content * (self.n_views * weights)[:, 1:, None]], dim=1).flatten(1)
         fused = (weights[:, :, None] * views).sum(dim=1)
-        ids = F.normalize(views[:, 0] + fused, dim=1)
+        ids = unit_rows(views[:, 0] + fused)
         parts = torch.cat([ids[:, None], views[:, 1:]], dim=1) * (self.n_views * weights)[:, :, None]
         return parts.flatten(1)
 

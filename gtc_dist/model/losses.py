@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from gtc_dist.model.batch import Batch
+from gtc_dist.model.functions import unit_rows
 from gtc_dist.model.total_correlation import total_correlation_cross_entropy
 
 CONDITION_DROPOUT = 0.1  # share of pairs whose condition the denoising loss drops, so that cold items are covered
@@ -68,7 +69,7 @@ def total_correlation_loss(network, e, batch: Batch) -> torch.Tensor:
         views = torch.stack([encoded.views.index_select(0, rows) for encoded in e.encoded], dim=1)
     ids = torch.stack(sides, dim=1).repeat(1, network.n_members)
     scale = torch.stack([member.log_scale for member in network.members]).exp().repeat_interleave(len(sides))
-    args = (F.normalize(views, dim=3), ids, scale, batch.permutations, network.comm, counts)
+    args = (unit_rows(views), ids, scale, batch.permutations, network.comm, counts)
     loss = total_correlation_cross_entropy(*args, additive=network.variant.additive_critic)
     return loss / max(sum(counts), 1)
 

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gtc_dist.model.batch import MaskedUsers
+from gtc_dist.model.functions import log_partition, unit_rows
 
 MASKED_TABLE = "masked_item"
 WIDTH = 128  # D of a member
@@ -70,15 +71,14 @@ class MaskedDiffusion(nn.Module):
         ids = torch.full((self.columns,), ID_NORM / self.width**0.5)
         return torch.cat([ids, torch.zeros(self.members)])
 
-    def vectors(self, rows: torch.Tensor, content: torch.Tensor, has_id: torch.Tensor | None = None) -> torch.Tensor:
+    def vectors(self, ids: torch.Tensor, content: torch.Tensor, has_id: torch.Tensor | None = None) -> torch.Tensor:
         """p of items, [n, members * D].
 
         Args:
-            rows: [n, members * (D + 1)] of the table.
+            ids: [n, members * D] id rows of the table.
             content: c of the items, [n, sum of `content_widths`]; a row of zeros: no content.
             has_id: bool [n, members]; False: without the id row. None: all with it.
         """
-        ids = rows[:, : self.columns]
         if has_id is not None:
             ids = (ids.unflatten(1, (self.members, self.width)) * has_id[:, :, None]).flatten(1)
         if self.autocast:
@@ -87,7 +87,7 @@ class MaskedDiffusion(nn.Module):
 
     def unit(self, vectors: torch.Tensor) -> torch.Tensor:
         """Each member's vectors with norm one; zeros stay zeros. [n, members * D]."""
-        return F.normalize(vectors.unflatten(1, (self.members, self.width)), dim=2).flatten(1)
+        return unit_rows(vectors.unflatten(1, (self.members, self.width))).flatten(1)
 
     def forward(self, batch: MaskedUsers, rows: torch.Tensor) -> torch.Tensor:
         """Sum over this rank's users of -log p(masked items | kept items), divided by the users of all ranks; the mean
@@ -96,24 +96,34 @@ class MaskedDiffusion(nn.Module):
         Args:
             rows: [n, members * (D + 1)] of the batch's items.
         """
-        items = self.vectors(rows, batch.content, batch.has_id)
-        users = F.embedding_bag(batch.kept, items, batch.kept_start, mode="sum", include_last_offset=True)
-        users = self.unit(users) * self.log_scale.exp()
-        users, items = self._by_member(users), self._by_member(items)
-        bias = rows[:, self.columns :].T
-        if self.autocast:
-            scores = torch.bmm(users, items.transpose(1, 2)).float() + bias[:, None]
-        else:
-            scores = torch.baddbmm(bias[:, None], users, items.transpose(1, 2))
-        # from the vectors: their gradient is small, that of an entry of the scores is a matrix of the scores' size
-        target = (users[:, batch.target_user] * items[:, batch.target]).sum(2) + bias[:, batch.target]
-        if batch.log_inclusion is not None:
-            scores = scores - self._log_inclusion(batch, batch.log_inclusion)
-        log_sum = torch.logsumexp(scores, dim=2)[:, batch.target_user]
-        loss = log_sum - target
+        ids, bias = rows.split([self.columns, self.members], dim=1)
+        items = self.vectors(ids, batch.content, batch.has_id)
+        hidden, wanted = self._sums_by_user(batch, items)
+        users, bias = self.unit(hidden) * self.log_scale.exp(), bias.T
+        own = None if batch.log_inclusion is None else self._log_inclusion(batch, batch.log_inclusion)
+        dtype = torch.bfloat16 if self.autocast else torch.float32
+        log_sums = log_partition(self._by_member(users), self._by_member(items), bias, own, dtype)
+        # scores of the masked items from the vectors, not from the scores of all items: a gradient of an entry of those
+        # would be a matrix of their size
+        weights = batch.target_start.diff()
+        of_targets = bias.index_select(1, batch.target)
         if batch.recency_weight is not None:
-            loss = loss * batch.recency_weight
-        return loss.sum() / (self.members * max(batch.total_users, 1))
+            of_targets = of_targets * batch.recency_weight
+            weights = torch.zeros_like(log_sums[0])
+            weights = weights.index_add(0, user_of(batch.target_start, batch.target), batch.recency_weight)
+        loss = (log_sums * weights).sum() - (users * wanted).sum() - of_targets.sum()
+        return loss / (self.members * max(batch.total_users, 1))
+
+    @staticmethod
+    def _sums_by_user(batch: MaskedUsers, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of the vectors of each user's kept items, and of its masked ones by their weights, [m, members * D]."""
+        chosen = torch.cat([batch.kept, batch.target])
+        start = torch.cat([batch.kept_start, batch.kept_start[-1:] + batch.target_start[1:]])
+        weight = None
+        if batch.recency_weight is not None:
+            weight = torch.cat([torch.ones_like(batch.kept, dtype=torch.float32), batch.recency_weight])
+        sums = F.embedding_bag(chosen, items, start, mode="sum", per_sample_weights=weight, include_last_offset=True)
+        return sums.view(2, len(batch.kept_start) - 1, items.shape[1]).unbind(0)
 
     def _by_member(self, vectors: torch.Tensor) -> torch.Tensor:
         """[n, members * D] -> [members, n, D]."""
@@ -123,9 +133,12 @@ class MaskedDiffusion(nn.Module):
     def _log_inclusion(batch: MaskedUsers, of_items: torch.Tensor) -> torch.Tensor:
         """log P(item in batch) for each user, [m, n]: a user's own items are in for certain."""
         chance = of_items.repeat(len(batch.kept_start) - 1, 1)
-        kept_user = torch.repeat_interleave(
-            torch.arange(len(chance), device=chance.device), batch.kept_start.diff(), output_size=len(batch.kept)
-        )
-        chance[kept_user, batch.kept] = 0
-        chance[batch.target_user, batch.target] = 0
+        chance[user_of(batch.kept_start, batch.kept), batch.kept] = 0
+        chance[user_of(batch.target_start, batch.target), batch.target] = 0
         return chance
+
+
+def user_of(start: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    """User of each of `items`, which are by user, int64 [len(items)]; start: int64 [m + 1], each user's first."""
+    users = torch.arange(len(start) - 1, device=start.device)
+    return torch.repeat_interleave(users, start.diff(), output_size=len(items))

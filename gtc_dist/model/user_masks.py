@@ -88,7 +88,7 @@ class UserMasks:
             kept=torch.from_numpy(kept),
             kept_start=torch.from_numpy(np.searchsorted(kept_user, np.arange(len(users) + 1))),
             target=torch.from_numpy(masked),
-            target_user=torch.from_numpy(masked_user),
+            target_start=torch.from_numpy(np.searchsorted(masked_user, np.arange(len(users) + 1))),
             recency_weight=None if recency is None else torch.from_numpy(recency),
             log_inclusion=log_inclusion,
             total_users=sum(counts),

@@ -5,7 +5,7 @@ import pytest
 from ranks import run_ranks
 from small import small_catalog
 
-from gtc_dist.data.catalog import Catalog
+from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.evaluation.ranking import RankingOptions, evaluate_on_items, load_ground_truth, top_k_items
@@ -59,10 +59,18 @@ def test_one_pair_of_rankings_serves_all_factors(catalog, ranks, counts_all):
         assert len(recalls) > 1
 
 
-def test_only_allowed_items_are_listed(catalog):
-    graphs, options, comm = Graphs.load(catalog), RankingOptions(item_block=50, user_block=7), Communicator()
-    users, items, allowed = table("u", 90, comm), table("i", 120, comm), np.arange(120) % 30 == 2
-    top, scores = top_k_items(users, items, graphs, np.arange(90), 10, options, allowed)
-    assert allowed[top[top >= 0]].all()
-    assert (top >= 0).sum(1).max() == 4
-    assert np.isneginf(scores[top < 0]).all()
+@pytest.mark.parametrize("item_block", [50, 7])  # 7: some blocks have no allowed item
+def test_only_allowed_items_are_listed(catalog, item_block):
+    graphs, comm = Graphs.load(catalog), Communicator()
+    options = RankingOptions(item_block=item_block, user_block=7)
+    users, items, allowed = table("u", 90, comm), table("i", 120, comm), np.arange(120) % 30 == 22
+    known = CSC(np.arange(91), np.full(90, 52, np.int32), np.ones(90, np.float32))  # of every user
+    top, scores = top_k_items(users, items, graphs, np.arange(90), 10, options, allowed, known)
+    for user in range(90):
+        edges = slice(graphs.nodes.indptr[user], graphs.nodes.indptr[user + 1])
+        own = {52, *(graphs.nodes.indices[edges] - graphs.users).tolist()}
+        expected = {i: float(users.weight[user] @ items.weight[i]) for i in np.flatnonzero(allowed) if i not in own}
+        best = sorted(expected, key=lambda i: -expected[i])
+        assert top[user].tolist() == best + [-1] * (10 - len(best))
+        assert scores[user, : len(best)] == pytest.approx([expected[i] for i in best], abs=1e-5)
+        assert np.isneginf(scores[user, len(best) :]).all()

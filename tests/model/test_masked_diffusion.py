@@ -70,7 +70,7 @@ def test_a_pass_masks_every_user_once(parts):
         assert ends[-1] == len(batch.kept)
         for n, user in enumerate(users):
             kept = set(batch.kept[ends[n] : ends[n + 1]].tolist())
-            masked = set(batch.target[batch.target_user == n].tolist())
+            masked = set(batch.target[batch.target_start[n] : batch.target_start[n + 1]].tolist())
             assert kept
             assert masked
             assert not kept & masked
@@ -89,7 +89,7 @@ def test_at_most_so_many_interactions_of_a_user(parts, monkeypatch):
     masks = masks_of(graphs, content)
     users, counts, seed = masks.draw(1, 0, STEPS)
     batch = masks.build(users, counts, seed)
-    count = batch.kept_start.diff() + torch.bincount(batch.target_user, minlength=len(users))
+    count = batch.kept_start.diff() + batch.target_start.diff()
     assert count.tolist() == np.minimum(graphs.user_degree[users], 3).tolist()
 
 
@@ -109,7 +109,7 @@ def test_the_loss_is_that_of_its_definition(parts):
             own = batch.kept[batch.kept_start[n] : batch.kept_start[n + 1]]
             hidden = F.normalize(vectors[own].sum(0), dim=0) * 8
             log_p = torch.log_softmax(vectors @ hidden + rows[:, 128 * MEMBERS + member], 0)
-            expected -= log_p[batch.target[batch.target_user == n]].sum() / MEMBERS
+            expected -= log_p[batch.target[batch.target_start[n] : batch.target_start[n + 1]]].sum() / MEMBERS
     torch.testing.assert_close(loss, expected / len(users), rtol=1e-4, atol=1e-4)
 
 
@@ -148,14 +148,14 @@ def gradients(comm: Communicator, uri: str, counts: list[int]) -> dict:
     users = np.flatnonzero(graphs.user_degree > 1)[: sum(counts)]
     whole = masks_of(graphs, content).build(users, counts, 5)
     first = sum(counts[: comm.rank])
-    start = whole.kept_start[first : first + counts[comm.rank] + 1]
-    own = (whole.target_user >= first) & (whole.target_user < first + counts[comm.rank])
+    own = slice(first, first + counts[comm.rank] + 1)
+    kept, target = whole.kept_start[own], whole.target_start[own]
     batch = replace(
         whole,
-        kept=whole.kept[start[0] : start[-1]],
-        kept_start=start - start[0],
-        target=whole.target[own],
-        target_user=whole.target_user[own] - first,
+        kept=whole.kept[kept[0] : kept[-1]],
+        kept_start=kept - kept[0],
+        target=whole.target[target[0] : target[-1]],
+        target_start=target - target[0],
     )
     loss = network.masked(batch, tables.masked_item.lookup(batch.item_lookup))
     (comm.size * loss).backward()

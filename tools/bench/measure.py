@@ -27,12 +27,14 @@ from gtc_dist.evaluation.ranking import RankingOptions, top_k_items
 from gtc_dist.graph.csc import both_directions, load_graphs
 from gtc_dist.inference.embedding_files import FILE_ROWS, write_catalog_rows
 from gtc_dist.inference.layerwise import embed_catalog
+from gtc_dist.launch.rank_memory import keep_memory
 from gtc_dist.model.build import build_network, load_features
 
 
 def main() -> None:
     case, rank, folder = json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(case.get("threads", 1))
+    keep_memory()  # as in training
     ranks, device = case.get("ranks", 1), device_of(case, rank)
     comm = Communicator(device=device)
     if ranks > 1:
