@@ -30,7 +30,35 @@ class InteractionsConfig(Section):
     )
     user: str = Field("user_id", description="Column with the user id.")
     item: str = Field("item_id", description="Column with the item id.")
+    columns: list[Name] | None = Field(
+        None,
+        description="Names of all columns, for CSV and TSV files without a header line. null: the header names them.",
+    )
+    separator: Name | None = Field(
+        None, description="Text between the columns of CSV files, such as `;` or `::`. null: a comma, or a tab for TSV."
+    )
     rating: str | None = Field(None, description="Column with the rating; needed by `min_rating`.")
+    weight: str | None = Field(
+        None,
+        description="Column with the weight of an interaction, a positive number such as a count or the rating: in the "
+        "graphs, the untrained scorers and the losses. null: all weigh the same.",
+    )
+    event: str | None = Field(None, description="Column with the kind of event, for `event_weights`.")
+    event_weights: dict[Name, Weight] = Field(
+        {},
+        description="Kind of event: its weight, times that of `weight`, such as `{view: 1, cart: 3, buy: 5}`. 0 leaves "
+        "such events out; kinds that are not named are bad rows.",
+    )
+    repeats: PositiveInt = Field(
+        1,
+        description="Of several interactions of a user with an item the heaviest count, at most so many, and their "
+        "weights are added. The time is that of the first.",
+    )
+    on_bad_rows: Literal["error", "skip"] = Field(
+        "error",
+        description="Rows that cannot be read: error refuses the files and names such rows; skip leaves them out, "
+        "counts them, and lists them in `interactions/rejected.parquet` of the catalog.",
+    )
     time: str | None = Field(
         None, description="Column with the time; needed by splits that order by time and by `recency_half_life`."
     )
@@ -45,7 +73,18 @@ class InteractionsConfig(Section):
             raise ValueError(f"user and item are both column {self.user!r}; name two columns")
         if self.min_rating is not None and self.rating is None:
             raise ValueError("min_rating needs the name of the rating column in data.interactions.rating")
+        if (self.event is None) != (not self.event_weights):
+            raise ValueError("event, a column, and event_weights, the weights of its values, go together; set both")
+        if self.event_weights and not any(self.event_weights.values()):
+            raise ValueError("event_weights has only zeros, which leave every interaction out")
+        if self.columns is not None and len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"columns is {self.columns}; name each column once")
         return self
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether interactions may weigh differently, whatever their age."""
+        return self.weight is not None or bool(self.event_weights) or self.repeats > 1
 
 
 class SplitConfig(Section):
@@ -69,6 +108,10 @@ class SplitConfig(Section):
     )
     test_share: Share = Field(0.1, description="global_time, ratio: share of the interactions in test.")
     seed: NonNegativeInt = Field(0, description="Seed of random splits.")
+    repeats: Literal["error", "drop"] = Field(
+        "error",
+        description="given, label: interactions of valid and test that are also in train: an error, or dropped there.",
+    )
 
     @model_validator(mode="after")
     def _shares(self):
@@ -126,6 +169,17 @@ class DataConfig(Section):
         if self.recency_half_life is not None and self.interactions.time is None:
             raise ValueError("recency_half_life needs the name of the time column in data.interactions.time")
         return self
+
+    @property
+    def weight_settings(self) -> list[str]:
+        """Settings by which train interactions weigh differently, in words."""
+        interactions, age = self.interactions, self.recency_half_life
+        found = [] if age is None else [f"data.recency_half_life is {age:g}"]
+        for key in ("weight", "event_weights", "repeats") if interactions.has_weights else ():
+            value = getattr(interactions, key)
+            if value != type(interactions).model_fields[key].default:
+                found.append(f"data.interactions.{key} is {value}")
+        return found
 
     @field_validator("features")
     @classmethod

@@ -84,6 +84,8 @@ def _type_name(annotation: Any) -> str:
         return ", ".join(str(argument) for argument in arguments)
     if origin in (types.UnionType, typing.Union):
         return " or ".join("null" if a is type(None) else _type_name(a) for a in arguments)
+    if origin is dict:
+        return f"{_type_name(arguments[0])}: {_type_name(arguments[1])}"
     if origin is list:
         return f"list of {_type_name(arguments[0])}"
     return {int: "integer", float: "number", str: "text", bool: "true, false"}[annotation]

@@ -15,7 +15,7 @@ ORDER = [
     ["config_data", "config", "config_reference", "config_upgrade", "config_file"],
     ["distributed"],
     ["data"],
-    ["graph", "checkpoint"],
+    ["graph", "checkpoint", "raw"],
     ["model", "evaluation", "hybrid"],
     ["inference"],
     ["training"],

@@ -6,15 +6,16 @@
     features/<modality>/part-*.parquet               item:int32, vector:fixed_size_list<float16>[d], sorted by item
     features/<modality>/{mean,std,components}.npy    transform from raw features, see feature_transform.py
     graph/<name>.{indptr,indices,weight}.npy         CSC: for destination c, sources indices[indptr[c]:indptr[c+1]]
-    graph/{item_user,user_item}.degree.npy           sums of recency weights, only with `data.recency_half_life`
+    graph/{item_user,user_item}.degree.npy           sums of weights, only where interactions weigh differently
+    interactions/rejected.parquet                    rows left out by `on_bad_rows: skip`: file, place, row, problem
 
 Graphs from train interactions: `item_user` (destination user, sources its items) and `user_item` (destination item,
 sources its users), both weighted 1/sqrt(degree * degree), and optionally `user_user` (softmax of co-interaction
 counts). Graph from content: `item_item` (similarities, normalised to a sum of one).
 
-With `data.recency_half_life` an interaction has a weight w = 2^(-age / half-life). Degrees are then sums of weights,
-the user-item edges have the weights w/sqrt(degree * degree), and a common item of two users counts the product of their
-two weights.
+An interaction may have a weight w: the product of 2^(-age / half-life) with `data.recency_half_life` and of what the
+keys weight, event_weights and repeats of `data.interactions` say. Degrees are then sums of weights, the user-item edges
+have the weights w/sqrt(degree * degree), and a common item of two users counts the product of their two weights.
 
 User and item indexes are a seeded random permutation of the sorted ids, so contiguous ranges are balanced.
 """
@@ -87,7 +88,7 @@ class CSC:
     """A weighted graph in compressed sparse columns: sources of destination c are `indices[indptr[c]:indptr[c + 1]]`.
 
     indptr int64 [destinations + 1], indices int32 [E], weight float32 [E]; the sources of a destination are sorted.
-    weighted_degree: float64 [destinations], sums of the recency weights of each destination's interactions; None: every
+    weighted_degree: float64 [destinations], sums of the weights of each destination's interactions; None: every
         interaction weighs one, and always in graphs other than the user-item graph.
     """
 

@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 
 from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
-from gtc_dist.prepare import ids as id_columns
-from gtc_dist.prepare.interaction_file import InteractionFile, format_of, numbered_batches, read_schema
+from gtc_dist.raw import ids as id_columns
+from gtc_dist.raw.interaction_file import InteractionFile, format_of, numbered_batches, read_schema
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 

@@ -71,23 +71,23 @@ class Graphs:
 
     @property
     def weighted_user_degree(self) -> np.ndarray:
-        """Sum of each user's recency weights in train, float64 [users]; without such weights `user_degree`."""
+        """Sum of the weights of each user's train interactions, float64 [users]; without weights `user_degree`."""
         degree = self.nodes.weighted_degree
         return self.user_degree if degree is None else degree[: self.users]
 
     @property
     def weighted_item_degree(self) -> np.ndarray:
-        """Sum of each item's recency weights in train, float64 [items]; without such weights `item_degree`."""
+        """Sum of the weights of each item's train interactions, float64 [items]; without weights `item_degree`."""
         degree = self.nodes.weighted_degree
         return self.item_degree if degree is None else degree[self.users :]
 
     @cached_property
     def mean_weight(self) -> float:
-        """Mean recency weight of the train interactions."""
+        """Mean weight of the train interactions."""
         return 2 * float(self.weighted_user_degree.sum()) / len(self.nodes.indices)
 
     def relative_weights(self, users: np.ndarray, items: np.ndarray) -> np.ndarray | None:
-        """Recency weights of train interactions, float32 [n], divided by their mean over train; None without recency.
+        """Weights of train interactions, float32 [n], divided by their mean over train; None: all weigh the same.
 
         Args:
             users, items: int64 [n], pairs that are train interactions.
@@ -121,13 +121,14 @@ class Graphs:
 
 
 def load_graphs(config: Config, catalog: Catalog) -> Graphs:
-    """The graphs of a catalog that the configured network uses. Raises InputError if the catalog lacks one, or the
-    recency weights."""
+    """The graphs of a catalog that the configured network uses. Raises InputError if the catalog lacks one, or
+    weights of the interactions."""
     graphs = Graphs.load(catalog, item_item=config.model.item_hop, user_user=config.model.user_hop)
-    if config.data.recency_half_life is not None and graphs.nodes.weighted_degree is None:
+    settings = config.data.weight_settings
+    if settings and graphs.nodes.weighted_degree is None:
         raise InputError(
-            f"data.recency_half_life is {config.data.recency_half_life:g}, but the catalog {catalog.uri} was built "
-            "without it; run python -m gtc_dist.prepare --force with this configuration"
+            f"{' and '.join(settings)}, but the catalog {catalog.uri} was built without it; run python -m "
+            "gtc_dist.prepare --force with this configuration"
         )
     return graphs
 

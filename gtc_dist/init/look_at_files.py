@@ -10,7 +10,7 @@ import pyarrow as pa
 from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
 from gtc_dist.features.item_content import PICTURES
-from gtc_dist.prepare.interaction_file import FORMATS, InteractionFile, format_of, read_schema
+from gtc_dist.raw.interaction_file import FORMATS, InteractionFile, format_of, read_schema
 
 # names of columns, lower-case, in the order of preference; a type suffix as in `user_id:token` is left out
 ROLES = {

@@ -14,6 +14,7 @@ import json
 import posixpath
 
 import numpy as np
+import pyarrow as pa
 from pydantic import ValidationError
 
 from gtc_dist.config import Config
@@ -37,12 +38,28 @@ from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.prepare import catalog_interactions, feature_files, features, interactions
 from gtc_dist.prepare.catalog_interactions import SplitInteractions
 from gtc_dist.prepare.feature_files import FeatureSource
-from gtc_dist.prepare.interaction_file import InteractionFile
 from gtc_dist.progress import ProgressCallback, ProgressPrinter, no_progress
+from gtc_dist.raw.interaction_file import InteractionFile
 
 SEARCH = "auto"  # of item neighbours: exact for small catalogs, approximate for large ones (graph/item_knn_graph.py)
 PROBES = 160  # approximate search: inverted lists (of about 250 items) searched per item; more gives higher recall
 USER_NEIGHBOURS = 40  # k of the user-user graph
+REJECTED_FILE = "interactions/rejected.parquet"
+DROPPED = {  # reasons in the manifest, in words
+    "bad_rows": f"rows that cannot be read ({REJECTED_FILE} of the catalog lists them)",
+    "event": "events of weight 0",
+    "min_rating": "rows below data.interactions.min_rating",
+    "duplicate": "repeats of a user and an item (data.interactions.repeats says how many count)",
+    "k_core": "rows of users and items with fewer than data.interactions.k_core",
+    "in_train": "rows of valid and test that are in train",
+}
+LATER_KEYS = [  # not hashed where they have their default, so that older catalogs stay up to date
+    ("split", "repeats"),
+    *(
+        ("interactions", k)
+        for k in ("columns", "separator", "weight", "event", "event_weights", "repeats", "on_bad_rows")
+    ),
+]
 HUB_CAP = 1000  # user-user graph: an item with more users counts only for a sample of this size
 
 
@@ -116,6 +133,9 @@ def fingerprint(config: Config, files: list[InteractionFile], sources: dict[str,
     data = config.data.model_dump(mode="json", exclude={"catalog", "verify"})
     if data["recency_half_life"] is None:
         del data["recency_half_life"]
+    for section, key in LATER_KEYS:
+        if data[section][key] == getattr(type(getattr(config.data, section))(), key):
+            del data[section][key]
     for split, label in zip(SPLITS, data["split"].pop("labels"), strict=True):
         data["split"][f"{split}_label"] = label
     graph = {
@@ -192,6 +212,8 @@ def write_catalog(
     writer.ids("items", split.items)
     for name in SPLITS:
         writer.interactions(name, *split.splits[name])
+    if split.rejected:
+        writer.table(REJECTED_FILE, pa.concat_tables(split.rejected).drop_columns("count"))
     manifest = writer.finish(
         fingerprint=digest,
         users=len(split.users),
@@ -302,6 +324,13 @@ def catalog_summary(manifest: Manifest) -> str:
         lines.append(
             f"{name}  {entry.raw_dim} -> {entry.dim} dimensions{pca}; {entry.missing:,} items without a vector"
         )
-    dropped = {reason: rows for reason, rows in manifest.dropped.items() if rows}
-    lines.append("dropped  " + ("  ".join(f"{reason} {rows:,}" for reason, rows in dropped.items()) or "nothing"))
+    for reason, rows in manifest.dropped.items():
+        if rows:
+            modality = reason.removeprefix("features/")
+            words = (
+                f"vectors of {modality} for items that are not in the catalog"
+                if modality != reason
+                else DROPPED[reason]
+            )
+            lines.append(f"left out  {rows:,} {words}")
     return "\n".join(lines)

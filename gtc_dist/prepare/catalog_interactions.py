@@ -3,11 +3,13 @@
 Rows are in scratch and processed in blocks that fit `prepare.memory_gib`; the driver holds all ids and a few numbers
 per user and item in memory. The result depends neither on the blocks nor on the order of files or rows.
 
-Dropped and counted, in this order: rows below `min_rating`; duplicates of a user-item pair within a split (the earliest
-is kept; since ratings are filtered first, a pair is kept if its highest rating passes); rows outside the k-core.
+Left out and counted, in this order: events of weight 0; rows below `min_rating`; repeats of a user-item pair within a
+split (the earliest is kept, with the weights of `data.interactions.repeats` of them; since ratings are filtered first,
+a pair is kept if its highest rating passes); rows outside the k-core; with `data.split.repeats: drop`, rows of valid
+and test whose pair is in train.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +19,13 @@ from gtc_dist.config_data import DataConfig
 from gtc_dist.data.catalog import INTERACTION_ROWS, SPLITS
 from gtc_dist.data.scratch import Buckets, Scratch
 from gtc_dist.errors import InputError
-from gtc_dist.prepare import ids, split
+from gtc_dist.prepare import split
 from gtc_dist.prepare.clean import CleanInteractions, RawInteractions, clean_interactions
 from gtc_dist.progress import ProgressCallback, no_progress
+from gtc_dist.raw import ids
 
 MAX_HALF_LIVES = 64  # older interactions weigh as if of this age, so that no weight and no degree becomes zero
+NO_SPLIT = -1  # of rows that were taken out of valid or test
 MAX_SECONDS = 1e11  # of a time since 1970; milliseconds are larger
 
 
@@ -33,7 +37,8 @@ class SplitInteractions:
         users, items: original ids in index order.
         splits: name -> (user int32 [E], item int32 [E]), shuffled, in scratch.
         dropped: reason -> number of rows.
-        train_weight: float32 [E], recency weights of train, in scratch; None without `data.recency_half_life`.
+        train_weight: float32 [E], weights of train, in scratch; None: all weigh one.
+        rejected: bad rows that were left out (`RawInteractions.rejected`).
     """
 
     users: pa.Array
@@ -41,6 +46,7 @@ class SplitInteractions:
     splits: dict[str, tuple[np.ndarray, np.ndarray]]
     dropped: dict[str, int]
     train_weight: np.ndarray | None = None
+    rejected: Sequence[pa.Table] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -66,29 +72,33 @@ def build_interactions(
     rows, dropped = clean_interactions(raw, data, scratch, progress)
     progress("splitting interactions")
     codes = _split_codes(rows, data, scratch)
+    if rows.split is not None and data.split.repeats == "drop":
+        dropped["in_train"] = _drop_repeated(rows, codes, scratch)
     counts = _check_splits(raw, data, rows, codes, scratch)
     seed = data.split.seed
     users, user_index = _assign_indexes(raw.user_ids, rows.user_counts, np.random.default_rng([seed, 0]))
     items, item_index = _assign_indexes(raw.item_ids, rows.item_counts, np.random.default_rng([seed, 1]), more_items)
-    recency = _recency_weights(rows, codes, data, raw.time_unit, scratch)
+    weight = _train_weights(rows, codes, data, raw.time_unit, scratch)
     splits, weights = {}, {}
     for which, name in enumerate(SPLITS):
         progress(f"shuffling interactions: {name}")
-        more = [recency] if recency is not None and which == split.TRAIN else []
+        more = [weight] if weight is not None and which == split.TRAIN else []
         columns = _split_columns(rows, codes, which, user_index, item_index, more, scratch)
         user, item, *weights[name] = _shuffle(
             columns, counts[which], len(more), [seed, 4, which], [seed, 2, which], scratch
         )
         splits[name] = user, item
-    scratch.discard(rows.user, rows.item, rows.time, codes, recency)
-    return SplitInteractions(users, items, splits, dropped, *weights["train"])
+    scratch.discard(rows.user, rows.item, rows.time, rows.weight, codes, weight)
+    rejected = {"bad_rows": sum(sum(table["count"].to_pylist()) for table in raw.rejected)} if raw.rejected else {}
+    train_weight = weights["train"][0] if weights["train"] else None
+    return SplitInteractions(users, items, splits, rejected | dropped, train_weight, raw.rejected)
 
 
-def _recency_weights(
+def _train_weights(
     rows: CleanInteractions, codes: np.ndarray, data: DataConfig, time_unit: float, scratch: Scratch
 ) -> np.ndarray | None:
-    """2^(-age / half-life) of each row, float32 [E] in scratch, by its age before the newest train row. Only those of
-    train rows are meant to be used. None without `data.recency_half_life`.
+    """Weight of each row, float32 [E] in scratch: its own times 2^(-age / half-life), by its age before the newest
+    train row. Only those of train rows are meant to be used. None: all weigh one.
 
     Args:
         time_unit: seconds of one unit of `rows.time`.
@@ -97,7 +107,7 @@ def _recency_weights(
         InputError: times that are numbers, but not seconds.
     """
     if data.recency_half_life is None:
-        return None
+        return rows.weight
     blocks = scratch.blocks(len(rows), 64)
     train_times = (rows.time[block][codes[block] == split.TRAIN] for block in blocks)
     newest = max(float(times.max()) for times in train_times if len(times))
@@ -109,7 +119,21 @@ def _recency_weights(
     weights, half_life = scratch.array(len(rows), np.float32), data.recency_half_life * 86_400 / time_unit
     for block in scratch.blocks(len(rows), 64):
         weights[block] = np.exp2(-np.clip((newest - rows.time[block]) / half_life, 0, MAX_HALF_LIVES))
+        if rows.weight is not None:
+            weights[block] *= rows.weight[block]
     return weights
+
+
+def _drop_repeated(rows: CleanInteractions, codes: np.ndarray, scratch: Scratch) -> int:
+    """Take the rows of valid and test whose pair is in train out of their split, in place; returns their number."""
+    dropped = 0
+    for block in rows.user_blocks(scratch):
+        user, item, code = rows.user[block], rows.item[block], codes[block]
+        for which in (split.VALID, split.TEST):
+            repeated = split.repeated_in_train(user, item, code, which)
+            code[repeated] = NO_SPLIT
+            dropped += len(repeated)
+    return dropped
 
 
 def _split_codes(rows: CleanInteractions, data: DataConfig, scratch: Scratch) -> np.ndarray:
@@ -146,7 +170,7 @@ def _check_splits(
     repeated: dict[int, list] = {split.VALID: [0, None], split.TEST: [0, None]}  # number of rows, and the first pair
     for block in rows.user_blocks(scratch):
         user, item, code = rows.user[block], rows.item[block], codes[block]
-        counts += np.bincount(code, minlength=len(counts))
+        counts += np.bincount(code[code != NO_SPLIT], minlength=len(counts))
         for which in repeated if rows.split is not None else ():  # computed splits are disjoint
             found = split.repeated_in_train(user, item, code, which)
             repeated[which][0] += len(found)
@@ -165,7 +189,8 @@ def _check_splits(
             raise InputError(
                 f"{name} ({', '.join(files[:3])} in {data.raw}) repeats {number} interactions of train, such as "
                 f"{data.interactions.user}={raw.user_ids[first[0]].as_py()!r}, "
-                f"{data.interactions.item}={raw.item_ids[first[1]].as_py()!r}; remove them from one of the two"
+                f"{data.interactions.item}={raw.item_ids[first[1]].as_py()!r}; remove them from one of the two, or "
+                "set data.split.repeats=drop"
             )
     return counts
 

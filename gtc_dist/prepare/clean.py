@@ -4,7 +4,7 @@ Rows are partitioned into ranges of users that fit `prepare.memory_gib`, and eac
 result does not depend on the ranges. (A user with more rows than fit gets a range of its own.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,8 @@ class RawInteractions:
         time_unit: seconds of one unit of time, 1e-6 where the files have timestamps.
         rating: float64 [E], or None.
         split: int8 [E], or None if neither files nor labels give the split.
+        weight: float32 [E], or None: all weigh one.
+        rejected: bad rows that were left out, with the columns of `bad_rows.REJECTED` and their file.
     """
 
     user_ids: pa.Array
@@ -40,11 +42,14 @@ class RawInteractions:
     rating: np.ndarray | None = None
     split: np.ndarray | None = None
     time_unit: float = 1.0
+    weight: np.ndarray | None = None
+    rejected: Sequence[pa.Table] = ()
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
         """The columns that are used after ratings are filtered."""
         columns = {"user": self.user, "item": self.item, "time": self.time, "split": self.split}
+        columns["weight"] = self.weight
         return {name: column for name, column in columns.items() if column is not None}
 
 
@@ -55,6 +60,7 @@ class CleanInteractions:
     Attributes:
         user, item: int32 codes [E].
         time, split: as in `RawInteractions`.
+        weight: float32 [E], of all rows of a pair together, or None: all weigh one.
         user_counts, item_counts: int64, number of rows of each code.
     """
 
@@ -62,6 +68,7 @@ class CleanInteractions:
     item: np.ndarray
     time: np.ndarray | None
     split: np.ndarray | None
+    weight: np.ndarray | None
     user_counts: np.ndarray
     item_counts: np.ndarray
 
@@ -79,26 +86,26 @@ class CleanInteractions:
 def clean_interactions(
     raw: RawInteractions, data: DataConfig, scratch: Scratch, progress: ProgressCallback
 ) -> tuple[CleanInteractions, dict[str, int]]:
-    """Apply `min_rating`, remove duplicates and apply `k_core`, in this order.
+    """Leave out events of weight 0, apply `min_rating`, merge the rows of a pair and apply `k_core`, in this order.
 
     Args:
         raw: its columns are removed from scratch.
 
     Returns:
-        The remaining rows, and numbers of dropped rows by reason: `min_rating`, `duplicate`, `k_core`.
+        The remaining rows, and numbers of dropped rows by reason: `event`, `min_rating`, `duplicate`, `k_core`.
 
     Raises:
         InputError: a filter leaves no row.
     """
     minimum, k = data.interactions.min_rating, data.interactions.k_core
-    buckets, dropped = _partition_by_user(raw, minimum, scratch, progress), {}
+    buckets, dropped = _partition_by_user(raw, minimum, scratch, progress)
     before = int(buckets.ends.sum() - buckets.starts[:-1].sum())
-    if minimum is not None:
-        dropped["min_rating"] = len(raw.user) - before
-        if not before:
-            raise InputError(f"data.interactions.min_rating={minimum:g} leaves no interaction")
-    columns = _deduplicate(buckets, list(raw.columns), scratch, progress)
-    scratch.discard(*buckets.columns, raw.user, raw.item, raw.time, raw.rating, raw.split)
+    if not before and dropped.get("event") == len(raw.user):
+        raise InputError("data.interactions.event_weights leaves no interaction: all events have weight 0")
+    if minimum is not None and not before:
+        raise InputError(f"data.interactions.min_rating={minimum:g} leaves no interaction")
+    columns = _merge_repeats(buckets, list(raw.columns), data.interactions.repeats, scratch, progress)
+    scratch.discard(*buckets.columns, raw.user, raw.item, raw.time, raw.rating, raw.split, raw.weight)
     rows = len(columns["user"])
     dropped["duplicate"] = before - rows
     if k:
@@ -113,42 +120,60 @@ def clean_interactions(
     for block in scratch.blocks(rows, 16):
         users += np.bincount(columns["user"][block], minlength=len(users))
         items += np.bincount(columns["item"][block], minlength=len(items))
-    time, splits = columns.get("time"), columns.get("split")
-    return CleanInteractions(columns["user"], columns["item"], time, splits, users, items), dropped
+    more = (columns.get(name) for name in ("time", "split", "weight"))
+    return CleanInteractions(columns["user"], columns["item"], *more, users, items), dropped
 
 
 def _partition_by_user(
     raw: RawInteractions, minimum: float | None, scratch: Scratch, progress: ProgressCallback
-) -> Buckets:
-    """Rows with at least the minimum rating, partitioned into ranges of users that fit memory."""
-    counts = np.zeros(len(raw.user_ids), np.int64)
+) -> tuple[Buckets, dict[str, int]]:
+    """Rows with a positive weight and at least the minimum rating, partitioned into ranges of users that fit memory;
+    and the number of others by reason."""
+    counts, dropped = np.zeros(len(raw.user_ids), np.int64), {}
+
+    def passes(block: slice) -> np.ndarray | slice:
+        if raw.weight is None and minimum is None:
+            return slice(None)
+        weighs = np.ones(block.stop - block.start, bool) if raw.weight is None else raw.weight[block] > 0
+        return weighs if minimum is None else weighs & (raw.rating[block] >= minimum)
+
     for block in scratch.blocks(len(raw.user), 32):
-        user = raw.user[block]
-        counts += np.bincount(user if minimum is None else user[raw.rating[block] >= minimum], minlength=len(counts))
+        counts += np.bincount(raw.user[block][passes(block)], minlength=len(counts))
+        if raw.weight is not None:
+            dropped["event"] = dropped.get("event", 0) + int(np.count_nonzero(raw.weight[block] == 0))
+    if minimum is not None:
+        dropped["min_rating"] = len(raw.user) - int(counts.sum()) - dropped.get("event", 0)
     ranges = _user_ranges(counts, scratch.rows(ROW_BYTES))
     bucket_of_user = np.repeat(np.arange(len(ranges), dtype=np.int32), [last - first for first, last in ranges])
     sizes = np.add.reduceat(counts, [first for first, _ in ranges])
     buckets = Buckets(scratch, sizes, [column.dtype for column in raw.columns.values()])
     for block in scratch.blocks(len(raw.user), ROW_BYTES):
-        passed = slice(None) if minimum is None else raw.rating[block] >= minimum
+        passed = passes(block)
         columns = [column[block][passed] for column in raw.columns.values()]
         buckets.add(bucket_of_user[columns[0]], *columns)
         progress(f"interactions grouped by user: {block.stop:,} of {len(raw.user):,}")
-    return buckets
+    return buckets, dropped
 
 
-def _deduplicate(
-    buckets: Buckets, names: list[str], scratch: Scratch, progress: ProgressCallback
+def _merge_repeats(
+    buckets: Buckets, names: list[str], repeats: int, scratch: Scratch, progress: ProgressCallback
 ) -> dict[str, np.ndarray]:
-    """Columns of the buckets' rows without duplicates, sorted by user, split and item."""
+    """Columns of the buckets' rows, one for each pair and split, sorted by user, split and item; with weights where the
+    rows have them or `repeats` (`data.interactions.repeats`) is above 1."""
     out = {name: scratch.growing(column.dtype) for name, column in zip(names, buckets.columns, strict=True)}
+    if repeats > 1:
+        out.setdefault("weight", scratch.growing(np.float32))
     for number in range(len(buckets)):
         columns = dict(zip(names, buckets.bucket(number), strict=True))
-        kept = split.merge_duplicates(columns["user"], columns["item"], columns.get("split"), columns.get("time"))
-        for name, column in columns.items():
-            out[name].append(column[kept])
+        key = columns["user"], columns["item"], columns.get("split")
+        kept = split.merge_duplicates(*key, columns.get("time"))
+        merged = {name: column[kept] for name, column in columns.items()}
+        if "weight" in out:
+            merged["weight"] = split.merged_weights(*key, columns.get("weight"), repeats)
+        for name, column in merged.items():
+            out[name].append(column)
         scratch.release()
-        progress(f"interactions deduplicated and sorted: {buckets.ends[number]:,}")
+        progress(f"interactions merged and sorted: {buckets.ends[number]:,}")
     return {name: column.finish() for name, column in out.items()}
 
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from gtc_dist.config_data import ModalityConfig
 from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
-from gtc_dist.prepare import ids as id_columns
+from gtc_dist.raw import ids as id_columns
 
 CHUNK_BYTES = 32 << 20
 

@@ -21,9 +21,10 @@ from gtc_dist.data.catalog import FEATURE_ROWS, CatalogWriter, ModalityEntry
 from gtc_dist.data.feature_transform import FeatureTransform
 from gtc_dist.data.scratch import Buckets, Scratch
 from gtc_dist.errors import InputError
-from gtc_dist.prepare import feature_files, ids
+from gtc_dist.prepare import feature_files
 from gtc_dist.prepare.feature_files import FeatureSource
 from gtc_dist.progress import ProgressCallback, no_progress
+from gtc_dist.raw import ids
 
 BLOCK_BYTES = 32 << 20  # float64 values at once in the driver; fixed, so that sums do not depend on the memory
 

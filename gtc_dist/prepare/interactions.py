@@ -6,6 +6,7 @@ split if used. The driver holds all ids in memory. The result does not depend on
 `catalog_interactions.py` does the rest.
 """
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,11 +18,19 @@ from gtc_dist.data import ray_tasks, storage
 from gtc_dist.data.catalog import SPLITS
 from gtc_dist.data.scratch import GrowingColumn, Scratch
 from gtc_dist.errors import InputError
-from gtc_dist.prepare import ids, parse
 from gtc_dist.prepare.clean import RawInteractions
-from gtc_dist.prepare.interaction_file import InteractionFile
 from gtc_dist.progress import ProgressCallback, no_progress
+from gtc_dist.raw import ids, parse
+from gtc_dist.raw.bad_rows import REJECTED
+from gtc_dist.raw.interaction_file import InteractionFile
 
+COLUMN_TYPES = {"rating": np.float64, "weight": np.float32, "split": np.int8}
+UNITS = {  # range of times between 1973 and 5138 in each, as numbers since 1970
+    "seconds": (1e8, 1e11),
+    "milliseconds": (1e11, 1e14),
+    "microseconds": (1e14, 1e17),
+    "nanoseconds": (1e17, math.inf),
+}
 BATCH_BYTES = 1 << 30  # largest batch of tables whose ids are looked up together
 
 
@@ -29,11 +38,9 @@ def inspect_interactions(data: DataConfig) -> list[InteractionFile]:
     """Find and check all raw interaction files, without Ray. Raises InputError for a file that cannot be read."""
     columns, method = data.interactions, data.split.method
     roles = {"user": columns.user, "item": columns.item}
-    if columns.rating is not None:
-        roles["rating"] = columns.rating
-    if columns.time is not None:
-        roles["time"] = columns.time
-    elif method in ("global_time", "leave_last_out"):
+    named = {"rating": columns.rating, "weight": columns.weight, "event": columns.event, "time": columns.time}
+    roles |= {role: name for role, name in named.items() if name is not None}
+    if columns.time is None and method in ("global_time", "leave_last_out"):
         raise InputError(
             f"data.split.method is {method}, which orders by time: set data.interactions.time to the time column"
         )
@@ -47,8 +54,17 @@ def inspect_interactions(data: DataConfig) -> list[InteractionFile]:
         wanted = [(uri, code) for code, name in enumerate(SPLITS) for uri in _find_files(data, name)]
     else:
         wanted = [(uri, None) for uri in _find_files(data, None)]
+    options = {
+        "labels": labels,
+        "events": columns.event_weights,
+        "separator": columns.separator or "",
+        "names": tuple(columns.columns or ()),
+        "skip": columns.on_bad_rows == "skip",
+    }
     with ThreadPoolExecutor(8) as pool:
-        jobs = [pool.submit(parse.inspect_table, uri, roles, columns.format, code, labels) for uri, code in wanted]
+        jobs = [
+            pool.submit(parse.inspect_table, uri, roles, columns.format, split=code, **options) for uri, code in wanted
+        ]
         files = [job.result() for job in jobs]
     return files
 
@@ -68,17 +84,21 @@ def read_interactions(
     Raises:
         InputError: a file cannot be parsed; times have different types in two files; there is no row.
     """
+    rejected: list[pa.Table] = []
     users, items, times = ids.Vocabulary("user ids"), ids.Vocabulary("item ids"), _TimeColumn(scratch)
     columns = {"user": scratch.growing(np.int32), "item": scratch.growing(np.int32)}
-    tables = ((files[position].uri, table) for position, table in ray_tasks.map_tables(parse.read_table_file, files))
+    tables = _without_rejected(files, ray_tasks.map_tables(parse.read_table_file, files), rejected)
     for batch in _batch_tables(tables, min(scratch.memory_bytes // 8, BATCH_BYTES)):
         columns["user"].append(users.add([(file, table["user"]) for file, table in batch]))
         columns["item"].append(items.add([(file, table["item"]) for file, table in batch]))
         for file, table in batch:
-            for name, dtype in {"rating": np.float64, "split": np.int8}.items():
-                if name in table.column_names:
-                    columns[name] = columns.get(name) or scratch.growing(dtype)
-                    columns[name].append(table[name].to_numpy())
+            values = {name: table[name].to_numpy() for name in ("rating", "split") if name in table.column_names}
+            factors = [table[name].to_numpy() for name in ("weight", "event") if name in table.column_names]
+            if factors:
+                values["weight"] = np.prod(factors, axis=0)
+            for name, column in values.items():
+                columns[name] = columns.get(name) or scratch.growing(COLUMN_TYPES[name])
+                columns[name].append(column)
             if "time" in table.column_names:
                 times.append(file, table["time"])
         progress(f"interactions read: {columns['user'].rows:,}; {len(users):,} users, {len(items):,} items so far")
@@ -92,7 +112,20 @@ def read_interactions(
         arrays["user"][block] = user_positions[arrays["user"][block]]
         arrays["item"][block] = item_positions[arrays["item"][block]]
     unit = 1e-6 if times.timestamp_files else 1.0
-    return RawInteractions(user_ids, item_ids, time=time, time_unit=unit, **arrays)
+    return RawInteractions(user_ids, item_ids, time=time, time_unit=unit, rejected=rejected, **arrays)
+
+
+def _without_rejected(
+    files: list[InteractionFile], tables: Iterator[tuple[int, pa.Table]], rejected: list[pa.Table]
+) -> Iterator[tuple[str, pa.Table]]:
+    """Tables of interactions, with the name of their file; those of bad rows are added to `rejected`, with a column
+    `file`."""
+    for position, table in tables:
+        uri = files[position].uri
+        if table.schema.equals(REJECTED):
+            rejected.append(table.add_column(0, "file", pa.array([uri] * table.num_rows, pa.string())))
+        else:
+            yield uri, table
 
 
 def _find_files(data: DataConfig, name: str | None) -> list[str]:
@@ -133,11 +166,16 @@ class _TimeColumn:
         self.runs: list[tuple[int, str]] = []  # (first row, kind of the dtype) of each run
         self.timestamp_files: dict[str, None] = {}  # in order of arrival
         self.number_files: dict[str, None] = {}
+        self.units: dict[str, tuple[str, float]] = {}  # unit that numbers look like -> a file with one, and the number
 
     def append(self, file: str, time: pa.ChunkedArray) -> None:
         is_timestamp = pa.types.is_timestamp(time.type)
         (self.timestamp_files if is_timestamp else self.number_files)[file] = None
         values = (time.cast(pa.int64()) if is_timestamp else time).to_numpy()
+        for unit, (least, above) in UNITS.items() if not is_timestamp else ():
+            inside = (values >= least) & (values < above)
+            if unit not in self.units and inside.any():
+                self.units[unit] = file, values[inside.argmax()].item()
         self.column = self.column or self.scratch.growing(np.int64)
         if not self.runs or self.runs[-1][1] != values.dtype.kind:
             self.runs.append((self.column.rows, values.dtype.kind))
@@ -147,8 +185,12 @@ class _TimeColumn:
         """The column: float64 if some times are fractions, else int64.
 
         Raises:
-            InputError: some files have timestamps and others numbers (one of each is named).
+            InputError: some files have timestamps and others numbers (one of each is named), or numbers are of
+                different units.
         """
+        if len(self.units) > 1:
+            found = "; ".join(f"{unit} in {file} ({value:.0f})" for unit, (file, value) in self.units.items())
+            raise InputError(f"times look like {found}; write them in one unit")
         if self.timestamp_files and self.number_files:
             raise InputError(
                 f"times are timestamps in {min(self.timestamp_files)} but numbers in {min(self.number_files)}; "

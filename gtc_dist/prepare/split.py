@@ -3,8 +3,8 @@
 Users and items are codes (positions among the sorted ids), so no result depends on the order of files or rows. Ties in
 time are broken by user and item. Splits are int8 codes: 0 train, 1 valid, 2 test.
 
-Algorithms that treat each user separately (`merge_duplicates`, `repeated_in_train`, `leave_last_out`, `ratio`) take
-blocks of whole users. Algorithms over all interactions (`k_core`, `TimeCut`) stream over scratch columns.
+Algorithms that treat each user separately (`merge_duplicates`, `merged_weights`, `repeated_in_train`, `leave_last_out`,
+`ratio`) take blocks of whole users. Algorithms over all interactions (`k_core`, `TimeCut`) stream over scratch columns.
 """
 
 from collections.abc import Sequence
@@ -35,6 +35,24 @@ def merge_duplicates(
         by_time = repeated[np.lexsort((time[order[repeated]], group[repeated]))]
         rows[sizes > 1] = order[by_time[np.flatnonzero(np.diff(group[by_time], prepend=-1))]]
     return rows
+
+
+def merged_weights(
+    user: np.ndarray, item: np.ndarray, split: np.ndarray | None, weight: np.ndarray | None, most: int
+) -> np.ndarray:
+    """Weights of the rows that `merge_duplicates` keeps, in its order, float32: the sum of the `most` largest weights
+    of each (user, split, item).
+
+    Args:
+        weight: float32 [E]; None: ones.
+    """
+    pair = _pair_keys(user, item, split)
+    weight = np.ones(len(pair), np.float32) if weight is None else weight
+    order = np.lexsort((-weight, pair))
+    starts = np.flatnonzero(np.diff(pair[order], prepend=-1))
+    place = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
+    counted = np.where(place < most, weight[order], 0)
+    return np.add.reduceat(counted, starts).astype(np.float32) if len(order) else counted.astype(np.float32)
 
 
 def repeated_in_train(user: np.ndarray, item: np.ndarray, split: np.ndarray, which: int) -> np.ndarray:

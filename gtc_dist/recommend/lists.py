@@ -36,7 +36,7 @@ from gtc_dist.hybrid.embeddings import Embeddings
 from gtc_dist.inference.trained_run import TrainedRun, load_run
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
-from gtc_dist.prepare import ids as id_columns
+from gtc_dist.raw import ids as id_columns
 
 CHUNK_USERS = 1 << 15  # of a rank, whose lists are held at once
 

@@ -64,12 +64,15 @@ INTERACTIONS = {  # found before Ray starts
     "one time of words in csv": one(
         "a.csv",
         text(time=replaced("time", 18, "soon")),
-        "type string ('soon' in row 18); expected",
+        "line 19: column 'time' (time): 'soon' is not a number: '",
         overrides=BY_TIME,
     ),
     "ratings of words": one("a.parquet", parquet(rating=["good"] * ROWS), "'rating' (rating) has", overrides=[RATING]),
     "one rating of words in tsv": one(
-        "a.tsv", text("\t", rating=replaced("rating", 5, "good")), "('good' in row 5); expected", overrides=[RATING]
+        "a.tsv",
+        text("\t", rating=replaced("rating", 5, "good")),
+        "line 6: column 'rating' (rating): 'good' is not a number: '",
+        overrides=[RATING],
     ),
     "a split by time without times": Case({}, ["set data.interactions.time"], ["data.split.method=leave_last_out"]),
     "gz that ends early": one("a.csv.gz", gzip.compress(CSV)[:-30], "Truncated compressed stream"),
@@ -79,13 +82,15 @@ INTERACTIONS = {  # found before Ray starts
     "gz that is no gz": one("a.csv.gz", CSV, "incorrect header check"),
     "gz without its name": one("a.csv", gzip.compress(CSV), "is gzipped, but its name does not end in .gz"),
     "gz in gz": one("a.csv.gz", gzip.compress(gzip.compress(CSV)), "is gzipped twice"),
-    "csv with an open quote": one("a.csv", b'user_id,item_id\n"a,1\nb,2\n', "Row #2: Expected 2 columns, got 1"),
+    "csv with an open quote": one(
+        "a.csv", b'user_id,item_id\n"a,1\nb,2\n', "line 2: has 1 column, expected 2: '\"a,1\\nb,2'"
+    ),
     "csv by semicolons": one(
         "a.csv", text(";"), "no column 'user_id'", "one column that holds ';': CSV is separated by"
     ),
     "tsv by commas": one("a.tsv", CSV, "no column 'user_id'", "one column that holds ','"),
-    "csv with a short row": one("a.csv", b"user_id,item_id\n1,2\n3\n", "Row #3: Expected 2 columns, got 1: 3"),
-    "csv with a long row": one("a.csv", b"user_id,item_id\n1,2\n3,4,5\n", "Row #3: Expected 2 columns, got 3: 3,4,5"),
+    "csv with a short row": one("a.csv", b"user_id,item_id\n1,2\n3\n", "line 3: has 1 column, expected 2: '3'"),
+    "csv with a long row": one("a.csv", b"user_id,item_id\n1,2\n3,4,5\n", "line 3: has 3 columns, expected 2: '3,4,5'"),
     "csv without a header": one(
         "a.csv", CSV.partition(b"\n")[2], "has no column 'user_id'; columns found: 0, 4, 0, 1.0"
     ),
@@ -100,16 +105,18 @@ INTERACTIONS = {  # found before Ray starts
     "csv with a header in latin-1": one("a.csv", b"user_id,item_id,\xe9\na,1,2\n", "is not readable as csv", "utf-8"),
     "csv with NUL bytes in an id": one("a.csv", b"user_id,item_id\n1,2\n3\0,4\n", NO_NUL),
     "csv that ends in NUL bytes": one("a.csv", CSV + b"\0" * 100, NO_NUL),
-    "jsonl with a broken line": one("a.jsonl", JSON * 5 + b'{"user_id": 1, "ite\n' + JSON, "in row 6"),
-    "jsonl with a line of words": one("a.jsonl", JSON + b"not json\n", "Invalid value. in row 2"),
+    "jsonl with a broken line": one("a.jsonl", JSON * 5 + b'{"user_id": 1, "ite\n' + JSON, "line 6: is not JSON"),
+    "jsonl with a line of words": one(
+        "a.jsonl", JSON + b"not json\n", "line 2: is not JSON (Expecting value): 'not json'"
+    ),
     "jsonl with nested ids": one(
         "a.jsonl", b'{"user_id": {"$oid": "a"}, "item_id": 2}\n', "'user_id' (user) has type struct"
     ),
     "jsonl with one nested id": one(
-        "a.jsonl", JSON + b'{"user_id": {"$oid": 1}, "item_id": 2}\n', "to object in row 2"
+        "a.jsonl", JSON + b'{"user_id": {"$oid": 1}, "item_id": 2}\n', "line 2: column 'user_id' (user) is an object"
     ),
     "jsonl of arrays": one("a.jsonl", b"[1, 2]\n", "from object to array in row 1"),
-    "jsonl with one array": one("a.jsonl", JSON + b"[1, 2]\n", "from object to array in row 2"),
+    "jsonl with one array": one("a.jsonl", JSON + b"[1, 2]\n", "line 2: is a list; expected a JSON object"),
     "json that is one array": one("a.json", b'[{"user_id": 1, "item_id": 2}]', "from object to array in row 1"),
     "jsonl of null": one("a.jsonl", b"null\n", "line 1 is null; expected one JSON object per line"),
     "jsonl with a null line": one(

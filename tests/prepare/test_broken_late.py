@@ -38,14 +38,18 @@ LATE = {
     "parquet with broken pages": one("a.parquet", patched(GOOD, 4, 600), NO_PARQUET),
     "parquet without rows": one("a.parquet", parquet(rows=0), "no interactions in"),
     "parquet with a null id": one(
-        "a.parquet", parquet(item_id=replaced("item_id", 4, None)), "is null or empty in row 4"
+        "a.parquet", parquet(item_id=replaced("item_id", 4, None)), "row 4: column 'item_id' (item) is null"
     ),
     "csv with an empty id": one(
-        "a.csv", text(user_id=replaced("user_id", 9, "")), "'user_id' is null or empty in row 9"
+        "a.csv", text(user_id=replaced("user_id", 9, "")), "line 10: column 'user_id' (user) is empty: ',"
     ),
-    "jsonl of ids in latin-1": one("a.jsonl", JSON.replace(b"1", b'"\xe9"'), "'user_id' is not UTF-8 text in row 1"),
+    "jsonl of ids in latin-1": one(
+        "a.jsonl", JSON.replace(b"1", b'"\xe9"'), "line 1: column 'user_id' (user) is not UTF-8 text"
+    ),
     "parquet with a NUL byte in an id": one(
-        "a.parquet", parquet(user_id=["a", "b\0"] * 18), "column 'user_id' holds a NUL byte in row 2"
+        "a.parquet",
+        parquet(user_id=["a", "b\0"] * 18),
+        "18 bad rows: row 2: column 'user_id' (user): 'b\\x00' holds a NUL byte; row 4: ",
     ),
     "ids of uint64 beside negative ones": Case(
         {
@@ -57,34 +61,37 @@ LATE = {
     "a null time": one(
         "a.parquet",
         parquet(time=replaced("time", 4, None)),
-        "column 'time' is null or empty in row 4",
+        "row 4: column 'time' (time) is null",
         overrides=BY_TIME,
     ),
     "nanoseconds declared as milliseconds": one(
         "a.parquet",
         parquet(time=pa.array(replaced("time", 3, 17 * 10**17), pa.timestamp("ms"))),
-        "column 'time' (time) is out of range in row 3",
+        "row 3: column 'time' (time) is out of range",
         overrides=BY_TIME,
     ),
     "a time beyond int64": one(
         "a.parquet",
         parquet(time=pa.array(replaced("time", 2, 2**63), pa.uint64())),
-        "column 'time' (time) is out of range in row 2",
+        "row 2: column 'time' (time): 9223372036854775808 is out of range",
         overrides=BY_TIME,
     ),
     "an infinite rating": one(
-        "a.parquet", parquet(rating=replaced("rating", 7, np.inf)), "'rating' is infinite in row 7", overrides=[RATING]
+        "a.parquet",
+        parquet(rating=replaced("rating", 7, np.inf)),
+        "row 7: column 'rating' (rating) is infinite",
+        overrides=[RATING],
     ),
     "a rating beyond float64": one(
         "a.parquet",
         parquet(rating=[1] * 35 + [2**60 + 1]),
-        "'rating' (rating) is out of range in row 36",
+        "row 36: column 'rating' (rating): 1152921504606846977 is out of range",
         overrides=[RATING],
     ),
     "another label": one(
         "a.parquet",
         parquet(x_label=replaced("x_label", 5, 7)),
-        "label '7' in column 'x_label', row 5, is not in data.split.labels (0, 1, 2)",
+        "row 5: column 'x_label' (label): 7 is not in data.split.labels (0, 1, 2)",
         overrides=[LABEL],
     ),
     "a label that never occurs": Case(

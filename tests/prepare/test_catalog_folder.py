@@ -10,7 +10,7 @@ from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.prepare import build_catalog
 from gtc_dist.prepare.feature_files import FeatureSource
-from gtc_dist.prepare.interaction_file import InteractionFile
+from gtc_dist.raw.interaction_file import InteractionFile
 
 
 @pytest.fixture

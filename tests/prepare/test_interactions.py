@@ -14,9 +14,10 @@ from gtc_dist.config_data import DataConfig
 from gtc_dist.data.catalog import SPLITS
 from gtc_dist.data.scratch import Scratch
 from gtc_dist.errors import InputError
-from gtc_dist.prepare import catalog_interactions, ids, interaction_file, interactions
+from gtc_dist.prepare import catalog_interactions, interactions
 from gtc_dist.prepare.catalog_interactions import SplitInteractions
 from gtc_dist.prepare.clean import RawInteractions
+from gtc_dist.raw import ids, interaction_file
 
 
 def data_config(raw: Path, **sections) -> DataConfig:
@@ -334,14 +335,15 @@ def test_files_that_disagree_on_time_are_both_named(tmp_path, ray_local):
 
 def test_an_error_in_a_ray_task_arrives_as_itself(tmp_path, ray_local):
     for name in ("a", "b", "c"):
-        write_table_file(tmp_path / f"{name}.csv", rows_table())
-    for name in ("b", "c"):
-        with (tmp_path / f"{name}.csv").open("a") as file:
-            file.write(f",,,,{name}\n")
-    files = interactions.inspect_interactions(data_config(tmp_path, interactions={"files": ["*.csv"]}))
+        table = rows_table()
+        if name != "a":
+            last = pa.array([*table["user_id"].to_pylist()[:-1], None])
+            table = table.set_column(table.column_names.index("user_id"), "user_id", last)
+        write_table_file(tmp_path / f"{name}.parquet", table)
+    files = interactions.inspect_interactions(data_config(tmp_path, interactions={"files": ["*.parquet"]}))
     with pytest.raises(InputError) as caught:
         read(files)
-    assert str(caught.value) == f"{tmp_path}/b.csv: column 'user_id' is null or empty in row 61"
+    assert str(caught.value).startswith(f"{tmp_path}/b.parquet: row 60: column 'user_id' (user) is null. Correct them")
 
 
 def test_files_without_rows_are_refused(tmp_path, ray_local):

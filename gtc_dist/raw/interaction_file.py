@@ -31,6 +31,7 @@ FORMATS = {
 }
 TEXT_BLOCK_BYTES = 8 << 20  # parsed at once
 PARQUET_BATCH_ROWS = 1 << 19  # read at once
+UNIT = b"\x1f"  # stands for a separator of several bytes
 NULL_LINE = re.compile(rb"\n(?:\xef\xbb\xbf)?[ \t\r]*null")
 
 
@@ -43,6 +44,10 @@ class InteractionFile:
         types: role -> Arrow type to read the column as.
         split: split of all rows (0 train, 1 valid, 2 test), or None.
         labels: label text -> split, for files with a label column.
+        events: kind of event -> weight, for files with an event column.
+        separator: text between the columns of CSV; "": that of the format.
+        names: of the columns of CSV without a header line; (): the header names them.
+        skip: leave bad rows out.
     """
 
     uri: str
@@ -52,6 +57,19 @@ class InteractionFile:
     types: dict[str, pa.DataType]
     split: int | None = None
     labels: dict[str, int] = field(default_factory=dict)
+    events: dict[str, float] = field(default_factory=dict)
+    separator: str = ""
+    names: tuple[str, ...] = ()
+    skip: bool = False
+
+    @property
+    def is_csv(self) -> bool:
+        return self.format in ("csv", "tsv")
+
+    @property
+    def delimiter(self) -> str:
+        """Text between the columns of CSV or TSV."""
+        return self.separator or ("\t" if self.format == "tsv" else ",")
 
     @property
     def is_text(self) -> bool:
@@ -60,7 +78,7 @@ class InteractionFile:
     @property
     def has_typed_ids(self) -> bool:
         """Whether integers and strings are different in the file: JSON quotes strings, CSV and TSV do not."""
-        return self.format not in ("csv", "tsv")
+        return not self.is_csv
 
 
 def format_of(uri: str) -> str:
@@ -78,13 +96,13 @@ def read_schema(file: InteractionFile) -> pa.Schema:
     """Column names and types; those of text files come from the first block. Raises InputError."""
     with readable(file):
         if file.format == "parquet":
-            return pq.ParquetFile(_open(file)).schema_arrow
+            return pq.ParquetFile(open_stream(file)).schema_arrow
         _check_encoding(file)
         if file.format == "jsonl":
-            with pa.json.open_json(_open(file), read_options=_json_options()) as reader:
+            with pa.json.open_json(open_stream(file), read_options=_json_options()) as reader:
                 schema = reader.schema
         else:
-            with _open_csv(file) as reader:
+            with _open_csv(file, []) as reader:
                 schema = reader.schema
         schema.names  # noqa: B018 - raises for names that are not UTF-8
         return schema
@@ -92,31 +110,39 @@ def read_schema(file: InteractionFile) -> pa.Schema:
 
 def read_first_block(file: InteractionFile) -> pa.RecordBatch:
     """The first block of a CSV or TSV file, with inferred types."""
-    with readable(file), _open_csv(file) as reader:
+    with readable(file), _open_csv(file, []) as reader:
         return reader.read_next_batch()
 
 
-def read_batches(file: InteractionFile) -> Iterator[pa.Table]:
-    """Yield the columns of the file's roles, read as their types."""
+def read_batches(file: InteractionFile, misfits: list | None = None) -> Iterator[pa.Table]:
+    """Yield the columns of the file's roles, read as their types.
+
+    Args:
+        misfits: for CSV and TSV: takes the rows with another number of columns (`pyarrow.csv.InvalidRow`), which are
+            left out; their `number` counts all rows, the header's too, from 1. The other rows' values then come as the
+            bytes of the file, so that no value is an error. None: such a row and a value of another type are errors.
+    """
     names = list(dict.fromkeys(file.columns.values()))
     types = {name: file.types[role] for role, name in file.columns.items()}
     if file.format == "parquet":
-        reader = pq.ParquetFile(_open(file))
+        reader = pq.ParquetFile(open_stream(file))
         batches = reader.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=names, use_threads=False)
     elif file.format == "jsonl":
         options = pa.json.ParseOptions(
             explicit_schema=pa.schema(list(types.items())), unexpected_field_behavior="ignore", newlines_in_values=False
         )
-        batches = pa.json.open_json(_open(file), read_options=_json_options(), parse_options=options)
+        batches = pa.json.open_json(open_stream(file), read_options=_json_options(), parse_options=options)
     else:
-        batches = _open_csv(file, pa.csv.ConvertOptions(column_types=types, include_columns=names))
+        types = types if misfits is None else dict.fromkeys(names, pa.binary())
+        batches = _open_csv(file, misfits, pa.csv.ConvertOptions(column_types=types, include_columns=names))
     for batch in batches:
         yield pa.Table.from_batches([batch])
 
 
-def numbered_batches(file: InteractionFile) -> Iterator[tuple[int, pa.Table]]:
-    """`read_batches` with the number of each table's first row, from 1. Raises InputError for a broken file."""
-    first_row, batches = 1, read_batches(file)
+def numbered_batches(file: InteractionFile, misfits: list | None = None) -> Iterator[tuple[int, pa.Table]]:
+    """`read_batches` with the number of each table's first row, from 1, misfits not counted. Raises InputError for a
+    broken file."""
+    first_row, batches = 1, read_batches(file, misfits)
     while True:
         with readable(file, first_row):
             table = next(batches, None)
@@ -145,7 +171,7 @@ def readable(file: InteractionFile, first_row: int = 1) -> Iterator[None]:
 
 def _check_encoding(file: InteractionFile) -> None:
     """Refuse text that Arrow would misread. Raises InputError."""
-    head = _open(file).read(1 << 12)
+    head = open_stream(file).read(1 << 12)
     if head.startswith(b"\x1f\x8b"):
         raise InputError(f"{file.uri} is gzipped{' twice' if file.gzipped else ', but its name does not end in .gz'}")
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
@@ -172,7 +198,8 @@ class _JsonLines:
         return data
 
 
-def _open(file: InteractionFile) -> pa.NativeFile:
+def open_stream(file: InteractionFile) -> pa.NativeFile:
+    """The bytes of a file, unpacked."""
     source = pa.PythonFile(storage.open_input(file.uri), mode="r")
     if file.gzipped:
         source = pa.CompressedInputStream(source, "gzip")
@@ -183,14 +210,50 @@ def _open(file: InteractionFile) -> pa.NativeFile:
     return source
 
 
-def _open_csv(file: InteractionFile, convert_options: pa.csv.ConvertOptions | None = None) -> pa.csv.CSVStreamingReader:
-    tab = file.format == "tsv"
+def _open_csv(
+    file: InteractionFile, misfits: list | None = None, convert_options: pa.csv.ConvertOptions | None = None
+) -> pa.csv.CSVStreamingReader:
+    """`misfits`: as in `read_batches`."""
+    delimiter, stream = file.delimiter, open_stream(file)
+    if len(delimiter) > 1:
+        stream, delimiter = pa.PythonFile(_OneByteSeparator(stream, delimiter.encode()), mode="r"), UNIT.decode()
+    keep = None if misfits is None else lambda row: misfits.append(row) or "skip"
     return pa.csv.open_csv(
-        _open(file),
-        read_options=pa.csv.ReadOptions(use_threads=False, block_size=TEXT_BLOCK_BYTES),
-        parse_options=pa.csv.ParseOptions(delimiter="\t" if tab else ",", newlines_in_values=not tab),
+        stream,
+        read_options=pa.csv.ReadOptions(
+            use_threads=False, block_size=TEXT_BLOCK_BYTES, column_names=list(file.names) or None
+        ),
+        parse_options=pa.csv.ParseOptions(
+            delimiter=delimiter,
+            quote_char='"' if delimiter != UNIT.decode() else False,
+            newlines_in_values=file.format == "csv",
+            invalid_row_handler=keep,
+        ),
         convert_options=convert_options,
     )
+
+
+class _OneByteSeparator:
+    """A stream in which a separator of several bytes is replaced by one, since Arrow reads no other."""
+
+    closed = False
+
+    def __init__(self, stream: pa.NativeFile, separator: bytes):
+        self.stream, self.separator, self.held = stream, separator, b""
+
+    def read(self, size: int = -1) -> bytes:
+        while True:
+            more = self.stream.read(size)
+            data, self.held = self.held + more, b""
+            if not more:
+                return data.replace(self.separator, UNIT)
+            # the start of a separator at the end waits for its rest
+            data = data.replace(self.separator, UNIT)
+            lengths = range(len(self.separator) - 1, 0, -1)
+            cut = next((n for n in lengths if data.endswith(self.separator[:n])), 0)
+            data, self.held = data[: len(data) - cut], data[len(data) - cut :]
+            if data:
+                return data
 
 
 def _json_options() -> pa.json.ReadOptions:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gtc_dist.errors import InputError
-from gtc_dist.prepare import ids
+from gtc_dist.raw import ids
 
 QUICK = settings(deadline=None, max_examples=80)
 

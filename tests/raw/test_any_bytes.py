@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gtc_dist.errors import InputError
-from gtc_dist.prepare import ids, parse
+from gtc_dist.raw import ids, parse
 
 QUICK = settings(deadline=None, max_examples=25)
 ROLES = {"user": "user_id", "item": "item_id"}

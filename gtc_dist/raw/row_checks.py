@@ -1,0 +1,173 @@
+"""Values of raw interactions by role: which cannot be used and why, and the usable ones in their normalised types.
+
+Roles: user, item, time, rating, weight, event, label. Columns of CSV and TSV arrive as bytes, others in a type of the
+file.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gtc_dist.raw import ids
+from gtc_dist.raw.interaction_file import InteractionFile
+
+TIMESTAMP = pa.timestamp("us")
+Convert = Callable[[pa.Array], pa.Array]
+
+
+@dataclass(frozen=True)
+class UsableValues:
+    """Values of a column that can be used.
+
+    values: [n], ids as text or integers of the file's type, times int64, float64 or timestamp[us], ratings and weights
+    of rows and events float64, splits int8. at: int64 [n], their positions in the column. problems: what is wrong with
+    the others, and their positions.
+    """
+
+    values: pa.Array
+    at: np.ndarray
+    problems: list[tuple[str, np.ndarray]]
+
+
+def usable_values(file: InteractionFile, role: str, column: pa.Array) -> UsableValues:
+    """Check and convert a column."""
+    at, problems = np.arange(len(column)), []
+    for problem, find, then in _checks(file, role, column.type):
+        bad = find(column)
+        if len(bad):
+            problems.append((problem, at[bad]))
+            kept = np.delete(np.arange(len(column)), bad)
+            at, column = at[kept], column.take(pa.array(kept))
+        column = then(column)
+    return UsableValues(column, at, problems)
+
+
+def _checks(file: InteractionFile, role: str, type: pa.DataType) -> list[tuple[str, Callable, Convert]]:
+    """What may be wrong in a column: words for it, a function that finds positions, and what then becomes of the other
+    values."""
+    is_text = pa.types.is_binary(type)
+    checks: list[tuple[str, Callable, Convert]] = [("is null", _where(pc.is_null), _unchanged)]
+    if is_text:
+        checks.append((NOT_UTF8, refused(_to_text), _to_text))
+        trim = _unchanged if role in ("user", "item") else pc.utf8_trim_whitespace
+        checks.append(("is empty", _where(lambda text: pc.equal(trim(text), "")), trim))
+    if role in ("user", "item"):
+        plain = file.types[role]
+        if ids.is_text(plain):
+            checks.append((NOT_UTF8, refused(lambda text: text.validate(full=True)), lambda text: text.cast(plain)))
+            checks.append(("is empty", _where(lambda text: pc.equal(text, pa.scalar("", plain))), _unchanged))
+            checks.append(("holds a NUL byte", _where(lambda text: pc.match_substring(text, "\0")), _unchanged))
+        return checks if ids.is_text(plain) else [*checks, ("", _nowhere, lambda column: column.cast(plain))]
+    if role in ("event", "label"):
+        key = "data.interactions.event_weights" if role == "event" else "data.split.labels"
+        meaning = (
+            pa.array(list(file.events.values()), pa.float64())
+            if role == "event"
+            else pa.array(list(file.labels.values()), pa.int8())
+        )
+        known = pa.array(list(file.events if role == "event" else file.labels), pa.string())
+        unknown = _where(lambda text: pc.invert(pc.is_in(_label_text(text), known)))
+        problem = f"is not in {key} ({', '.join(known.to_pylist())})"
+        return [*checks, (problem, unknown, lambda text: meaning.take(pc.index_in(_label_text(text), known)))]
+    convert = time_converter(file.types["time"]) if role == "time" else _to_float
+    what = "a timestamp" if role == "time" and not is_number(file.types["time"]) else "a number"
+    checks += [
+        (f"is not {what}" if is_text else "is out of range", refused(convert), convert),
+        ("is NaN", _of_floats(pc.is_nan), _unchanged),
+        ("is infinite", _of_floats(pc.is_inf), _unchanged),
+    ]
+    return (
+        checks
+        if role != "weight"
+        else [*checks, ("is not above 0", _where(lambda w: pc.less_equal(w, 0.0)), _unchanged)]
+    )
+
+
+NOT_UTF8 = "is not UTF-8 text (write the file as UTF-8)"
+
+
+def refused(convert: Convert) -> Callable[[pa.Array], np.ndarray]:
+    """Function that finds the values of a column for which `convert` raises ArrowInvalid: positions int64."""
+
+    def find(column: pa.Array) -> np.ndarray:
+        found, parts = [], [(0, len(column))]
+        while parts:
+            low, high = parts.pop()
+            try:
+                convert(column.slice(low, high - low))
+            except pa.ArrowInvalid:
+                middle = (low + high) // 2
+                parts += [(middle, high), (low, middle)] if high - low > 1 else []
+                found += [low] if high - low == 1 else []
+        return np.array(found, np.int64)
+
+    return find
+
+
+def time_converter(type: pa.DataType) -> Convert:
+    """Function that turns times of a file, whose type is this one, into int64, float64 or timestamp[us]. It raises
+    ArrowInvalid for what is no time, and for times out of range, such as nanoseconds that are declared as milliseconds.
+    """
+    return _to_number if is_number(type) else lambda column: _to_timestamp(column, type)
+
+
+def is_number(type: pa.DataType) -> bool:
+    return pa.types.is_integer(type) or pa.types.is_floating(type)
+
+
+def _to_number(column: pa.Array) -> pa.Array:
+    if pa.types.is_floating(column.type):
+        return column.cast(pa.float64())
+    try:
+        return column.cast(pa.int64())
+    except pa.ArrowInvalid:
+        if not pa.types.is_string(column.type):
+            raise
+        return column.cast(pa.float64())
+
+
+def _to_timestamp(column: pa.Array, type: pa.DataType) -> pa.Array:
+    if pa.types.is_string(column.type):
+        zone = getattr(type, "tz", None)
+        try:
+            column = column.cast(pa.timestamp("us", zone))
+        except pa.ArrowInvalid:
+            column = column.cast(pa.timestamp("ns", zone))
+    if column.type == pa.date32() or column.type == pa.date64():
+        column = column.cast(pa.timestamp("ms"))
+    microseconds = pc.CastOptions(pa.timestamp("us", column.type.tz), allow_time_truncate=True)
+    return column.cast(options=microseconds).cast(TIMESTAMP)
+
+
+def _to_float(column: pa.Array) -> pa.Array:
+    return column.cast(pa.float64())
+
+
+def _to_text(column: pa.Array) -> pa.Array:
+    return column.cast(pa.string())
+
+
+def _label_text(column: pa.Array) -> pa.Array:
+    """Labels and kinds of events as text; 1.0 equals 1."""
+    return pc.replace_substring_regex(column.cast(pa.string()), r"^(-?[0-9]+)\.0+$", r"\1")
+
+
+def _unchanged(column: pa.Array) -> pa.Array:
+    return column
+
+
+def _nowhere(column: pa.Array) -> np.ndarray:
+    return np.empty(0, np.int64)
+
+
+def _where(mask_of: Callable[[pa.Array], pa.Array]) -> Callable[[pa.Array], np.ndarray]:
+    """Function that finds the positions of a mask's true values, int64."""
+    return lambda column: np.flatnonzero(pc.fill_null(mask_of(column), False).to_numpy(zero_copy_only=False))
+
+
+def _of_floats(mask_of: Callable[[pa.Array], pa.Array]) -> Callable[[pa.Array], np.ndarray]:
+    found = _where(mask_of)
+    return lambda column: found(column) if pa.types.is_floating(column.type) else _nowhere(column)
