@@ -103,7 +103,7 @@ def _read_line(file: InteractionFile, text: bytes) -> tuple[dict, str]:
 def _parse(text: bytes) -> tuple[dict, str]:
     """The object of a line, and what is wrong; "" if nothing is."""
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_object)
     except UnicodeDecodeError:
         return {}, NOT_UTF8
     except ValueError as error:
@@ -113,6 +113,15 @@ def _parse(text: bytes) -> tuple[dict, str]:
     if not isinstance(found, dict):
         return {}, f"is {KINDS.get(type(found), 'null')}; expected a JSON object"
     return found, ""
+
+
+def _object(pairs: list[tuple]) -> dict:
+    """Raises ValueError for a key that is there twice, as Arrow does."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {max(names, key=names.count)!r} is there twice")
+    return found
 
 
 def _kind(wanted: type) -> str:

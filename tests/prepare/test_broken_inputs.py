@@ -98,7 +98,9 @@ INTERACTIONS = {  # found before Ray starts
     "parquet with a column twice": one(
         "a.parquet", parquet(["user_id", "item_id", "item_id", "r", "l"]), "has 2 columns named 'item_id'"
     ),
-    "jsonl with a key twice": one("a.jsonl", JSON + b'{"user_id":1,"user_id":2}\n', "twice in row 2"),
+    "jsonl with a key twice": one(
+        "a.jsonl", JSON + b'{"user_id":1,"user_id":2}\n', "line 2: is not JSON (the key 'user_id' is there twice)"
+    ),
     "csv in utf-16": one("a.csv", CSV.decode().encode("utf-16"), NO_NUL),
     "csv in utf-16 without a mark": one("a.csv", CSV.decode().encode("utf-16-le"), NO_NUL),
     "jsonl in utf-16": one("a.jsonl", JSON.decode().encode("utf-16"), NO_NUL),
