@@ -44,7 +44,8 @@ def config_yaml(layout: str, folder: str, out: str, tables: ImportedTables) -> s
     lines.append("  features:" if tables.features or tables.texts else "  features: {}   # needs one modality at least")
     lines += [f"    {name}: {{path: {file}}}   # row number = item id" for name, file in tables.features.items()]
     if tables.texts:
-        lines += [f"    # made by: {shlex.join(features_command(out, tables))}".replace("\n", "?")]
+        command = "".join(c if c.isprintable() else "?" for c in shlex.join(features_command(out, tables)))
+        lines.append(f"    # made by: {command}")
         lines += [f"    text: {{path: {quoted(text_pattern(out))}}}"]
     return "\n".join([*lines, "run:", f"  storage: {quoted(f'work/{name}/runs')}", "  name: first", ""])
 
@@ -70,5 +71,8 @@ def next_commands(out: str, tables: ImportedTables) -> str:
     lines = ["; ".join([f"{config}: {rows}", *more]), "next:"]
     lines += [f"  {shlex.join(features_command(out, tables))}"] if tables.texts else []
     if not tables.features and not tables.texts:
-        return f"{lines[0]}\nthere are no vectors or texts of the items: GTC needs one kind at least"
+        return (
+            f"{lines[0]}\nthere are no vectors or texts of the items, and GTC needs one kind at least: put the data "
+            "set's file of items beside the interactions and import again, or add vectors to data.features"
+        )
     return "\n".join([*lines, *(f"  gtc {step} --config {shlex.quote(config)}" for step in ("prepare", "train"))])

@@ -52,6 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, metavar="OUT", help="folder to write, new or empty")
     args = parser.parse_args(argv)
     refuse_relative_paths({"FOLDER": args.folder, "--out": args.out})
+    for name in (args.folder, args.out):
+        if name != name.encode(errors="replace").decode():
+            raise InputError(f"{name!a} is not UTF-8 text, which config.yaml needs; rename the folder")
     folder, out = storage.absolute(args.folder), storage.absolute(args.out)
     write = LAYOUTS[args.layout](folder)
     target = new_folder(out, args.out)

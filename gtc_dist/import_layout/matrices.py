@@ -6,21 +6,17 @@ valMat.pkl, tstMat.pkl; https://github.com/HKUDS/MMSSL, main.py: train_mat) or t
 of image_feat.npy, text_feat.npy and audio_feat.npy is the item's column.
 """
 
-import io
 import json
-import pickle
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import scipy.sparse
-from numpy._core.multiarray import _reconstruct, scalar
-from numpy._core.numeric import _frombuffer
 
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import SPLITS
 from gtc_dist.errors import InputError
+from gtc_dist.import_layout.matrix_pickles import unpickle_matrix
 from gtc_dist.import_layout.tables import (
     ImportedTables,
     LayoutWriter,
@@ -37,28 +33,6 @@ NAMINGS = (  # files of train, valid and test
     ("train_mat", "val_mat", "test_mat"),
     ("train.json", "val.json", "test.json"),
 )
-KINDS = ("coo", "csr", "csc")  # of SciPy's sparse matrices and arrays
-
-
-def _latin1_bytes(text: str, _: str) -> bytes:
-    """What `_codecs.encode` does in pickles of protocol 2, which has no bytes."""
-    return text.encode("latin1")
-
-
-ADMITTED: dict[tuple[str, str], Any] = {  # (module, name) -> object; modules as old and new versions call them
-    **{
-        (f"scipy.sparse.{underscore}{kind}", f"{kind}_{shape}"): getattr(scipy.sparse, f"{kind}_{shape}")
-        for kind in KINDS
-        for shape in ("matrix", "array")
-        for underscore in ("", "_")
-    },
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): scalar for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
-    ("_codecs", "encode"): _latin1_bytes,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-}
 
 
 def find_matrices(folder: str) -> LayoutWriter:
@@ -98,11 +72,10 @@ def read_interaction_matrix(uri: str) -> tuple[np.ndarray, np.ndarray, int]:
     """
     data = storage.read_bytes(uri)
     try:
-        matrix = _matrix_of_lists(json.loads(data)) if uri.endswith(".json") else _Unpickler(uri, data).load()
-        entries = _checked(matrix).tocsr()
-        entries.sum_duplicates()
-        entries.eliminate_zeros()
-        entries = entries.tocoo()
+        matrix = _matrix_of_lists(json.loads(data)) if uri.endswith(".json") else unpickle_matrix(uri, data)
+        matrix.sum_duplicates()
+        matrix.eliminate_zeros()
+        entries = matrix.tocoo()
     except InputError:
         raise
     except Exception as error:  # unpickling broken bytes raises almost anything
@@ -112,34 +85,7 @@ def read_interaction_matrix(uri: str) -> tuple[np.ndarray, np.ndarray, int]:
     return entries.row, entries.col, entries.shape[1]
 
 
-class _Unpickler(pickle.Unpickler):
-    """Loads SciPy matrices of NumPy arrays, and refuses every other class and function: a pickle can run any code."""
-
-    def __init__(self, uri: str, data: bytes):
-        super().__init__(io.BytesIO(data), encoding="latin1")  # pickles of Python 2 hold bytes as text
-        self.uri = uri
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ADMITTED:
-            raise InputError(
-                f"{self.uri} is a pickle with {module}.{name}, which is refused because it could run code; expected a "
-                f"SciPy matrix ({', '.join(KINDS)}) of numbers"
-            )
-        return ADMITTED[module, name]
-
-
-def _checked(matrix: Any) -> scipy.sparse.spmatrix | scipy.sparse.sparray:
-    """A new matrix of the same entries. Raises ValueError where sizes and indices do not fit, as unpickling allows."""
-    if not scipy.sparse.issparse(matrix) or matrix.ndim != 2 or matrix.data.dtype.kind not in "biuf":
-        raise ValueError(f"it holds a {type(matrix).__name__}, or not numbers")
-    if matrix.format == "coo":
-        return scipy.sparse.coo_matrix((matrix.data, (matrix.row, matrix.col)), matrix.shape)
-    same = type(matrix)((matrix.data, matrix.indices, matrix.indptr), matrix.shape)
-    same.check_format(full_check=True)
-    return same
-
-
-def _matrix_of_lists(lists: dict[str, list[int]]) -> scipy.sparse.coo_matrix:
+def _matrix_of_lists(lists: dict[str, list[int]]) -> scipy.sparse.csr_matrix:
     users = np.repeat([int(user) for user in lists], [len(items) for items in lists.values()])
     items = np.array([item for found in lists.values() for item in found], np.int64)
-    return scipy.sparse.coo_matrix((np.ones(len(users)), (users, items)))
+    return scipy.sparse.coo_matrix((np.ones(len(users)), (users, items))).tocsr()

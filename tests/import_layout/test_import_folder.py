@@ -15,7 +15,7 @@ from gtc_dist.errors import InputError
 from gtc_dist.import_layout import matrices, tables
 from gtc_dist.prepare import build_catalog
 
-ODD = "a*b [1]?'\"::é\n#%41 $(x) {y}\\"
+ODD = "a*b [1]?'\"::é\n#%41 $(x) {y}\u2028\x85\\"
 
 
 def test_an_imported_folder_is_prepared(tmp_path, ray_local, monkeypatch):
@@ -47,6 +47,12 @@ def test_any_name_is_taken_literally(tmp_path, ray_local, monkeypatch, capsys):
     raw = str(tmp_path / "out" / ODD)
     assert [file.uri for file in files] == [f"{raw}/interactions.parquet"]
     assert sources["text"].uris == [f"{raw}/features/text/part-000000.parquet"]
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    write_folder(tmp_path / "raw")
+    with pytest.raises(InputError, match=r"out.udcff' is not UTF-8 text, which config.yaml needs; rename the folder"):
+        run_import("mmssl", tmp_path / "raw", tmp_path / "out\udcff")
 
 
 def test_folders_that_it_does_not_overwrite(tmp_path):

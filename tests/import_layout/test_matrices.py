@@ -31,7 +31,7 @@ def write_folder(folder, naming=NAMINGS[0], kind=scipy.sparse.coo_matrix, protoc
         np.save(folder / f"{name}.npy", np.arange(ITEMS * 2, dtype=np.float16).reshape(ITEMS, 2))
 
 
-@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("protocol", [0, 2, 5])
 @pytest.mark.parametrize("naming", NAMINGS, ids=lambda naming: naming[0])
 @pytest.mark.parametrize("kind", ["coo_matrix", "csr_matrix", "csc_array"])
 def test_splits_and_vectors(tmp_path, naming, kind, protocol):
