@@ -88,7 +88,7 @@ def read_movies(uri: str) -> Iterator[pa.Table]:
     if uri.endswith(".csv"):
         types = {"movieId": pa.int64(), "title": pa.string(), "genres": pa.string()}
         for table in csv_blocks(uri, types):
-            genres = [_genres(text) for text in table["genres"].to_pylist()]
+            genres = pa.array([_genres(text) for text in table["genres"].to_pylist()], pa.string())
             yield pa.table({"item_id": table["movieId"], "title": table["title"], "genres": genres})
         return
     data = storage.read_bytes(uri)
