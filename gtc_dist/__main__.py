@@ -11,6 +11,7 @@ from gtc_dist.errors import run_command
 
 COMMANDS = {
     "init": ("gtc_dist.init.write_config", "a configuration for a folder of files"),
+    "import": ("gtc_dist.import_layout.import_folder", "tables and a configuration from a public data set"),
     "features": ("gtc_dist.features.encode_items", "texts and pictures of items to vectors"),
     "prepare": ("gtc_dist.prepare.build_catalog", "interactions and vectors to a catalog"),
     "train": ("gtc_dist.train", "train on a catalog, or go on with an interrupted training"),

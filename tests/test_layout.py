@@ -23,6 +23,7 @@ ORDER = [
     ["prepare", "synthetic", "train", "evaluate", "export"],
     ["features"],
     ["recommend", "init"],
+    ["import_layout"],
     ["__main__"],
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))

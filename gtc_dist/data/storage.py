@@ -40,6 +40,9 @@ class WrittenFile:
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a URI and the path on it. Raises InputError for an unknown protocol."""
+    if is_local(uri):
+        fs = fsspec.filesystem("file")
+        return fs, fs._strip_protocol(uri)  # url_to_fs would take a:: in a name for a file system around another
     try:
         return fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:
@@ -92,9 +95,9 @@ def glob(uri: str) -> list[str]:
     fs, path = filesystem(uri)
     with FileOperation(uri, "list"):
         fs.invalidate_cache()
-        found = sorted(p for p in fs.glob(path) if fs.isfile(p)) if any(c in path for c in "*?[") else []
-        if not found and fs.isfile(path):
-            found = [path]
+        found = [path] if fs.isfile(path) else []  # a file with a wildcard in its name stands for itself
+        if not found and any(c in path for c in "*?["):
+            found = sorted(p for p in fs.glob(path) if fs.isfile(p))
         if not found and fs.isdir(path):
             raise InputError(f"{uri} is a folder; name the files in it, such as {uri.rstrip('/')}/*.parquet")
     if not found:

@@ -131,7 +131,10 @@ def modality_name(pattern: str, taken: list[str]) -> str:
 def quoted(text: str) -> str:
     """A YAML string, quoted where it needs to be."""
     is_plain = re.fullmatch(r"[\w./-]+(:[\w./-]+)*", text) and yaml.safe_load(text) == text
-    return text if is_plain else json.dumps(text, ensure_ascii=False)
+    line_ends = r"[\x7f-\x9f\u2028\u2029\ufeff]"  # and others that YAML has not in a string, but JSON has
+    return (
+        text if is_plain else re.sub(line_ends, lambda c: f"\\u{ord(c[0]):04x}", json.dumps(text, ensure_ascii=False))
+    )
 
 
 def next_steps(folder: str, found: Found, out: str) -> str:

@@ -39,6 +39,19 @@ def test_listing_glob_and_removal(folder):
     assert storage.listing(storage.join(folder, "x")) == {}
 
 
+def test_an_existing_name_is_no_pattern(folder):
+    for name in ("a*.csv", "ab.csv", "[1]/?.csv"):
+        storage.write_bytes(storage.join(folder, name), name.encode())
+    for name in ("a*.csv", "[1]/?.csv"):
+        assert [storage.read_bytes(uri) for uri in storage.glob(storage.join(folder, name))] == [name.encode()]
+
+
+def test_a_local_name_with_two_colons_is_one_name(tmp_path):
+    storage.write_bytes(str(tmp_path / "a::b" / "c"), b"x")
+    assert (tmp_path / "a::b" / "c").read_bytes() == b"x"
+    assert storage.listing(str(tmp_path)) == {"a::b/c": 1}
+
+
 def test_errors_name_the_uri(folder):
     with pytest.raises(InputError, match=r"none\.bin does not exist"):
         storage.read_bytes(storage.join(folder, "none.bin"))
