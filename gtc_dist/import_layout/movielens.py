@@ -24,7 +24,7 @@ from gtc_dist.import_layout.tables import (
     write_blocks,
 )
 from gtc_dist.progress import ProgressPrinter
-from gtc_dist.raw.ids import first_refused
+from gtc_dist.raw.ids import refused_positions
 
 RATING_TYPES = {"user_id": pa.int64(), "item_id": pa.int64(), "rating": pa.float64(), "timestamp": pa.int64()}
 VERSIONS = {"u.data": "u.item", "ratings.dat": "movies.dat", "ratings.csv": "movies.csv"}  # ratings -> movies
@@ -78,7 +78,7 @@ def read_dat(uri: str) -> Iterator[pa.Table]:
             try:
                 columns[name] = texts.cast(pa.string()).cast(type)
             except pa.ArrowInvalid:
-                row = first_refused(texts, lambda part, type=type: part.cast(pa.string()).cast(type))
+                row = int(refused_positions(texts, lambda part, type=type: part.cast(pa.string()).cast(type))[0])
                 raise InputError(f"{uri}: the {name} in line {first + row} is {values[row]!r}, no number") from None
         yield pa.table(columns)
 

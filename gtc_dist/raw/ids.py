@@ -63,7 +63,7 @@ def first_bad(column: pa.Array) -> tuple[int | None, str]:
         try:
             column.validate(full=True)
         except pa.ArrowInvalid:
-            return first_refused(column, lambda part: part.validate(full=True)), "is not UTF-8 text"
+            return int(refused_positions(column, lambda part: part.validate(full=True))[0]), "is not UTF-8 text"
         missing = pc.or_(missing, pc.fill_null(pc.equal(column, pa.scalar("", column.type)), False))
     bad = pc.index(missing, pa.scalar(True)).as_py()
     if bad >= 0:
@@ -72,17 +72,18 @@ def first_bad(column: pa.Array) -> tuple[int | None, str]:
     return (bad, "holds a NUL byte") if bad >= 0 else (None, "")
 
 
-def first_refused(column: pa.Array, convert: Callable[[pa.Array], object]) -> int:
-    """Position of the first value for which `convert` raises ArrowInvalid; it must raise for the whole column."""
-    low, high = 0, len(column)  # convert accepts column[:low] and refuses column[:high]
-    while high - low > 1:
-        middle = (low + high) // 2
+def refused_positions(column: pa.Array, convert: Callable[[pa.Array], object]) -> np.ndarray:
+    """Positions of the values for which `convert` raises ArrowInvalid, int64 ascending."""
+    found, parts = [], [(0, len(column))]
+    while parts:
+        low, high = parts.pop()
         try:
-            convert(column.slice(low, middle - low))
-            low = middle
+            convert(column.slice(low, high - low))
         except pa.ArrowInvalid:
-            high = middle
-    return low
+            middle = (low + high) // 2
+            parts += [(middle, high), (low, middle)] if high - low > 1 else []
+            found += [low] if high - low == 1 else []
+    return np.array(found, np.int64)
 
 
 def from_text(texts: pa.Array) -> pa.Array:

@@ -20,7 +20,7 @@ from gtc_dist.raw.row_checks import NOT_UTF8, is_number
 
 LINES = 1 << 16  # of a table
 SAMPLE_LINES = 1000  # lines that decide what the columns hold
-KINDS = {bool: "true or false", list: "a list", dict: "an object", str: "text", int: "a number", float: "a number"}
+JSON_KINDS = {bool: "true or false", list: "a list", dict: "an object", str: "text", int: "a number", float: "a number"}
 
 
 def checked_json_tables(
@@ -91,7 +91,7 @@ def _read_line(file: InteractionFile, text: bytes) -> tuple[dict, str]:
         value, kind = found.get(name), file.types[role]
         wanted = (int | float if role != "user" and role != "item" else int) if is_number(kind) else str
         if value is not None and (isinstance(value, bool) or not isinstance(value, wanted)):
-            what = "a fraction" if isinstance(value, float) and wanted is int else KINDS.get(value.__class__, "")
+            what = "a fraction" if isinstance(value, float) and wanted is int else JSON_KINDS.get(value.__class__, "")
             return {}, f"column {name!r} ({role}) is {what}; the rows before have {_kind(wanted)}"
         try:
             row[name] = pa.scalar(value, pa.string() if pa.types.is_temporal(kind) else kind).cast(kind).as_py()
@@ -111,7 +111,7 @@ def _parse(text: bytes) -> tuple[dict, str]:
     except RecursionError:
         return {}, "is not JSON (nested too deep)"
     if not isinstance(found, dict):
-        return {}, f"is {KINDS.get(type(found), 'null')}; expected a JSON object"
+        return {}, f"is {JSON_KINDS.get(type(found), 'null')}; expected a JSON object"
     return found, ""
 
 

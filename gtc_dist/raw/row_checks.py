@@ -90,21 +90,8 @@ NOT_UTF8 = "is not UTF-8 text (write the file as UTF-8)"
 
 
 def refused(convert: Convert) -> Callable[[pa.Array], np.ndarray]:
-    """Function that finds the values of a column for which `convert` raises ArrowInvalid: positions int64."""
-
-    def find(column: pa.Array) -> np.ndarray:
-        found, parts = [], [(0, len(column))]
-        while parts:
-            low, high = parts.pop()
-            try:
-                convert(column.slice(low, high - low))
-            except pa.ArrowInvalid:
-                middle = (low + high) // 2
-                parts += [(middle, high), (low, middle)] if high - low > 1 else []
-                found += [low] if high - low == 1 else []
-        return np.array(found, np.int64)
-
-    return find
+    """Function that finds the values for which `convert` raises ArrowInvalid: positions int64."""
+    return lambda column: ids.refused_positions(column, convert)
 
 
 def time_converter(type: pa.DataType) -> Convert:
