@@ -22,6 +22,7 @@ User and item indexes are a seeded random permutation of the sorted ids, so cont
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,7 +63,8 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     schema_version: int = SCHEMA_VERSION
-    fingerprint: str  # hash of the configuration and of the signatures of the raw files
+    fingerprint: str  # hash of `inputs`
+    inputs: dict[str, Any] = {}  # settings, and signatures of the raw files; empty in catalogs before 0.7.0
     users: int
     items: int
     interactions: dict[str, int]  # per split

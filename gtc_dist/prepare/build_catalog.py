@@ -9,8 +9,6 @@ arrays on local disk (`prepare.scratch`).
 """
 
 import argparse
-import hashlib
-import json
 import posixpath
 
 import numpy as np
@@ -24,7 +22,6 @@ from gtc_dist.data.catalog import (
     CSC,
     GRAPHS,
     MANIFEST,
-    SCHEMA_VERSION,
     SPLITS,
     CatalogWriter,
     Manifest,
@@ -38,12 +35,19 @@ from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.prepare import catalog_interactions, feature_files, features, interactions
 from gtc_dist.prepare.catalog_interactions import SplitInteractions
 from gtc_dist.prepare.feature_files import FeatureSource
+from gtc_dist.prepare.fingerprint import (
+    HUB_CAP,
+    PROBES,
+    SEARCH,
+    USER_NEIGHBOURS,
+    catalog_inputs,
+    changes,
+    fingerprint,
+    raw_uris,
+)
 from gtc_dist.progress import ProgressCallback, ProgressPrinter, no_progress
 from gtc_dist.raw.interaction_file import InteractionFile
 
-SEARCH = "auto"  # of item neighbours: exact for small catalogs, approximate for large ones (graph/item_knn_graph.py)
-PROBES = 160  # approximate search: inverted lists (of about 250 items) searched per item; more gives higher recall
-USER_NEIGHBOURS = 40  # k of the user-user graph
 REJECTED_FILE = "interactions/rejected.parquet"
 DROPPED = {  # reasons in the manifest, in words
     "bad_rows": f"rows that cannot be read ({REJECTED_FILE} of the catalog lists them)",
@@ -53,14 +57,6 @@ DROPPED = {  # reasons in the manifest, in words
     "k_core": "rows of users and items with fewer than data.interactions.k_core",
     "in_train": "rows of valid and test that are in train",
 }
-LATER_KEYS = [  # not hashed where they have their default, so that older catalogs stay up to date
-    ("split", "repeats"),
-    *(
-        ("interactions", k)
-        for k in ("columns", "separator", "weight", "event", "event_weights", "repeats", "on_bad_rows")
-    ),
-]
-HUB_CAP = 1000  # user-user graph: an item with more users counts only for a sample of this size
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,9 +81,9 @@ def prepare_catalog(config: Config, force: bool = False) -> tuple[Manifest, bool
         InputError: bad input, or data.catalog is a folder that must not be overwritten. Nothing was written.
     """
     files, sources = inspect_raw_data(config)
-    digest = fingerprint(config, files, sources)
+    inputs = catalog_inputs(config, files, sources)
     folder = catalog_folder(config.data.catalog)
-    current = current_manifest(folder, config, digest, force)
+    current = current_manifest(folder, config, inputs, force)
     if current is not None:
         return current, False
     folder.check_writable()
@@ -98,7 +94,7 @@ def prepare_catalog(config: Config, force: bool = False) -> tuple[Manifest, bool
 
     with Scratch(config.prepare.scratch, int(config.prepare.memory_gib * 2**30)) as scratch:
         ray_cluster.connect()
-        manifest = write_catalog(config, digest, files, sources, scratch, ray_cluster.cores(), progress)
+        manifest = write_catalog(config, inputs, files, sources, scratch, ray_cluster.cores(), progress)
     return manifest, True
 
 
@@ -120,40 +116,11 @@ def inspect_raw_data(config: Config) -> tuple[list[InteractionFile], dict[str, F
     return files, sources
 
 
-def raw_uris(files: list[InteractionFile], sources: dict[str, FeatureSource]) -> list[str]:
-    return [file.uri for file in files] + [uri for source in sources.values() for uri in source.files]
-
-
-def fingerprint(config: Config, files: list[InteractionFile], sources: dict[str, FeatureSource]) -> str:
-    """SHA-256 of everything that the catalog depends on: schema version, configuration, raw files (size and time).
-
-    The hashed keys are those of version 0.1, so that catalogs of that version are still up to date. The user-user graph
-    is not included: `current_manifest` checks for it.
-    """
-    data = config.data.model_dump(mode="json", exclude={"catalog", "verify"})
-    if data["recency_half_life"] is None:
-        del data["recency_half_life"]
-    for section, key in LATER_KEYS:
-        if data[section][key] == getattr(type(getattr(config.data, section))(), key):
-            del data[section][key]
-    for split, label in zip(SPLITS, data["split"].pop("labels"), strict=True):
-        data["split"][f"{split}_label"] = label
-    graph = {
-        "item_neighbours": item_knn_graph.ITEM_NEIGHBOURS,
-        "search": SEARCH,
-        "probes": PROBES,
-        "user_neighbours": USER_NEIGHBOURS,
-        "hub_cap": HUB_CAP,
-    }
-    parts = [SCHEMA_VERSION, {"data": data, "graph": graph}, storage.file_signatures(raw_uris(files, sources))]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def current_manifest(folder: OutputFolder, config: Config, digest: str, force: bool) -> Manifest | None:
+def current_manifest(folder: OutputFolder, config: Config, inputs: dict, force: bool) -> Manifest | None:
     """The manifest of an up-to-date catalog, or None if the catalog must be built.
 
     Args:
-        digest: fingerprint of the configuration and the raw files.
+        inputs: `catalog_inputs` of the configuration and the raw files.
         force: rebuild any catalog.
 
     Raises:
@@ -167,10 +134,11 @@ def current_manifest(folder: OutputFolder, config: Config, digest: str, force: b
         raise InputError(f"data.catalog {uri} has a manifest.json that is not of a catalog; name another folder")
     if force:
         return None
-    if stored["fingerprint"] != digest:
+    if stored["fingerprint"] != fingerprint(inputs):
+        what = changes(stored.get("inputs", {}), inputs)
         raise InputError(
-            f"data.catalog {uri} was built from another configuration or other raw files; "
-            "--force rebuilds it, or name another folder"
+            f"data.catalog {uri} was built from another configuration or other raw files"
+            f"{f' ({what})' if what else ''}; --force rebuilds it, or name another folder"
         )
     try:
         manifest = Manifest.model_validate(stored)
@@ -185,14 +153,14 @@ def current_manifest(folder: OutputFolder, config: Config, digest: str, force: b
 
 def write_catalog(
     config: Config,
-    digest: str,
+    inputs: dict,
     files: list[InteractionFile],
     sources: dict[str, FeatureSource],
     scratch: Scratch,
     threads: int,
     progress: ProgressPrinter,
 ) -> Manifest:
-    """Read and validate all raw data, then write the catalog; `digest` is its fingerprint."""
+    """Read and validate all raw data, then write the catalog; `inputs`: `catalog_inputs`."""
     data, uri = config.data, config.data.catalog
     raw = interactions.read_interactions(files, scratch, progress.often, features.has_text_ids(sources))
     progress(f"interactions read: {len(raw.user):,}")
@@ -215,7 +183,8 @@ def write_catalog(
     if split.rejected:
         writer.table(REJECTED_FILE, pa.concat_tables(split.rejected).drop_columns("count"))
     manifest = writer.finish(
-        fingerprint=digest,
+        fingerprint=fingerprint(inputs),
+        inputs=inputs,
         users=len(split.users),
         items=len(split.items),
         interactions=split.counts,

@@ -19,6 +19,7 @@ from gtc_dist.data.feature_transform import FeatureTransform
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import load_graphs
 from gtc_dist.prepare import build_catalog
+from gtc_dist.prepare.fingerprint import catalog_inputs, fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 TIKTOK = ROOT.parent / "shared" / "data" / "tiktok"
@@ -106,7 +107,7 @@ def test_recency_weights_are_in_the_catalog_only_where_asked_for(ray_local, tmp_
 
 
 def test_without_recency_fingerprints_are_those_of_version_0_1():
-    found = build_catalog.fingerprint(catalog_config("raw", "catalog"), [], {})
+    found = fingerprint(catalog_inputs(catalog_config("raw", "catalog"), [], {}))
     assert found == "214a5726c9d253f898de7461b07d814355ee81ece992541de42efcb4a359f762"
 
 
@@ -115,7 +116,8 @@ def test_s3_gives_the_same_catalog_as_local_disk(ray_local, tmp_path, raw, s3):
     local, _ = build_catalog.prepare_catalog(catalog_config(raw, tmp_path / "catalog"))
     remote, built = build_catalog.prepare_catalog(catalog_config(f"{s3}/raw", f"{s3}/catalog"))
     assert built
-    assert remote.model_dump(exclude={"fingerprint"}) == local.model_dump(exclude={"fingerprint"})  # with checksums
+    depends = {"fingerprint", "inputs"}
+    assert remote.model_dump(exclude=depends) == local.model_dump(exclude=depends)  # with checksums
     assert catalog_contents(Catalog(f"{s3}/catalog", verify="checksum")) == catalog_contents(
         Catalog(str(tmp_path / "catalog"))
     )

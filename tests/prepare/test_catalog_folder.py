@@ -10,6 +10,7 @@ from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.prepare import build_catalog
 from gtc_dist.prepare.feature_files import FeatureSource
+from gtc_dist.prepare.fingerprint import catalog_inputs, fingerprint
 from gtc_dist.raw.interaction_file import InteractionFile
 
 
@@ -25,11 +26,11 @@ def test_a_rerun_is_up_to_date_until_something_changes(ray_local, tmp_path, raw,
     assert (again, built) == (first, False)
     changed = catalog_config(raw, tmp_path / "catalog", interactions={"k_core": 2})
     before = storage.listing(str(tmp_path / "catalog"))
-    with pytest.raises(InputError, match="built from another configuration or other raw files; --force"):
+    with pytest.raises(InputError, match=r"raw files \(data.interactions.k_core is 2, was 0\); --force"):
         build_catalog.prepare_catalog(changed)
     assert storage.listing(str(tmp_path / "catalog")) == before
     write_raw(raw, seed=1)
-    with pytest.raises(InputError, match="built from another configuration or other raw files; --force"):
+    with pytest.raises(InputError, match=r"other raw files \(.*/test.parquet has changed; .*; and 1 more\); --force"):
         build_catalog.prepare_catalog(catalog_config(raw, tmp_path / "catalog"))
     rebuilt, built = build_catalog.prepare_catalog(changed, force=True)
     assert built
@@ -138,7 +139,7 @@ def test_fingerprints_are_those_of_version_0_1(monkeypatch, data, expected, user
     files = [InteractionFile("/raw/train.parquet", "parquet", False, {}, {})]
     uris = {"visual": "/raw/visual.npy", "textual": "/raw/textual.parquet"}
     sources = {name: FeatureSource(name, [uri], 1, 1, "float32", None, []) for name, uri in uris.items()}
-    assert build_catalog.fingerprint(Config.model_validate(tree), files, sources) == expected
+    assert fingerprint(catalog_inputs(Config.model_validate(tree), files, sources)) == expected
 
 
 def test_the_user_user_graph_is_built_only_for_user_hop(ray_local, tmp_path, raw):
