@@ -103,8 +103,10 @@ def start_or_resume(config: Config, catalog: Catalog, run: str) -> dict | None:
     check_metric(config, catalog, graphs)
     rows = catalog.manifest.interactions["train"]
     resuming = f"; resuming {run}" if status == "begun" else ""
+    steps = config.train.epoch_steps or -(-rows // config.train.batch_size)
     print(
-        f"{catalog.users:,} users, {catalog.items:,} items, {rows:,} interactions{resuming}; starting Ray",
+        f"{catalog.users:,} users, {catalog.items:,} items, {rows:,} interactions: {steps:,} steps of "
+        f"{config.train.batch_size:,} an epoch{resuming}; starting Ray",
         file=sys.stderr,
     )
 

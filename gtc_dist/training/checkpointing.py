@@ -79,6 +79,6 @@ class Checkpointer:
                 self.request = ""
 
     def _finalize(self) -> None:
-        problem = self.writer.finalize(self.state.progress.best_epoch)
+        problem = self.writer.finalize()
         if problem and self.comm.rank == 0:
             print(f"warning: {problem}", flush=True)

@@ -91,13 +91,13 @@ class TrainState:
         return storage.join(self.run, CHECKPOINT_FOLDER, name)
 
     def save_best(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Save the weights that are in the tables and the network now, which were validated."""
+        """Start saving the weights that are in the tables and the network now, which were validated."""
         dense = {"network": self.network.state_dict()} | self.scorer.state()
-        head = {"epoch": epoch, "catalog": self.catalog, "metrics": metrics}
-        checkpoint_files.save(self.uri(epoch_name(epoch)), head, dense, self._weights(), self.comm)
+        self.writer.start_best(epoch, {"catalog": self.catalog, "metrics": metrics}, dense, self._weights())
 
     def load_best(self) -> None:
-        """Local. Load the weights of the best epoch in place of those in training."""
+        """Load the weights of the best epoch in place of those in training."""
+        self.writer.finalize_best()
         dense = checkpoint_files.load(self.uri(epoch_name(self.progress.best_epoch)), self._weights())
         self.network.load(dense["network"])
         self.scorer.load(dense)

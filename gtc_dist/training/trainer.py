@@ -254,7 +254,6 @@ class Trainer:
             if better:
                 self.state.save_best(epoch, metrics["overall"])
                 at.best, at.best_epoch = value, epoch
-                self.writer.prune(epoch)
             note = f"best so far ({metric})" if better else f"best was epoch {at.best_epoch}"
             self.log.evaluation(epoch, metrics, note, diagnostics)
             with self.comm.tracked():

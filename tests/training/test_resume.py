@@ -59,8 +59,9 @@ def cut_after(comm: Communicator, config, run: str, steps: int) -> dict:
     def step(batch):
         nonlocal done
         done += 1
-        if trainer.writer.thread:
-            trainer.writer.thread.join()  # on a slow machine too, the state before the last one is whole
+        for pending in (trainer.writer.pending_best, trainer.writer.pending):
+            if pending is not None:
+                pending.thread.join()  # on a slow machine too, the state before the last one is whole
         if done > steps:
             raise Cut
         return whole_step(batch)
@@ -209,9 +210,9 @@ def test_a_preemption_notice_saves_the_state_and_training_continues(catalog, tmp
     answers, saved = iter(["", "save"]), []
     trainer = trainer_of(Communicator(), config, str(tmp_path / "r"), stop_request=lambda: next(answers, ""))
     finalize = trainer.writer.finalize
-    trainer.writer.finalize = lambda best: (
+    trainer.writer.finalize = lambda: (
         trainer.writer.pending and saved.append(trainer.state.progress.step),
-        finalize(best),
+        finalize(),
     )[1]
     assert trainer.fit() is not None
     assert saved[0] == 6  # the second logging of losses, whether or not a refresh is due
