@@ -12,6 +12,13 @@ import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 
+MAX_INT32_EDGES = 2**31 - 1
+
+
+def edge_index_type(edges: int) -> type[np.signedinteger]:
+    """The integer type that numbers the edges of a graph."""
+    return np.int32 if edges <= MAX_INT32_EDGES else np.int64
+
 
 @dataclass
 class Block:
@@ -36,13 +43,14 @@ class Block:
     @staticmethod
     def build(indptr: np.ndarray, indices: np.ndarray, weight: np.ndarray, sources: int) -> "Block":
         """From arrays by destination: indptr [n_dst + 1], indices [E] in [0, sources), weight [E]."""
+        dtype = edge_index_type(len(indices))
         by_destination = sp.csr_matrix(
-            (np.asarray(weight, np.float32), np.asarray(indices, np.int32), np.asarray(indptr, np.int32)),
+            (np.asarray(weight, np.float32), np.asarray(indices, dtype), np.asarray(indptr, dtype)),
             shape=(len(indptr) - 1, sources),
         )
         by_source = by_destination.tocsc()
-        arrays = [by_destination.indptr, by_destination.indices, by_destination.data]
-        arrays += [by_source.indptr, by_source.indices, by_source.data]
+        arrays = [by_destination.indptr.astype(dtype), by_destination.indices.astype(dtype), by_destination.data]
+        arrays += [by_source.indptr.astype(dtype), by_source.indices.astype(dtype), by_source.data]
         return Block(sources, *(torch.from_numpy(a if a.flags.writeable else a.copy()) for a in arrays))
 
     @staticmethod

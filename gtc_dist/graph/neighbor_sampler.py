@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from gtc_dist.data.catalog import CSC
+from gtc_dist.distributed.message_passing import edge_index_type
 
 os.environ.setdefault("DGLBACKEND", "pytorch")
 with warnings.catch_warnings():
@@ -71,9 +72,11 @@ class NeighborSampler:
     def __init__(self, graph: CSC, threads: int = 1):
         self.graph, self.threads = graph, threads
         nodes = len(graph.indptr) - 1
-        indptr = torch.from_numpy(graph.indptr.astype(np.int32))
-        indices = _as_tensor(graph.indices)
-        self._dgl = dgl.graph(("csc", (indptr, indices, torch.empty(0, dtype=torch.int32))), num_nodes=nodes)
+        # DGL wants node and edge numbers of one type: beyond 2^31 edges it gets a copy of the indices, of 8 bytes each
+        self.dtype = edge_index_type(len(graph.indices))
+        indptr = torch.from_numpy(graph.indptr.astype(self.dtype))
+        indices = _as_tensor(graph.indices.astype(self.dtype, copy=False))
+        self._dgl = dgl.graph(("csc", (indptr, indices, torch.empty(0, dtype=indptr.dtype))), num_nodes=nodes)
 
     def seed(self, seed: int) -> None:
         """Set the random state for the next draws of all samplers."""
@@ -93,7 +96,7 @@ class NeighborSampler:
         dgl.seed(seed)
 
     def _layer(self, destinations: np.ndarray, fanout: int, keep_destinations: bool) -> SampledLayer:
-        nodes = torch.from_numpy(np.ascontiguousarray(destinations, dtype=np.int32))
+        nodes = torch.from_numpy(np.ascontiguousarray(destinations, dtype=self.dtype))
         frontier = self._dgl.sample_neighbors(nodes, fanout)
         block = dgl.to_block(frontier, nodes, include_dst_in_src=keep_destinations)
         indptr, positions, order = block.adj_tensors("csc")

@@ -5,6 +5,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+from gtc_dist.distributed import message_passing
 from gtc_dist.distributed.message_passing import Block, convolve, weighted_sum
 
 
@@ -14,8 +15,14 @@ def random_block(rng, destinations, sources, density=0.2) -> tuple[Block, torch.
     return block, torch.from_numpy(matrix.toarray())
 
 
-def test_weighted_sum_and_its_gradient_match_the_dense_product():
+@pytest.mark.parametrize("most", [2**31 - 1, 10])
+def test_weighted_sum_and_its_gradient_match_the_dense_product(monkeypatch, most):
+    """Also with the 64-bit indices of graphs with more edges than 32 bits number."""
+    monkeypatch.setattr(message_passing, "MAX_INT32_EDGES", most)
     block, dense = random_block(np.random.default_rng(0), 13, 29)
+    assert {t.dtype for t in (block.indptr, block.indices, block.t_indptr, block.t_indices)} == {
+        torch.int32 if most > 10 else torch.int64
+    }
     x = torch.randn(29, 6, requires_grad=True)
     y = weighted_sum(block, x)
     torch.testing.assert_close(y, dense @ x)

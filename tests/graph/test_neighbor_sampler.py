@@ -10,6 +10,7 @@ from small import GATED, small_catalog, small_config
 from steps import assert_same_step, global_draws, loader_of, set_away_from_start, step
 
 from gtc_dist.data.catalog import CSC
+from gtc_dist.distributed import message_passing
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.graph.neighbor_sampler import NeighborSampler, importance_sample_sources, inclusion_probabilities
 from gtc_dist.model.build import build_network
@@ -39,6 +40,17 @@ def test_fanout_minus_one_equals_the_full_graph(catalog, excluded, w_diff, conte
         draws = global_draws(config, catalog)
         outcomes.append(step(Communicator(), catalog.uri, config, draws, [24]))
     assert_same_step(outcomes[1], outcomes[0])
+
+
+def test_graphs_with_more_edges_than_32_bits_number(catalog, monkeypatch):
+    """With 64-bit indices a step is the same, sampled and on the whole graph."""
+    for model in ({"propagation": "full"}, {"propagation": "sampled", "fanout": [3, 3], "item_fanout": 2}):
+        outcomes = []
+        for most in (2**31 - 1, 20):
+            monkeypatch.setattr(message_passing, "MAX_INT32_EDGES", most)
+            config = small_config(catalog.uri, model=model)
+            outcomes.append(step(Communicator(), catalog.uri, config, global_draws(config, catalog), [24]))
+        assert_same_step(outcomes[1], outcomes[0])
 
 
 def test_fanout_minus_one_equals_the_full_graph_with_recency_weights(tmp_path):
