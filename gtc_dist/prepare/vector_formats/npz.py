@@ -1,5 +1,6 @@
 """Vectors in a `.npz` file with the arrays `ids` [n] and `vectors` [n, width], read block by block."""
 
+import errno
 import struct
 import zipfile
 import zlib
@@ -67,5 +68,7 @@ def _archive(uri: str) -> Iterator[zipfile.ZipFile]:
         try:
             with zipfile.ZipFile(file) as archive:
                 yield archive
-        except BROKEN as error:
+        except (*BROKEN, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a broken archive: a place before 0
+                raise
             raise ValueError(str(error) or type(error).__name__) from error

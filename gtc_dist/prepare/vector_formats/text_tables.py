@@ -19,7 +19,7 @@ from gtc_dist.prepare.vector_formats.feature_chunk import BadRow, FeatureChunk, 
 def inspect_text_table(uri: str, modality: ModalityConfig) -> FeatureHead:
     """The ids and columns of a file. Raises InputError: a broken file, a missing column or one of another type, a first
     vector that is not numbers."""
-    found, is_typed = read_schema(_table(uri, pa.schema([]))), format_of(uri) == "jsonl"
+    found, is_typed = read_schema(text_table(uri, pa.schema([]))), format_of(uri) == "jsonl"
     columns = vector_columns.find_columns(uri, modality, found)
     if len(columns) > 1 or "*" in modality.vector_column:
         columns, width = pa.schema([(column, pa.float64()) for column in columns.names]), len(columns)
@@ -28,19 +28,20 @@ def inspect_text_table(uri: str, modality: ModalityConfig) -> FeatureHead:
         columns = pa.schema([(modality.vector_column, type)])
         width = _first_width(uri, columns)
     id_type = _id_type(uri, found.field(modality.id_column)) if is_typed else pa.string()
-    blocks = numbered_batches(_table(uri, pa.schema([(modality.id_column, id_type)])))
+    blocks = numbered_batches(text_table(uri, pa.schema([(modality.id_column, id_type)])))
     ids = pa.concat_arrays([pa.array([], id_type), *(chunk for _, block in blocks for chunk in block[0].chunks)])
     return FeatureHead(len(ids), ids, width, columns=columns, ids_from_text=not is_typed)
 
 
 def read_text_table(chunk: FeatureChunk) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Blocks of a whole file. Raises BadRow, InputError."""
-    for first_row, block in numbered_batches(_table(chunk.uri, chunk.columns)):
+    for first_row, block in numbered_batches(text_table(chunk.uri, chunk.columns)):
         columns = [pa.concat_arrays(block[name].chunks) for name in chunk.columns.names]
         yield vector_columns.matrix(columns, chunk.first + first_row - 1, chunk.width, chunk.dtype)
 
 
-def _table(uri: str, columns: pa.Schema) -> InteractionFile:
+def text_table(uri: str, columns: pa.Schema) -> InteractionFile:
+    """How to read columns of a table as their types."""
     types = dict(zip(columns.names, columns.types, strict=True))
     return InteractionFile(uri, format_of(uri), uri.endswith(".gz"), {name: name for name in types}, types)
 
@@ -72,7 +73,7 @@ def _vector_type(uri: str, field: pa.Field) -> pa.DataType:
 
 def _first_width(uri: str, columns: pa.Schema) -> int | None:
     """Width of the first vector, None without one. Raises InputError: it is a text without numbers."""
-    for first_row, block in numbered_batches(_table(uri, columns)):
+    for first_row, block in numbered_batches(text_table(uri, columns)):
         for column in block[0].chunks:
             is_list = vector_columns.is_list(column.type)
             given = pc.greater(pc.list_value_length(column), 0) if is_list else vector_columns.has_vector(column)
