@@ -29,7 +29,6 @@ from gtc_dist.prepare.vector_formats.parquet import inspect_parquet_vectors, rea
 from gtc_dist.prepare.vector_formats.pt import inspect_pt, read_pt
 from gtc_dist.prepare.vector_formats.text_tables import inspect_text_table, read_text_table
 
-VECTOR_FORMATS = {".npy": "npy", ".npz": "npz", ".pt": "pt", **FORMATS}  # by extension
 TEXT_FORMATS = ("csv", "tsv", "jsonl")
 VECTOR_READERS = {
     "npy": (inspect_npy, read_npy),
@@ -38,6 +37,8 @@ VECTOR_READERS = {
     "parquet": (inspect_parquet_vectors, read_parquet_vectors),
     **dict.fromkeys(TEXT_FORMATS, (inspect_text_table, read_text_table)),
 }
+TABLES = {extension: format for extension, format in FORMATS.items() if format in VECTOR_READERS}
+VECTOR_FORMATS = {".npy": "npy", ".npz": "npz", ".pt": "pt", **TABLES}  # by extension
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,7 @@ def test_a_package_that_is_missing(tmp_path, family):
     """Before any work: nothing is read or written."""
     _, package, extra = PACKAGES[family]
     source = ["--texts", "missing.csv", "--columns", "title"] if extra == "text" else ["--pictures", "missing"]
-    message = (
-        rf"{family}:some-model needs the package {package}, which is not installed; pip install gtc-dist\[{extra}\]"
-    )
+    message = rf"{family}:model needs the package {package}, which is not installed; pip install gtc-dist\[{extra}\]"
     with pytest.raises(InputError, match=message):
         encode(*source, "--encoder", f"{family}:model", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
