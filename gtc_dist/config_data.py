@@ -129,14 +129,24 @@ class SplitConfig(Section):
 
 
 class ModalityConfig(Section):
-    """Raw features of one modality (visual, textual, ...): a `.npy` matrix or Parquet files."""
+    """Raw features of one modality (visual, textual, ...): a matrix or tables. An item without a vector has no row, or
+    null or empty text in its place. A `.npz` file has the arrays `ids` and `vectors`. A `.pt` file has a tensor (row
+    number = id), a dict of `ids` and `vectors`, or a dict id -> vector; no code in it is run."""
 
-    path: Name = Field(description="File relative to `data.raw`, or a URI. Parquet may be a glob.")
+    path: Name = Field(
+        description="File relative to `data.raw`, or a URI: `.npy`, `.npz`, `.pt`, Parquet, CSV, TSV or JSON lines, "
+        "of these the text files also as `.gz`. Files that have ids may be a glob."
+    )
     ids: Name | None = Field(
         None, description="`.npy` only: file with one item id per row (.npy, .txt or .parquet). null: row number = id."
     )
-    id_column: str = Field("item_id", description="Parquet: column with the item id (also in `ids`).")
-    vector_column: str = Field("vector", description="Parquet: column with the vectors.")
+    id_column: str = Field("item_id", description="Tables: column with the item id (also in `ids`).")
+    vector_column: str = Field(
+        "vector",
+        description="Tables: column with the vectors: lists of numbers; in text files also text, numbers separated by "
+        "spaces, commas or `|`, with or without brackets. A pattern such as `v*`: one column of numbers for each "
+        "dimension, in the order of the file.",
+    )
     pca: PositiveInt | None = Field(None, description="Reduce the features to this many principal components.")
     weight: Weight = Field(1.0, description="Weight of this modality in the item-item graph's similarity.")
 

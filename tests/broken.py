@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from gtc_dist.data.catalog import SPLITS
 from gtc_dist.errors import InputError
@@ -49,6 +50,19 @@ def text(sep: str = ",", **columns) -> bytes:
 def npy(array) -> bytes:
     sink = io.BytesIO()
     np.save(sink, array, allow_pickle=True)
+    return sink.getvalue()
+
+
+def npz(**arrays) -> bytes:
+    sink = io.BytesIO()
+    np.savez(sink, **arrays)
+    return sink.getvalue()
+
+
+def saved(value) -> bytes:
+    """A value in a `.pt` file."""
+    sink = io.BytesIO()
+    torch.save(value, sink)
     return sink.getvalue()
 
 

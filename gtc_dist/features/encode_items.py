@@ -10,9 +10,10 @@ relative to the table, or bytes. The configuration then has
 
     data: {features: {text: {path: features/text/*.parquet}}}
 
-Built-in encoders need no download: `ngrams` for texts, `descriptor` for pictures. `--encoder module:callable` takes any
-model (docs/quickstart.md shows one). Items that arrive later are encoded alike with `--like FOLDER`, the output of the
-first time.
+Built-in encoders need no download: `ngrams` for texts, `descriptor` for pictures. `--encoder` takes a pretrained
+network that is on the machine (`sentence-transformers:MODEL`, `open_clip:MODEL/PRETRAINED`, `torchvision:MODEL`), or
+any `module:callable` (docs/quickstart.md shows them). Items that arrive later are encoded alike with `--like FOLDER`,
+the output of the first time.
 
 Tasks on the Ray cluster encode parts of the items and write a file each. Rerun the same command, without --force, to
 continue an interrupted one. The driver holds ids, texts and pictures given as bytes in memory; named pictures are read
@@ -61,9 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     args = read_command_line(argv)
     refuse_relative_paths({"--texts": args.texts, "--pictures": args.pictures, "--out": args.out, "--like": args.like})
     kind = "text" if args.texts else "picture"
-    encoder = args.encoder or BUILT_IN[kind]
+    encoder = check_encoder(args.encoder or BUILT_IN[kind], kind)
     out, progress = storage.absolute(args.out), ProgressPrinter()
-    check_encoder(encoder, kind)
     like, fitted = fitted_like(args.like, encoder, out) if args.like else (None, None)
     content = read_content(args)
     present = len(content.ids) - content.content.null_count
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     if encoder == "ngrams" and like is None and not storage.exists(storage.join(out, FILE)):
         NgramEncoder.fit(content.content.drop_null().to_pylist(), args.width).save(storage.join(out, FILE))
         progress("encoder fitted")
-    task = EncodingTask(kind, encoder, like or out, search_path(encoder), digest, out)
+    task = EncodingTask(kind, encoder, like or out, search_path(encoder), digest, out, args.gpu)
     encoded = encode_parts(content, task, args.gpu, progress)
     folder.finish({**spec, "items": len(content.ids), "fingerprint": digest, **encoded})
     report(encoded, kind, out)
@@ -97,7 +97,7 @@ def read_command_line(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="folder for the vectors, new or of an interrupted command")
     parser.add_argument("--id", default="item_id", help="column with the item's id (default: %(default)s)")
     parser.add_argument("--columns", help="columns with the texts, comma-separated, or the one that names the picture")
-    parser.add_argument("--encoder", help="ngrams (texts), descriptor (pictures), or module:callable")
+    parser.add_argument("--encoder", help="ngrams (texts), descriptor (pictures), FAMILY:MODEL or module:callable")
     parser.add_argument("--width", type=int, default=256, help="dimensions of ngrams (default: %(default)s)")
     parser.add_argument("--like", metavar="FOLDER", help="use the fitted encoder of this output")
     parser.add_argument("--gpu", action="store_true", help="one GPU for each task")
@@ -189,7 +189,7 @@ def has_result(folder: OutputFolder, force: bool, progress: ProgressPrinter) -> 
 
 @dataclass(frozen=True)
 class EncodingTask:
-    """What a task needs to encode parts. state: folder of the fitted encoder; search, digest: of `make_encoder`."""
+    """What a task needs to encode parts; state: folder of the fitted encoder; search, digest, gpu: of make_encoder."""
 
     kind: str
     encoder: str
@@ -197,6 +197,7 @@ class EncodingTask:
     search: str | None
     digest: str
     out: str
+    gpu: bool
 
 
 def encode_rows(parts: pa.Table, task: EncodingTask) -> pa.Table:
@@ -218,7 +219,7 @@ def encode_part(number: int, ids: pa.Array, content: list, task: EncodingTask) -
     Raises:
         InputError: the encoder fails.
     """
-    encoder = make_encoder(task.encoder, task.state, task.search, task.digest)
+    encoder = make_encoder(task.encoder, task.state, task.search, task.digest, task.gpu)
     given = [position for position, value in enumerate(content) if value is not None]
     vectors, kept, problems = [], [], []
     side = DESCRIPTOR_SIDE if task.encoder == BUILT_IN["picture"] else None

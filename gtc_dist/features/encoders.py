@@ -2,6 +2,7 @@
 
 ngrams             texts: hashed n-grams and truncated SVD, fitted to the texts (text_ngrams.py)
 descriptor         pictures: colours, edges and layout (picture_descriptor.py)
+FAMILY:MODEL       a pretrained network of an optional package, such as sentence-transformers:FOLDER (pretrained.py)
 module:callable    a function from a list of texts, or of RGB pictures (PIL), to an array [n, d]; or a class, which
                    each process instantiates once without arguments and then calls in the same way
 """
@@ -22,6 +23,13 @@ from PIL import Image
 from gtc_dist.data import storage
 from gtc_dist.errors import InputError
 from gtc_dist.features.picture_descriptor import describe_pictures
+from gtc_dist.features.pretrained import (
+    FAMILIES,
+    check_pretrained,
+    is_pretrained,
+    load_pretrained,
+    pretrained_digest,
+)
 from gtc_dist.features.text_ngrams import NgramEncoder
 
 Encoder = Callable[[list], np.ndarray]
@@ -30,23 +38,28 @@ FILE = "_encoder.npz"  # of a fitted encoder, in the output folder
 READERS = 8  # threads of a task that read pictures
 
 
-def check_encoder(name: str, kind: str) -> None:
-    """Raises InputError for an encoder that does not exist or does not take this kind of content."""
+def check_encoder(name: str, kind: str) -> str:
+    """The name, with absolute paths. Raises InputError for an encoder that does not exist, does not take this kind of
+    content, or lacks its package or weights."""
+    if is_pretrained(name):
+        return check_pretrained(name, kind)
     if name in BUILT_IN.values():
         if BUILT_IN[kind] != name:
             raise InputError(f"the encoder {name} does not take {kind}s; use {BUILT_IN[kind]} or module:callable")
     else:
         _import(name)
+    return name
 
 
 @functools.cache
-def make_encoder(name: str, folder: str, search: str | None, digest: str) -> Encoder:
+def make_encoder(name: str, folder: str, search: str | None, digest: str, gpu: bool) -> Encoder:
     """The encoder, made once in a process.
 
     Args:
         folder: URI of the output, or of that of which the encoder was fitted.
         search: folder in which to look for the module, too.
         digest: of the content and the encoder: another fit in the same folder is another encoder.
+        gpu: a pretrained network runs on the process's GPU.
     """
     if search is not None and search not in sys.path:
         sys.path.append(search)
@@ -54,12 +67,17 @@ def make_encoder(name: str, folder: str, search: str | None, digest: str) -> Enc
         return NgramEncoder.load(storage.join(folder, FILE))
     if name == "descriptor":
         return describe_pictures
+    if is_pretrained(name):
+        return load_pretrained(name, gpu)
     found = _import(name)
     return found() if inspect.isclass(found) else found
 
 
 def module_digest(name: str) -> str:
-    """SHA-256 of the file that an encoder is written in; empty for built-in ones. What it imports is not covered."""
+    """SHA-256 of the file that an encoder is written in, without what it imports; of a pretrained network, of the
+    sizes and times of its files; empty for built-in ones."""
+    if is_pretrained(name):
+        return pretrained_digest(name)
     if name in BUILT_IN.values():
         return ""
     file = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
@@ -67,8 +85,8 @@ def module_digest(name: str) -> str:
 
 
 def search_path(name: str) -> str | None:
-    """Folder that the encoder's module was found in, for tasks whose search path lacks it; None for built-in ones."""
-    if name in BUILT_IN.values():
+    """Folder that the encoder's module was found in, for tasks whose search path lacks it; None for other kinds."""
+    if name in BUILT_IN.values() or is_pretrained(name):
         return None
     top = name.partition(":")[0].partition(".")[0]
     file = getattr(importlib.import_module(top), "__file__", None)
@@ -81,7 +99,8 @@ def search_path(name: str) -> str | None:
 def _import(name: str) -> Callable:
     module, separator, attribute = name.partition(":")
     if not separator or not module or not attribute:
-        raise InputError(f"unknown encoder {name!r}; use {', '.join(BUILT_IN.values())} or module:callable")
+        known = ", ".join([*BUILT_IN.values(), *(f"{family}:MODEL" for family in FAMILIES)])
+        raise InputError(f"unknown encoder {name!r}; use {known} or module:callable")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

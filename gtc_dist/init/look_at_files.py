@@ -2,15 +2,21 @@
 
 import posixpath
 import re
+from collections import Counter
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import numpy as np
 import pyarrow as pa
 
+from gtc_dist.config_data import ModalityConfig
 from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
 from gtc_dist.features.item_content import PICTURES
-from gtc_dist.raw.interaction_file import FORMATS, InteractionFile, format_of, read_schema
+from gtc_dist.prepare.feature_files import inspect_features
+from gtc_dist.prepare.vector_formats.text_tables import text_table
+from gtc_dist.prepare.vector_formats.vector_columns import split_text
+from gtc_dist.raw.interaction_file import FORMATS, format_of, numbered_batches, read_schema
 
 # names of columns, lower-case, in the order of preference; a type suffix as in `user_id:token` is left out
 ROLES = {
@@ -30,6 +36,7 @@ ROLES = {
     ],
     "rating": ["rating", "stars|overall|score"],
 }
+MIN_DIMENSIONS = 8  # columns that are called a vector, such as v0 to v7
 TEXT = r"title|name|description|brand|category|categories|text|features?"
 
 
@@ -49,7 +56,7 @@ class Found:
 
 
 def look_at_folder(folder: str) -> Found:
-    """Look at every file of a folder, its head alone. Raises InputError if the folder is empty."""
+    """Look at every file of a folder, its head alone (of .pt: all). Raises InputError if the folder is empty."""
     names = sorted(
         name for name in storage.listing(folder) if not any(p.startswith((".", "_")) for p in name.split("/"))
     )
@@ -63,6 +70,8 @@ def look_at_folder(folder: str) -> Found:
             found.pictures[top] = found.pictures.get(top, 0) + 1
         elif extension == ".npy":
             _look_at_array(folder, name, names, found)
+        elif extension in (".npz", ".pt"):
+            _look_at_saved(folder, name, found)
         elif extension in FORMATS:
             _look_at_table(folder, name, found)
         elif extension != ".txt":
@@ -95,21 +104,56 @@ def _look_at_array(folder: str, name: str, names: list[str], found: Found) -> No
         found.unknown.append(name)
 
 
+def _look_at_saved(folder: str, name: str, found: Found) -> None:
+    """A `.npz` or `.pt` file; what holds no vectors, such as the weights of a network, is not understood."""
+    try:
+        source = inspect_features("vectors", ModalityConfig(path=name), folder)
+    except InputError:
+        found.unknown.append(name)
+    else:
+        if source.ids is None:
+            found.vectors[name] = ("", None)
+        else:
+            found.vectors[_pattern(name)] = ("item_id", "vector")
+
+
 def _look_at_table(folder: str, name: str, found: Found) -> None:
     uri = storage.join(folder, name)
-    schema = read_schema(InteractionFile(uri, format_of(uri), uri.endswith(".gz"), {}, {}))
+    schema = read_schema(text_table(uri, pa.schema([])))
     roles = columns_by_role(schema)
     pattern = _pattern(name)
-    lists = [c.name for c in schema if pa.types.is_list(c.type) or pa.types.is_fixed_size_list(c.type)]
     texts = [c.name for c in schema if re.fullmatch(TEXT, c.name.lower()) and _is_text(c.type)]
     if "user" in roles and "item" in roles:
         found.interactions[pattern] = roles
-    elif "item" in roles and lists:
-        found.vectors[pattern] = (roles["item"], "vector" if "vector" in lists else lists[0])
+    elif "item" in roles and (vectors := _vector_columns(uri, schema)):
+        found.vectors[pattern] = (roles["item"], "vector" if "vector" in vectors else vectors[0])
     elif "item" in roles and texts:
         found.texts[pattern] = (roles["item"], texts)
     elif re.search(r"[_.-]?ids?\.parquet$", name) is None:
         found.unknown.append(name)
+
+
+def _vector_columns(uri: str, schema: pa.Schema) -> list[str]:
+    """Columns of lists, or of texts with numbers; else the pattern of many columns with a number at the end."""
+    lists = [c.name for c in schema if pa.types.is_list(c.type) or pa.types.is_fixed_size_list(c.type)]
+    texts = [c.name for c in schema if _is_text(c.type)] if format_of(uri) != "parquet" else []
+    table = text_table(uri, pa.schema([(name, pa.string()) for name in texts]))
+    first = next(numbered_batches(table), None) if texts else None
+    if first is not None:
+        lists += [name for name in texts if _holds_vectors(first[1][name])]
+    numbers = [c.name for c in schema if pa.types.is_floating(c.type) or pa.types.is_integer(c.type)]
+    prefixes = Counter(name.rstrip("0123456789") for name in numbers if name[-1:].isdigit())
+    patterns = [f"{prefix}*" for prefix, count in prefixes.items() if prefix and count >= MIN_DIMENSIONS]
+    return lists + [p for p in patterns if all(fnmatchcase(name, p) <= (name in numbers) for name in schema.names)]
+
+
+def _holds_vectors(column: pa.ChunkedArray) -> bool:
+    """Whether the first text that is not empty is two numbers or more."""
+    first = next((text for text in column.to_pylist()[:1000] if text), "")
+    try:
+        return len(split_text(pa.array([first])).flatten().cast(pa.float64())) > 1
+    except pa.ArrowInvalid:
+        return False
 
 
 def _is_text(type: pa.DataType) -> bool:

@@ -224,7 +224,7 @@ def test_any_callable_is_an_encoder(custom, ray_local, small_parts):
         ("custom_encoders:infinite", "returned a value that is not finite"),
         ("custom_encoders:none", "cannot be imported"),
         ("nothing:none", "cannot be imported: No module named 'nothing'"),
-        ("word2vec", "unknown encoder 'word2vec'; use ngrams, descriptor or module:callable"),
+        ("word2vec", r"unknown encoder 'word2vec'; use ngrams, descriptor, sentence-.* or module:callable"),
         ("descriptor", "the encoder descriptor does not take texts; use ngrams"),
     ],
 )

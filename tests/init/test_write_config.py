@@ -1,6 +1,8 @@
 """A configuration for a folder of files: guesses from names and columns, and the way from there to a catalog."""
 
+import gzip
 import io
+import json
 import re
 import shlex
 
@@ -8,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from raw_files import write_raw
 
@@ -96,13 +99,58 @@ def test_files_of_a_given_split_and_vectors(tmp_path, ray_local):
     assert manifest.modalities["visual"].raw_dim == 8
 
 
+def test_vectors_of_every_format_are_found(tmp_path, ray_local):
+    """And the configuration prepares as it is."""
+    ids, rows = [f"i{n:03d}" for n in range(30)], np.random.default_rng(0).normal(size=(30, 9))
+    (tmp_path / "raw").mkdir()
+    bought = [f"u{n % 40},{ids[n * 7 % 30]}\n" for n in range(240)]
+    (tmp_path / "raw" / "orders.csv").write_text("user_id,item_id\n" + "".join(bought))
+    texts = [f'{i},"[{" ".join(map(str, row))}]",red shoe\n' for i, row in zip(ids, rows, strict=True)]
+    (tmp_path / "raw" / "texts.csv").write_text("sku,embedding,title\n" + "".join(texts))
+    wide = ["\t".join([i, *map(str, row), "9\n"]) for i, row in zip(ids, rows, strict=True)]
+    names = "\t".join(["item_id", *(f"dim_{n}" for n in range(9)), "price\n"])
+    (tmp_path / "raw" / "wide.tsv.gz").write_bytes(gzip.compress((names + "".join(wide)).encode()))
+    lists = [json.dumps({"item_id": i, "vector": row.tolist()}) + "\n" for i, row in zip(ids, rows, strict=True)]
+    (tmp_path / "raw" / "lists.jsonl").write_text("".join(lists))
+    np.savez(tmp_path / "raw" / "arrays.npz", ids=ids, vectors=rows)
+    np.savez(tmp_path / "raw" / "others.npz", left=ids, right=rows)
+    torch.save({"ids": ids, "vectors": torch.tensor(rows)}, tmp_path / "raw" / "tensors.pt")
+    torch.save(torch.nn.Linear(3, 3).state_dict(), tmp_path / "raw" / "weights.pt")
+    init(tmp_path / "raw", tmp_path / "mine.yaml")
+    text = (tmp_path / "mine.yaml").read_text()
+    assert "# not understood: others.npz, weights.pt" in text
+    config = load_config(str(tmp_path / "mine.yaml"), [f"data.catalog={tmp_path}/catalog"])
+    found = {name: (each.id_column, each.vector_column) for name, each in config.data.features.items()}
+    usual = ("item_id", "vector")
+    assert found == {
+        "arrays": usual,
+        "lists": usual,
+        "tensors": usual,
+        "texts": ("sku", "embedding"),
+        "wide": ("item_id", "dim_*"),
+    }
+    manifest, _ = build_catalog.prepare_catalog(config)
+    assert {entry.raw_dim for entry in manifest.modalities.values()} == {9}
+
+
+def test_a_matrix_of_torch_has_items_by_row(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "orders.csv").write_text("user_id,item_id\n1,0\n2,1\n")
+    torch.save(torch.ones(2, 3), tmp_path / "raw" / "visual.pt")
+    init(tmp_path / "raw", tmp_path / "mine.yaml")
+    assert "visual: {path: visual.pt}   # row number = item id" in (tmp_path / "mine.yaml").read_text()
+
+
 def test_folders_that_it_does_not_understand(tmp_path):
     with pytest.raises(InputError, match="has no file"):
         init(tmp_path / "nothing", tmp_path / "a.yaml")
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "x.csv").write_text("left,right\n1,2\n")
     (tmp_path / "raw" / "x.bin").write_bytes(b"\0")
-    with pytest.raises(InputError, match=r"no table with a column of users and one of items.*looked at x.bin, x.csv"):
+    (tmp_path / "raw" / "x.tsv").write_text("item_id\tshade\n")
+    with pytest.raises(
+        InputError, match=r"no table with a column of users and one of items.*looked at x.bin, x.csv, x.tsv"
+    ):
         init(tmp_path / "raw", tmp_path / "a.yaml")
     assert not (tmp_path / "a.yaml").exists()
     (tmp_path / "a.yaml").write_text("mine: true\n")

@@ -221,7 +221,9 @@ FEATURES = {  # found before Ray starts
         overrides=[AS_PARQUET],
     ),
     "vectors of two formats": Case(
-        {"v.parquet": EIGHT}, ["names .npy and Parquet files", "use one format"], ["data.features.v.path='v.*'"]
+        {"v.parquet": EIGHT},
+        ["names files of several formats: npy ({raw}/v.npy), parquet ({raw}/v.parquet)", "use one format"],
+        ["data.features.v.path='v.*'"],
     ),
     "a folder of vectors": Case({"w.npy": FOLDER}, ["{raw}/w.npy is a folder"], ["data.features.v.path=w.npy"]),
 }

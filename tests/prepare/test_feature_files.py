@@ -10,6 +10,7 @@ from raw_files import ROWS, WIDTH, feature_matrix, inspect_visual, write_feature
 from gtc_dist.data import storage
 from gtc_dist.errors import InputError
 from gtc_dist.prepare import feature_files
+from gtc_dist.prepare.vector_formats import feature_chunk
 
 
 def read_rows(source: feature_files.FeatureSource) -> np.ndarray:
@@ -25,7 +26,7 @@ def read_rows(source: feature_files.FeatureSource) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f4", "i4", "u1"])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_npy_of_any_number_type(tmp_path, monkeypatch, dtype, order):
-    monkeypatch.setattr(feature_files, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(feature_chunk, "CHUNK_BYTES", 100)
     x = np.abs(feature_matrix()).astype(dtype, order=order)
     np.save(tmp_path / "v.npy", x)
     source = inspect_visual(tmp_path)
@@ -36,7 +37,7 @@ def test_npy_of_any_number_type(tmp_path, monkeypatch, dtype, order):
 
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_npy_in_object_storage_is_read_by_range(s3, monkeypatch, order):
-    monkeypatch.setattr(feature_files, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(feature_chunk, "CHUNK_BYTES", 300)
     x = np.asarray(feature_matrix(), order=order)
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         np.save(file, x)
@@ -56,7 +57,7 @@ VECTOR_TYPES = [
 
 @pytest.mark.parametrize("type", VECTOR_TYPES, ids=str)
 def test_parquet_lists_of_any_kind(tmp_path, monkeypatch, type):
-    monkeypatch.setattr(feature_files, "CHUNK_BYTES", 150)
+    monkeypatch.setattr(feature_chunk, "CHUNK_BYTES", 150)
     x = np.round(feature_matrix()).astype(np.float16)
     rows = [[t(v) for v in row] for row in x.tolist() for t in [int if type.value_type == pa.int32() else np.float16]]
     rows[3] = rows[8] = None
@@ -110,7 +111,7 @@ def test_broken_npy_files(tmp_path):
     (tmp_path / "v.npy").write_bytes(data[:-100])
     assert "v.npy is truncated: " in refused(tmp_path)
     (tmp_path / "v.bin").write_bytes(data)
-    assert "v.bin is neither .npy nor .parquet" in refused(tmp_path, "v.bin")
+    assert "v.bin has an unknown extension; vectors are in .npy, .npz, .pt" in refused(tmp_path, "v.bin")
 
 
 def test_broken_or_unsuitable_parquet_files(tmp_path):

@@ -16,6 +16,7 @@ from gtc_dist.data.scratch import Scratch
 from gtc_dist.errors import InputError
 from gtc_dist.prepare import feature_files, features
 from gtc_dist.prepare.features import GatheredFeatures
+from gtc_dist.prepare.vector_formats import feature_chunk
 
 
 def gathered_of(x: np.ndarray, present: np.ndarray | None = None) -> GatheredFeatures:
@@ -169,7 +170,7 @@ def test_rows_go_to_their_items(tmp_path, ray_local, kind, text):
 
 
 def test_several_modalities_and_row_numbers_as_ids(tmp_path, ray_local, scratch, monkeypatch):
-    monkeypatch.setattr(feature_files, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(feature_chunk, "CHUNK_BYTES", 2000)
     wide, narrow = feature_matrix(rows=78), feature_matrix(1, rows=90, width=3).astype(np.float16)
     np.save(tmp_path / "wide.npy", wide)
     np.save(tmp_path / "narrow.npy", narrow)
