@@ -8,8 +8,8 @@ again. The score of a user and an item is the dot product of their embeddings. R
 storage. The same run and number of workers give the same bytes every time.
 
 --new-items FILE adds items that arrived after training, from their content alone: a Parquet file with the column `id`
-and one column of raw vectors for each modality, named as in data.features. They are written to
-items/part-new-*.parquet.
+and one column of raw vectors for each modality, named as in data.features, null where an item has none. They are
+written to items/part-new-*.parquet.
 
 With --workers N, N ranks on the cluster write their own rows. --faiss holds all items in the memory of this process.
 """

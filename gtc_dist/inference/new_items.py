@@ -31,11 +31,13 @@ def read_new_items(run: TrainedRun, uri: str) -> tuple[pa.Array, dict[str, np.nd
     """Ids in the catalog's type, and each modality's features float16 [n, width], transformed like the catalog's.
 
     Args:
-        uri: Parquet file with the column `id` and one column of raw vectors for each modality of the run.
+        uri: Parquet file with the column `id` and one column of raw vectors for each modality of the run; null where an
+            item has none of a modality, whose features are then zeros, as those of the catalog's items are.
 
     Raises:
-        InputError: not a Parquet file, a column that is missing or of another type or width, a null, a value that is
-            not finite, an id that is given twice or that the catalog has. Rows are counted from 1.
+        InputError: not a Parquet file, a column that is missing or of another type or width, an item without any
+            vector, a value that is not finite, an id that is given twice or that the catalog has. Rows are counted
+            from 1.
     """
     modalities = ", ".join(run.features)
     needed = f"--new-items needs a Parquet file with `id` and one column of vectors per modality ({modalities})"
@@ -47,7 +49,15 @@ def read_new_items(run: TrainedRun, uri: str) -> tuple[pa.Array, dict[str, np.nd
     if missing:
         found = ", ".join(table.column_names)
         raise InputError(f"{needed}; {uri} has no column {missing[0]!r}; columns found: {found}")
-    return _new_ids(run.catalog, table, uri), {name: _new_features(run, uri, table, name) for name in run.features}
+    ids = _new_ids(run.catalog, table, uri)
+    features = {name: _new_features(run, uri, table, name) for name in run.features}
+    empty = np.all([table[name].is_null().to_numpy() for name in run.features], axis=0)
+    if empty.any():
+        row = int(empty.argmax())
+        raise InputError(
+            f"{uri}: item {ids[row].as_py()!r} in row {row + 1} has no vector of any modality; leave it out"
+        )
+    return ids, features
 
 
 def _new_ids(catalog: Catalog, table: pa.Table, uri: str) -> pa.Array:
@@ -72,18 +82,20 @@ def _new_features(run: TrainedRun, uri: str, table: pa.Table, name: str) -> np.n
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if not any(kind(column.type) for kind in kinds):
         raise InputError(f"{uri}: column {name!r} is {column.type}; it must hold vectors (lists of numbers)")
-    if column.null_count:
-        row = column.is_null().index(True).as_py()
-        raise InputError(f"{uri}: column {name!r} has no vector in row {row + 1}")
+    present = column.is_valid().to_numpy(zero_copy_only=False)
+    rows, column = np.flatnonzero(present), column.drop_null()
     lengths = set(pc.list_value_length(column).to_pylist())
     if lengths - {width}:
         found = sorted(lengths - {width}, key=str)[0]
         raise InputError(f"{uri}: column {name!r} has a vector of length {found}, the catalog's have {width}")
     raw = column.flatten().to_numpy(zero_copy_only=False).astype(np.float64).reshape(-1, width)
     if not np.isfinite(raw).all():
-        row = int(np.flatnonzero(~np.isfinite(raw).all(axis=1))[0])
+        row = int(rows[np.flatnonzero(~np.isfinite(raw).all(axis=1))[0]])
         raise InputError(f"{uri}: column {name!r}, row {row + 1}: the vector has a value that is not finite")
-    return FeatureTransform.load(run.catalog.uri, name).apply(raw)
+    transform = FeatureTransform.load(run.catalog.uri, name)
+    features = np.zeros((len(present), run.catalog.manifest.modalities[name].dim), np.float16)
+    features[rows] = transform.apply(raw)
+    return features
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from gtc_dist.data.feature_transform import FeatureTransform
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, NEIGHBOURS, NORM_SCALE, REGRESSION
-from gtc_dist.inference.new_items import embed_new_items
+from gtc_dist.inference.new_items import embed_new_items, read_new_items
 from gtc_dist.inference.trained_run import load_run
 
 HYBRID = ["model.hybrid.graph_filter=3", "model.hybrid.content_profile=4"]
@@ -94,6 +94,9 @@ def test_a_new_item_equals_a_cold_item_with_its_content(run, form):
         np.testing.assert_allclose(rows[n, ~own], want[~own], rtol=1e-2, atol=1e-3)
 
 
+M0, M1 = (pa.array([[1.0] * width, None]) for width in (6, 7))  # the second item has no vector
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -108,7 +111,10 @@ def test_a_new_item_equals_a_cold_item_with_its_content(run, form):
         (lambda t: t.set_column(0, "id", pa.array([5, 107])), "the catalog has item 107 already"),
         (lambda t: t.set_column(1, "m0", pa.array([[1.0], [2.0]])), "'m0' has a vector of length 1"),
         (lambda t: t.set_column(0, "id", pa.array([[1], [2]])), "have int64 ids, not list<"),
-        (lambda t: t.set_column(1, "m0", pa.array([[1.0] * 6, None])), "'m0' has no vector in row 2"),
+        (
+            lambda t: t.set_column(1, "m0", M0).set_column(2, "m1", M1),
+            "item 2 in row 2 has no vector of any modality",
+        ),
         (lambda t: t.set_column(1, "m0", pa.array([[1.0] * 6, [float("nan")] * 6])), "'m0', row 2: the vector has"),
         (lambda t: t.set_column(1, "m0", pa.array([1.0, 2.0])), "column 'm0' is double; it must hold vectors"),
     ],
@@ -133,6 +139,24 @@ def test_the_file_must_be_parquet(run, tmp_path, content):
     problem = "is not a readable Parquet file" if content else "does not exist"
     with pytest.raises(InputError, match=rf"--new-items needs a Parquet file .* \(m0, m1\); .*a\.csv {problem}"):
         export.main(["--run", run[0], "--out", str(tmp_path / "e"), "--new-items", file])
+
+
+def test_a_new_item_may_lack_a_modality(run, tmp_path):
+    """Its features are zeros, as those of the catalog's items without it are."""
+    uri, catalog = run
+    opened = load_run(find_run(uri))
+    file = write_items(
+        str(tmp_path / "a.parquet"), [1, 2], {n: np.ones((2, w)) for n, w in catalog.modalities().items()}
+    )
+    whole = read_new_items(opened, file)[1]
+    table = formats.read_table(file)
+    formats.write_table(file, table.set_column(1, "m0", pa.array([None, [1.0] * 6])))
+    found = read_new_items(opened, file)[1]
+    assert not found["m0"][0].any()
+    np.testing.assert_array_equal(found["m0"][1], whole["m0"][1])
+    np.testing.assert_array_equal(found["m1"], whole["m1"])
+    rows = embed_new_items(opened, opened.final_embeddings()[1], found)
+    assert rows.isfinite().all()
 
 
 def test_modalities_without_weight_give_no_nearest_items(run):
