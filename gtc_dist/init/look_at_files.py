@@ -1,9 +1,10 @@
 """What the files of a folder are for, by their names, columns and types: interactions, vectors, texts, pictures."""
 
+import json
 import posixpath
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -36,6 +37,8 @@ ROLES = {
     ],
     "rating": ["rating", "stars|overall|score"],
 }
+EVENT = r"event(_?(type|name|kind))?|action|behaviou?r(_?type)?|interaction(_?type)?"
+COUNT = r"quantity|qty|count|amount|times|plays|play_?count|listens|weight"
 MIN_DIMENSIONS = 8  # columns that are called a vector, such as v0 to v7
 TEXT = r"title|name|description|brand|category|categories|text|features?"
 
@@ -46,6 +49,7 @@ class Found:
 
     interactions: pattern -> role -> column. vectors: pattern -> id column, vector column or None (.npy). texts: pattern
     -> id column, text columns. pictures: folder -> number of pictures. unknown: files that were not understood.
+    hints: pattern of interactions -> further lines of data.interactions, most of them comments.
     """
 
     interactions: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -53,6 +57,7 @@ class Found:
     texts: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
     pictures: dict[str, int] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    hints: dict[str, list[str]] = field(default_factory=dict)
 
 
 def look_at_folder(folder: str) -> Found:
@@ -119,18 +124,39 @@ def _look_at_saved(folder: str, name: str, found: Found) -> None:
 
 def _look_at_table(folder: str, name: str, found: Found) -> None:
     uri = storage.join(folder, name)
-    schema = read_schema(text_table(uri, pa.schema([])))
+    table = text_table(uri, pa.schema([]))
+    schema, pattern = read_schema(table), _pattern(name)
+    mark = re.search(r"::|[;|\t,]", schema.names[0]) if table.is_csv and len(schema) == 1 else None
+    if mark is not None:
+        schema = read_schema(replace(table, separator=mark[0]))
     roles = columns_by_role(schema)
-    pattern = _pattern(name)
     texts = [c.name for c in schema if re.fullmatch(TEXT, c.name.lower()) and _is_text(c.type)]
     if "user" in roles and "item" in roles:
         found.interactions[pattern] = roles
+        found.hints[pattern] = [f"separator: {json.dumps(mark[0])}"] if mark is not None else []
+        found.hints[pattern] += _weight_hints(schema)
+    elif mark is not None:
+        found.unknown.append(name)
     elif "item" in roles and (vectors := _vector_columns(uri, schema)):
         found.vectors[pattern] = (roles["item"], "vector" if "vector" in vectors else vectors[0])
     elif "item" in roles and texts:
         found.texts[pattern] = (roles["item"], texts)
     elif re.search(r"[_.-]?ids?\.parquet$", name) is None:
         found.unknown.append(name)
+
+
+def _weight_hints(schema: pa.Schema) -> list[str]:
+    """Comments on columns by which interactions could weigh differently."""
+    hints = []
+    for column in schema:
+        name = column.name.partition(":")[0].lower()
+        if re.fullmatch(EVENT, name) and _is_text(column.type):
+            hints.append(
+                f"# event: {column.name}   # with the weights of its kinds: event_weights: {{view: 1, buy: 5}}"
+            )
+        elif re.fullmatch(COUNT, name) and (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+            hints.append(f"# weight: {column.name}   # heavier interactions count more")
+    return [*hints, "# repeats: 3   # a user's first three interactions with an item count; now one"]
 
 
 def _vector_columns(uri: str, schema: pa.Schema) -> list[str]:

@@ -2,8 +2,9 @@
 
     python -m gtc_dist.init shop --out shop.yaml
 
-It looks at the names and columns of the files: interactions, vectors, and texts and pictures that `python -m
-gtc_dist.features` can turn into vectors. What it guessed is in the comments; edit the file where it is wrong.
+It looks at the names and columns of the files: interactions, vectors, and texts and pictures, for which it prints the
+`gtc features` commands that turn them into vectors. What it guessed is in the comments; edit the file where it is
+wrong.
 """
 
 import argparse
@@ -55,6 +56,7 @@ def yaml_text(folder: str, found: Found, name: str) -> str:
     lines += [f"    {role}: {quoted(column)}" for role, column in roles.items()]
     if "rating" in roles:
         lines.append("    # min_rating: 4   # drops lower ratings; now all count alike")
+    lines += [f"    {line}" for line in found.hints.get(pattern, [])]
     lines += [f"    # not used: {other} has other columns" for other, _ in others if other not in same]
     lines.append("  split:")
     if given:
@@ -64,10 +66,10 @@ def yaml_text(folder: str, found: Found, name: str) -> str:
         lines.append("    method: global_time   # valid and test are later than train; or leave_last_out")
     else:
         lines.append("    method: ratio   # of each user's interactions, at random: no column has times")
-    features = feature_lines(found)
-    lines += ["  features:", *features] if features else ["  features: {}   # needs one modality at least"]
-    for command, entry in feature_commands(folder, found):
-        lines += [f"    # {command}", f"    # {entry}"]
+    features, commands = feature_lines(found), feature_commands(folder, found)
+    lines += ["  features:", *features] if features or commands else ["  features: {}   # needs one modality at least"]
+    for command, entry in commands:
+        lines += [f"    # made by: {command}", f"    {entry}"]
     lines += ["run:", f"  storage: {quoted(f'work/{name}/runs')}", "  name: first", ""]
     if found.unknown:
         lines.insert(0, f"# not understood: {', '.join(found.unknown[:10])}")
@@ -145,7 +147,7 @@ def next_steps(folder: str, found: Found, out: str) -> str:
     lines = [f"{out}: interactions {pattern}{more} ({columns}); {len(found.vectors)} sets of vectors"]
     commands = feature_commands(folder, found)
     if commands:
-        lines += ["make vectors of the texts and pictures, and take the comments off their entries:"]
+        lines += ["make vectors of the texts and pictures:"]
         lines += [f"  {command.partition('   #')[0]}" for command, _ in commands]
     if commands or found.vectors:
         lines += ["then:", *(f"  gtc {step} --config {shlex.quote(out)}" for step in ("prepare", "train"))]

@@ -61,7 +61,7 @@ def write_shop(folder) -> None:
 
 
 def test_a_shops_folder_to_a_catalog(tmp_path, ray_local, capsys, monkeypatch):
-    """The commands that it prints, and its file with the comments taken off the modalities' entries."""
+    """The commands that it prints, and its file as it is."""
     monkeypatch.chdir(tmp_path)
     write_shop(tmp_path / "my shop: 2026")  # a name that YAML and the shell need quoted
     init("my shop: 2026", "shop.yaml")
@@ -79,11 +79,28 @@ def test_a_shops_folder_to_a_catalog(tmp_path, ray_local, capsys, monkeypatch):
     assert len(commands) == 2
     for command in commands:
         encode_items.main(shlex.split(command))
-    text = (tmp_path / "shop.yaml").read_text().replace("features: {}   # needs one modality at least", "features:")
-    (tmp_path / "shop.yaml").write_text(re.sub(r"^    # (text|visual): ", r"    \1: ", text, flags=re.MULTILINE))
     manifest, _ = build_catalog.prepare_catalog(load_config("shop.yaml", []))
     assert set(manifest.modalities) == {"text", "visual"}
     assert Catalog("work/shop/catalog").ids("items").to_pylist()[0].startswith("S")
+
+
+def test_separators_are_seen_and_weights_suggested(tmp_path):
+    (tmp_path / "raw").mkdir()
+    rows = "\n".join(f"c{n};S{n % 3};{'view' if n % 2 else 'buy'};{n}" for n in range(9))
+    (tmp_path / "raw" / "log.csv").write_text(f"customer;sku;event_type;quantity\n{rows}\n")
+    (tmp_path / "raw" / "other.csv").write_text("a;b\n1;2\n")
+    np.save(tmp_path / "raw" / "v.npy", np.ones((3, 4), np.float32))
+    init(tmp_path / "raw", tmp_path / "mine.yaml")
+    text = (tmp_path / "mine.yaml").read_text()
+    assert load_config(str(tmp_path / "mine.yaml"), []).data.interactions.separator == ";"
+    assert "    # event: event_type   # with the weights of its kinds" in text
+    assert "    # weight: quantity   #" in text
+    assert text.startswith("# not understood: other.csv")
+    suggested = re.sub(r"# (event|weight|repeats): ", r"\1: ", text)
+    suggested = suggested.replace("    weight:", "    event_weights: {view: 1, buy: 5}\n    weight:")
+    (tmp_path / "mine.yaml").write_text(suggested)
+    chosen = load_config(str(tmp_path / "mine.yaml"), []).data.interactions
+    assert (chosen.event, chosen.weight, chosen.repeats) == ("event_type", "quantity", 3)
 
 
 def test_files_of_a_given_split_and_vectors(tmp_path, ray_local):
