@@ -53,12 +53,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--exclude", metavar="FILE", help="never list these items")
     parser.add_argument("--titles", metavar="FILE", help="table with names of the items")
     parser.add_argument("--title", default="title", metavar="COLUMN", help="its column with the name (%(default)s)")
-    parser.add_argument("--id", default="item_id", metavar="COLUMN", help="its column with the id (%(default)s)")
+    parser.add_argument("--id", metavar="COLUMN", help="its column with the id (default: as in the interactions)")
     args = parse_run_command(parser, argv)
     check_arguments(parser, args)
 
     run_ref = find_run(args.run, args.catalog)
-    catalog = Catalog(run_ref.config.data.catalog)
+    catalog, id_column = Catalog(run_ref.config.data.catalog), args.id or run_ref.config.data.interactions.item
     named = [(args.user, "users"), (args.item and [args.item], "items")]
     users, item = (None if ids is None else index_of_texts(catalog, kind, ids) for ids, kind in named)
     if args.users:
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     options = {
         "top": args.top,
         "allowed": allowed_items(catalog, args.candidates, args.exclude),
-        "titles": None if args.titles is None else item_titles(catalog, args.titles, args.id, args.title),
+        "titles": None if args.titles is None else item_titles(catalog, args.titles, id_column, args.title),
     }
     if item is not None:
         work = functools.partial(similar_items, item=int(item[0]), **options)
