@@ -112,6 +112,7 @@ def start_or_resume(config: Config, catalog: Catalog, run: str) -> dict | None:
 
     ray_cluster.connect(min(config.cluster.workers, ray_cluster.cores()) + 1, dashboard=True, shared_bytes=graphs.bytes)
     resources = ray_train.worker_resources(config.cluster, ray_cluster.node_resources())
+    print("Ray started; starting the ranks", file=sys.stderr)
     shared = ray_train.share_graphs(graphs)
     del graphs  # the ranks of a node share the one copy in Ray's object store
     storage.remove_tree(storage.join(run, METRICS_FILE))
