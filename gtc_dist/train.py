@@ -76,7 +76,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line: a configuration with overrides, or --replay alone."""
     parser = argparse.ArgumentParser(
         description="Train GTC on a catalog. Rerun the same command to resume an interrupted run.",
-        epilog=help_text(),
+        epilog=help_text("train"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="YAML file, see configs/; required unless --replay is given")

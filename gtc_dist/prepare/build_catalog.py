@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from gtc_dist.config import Config
 from gtc_dist.config_file import parse_command_line
+from gtc_dist.config_reference import help_text
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import (
     CSC,
@@ -47,7 +48,12 @@ HUB_CAP = 1000  # user-user graph: an item with more users counts only for a sam
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gtc_dist.prepare", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m gtc_dist.prepare",
+        description="Build a catalog from raw tables.",
+        epilog=help_text("prepare"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--force", action="store_true", help="rebuild an existing catalog")
     config, args = parse_command_line(parser, argv)
     refuse_relative_paths({"data.raw": config.data.raw, "data.catalog": config.data.catalog})
