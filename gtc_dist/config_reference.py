@@ -23,7 +23,7 @@ each modality. This page is generated from `gtc_dist/config.py` by `make docs`.
 
 
 # For `--help`: examples, and by task the keys that a first run or a larger catalog needs.
-EXAMPLES = {
+HELP_EXAMPLES = {
     "prepare": (
         "gtc init FOLDER --out mine.yaml                  # writes the configuration for a folder of files",
         "gtc prepare --config mine.yaml --dry-run         # checks everything and says what it will take",
@@ -131,7 +131,7 @@ def markdown() -> str:
 def help_text(command: Literal["prepare", "train"]) -> str:
     """Examples, and the keys that a user most likely sets, for `--help`."""
     rows = {row[0]: row for prefix, section in sections() for row in keys(section, prefix)}
-    lines = ["examples:", *(f"  {example}" for example in EXAMPLES[command])]
+    lines = ["examples:", *(f"  {example}" for example in HELP_EXAMPLES[command])]
     for task, names in HELP_KEYS[command].items():
         lines += ["", f"{task}:"]
         for key, kind, default, description in (rows[name] for name in names):

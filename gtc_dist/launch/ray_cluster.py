@@ -32,14 +32,10 @@ def connect(num_cpus_needed: int = 1, dashboard: bool = False, shared_bytes: int
     # This logger reports at every start that token authentication is on; docs/cluster.md, Tokens, explains it.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     if not ray.is_initialized():
-        ray_start.check_token_file()
-        address = os.environ.get("RAY_ADDRESS", "local")
-        if address not in ("", "local"):
-            ray_start.check_cluster(address)
+        if address := ray_start.check_start(dashboard):
             with ray_start.one_line_errors(f"the connection to the Ray cluster {address}"):
                 ray.init(logging_level=logging.WARNING)
         else:
-            ray_start.check_temporary_folder(dashboard)
             with ray_start.one_line_errors("a local Ray cluster"):
                 ray.init(
                     address="local",
@@ -84,6 +80,8 @@ def quiet() -> None:
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # warns that a job "may hang forever" whenever a busy machine keeps a task waiting for ten seconds
+    logging.getLogger("ray.data._internal.execution.resource_manager").setLevel(logging.ERROR)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns about the missing bars
 
 

@@ -31,6 +31,27 @@ if not select.select([sys.stdin], [], [], float(sys.argv[1]))[0] and os.getppid(
 NEW_TOKEN = "`ray get-auth-token --generate` writes one (docs/cluster.md, Tokens)"
 
 
+def check_start(dashboard: bool) -> str:
+    """Check, without Ray, that it can start.
+
+    Args:
+        dashboard: of a local cluster.
+
+    Returns:
+        The RAY_ADDRESS of the cluster to join; empty: a local one is to be started.
+
+    Raises:
+        InputError, Unreachable: it cannot.
+    """
+    check_token_file()
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        check_temporary_folder(dashboard)
+        return ""
+    check_cluster(address)
+    return address
+
+
 def check_temporary_folder(dashboard: bool) -> None:
     """Check the folder of a local cluster's sockets.
 
