@@ -134,6 +134,8 @@ class Trainer:
         self.log = RunLog(self.run, config.train.epochs, self.loader.steps, active, progress.lines, progress.steps)
         self.validation_seconds = math.inf  # of the last validation; a long one is announced
         if not resumed:
+            if self.validator.scorer.has_untrained:
+                self._print("fitting the untrained scorers to the valid split")
             self.validator.scorer.tune_untrained(self.validator.shortlist)
             self._validate(0)
             progress.epoch, progress.step = 1, 0
