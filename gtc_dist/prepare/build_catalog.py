@@ -89,9 +89,9 @@ def prepare_catalog(config: Config, force: bool = False) -> tuple[Manifest, bool
 
     from gtc_dist.launch import ray_cluster  # here: the checks above take less time than importing Ray
 
-    ray_cluster.connect()
-    progress("Ray started; reading interactions")
     with Scratch(config.prepare.scratch, int(config.prepare.memory_gib * 2**30)) as scratch:
+        ray_cluster.connect()
+        progress("Ray started; reading interactions")
         manifest = write_catalog(config, digest, files, sources, scratch, ray_cluster.cores(), progress)
     return manifest, True
 
