@@ -3,7 +3,6 @@
 YAML is read with the safe loader, which makes nothing but plain values.
 """
 
-import argparse
 import difflib
 import re
 from pathlib import Path
@@ -13,7 +12,6 @@ from pydantic import ValidationError
 
 from gtc_dist.config import Config
 from gtc_dist.config_data import ModalityConfig, Section
-from gtc_dist.config_reference import help_text
 from gtc_dist.config_upgrade import old_keys, upgrade
 from gtc_dist.errors import InputError
 
@@ -122,7 +120,6 @@ def parse_command_line(parser, argv: list[str] | None = None):
     """Add `--config` and `a.b=c` overrides to an argparse parser; returns (config, args)."""
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="override of a configuration key")
-    parser.epilog, parser.formatter_class = help_text(), argparse.RawDescriptionHelpFormatter
     args = parser.parse_intermixed_args(argv)
     return load_config(args.config, args.overrides), args
 

@@ -22,6 +22,78 @@ each modality. This page is generated from `gtc_dist/config.py` by `make docs`.
 """
 
 
+# For `--help`: examples, and by task the keys that a first run or a larger catalog needs.
+HELP_EXAMPLES = {
+    "prepare": (
+        "gtc init FOLDER --out mine.yaml                  # writes the configuration for a folder of files",
+        "gtc prepare --config mine.yaml --dry-run         # checks everything and says what it will take",
+        "gtc prepare --config mine.yaml",
+        "gtc prepare --config mine.yaml data.interactions.user=customer data.interactions.item=product --force",
+    ),
+    "train": (
+        "gtc train --config mine.yaml --dry-run           # checks everything and says what it will take",
+        "gtc train --config mine.yaml train.epochs=30     # the same command again resumes an interrupted run",
+        "gtc train --config mine.yaml run.name=second cluster.workers=2",
+    ),
+}
+PREPARE_KEYS = {
+    "your data": (
+        "data.raw",
+        "data.catalog",
+        "data.interactions.files",
+        "data.interactions.user",
+        "data.interactions.item",
+        "data.interactions.time",
+        "data.interactions.rating",
+        "data.interactions.min_rating",
+        "data.interactions.k_core",
+        "data.split.method",
+        "data.features.NAME.path",
+        "data.features.NAME.ids",
+        "data.items",
+        "data.recency_half_life",
+    ),
+    "size and speed": ("prepare.memory_gib", "prepare.scratch", "data.features.NAME.pca", "model.user_hop"),
+}
+TRAIN_KEYS = {
+    "your data": ("data.catalog", "data.verify", "model.modalities"),
+    "size and speed": (
+        "cluster.workers",
+        "cluster.gpu",
+        "cluster.threads",
+        "train.batch_size",
+        "train.epoch_steps",
+        "train.precision",
+        "train.table_optimizer",
+        "model.propagation",
+        "model.layer_nodes",
+        "eval.users",
+    ),
+    "quality": (
+        "train.epochs",
+        "train.lr",
+        "train.table_lr",
+        "train.loss",
+        "model.variant",
+        "model.width",
+        "model.masked_members",
+        "eval.metric",
+        "eval.every",
+        "eval.patience",
+    ),
+    "resuming": (
+        "run.storage",
+        "run.name",
+        "train.checkpoint_minutes",
+        "train.seed",
+        "cluster.retries",
+        "cluster.min_workers",
+    ),
+}
+HELP_KEYS = {"prepare": PREPARE_KEYS, "train": TRAIN_KEYS}
+HELP_COLUMN, HELP_WIDTH = 40, 118  # of the descriptions
+
+
 def sections(section: type[Section] = Config, prefix: str = "") -> list[tuple[str, type[Section]]]:
     """(dotted prefix, section class) of every section that has keys of its own, in order."""
     found = [(prefix, section)] if _own_keys(section) else []
@@ -56,15 +128,21 @@ def markdown() -> str:
     return "\n".join(parts)
 
 
-def help_text() -> str:
-    """The keys for `--help`."""
-    lines = ["configuration keys (docs/configuration.md):"]
-    for prefix, section in sections():
-        lines.append("")
-        for key, kind, default, description in keys(section, prefix):
-            lines.append(f"  {key} = {default}   ({kind})")
-            lines += textwrap.wrap(description, 100, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(lines)
+def help_text(command: Literal["prepare", "train"]) -> str:
+    """Examples, and the keys that a user most likely sets, for `--help`."""
+    rows = {row[0]: row for prefix, section in sections() for row in keys(section, prefix)}
+    lines = ["examples:", *(f"  {example}" for example in HELP_EXAMPLES[command])]
+    for task, names in HELP_KEYS[command].items():
+        lines += ["", f"{task}:"]
+        for key, kind, default, description in (rows[name] for name in names):
+            start = f"  {key}={default}" if default != "required" else f"  {key}  (required)"
+            first = description.partition(". ")[0].partition("; ")[0].rstrip(".")
+            choices = kind.split(", ")
+            if any(first.startswith(f"{choice}: ") for choice in choices[1:] and choices):
+                first = f"one of {kind}"
+            text = f"{start:<{HELP_COLUMN - 1}} {first}"
+            lines += textwrap.wrap(text, HELP_WIDTH, subsequent_indent=" " * HELP_COLUMN)
+    return "\n".join([*lines, "", "All keys, with types and details: docs/configuration.md"])
 
 
 def _own_keys(section: type[Section]) -> list[str]:

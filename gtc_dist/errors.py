@@ -16,7 +16,7 @@ class NotFinite(FloatingPointError):
 
 
 class Unreachable(ConnectionError):
-    """Object store that could not be reached after all retries. Running the command again later may succeed."""
+    """Object store or Ray cluster that could not be reached. Running the command again later may succeed."""
 
 
 STATUS = {InputError: 2, NotFinite: 3, Unreachable: 2}  # exit status of the command

@@ -48,7 +48,6 @@ def main(argv: list[str] | None = None) -> None:
     out = storage.absolute(args.out)
     run_ref = find_run(args.run, args.catalog)
     folder = empty_folder(out, args.out)
-    print(f"run {args.run}, {run_ref.checkpoint}: computing embeddings", flush=True)
     export = run_on_ranks_or_here(
         args, run_ref, functools.partial(export_rank, out=out, dtype=args.dtype, new_items=args.new_items)
     )

@@ -63,6 +63,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{run} is finished; choose another run.name to train again, or {more} to continue it", file=sys.stderr)
         print(summary(run, result))
         return 0
+    if args.dry_run:
+        from gtc_dist.launch import dry_run  # slow to import
+
+        print(dry_run.describe_training(config, catalog, checked_graphs(config, catalog)))
+        return 0
     with hold_run_lock(run):
         result = start_or_resume(config, catalog, run)
     if result is None:
@@ -76,19 +81,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line: a configuration with overrides, or --replay alone."""
     parser = argparse.ArgumentParser(
         description="Train GTC on a catalog. Rerun the same command to resume an interrupted run.",
-        epilog=help_text(),
+        epilog=help_text("train"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="YAML file, see configs/; required unless --replay is given")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="override of a configuration key")
+    parser.add_argument("--dry-run", action="store_true", help="check all, print sizes and time, write nothing")
     parser.add_argument(
         "--replay",
         metavar="FILE",
         help="recompute a step whose loss or gradient was not finite, from the RUN/not-finite-*.npz of a run",
     )
     args = parser.parse_intermixed_args(argv)
-    if args.replay and (args.config or args.overrides):
-        parser.error("--replay reads the configuration of the run folder; give neither --config nor overrides")
+    if args.replay and (args.config or args.overrides or args.dry_run):
+        parser.error("--replay reads the configuration of the run folder; give it alone")
     if not args.replay and not args.config:
         parser.error("the following arguments are required: --config")
     return args
@@ -98,9 +104,7 @@ def start_or_resume(config: Config, catalog: Catalog, run: str) -> dict | None:
     """Start or resume a run; returns the content of metrics.json, or None if SIGTERM stopped it early."""
     # Checked again under the run lock: another command may have started or finished the run since the first check.
     status = run_status(config, run, catalog.manifest.fingerprint)
-    graphs = load_graphs(config, catalog)
-    check_rows(catalog, graphs)
-    check_metric(config, catalog, graphs)
+    graphs = checked_graphs(config, catalog)
     rows = catalog.manifest.interactions["train"]
     resuming = f"; resuming {run}" if status == "begun" else ""
     steps = config.train.epoch_steps or -(-rows // config.train.batch_size)
@@ -114,6 +118,7 @@ def start_or_resume(config: Config, catalog: Catalog, run: str) -> dict | None:
 
     ray_cluster.connect(min(config.cluster.workers, ray_cluster.cores()) + 1, dashboard=True, shared_bytes=graphs.bytes)
     resources = ray_train.worker_resources(config.cluster, ray_cluster.node_resources())
+    print("Ray started; starting the ranks", file=sys.stderr)
     shared = ray_train.share_graphs(graphs)
     del graphs  # the ranks of a node share the one copy in Ray's object store
     storage.remove_tree(storage.join(run, METRICS_FILE))
@@ -123,6 +128,14 @@ def start_or_resume(config: Config, catalog: Catalog, run: str) -> dict | None:
     except BaseException:
         remove_if_nothing_was_saved(run)
         raise
+
+
+def checked_graphs(config: Config, catalog: Catalog) -> Graphs:
+    """The graphs, after the checks that need them. Raises InputError."""
+    graphs = load_graphs(config, catalog)
+    check_rows(catalog, graphs)
+    check_metric(config, catalog, graphs)
+    return graphs
 
 
 def with_absolute_uris(config: Config) -> Config:

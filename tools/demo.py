@@ -4,6 +4,7 @@ Everything is written to the folder `demo/`. An earlier demo is replaced; a fold
 make is refused.
 """
 
+import argparse
 import json
 import shlex
 import shutil
@@ -41,6 +42,11 @@ lists             {bin}gtc recommend --run {run} --user {user}
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__,
+        epilog="commands:\n" + "\n".join(f"  python {command}" for _, command in STEPS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     started = time.monotonic()
     make_room()
     printed = [step(number, *entry) for number, entry in enumerate(STEPS, 1)]

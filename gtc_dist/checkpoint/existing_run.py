@@ -116,7 +116,7 @@ def find_run(uri: str, catalog_uri: str | None = None) -> RunRef:
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
     if catalog.manifest.fingerprint != manifest["catalog"]:
         raise InputError(f"{config.data.catalog} was rebuilt after the run {uri} was trained on it; train again")
-    return RunRef(uri, name, manifest["epoch"], config)
+    return RunRef(storage.absolute(uri), name, manifest["epoch"], config)  # ranks work in other folders
 
 
 def with_catalog(config: Config, run: str, catalog_uri: str | None = None) -> Config:

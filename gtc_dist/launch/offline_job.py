@@ -6,6 +6,7 @@ each of which loads only its rows of the tables and features; the ranks of a nod
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable
 
 import torch
@@ -34,6 +35,7 @@ def parse_run_command(parser: argparse.ArgumentParser, argv: list[str] | None):
 
 def run_on_ranks_or_here(args, run_ref: RunRef, work: Callable[..., dict]) -> dict:
     """Run `work(comm, graphs, run_ref=...)` in this process or, with --workers, on ranks; returns rank 0's result."""
+    print(f"run {args.run}, {run_ref.checkpoint}: computing embeddings", file=sys.stderr, flush=True)
     work = functools.partial(work, run_ref=run_ref)
     if not args.workers:
         torch.set_num_threads(args.threads or torch.get_num_threads())

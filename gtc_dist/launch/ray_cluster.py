@@ -7,8 +7,11 @@ import logging
 import os
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine; read when ray is imported
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # joins similar lines of ranks, with colours
 
 import ray
+
+from gtc_dist.launch import ray_start, worker_output
 
 MIN_OBJECT_STORE = 512 << 20
 MAX_OBJECT_STORE = 2 << 30
@@ -22,21 +25,27 @@ def connect(num_cpus_needed: int = 1, dashboard: bool = False, shared_bytes: int
             existing cluster keeps its own number.
         dashboard: start Ray's dashboard with a local cluster; Ray Train asks it for the state of its actors.
         shared_bytes: size of what the command will share; added to a local cluster's object store.
+
+    Raises:
+        InputError, Unreachable: Ray cannot start, or the cluster of RAY_ADDRESS cannot be joined.
     """
     # This logger reports at every start that token authentication is on; docs/cluster.md, Tokens, explains it.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(logging_level=logging.WARNING)
+        if address := ray_start.check_start(dashboard):
+            with ray_start.one_line_errors(f"the connection to the Ray cluster {address}"):
+                ray.init(logging_level=logging.WARNING)
         else:
-            ray.init(
-                address="local",
-                num_cpus=max(cores(), num_cpus_needed),
-                object_store_memory=object_store_bytes() + shared_bytes,
-                include_dashboard=dashboard,
-                logging_level=logging.WARNING,
-                runtime_env={"worker_process_setup_hook": name_own_cluster},
-            )
+            with ray_start.one_line_errors("a local Ray cluster"):
+                ray.init(
+                    address="local",
+                    num_cpus=max(cores(), num_cpus_needed),
+                    object_store_memory=object_store_bytes() + shared_bytes,
+                    include_dashboard=dashboard,
+                    logging_level=logging.WARNING,
+                    runtime_env={"worker_process_setup_hook": name_own_cluster},
+                )
+        worker_output.print_plainly()
     quiet()
 
 
@@ -71,6 +80,8 @@ def quiet() -> None:
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # warns that a job "may hang forever" whenever a busy machine keeps a task waiting for ten seconds
+    logging.getLogger("ray.data._internal.execution.resource_manager").setLevel(logging.ERROR)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns about the missing bars
 
 

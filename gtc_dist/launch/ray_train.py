@@ -179,6 +179,8 @@ def train_rank(settings: dict) -> None:
             "on several nodes run.storage must be a shared file system or object storage"
         )
     run, comm = settings["run"], _make_communicator(config.cluster)
+    if comm.rank == 0:
+        print(f"ranks started: {comm.size}; reading the catalog", flush=True)
     users, items = read_shard(train.get_dataset_shard("train"))
     graphs = ray.get(settings["graphs"])
     if storage.exists(storage.join(run, FAILURE_FILE)):

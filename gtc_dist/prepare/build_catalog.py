@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from gtc_dist.config import Config
 from gtc_dist.config_file import parse_command_line
+from gtc_dist.config_reference import help_text
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import (
     CSC,
@@ -60,10 +61,19 @@ DROPPED = {  # reasons in the manifest, in words
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gtc_dist.prepare", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m gtc_dist.prepare",
+        description="Build a catalog from raw tables.",
+        epilog=help_text("prepare"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--force", action="store_true", help="rebuild an existing catalog")
+    parser.add_argument("--dry-run", action="store_true", help="check all, print sizes and time, write nothing")
     config, args = parse_command_line(parser, argv)
     refuse_relative_paths({"data.raw": config.data.raw, "data.catalog": config.data.catalog})
+    if args.dry_run:
+        print(describe(config, args.force))
+        return 0
     manifest, built = prepare_catalog(config, args.force)
     uri = storage.absolute(config.data.catalog)
     print(f"catalog {uri}" if built else f"{uri} is up to date (--force rebuilds it)")
@@ -94,8 +104,23 @@ def prepare_catalog(config: Config, force: bool = False) -> tuple[Manifest, bool
 
     with Scratch(config.prepare.scratch, int(config.prepare.memory_gib * 2**30)) as scratch:
         ray_cluster.connect()
+        progress("Ray started; reading interactions")
         manifest = write_catalog(config, inputs, files, sources, scratch, ray_cluster.cores(), progress)
     return manifest, True
+
+
+def describe(config: Config, force: bool) -> str:
+    """Check what `prepare_catalog` checks before it starts Ray, and say what it would take. Raises InputError."""
+    from gtc_dist.launch import dry_run  # imports torch
+
+    files, sources = inspect_raw_data(config)
+    folder = catalog_folder(config.data.catalog)
+    current = current_manifest(folder, config, catalog_inputs(config, files, sources), force)
+    if current is None:
+        folder.check_writable()
+    uris = ([file.uri for file in files if file.is_text == text] for text in (False, True))
+    sizes = {name: (source.rows, source.width) for name, source in sources.items()}
+    return dry_run.describe_preparation(config, *uris, sizes, current is not None)
 
 
 def inspect_raw_data(config: Config) -> tuple[list[InteractionFile], dict[str, FeatureSource]]:

@@ -64,7 +64,7 @@ class RunLog:
             parts = "  ".join(f"{t.removeprefix('loss/')} {v:.4f}" for t, v in scalars.items() if t.startswith("loss/"))
             print(
                 f"[{bar:<20}] epoch {epoch}/{self.epochs} step {step}/{self.steps}  {parts}  "
-                f"{rate:,.0f} interactions/s  at most {_duration(left)} left",
+                f"{rate:,.0f} interactions/s  at most {duration(left)} left",
                 flush=True,
             )
 
@@ -114,7 +114,8 @@ class RunLog:
             self._temporary.cleanup()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Such as 1h02m, 5m03s, 12s."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -44,6 +44,7 @@ from gtc_dist.training.weight_averaging import WeightAverage
 
 # parts of a step in TensorBoard; sampling and features run in the prefetch thread, communication is part of others
 PARTS = ("data", "sampling", "features", "history", "lookup", "forward", "backward", "optimizer", "communication")
+ANNOUNCED_SECONDS = 5.0  # a validation is announced if the one before took longer
 KEEP_STATES = 2  # complete training states that are retained beside the best checkpoint
 
 
@@ -131,7 +132,10 @@ class Trainer:
         self.started, self.guard.skipped = started - progress.seconds, progress.skipped
         active = self.comm.rank == 0
         self.log = RunLog(self.run, config.train.epochs, self.loader.steps, active, progress.lines, progress.steps)
+        self.validation_seconds = math.inf  # of the last validation; a long one is announced
         if not resumed:
+            if self.validator.scorer.has_untrained:
+                self._print("fitting the untrained scorers to the valid split")
             self.validator.scorer.tune_untrained(self.validator.shortlist)
             self._validate(0)
             progress.epoch, progress.step = 1, 0
@@ -246,7 +250,9 @@ class Trainer:
     def _validate(self, epoch: int) -> bool:
         """Validate the averaged weights, if there are any, and save them if they are the best so far. Every rank takes
         the same decision."""
-        at, metric = self.state.progress, self.config.eval.metric
+        at, metric, started = self.state.progress, self.config.eval.metric, time.monotonic()
+        if self.validation_seconds > ANNOUNCED_SECONDS:
+            self._print(f"epoch {epoch}: ranking the valid split")
         with nullcontext() if self.average is None else self.average.in_place():
             metrics, diagnostics = self.validator.validate(epoch, at.best)
             value = metric_value(metrics, metric)
@@ -258,6 +264,7 @@ class Trainer:
             self.log.evaluation(epoch, metrics, note, diagnostics)
             with self.comm.tracked():
                 self.report({"epoch": epoch, **metrics["overall"]})
+        self.validation_seconds = time.monotonic() - started
         return better
 
     def _log_and_poll(self, epoch: int, step: int, batch: Batch) -> None:
@@ -298,6 +305,7 @@ class Trainer:
     def _finish(self, last: int) -> dict:
         """Score the best checkpoint on valid and test, once, and write metrics.json."""
         at = self.state.progress
+        self._print(f"ranking valid and test with epoch {at.best_epoch}")
         self.state.load_best()
         scores, items = self.validator.final_metrics()
         result = {

@@ -10,6 +10,7 @@ from gtc_dist import train
 from gtc_dist.config_file import load_config, read_run_config
 from gtc_dist.config_reference import keys, markdown, sections
 from gtc_dist.errors import InputError
+from gtc_dist.prepare import build_catalog
 
 MINIMAL = "data: {raw: r, catalog: c}\nrun: {storage: s, name: n}\n"
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,12 +137,20 @@ def test_the_reference_names_every_key_and_the_page_is_current():
     assert (ROOT / "docs" / "configuration.md").read_text() == markdown()
 
 
-def test_help_has_the_keys(capsys):
+@pytest.mark.parametrize(
+    ("main", "shown"),
+    [
+        (train.main, ("size and speed:", "train.batch_size=2048", "quality:", "resuming:", "run.name  (required)")),
+        (build_catalog.main, ("your data:", 'data.interactions.user="user_id"', "data.features.NAME.path  (required)")),
+    ],
+)
+def test_help_has_examples_and_keys_by_task(capsys, main, shown):
     with pytest.raises(SystemExit):
-        train.main(["--help"])
-    shown = capsys.readouterr().out
-    for key in ("train.batch_size = 2048", "model.variant", "data.features.NAME.path = required"):
-        assert key in shown
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(words in text for words in ("examples:", "--config mine.yaml", "docs/configuration.md", *shown))
+    assert len(text.splitlines()) < 80
+    assert max(map(len, text.splitlines())) <= 120
 
 
 # Switches of version 0.1 that differ from its defaults, and their keys and values in this version

@@ -1,6 +1,7 @@
 """The commands from raw tables to exported embeddings, on local Ray, on disk and in object storage."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -214,11 +215,14 @@ def test_one_process_scores_as_two_ranks(run_of_two):
 
 
 @pytest.mark.long
-def test_two_workers_evaluate_as_one_process(ray_local, run_of_two, capsys):
+def test_two_workers_evaluate_as_one_process(ray_local, run_of_two, capsys, monkeypatch):
     run, _ = run_of_two
     capsys.readouterr()
-    evaluate.main(["--run", run, "--workers", "2"])
-    together, alone = json.loads(capsys.readouterr().out), metrics_of(run)["test"]
+    monkeypatch.chdir(Path(run).parent)  # ranks work in other folders
+    evaluate.main(["--run", Path(run).name, "--workers", "2"])
+    printed = capsys.readouterr()
+    assert "computing embeddings" in printed.err.splitlines()[0]
+    together, alone = json.loads(printed.out), metrics_of(run)["test"]
     assert together["users"] == alone["users"]
     assert together["overall"] == pytest.approx(alone["overall"], abs=1e-6)
 

@@ -118,6 +118,18 @@ def test_benchmark_of_resuming(small, tmp_path):
     assert result["state_mib"] > 0
 
 
+def test_help_of_the_demo_leaves_a_finished_one_alone(tmp_path):
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    for name in ("raw", "catalog"):
+        (tmp_path / "demo" / name).mkdir(parents=True)
+    (tmp_path / "demo" / ".made-by-make-demo").touch()
+    for option, status in (("--help", 0), ("--hlep", 2)):
+        done = subprocess.run([sys.executable, "tools/demo.py", option], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == status
+        assert "usage: demo.py" in done.stdout + done.stderr
+        assert (tmp_path / "demo" / "catalog").is_dir()
+
+
 def test_the_demo_refuses_a_folder_that_it_did_not_make(tmp_path):
     for name in ("tools", "configs", "gtc_dist"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
