@@ -51,30 +51,54 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(replay_step(args.replay), indent=1))
         return 0
     config = load_config(args.config, args.overrides)
-    refuse_relative_paths({"data.catalog": config.data.catalog, "run.storage": config.run.storage})
-    config = with_absolute_uris(config)
-    run = storage.join(config.run.storage, config.run.name)
-    catalog = Catalog(config.data.catalog, verify=config.data.verify)
-    check_modalities(config, catalog)
-    if run_status(config, run, catalog.manifest.fingerprint) == "finished":
-        result = storage.read_json(storage.join(run, METRICS_FILE))
-        stopped_early = result["last_epoch"] < config.train.epochs
-        more = f"an eval.patience above {config.eval.patience}" if stopped_early else "more epochs"
-        print(f"{run} is finished; choose another run.name to train again, or {more} to continue it", file=sys.stderr)
-        print(summary(run, result))
-        return 0
     if args.dry_run:
-        from gtc_dist.launch import dry_run  # slow to import
-
-        print(dry_run.describe_training(config, catalog, checked_graphs(config, catalog)))
-        return 0
-    with hold_run_lock(run):
-        result = start_or_resume(config, catalog, run)
+        return describe_without_training(config)
+    result = train_or_resume(config)
+    run = storage.absolute(storage.join(config.run.storage, config.run.name))
     if result is None:
         print(f"{run}: stopped on SIGTERM, state saved; rerun the same command to resume", file=sys.stderr)
         return STOPPED
     print(summary(run, result))
     return 0
+
+
+def train_or_resume(config: Config) -> dict | None:
+    """Train a run to its end, or go on with it; returns the content of metrics.json, that of a finished run as it is,
+    or None if SIGTERM stopped the training early.
+
+    Raises:
+        InputError: bad input, before any work.
+    """
+    config, catalog, run = _open(config)
+    if run_status(config, run, catalog.manifest.fingerprint) == "finished":
+        result = storage.read_json(storage.join(run, METRICS_FILE))
+        stopped_early = result["last_epoch"] < config.train.epochs
+        more = f"an eval.patience above {config.eval.patience}" if stopped_early else "more epochs"
+        print(f"{run} is finished; choose another run.name to train again, or {more} to continue it", file=sys.stderr)
+        return result
+    with hold_run_lock(run):
+        return start_or_resume(config, catalog, run)
+
+
+def describe_without_training(config: Config) -> int:
+    """Print what the training would take."""
+    from gtc_dist.launch import dry_run  # slow to import
+
+    config, catalog, run = _open(config)
+    if run_status(config, run, catalog.manifest.fingerprint) == "finished":
+        print(f"{run} is finished; there is nothing to train")
+    else:
+        print(dry_run.describe_training(config, catalog, checked_graphs(config, catalog)))
+    return 0
+
+
+def _open(config: Config) -> tuple[Config, Catalog, str]:
+    """The configuration with absolute paths, its catalog, and the run folder. Raises InputError."""
+    refuse_relative_paths({"data.catalog": config.data.catalog, "run.storage": config.run.storage})
+    config = with_absolute_uris(config)
+    catalog = Catalog(config.data.catalog, verify=config.data.verify)
+    check_modalities(config, catalog)
+    return config, catalog, storage.join(config.run.storage, config.run.name)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ ORDER = [
     ["features"],
     ["recommend", "init"],
     ["import_layout"],
-    ["__main__"],
+    ["__main__", "api"],
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILES, MAX_LINES, MAX_CHAIN, MAX_SHARE = 12, 350, 5, 0.2

@@ -15,6 +15,7 @@ which users' lists are ranked, also rewards items that many people take.
 
 import argparse
 import functools
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import numpy as np
@@ -27,6 +28,7 @@ from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import InputError
 from gtc_dist.evaluation.beyond_accuracy import mean_user
 from gtc_dist.evaluation.ranking import top_k_items
@@ -168,26 +170,45 @@ def recommend_rank(
     """
     run = load_run(run_ref, comm, graphs)
     embeddings = with_mean_user(run, run.final_embeddings())
-    first, last = embeddings.users.start, embeddings.users.stop
+    first, files, lists, rows, listed = embeddings.users.start, {}, [], 0, 0
+    for number, (count, table) in enumerate(lists_of(run, embeddings, users, top, include_seen, allowed, titles)):
+        rows, listed = rows + table.num_rows, listed + count
+        if out is None:
+            lists += table.to_pylist()
+        elif count:
+            name = f"part-{first + number * CHUNK_USERS:012d}.parquet"
+            files[name] = asdict(formats.write_table(storage.join(out, name), table))
+    gathered = comm.all_gather_json({"files": files, "rows": rows, "users": listed})
+    merged = {name: entry for part in gathered for name, entry in part["files"].items()}
+    totals = {name: sum(part[name] for part in gathered) for name in ("users", "rows")}
+    return {**totals, "files": merged, "lists": lists} if out is None else {**totals, "files": merged}
+
+
+def lists_of(
+    run: TrainedRun,
+    embeddings: Embeddings,
+    users: np.ndarray | None,
+    top: int,
+    include_seen: bool = False,
+    allowed: np.ndarray | None = None,
+    titles: pa.Array | None = None,
+) -> Iterator[tuple[int, pa.Table]]:
+    """Lists of this rank's users, some users at a time: their number, and a table as of `list_table`. Collective: every
+    rank must take all.
+
+    Args:
+        embeddings: final ones (`with_mean_user`); others as of `recommend_rank`.
+    """
+    comm, first, last = embeddings.users.comm, embeddings.users.start, embeddings.users.stop
     mine = np.arange(first, last) if users is None else users[(users >= first) & (users < last)]
     known = None if include_seen else later_interactions(run.catalog, first, last)
-    files, lists, rows, options = {}, [], 0, run.ranking_options(None)
+    options = run.ranking_options(None)
     for number in range(comm.all_reduce_max(-(-len(mine) // CHUNK_USERS))):
         chunk = mine[number * CHUNK_USERS : (number + 1) * CHUNK_USERS]
         items, scores = top_k_items(
             *embeddings, run.graphs, chunk, top, options, allowed, known, mask_train=not include_seen
         )
-        table = list_table(run.catalog, "user_id", chunk, items, scores, titles)
-        rows += table.num_rows
-        if out is None:
-            lists += table.to_pylist()
-        elif len(chunk):
-            name = f"part-{first + number * CHUNK_USERS:012d}.parquet"
-            files[name] = asdict(formats.write_table(storage.join(out, name), table))
-    gathered = comm.all_gather_json({"files": files, "rows": rows, "users": len(mine)})
-    merged = {name: entry for part in gathered for name, entry in part["files"].items()}
-    totals = {name: sum(part[name] for part in gathered) for name in ("users", "rows")}
-    return {**totals, "files": merged, "lists": lists} if out is None else {**totals, "files": merged}
+        yield len(chunk), list_table(run.catalog, "user_id", chunk, items, scores, titles)
 
 
 def with_mean_user(run: TrainedRun, embeddings: Embeddings) -> Embeddings:
@@ -221,9 +242,24 @@ def similar_items(
     allowed: np.ndarray | None,
     titles: pa.Array | None,
 ) -> dict:
-    """The items with the largest cosine with an item, without the columns of popularity; in this process alone."""
+    """Work of this process: `nearest_items` of a run."""
     run = load_run(run_ref, comm, graphs)
-    items = run.final_embeddings().items
+    return {"lists": nearest_items(run, run.final_embeddings().items, item, top, allowed, titles).to_pylist()}
+
+
+def nearest_items(
+    run: TrainedRun,
+    items: ShardedTable,
+    item: int,
+    top: int,
+    allowed: np.ndarray | None = None,
+    titles: pa.Array | None = None,
+) -> pa.Table:
+    """The items with the largest cosine with an item, without the columns of popularity, as a table of `list_table`.
+
+    Args:
+        items: final embeddings, all in this process.
+    """
     first = run.scorer.special_columns(items.width).popularity
     own = normalize(items.weight[item, first:].double(), dim=0)
     blocks = items.weight[:, first:].split(run.config.eval.block_rows)
@@ -233,8 +269,7 @@ def similar_items(
         scores[torch.from_numpy(~allowed)] = -torch.inf
     best = scores.topk(min(top, len(scores) - 1))
     listed = np.where(torch.isinf(best.values).numpy(), -1, best.indices.numpy())[None]
-    table = list_table(run.catalog, "to", np.array([item]), listed, best.values.numpy()[None], titles)
-    return {"lists": table.to_pylist()}
+    return list_table(run.catalog, "to", np.array([item]), listed, best.values.numpy()[None], titles)
 
 
 def list_table(
