@@ -7,7 +7,8 @@
     features/<modality>/{mean,std,components}.npy    transform from raw features, see feature_transform.py
     graph/<name>.{indptr,indices,weight}.npy         CSC: for destination c, sources indices[indptr[c]:indptr[c+1]]
     graph/{item_user,user_item}.degree.npy           sums of weights, only where interactions weigh differently
-    interactions/rejected.parquet                    rows left out by `on_bad_rows: skip`: file, place, row, problem
+    interactions/rejected.parquet                    rows left out by `on_bad_rows: skip`: file, place, row, problem; at
+                                                     most 10,000 of a file
 
 Graphs from train interactions: `item_user` (destination user, sources its items) and `user_item` (destination item,
 sources its users), both weighted 1/sqrt(degree * degree), and optionally `user_user` (softmax of co-interaction
