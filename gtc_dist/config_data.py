@@ -161,6 +161,11 @@ class DataConfig(Section):
     interactions: InteractionsConfig = InteractionsConfig()
     split: SplitConfig = SplitConfig()
     features: dict[str, ModalityConfig] = Field({}, description="Modality name -> its raw features.")
+    ids: Literal["auto", "text", "integer"] = Field(
+        "auto",
+        description="Ids of users and items. auto: text where any file has text, as it is written. text: always, so "
+        "that an id with a letter may come later. integer: other ids are refused.",
+    )
     items: Literal["interactions", "all"] = Field(
         "interactions", description="Items of the catalog: those with interactions, or all that have features, too."
     )

@@ -187,7 +187,11 @@ def write_catalog(
 ) -> Manifest:
     """Read and validate all raw data, then write the catalog; `inputs`: `catalog_inputs`."""
     data, uri = config.data, config.data.catalog
-    raw = interactions.read_interactions(files, scratch, progress.often, features.has_text_ids(sources))
+    text_items = features.has_text_ids(sources)
+    if text_items and data.ids == "integer":
+        named = next(name for name, source in sources.items() if features.has_text_ids({name: source}))
+        raise InputError(f"data.ids is integer, but the item ids of data.features.{named} are text; set data.ids=text")
+    raw = interactions.read_interactions(files, scratch, progress.often, text_items, data.ids)
     progress(f"interactions read: {len(raw.user):,}")
     more_items = features.item_ids(sources, raw.item_ids.type) if data.items == "all" else None
     split = catalog_interactions.build_interactions(raw, data, scratch, more_items, progress.often)

@@ -36,6 +36,8 @@ def catalog_inputs(config: Config, files: list[InteractionFile], sources: dict[s
     data = config.data.model_dump(mode="json", exclude={"catalog", "verify"})
     if data["recency_half_life"] is None:
         del data["recency_half_life"]
+    if data["ids"] == "auto":
+        del data["ids"]
     for section, keys in LATER_KEYS.items():
         for key in keys:
             if data[section][key] == type(getattr(config.data, section)).model_fields[key].default:

@@ -74,12 +74,14 @@ def read_interactions(
     scratch: Scratch,
     progress: ProgressCallback = no_progress,
     text_items: bool = False,
+    ids_as: str = "auto",
 ) -> RawInteractions:
     """Parse the files in Ray tasks and gather their columns in scratch.
 
     Args:
         progress: called with a line for every batch.
         text_items: item ids are text elsewhere, so they become text, whatever the files have.
+        ids_as: `data.ids`.
 
     Raises:
         InputError: a file cannot be parsed; times have different types in two files; there is no row.
@@ -104,8 +106,9 @@ def read_interactions(
         progress(f"interactions read: {columns['user'].rows:,}; {len(users):,} users, {len(items):,} items so far")
     if not columns["user"].rows:
         raise InputError(f"no interactions in {', '.join(file.uri for file in files[:5])}")
-    user_ids, user_positions = users.finish()
-    item_ids, item_positions = items.finish(text_items)
+    text, integer = ids_as == "text", ids_as == "integer"
+    user_ids, user_positions = users.finish(text, integer)
+    item_ids, item_positions = items.finish(text or text_items, integer)
     time = times.finish()
     arrays = {name: column.finish() for name, column in columns.items()}
     for block in scratch.blocks(len(arrays["user"]), 16):

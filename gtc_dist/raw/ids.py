@@ -92,11 +92,17 @@ def from_text(texts: pa.Array) -> pa.Array:
     `007` is not canonical: as an integer it would be written as `7`.
     """
     try:
-        numbers = texts.cast(pa.int64())
-        same = pc.equal(numbers.cast(texts.type), texts)
+        require_canonical(texts)
     except pa.ArrowInvalid:
         return texts
-    return numbers if pc.all(same, min_count=0).as_py() else texts
+    return texts.cast(pa.int64())
+
+
+def require_canonical(texts: pa.Array) -> None:
+    """Raises ArrowInvalid for text that is no canonical decimal integer, such as `007`."""
+    same = pc.equal(texts.cast(pa.int64()).cast(texts.type), texts)
+    if not pc.all(same, min_count=0).as_py():
+        raise pa.ArrowInvalid("not canonical")
 
 
 def encode(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
@@ -138,13 +144,22 @@ class Vocabulary:
         self.ids = pa.concat_arrays([known, encoded.dictionary.take(pa.array(new))])
         return found[encoded.indices.to_numpy()]
 
-    def finish(self, as_text: bool = False) -> tuple[pa.Array, np.ndarray]:
+    def finish(self, as_text: bool = False, as_integer: bool = False) -> tuple[pa.Array, np.ndarray]:
         """Sorted ids in the common type of the files, and the position of each code among them (int32).
 
         Args:
             as_text: strings, whatever the files have.
+            as_integer: refuse strings.
+
+        Raises:
+            InputError: a string, with `as_integer`; it names the file and an id.
         """
         ids = self.ids
+        if as_integer and is_text(ids.type):
+            file = next(file for file, type in self.types.items() if is_text(type))
+            number = ids.take(pa.array(refused_positions(ids, lambda part: require_canonical(part))[:1]))
+            shown = f", such as {number[0].as_py()!r}" if len(number) else ""
+            raise InputError(f"data.ids is integer, but {self.title} of {file} are text{shown}; set data.ids=text")
         if as_text and not is_text(ids.type):
             ids = cast(ids, pa.large_string(), self.title)
         order = pc.sort_indices(ids)

@@ -1,6 +1,7 @@
 """The whole command: catalogs on local disk and on S3, reruns, incomplete folders, refusals."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -221,6 +222,23 @@ def test_ids_are_matched_exactly_where_features_have_text(ray_local, tmp_path, r
     assert {items[i] for i in catalog.interactions("train")[1].tolist()} == trained
     present = catalog.features("textual").any(axis=1)
     assert {items[row] for row in np.flatnonzero(present)} == {*names, "007", "B07"}
+
+
+def test_ids_may_be_text_in_any_case_or_must_be_integers(ray_local, tmp_path, raw):
+    """Text: the catalog of today has digits alone, and tomorrow's item may have a letter. Users are text here."""
+    textual = {"textual": {"path": "textual.parquet"}}
+    build_catalog.prepare_catalog(catalog_config(raw, tmp_path / "text", features=textual, ids="text"))
+    items = Catalog(str(tmp_path / "text")).ids("items")
+    assert items.type == pa.large_string()
+    assert set(items.to_pylist()) <= {str(i) for i in range(ITEMS)}
+    message = bad(raw, tmp_path / "integer", features=textual, ids="integer")
+    assert message.startswith("data.ids is integer, but user ids of ")
+    assert re.search(r"\.parquet are text, such as 'u\d+'; set data\.ids=text$", message)
+    written = pq.read_table(f"{raw}/textual.parquet")
+    names = pa.array([str(item) for item in written["item_id"].to_pylist()])
+    pq.write_table(written.set_column(0, "item_id", names), f"{raw}/textual.parquet")
+    message = bad(raw, tmp_path / "integer", features=textual, ids="integer")
+    assert message == "data.ids is integer, but the item ids of data.features.textual are text; set data.ids=text"
 
 
 def bad(raw: str, catalog: Path, force: bool = False, **data) -> str:
