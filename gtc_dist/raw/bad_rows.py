@@ -36,6 +36,11 @@ class BadRows:
         if len(self.rows) < KEPT:
             self.rows[number] = problem
 
+    @property
+    def are_enough(self) -> bool:
+        """Whether a file that is refused need not be read further."""
+        return self.count >= KEPT
+
     def refuse(self) -> None:
         """Raises InputError, which shows the first of the rows, if there are any."""
         if not self.count:
@@ -43,7 +48,7 @@ class BadRows:
         first = dict(sorted(self.rows.items())[:SHOWN_ROWS])
         shown = "; ".join(f"{place}: {first[number]}{_quoted(row)}" for number, place, row in located(self.file, first))
         more = f" and {self.count - len(first):,} more" if self.count > len(first) else ""
-        number = f"{self.count:,} bad rows: " if self.count > 1 else ""
+        number = f"{self.count:,}{' or more' if self.are_enough else ''} bad rows: " if self.count > 1 else ""
         raise InputError(
             f"{self.file.uri}: {number}{shown}{more}. Correct them, or leave them out with "
             "data.interactions.on_bad_rows=skip"

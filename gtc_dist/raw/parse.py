@@ -59,7 +59,7 @@ def inspect_table(uri: str, roles: dict[str, str], format: str = "auto", **optio
         tables = checked_tables(file, bad)
         next(tables, None)
         if bad.count:  # then all bad rows of the file are worth a look
-            for _ in tables:
+            while not bad.are_enough and next(tables, None) is not None:
                 pass
             bad.refuse()
     return file
@@ -76,6 +76,8 @@ def read_table_file(file: InteractionFile) -> Iterator[pa.Table]:
     for table in checked_tables(file, bad):
         if file.skip or not bad.count:
             yield table
+        elif bad.are_enough:
+            break
     if not file.skip:
         bad.refuse()
     elif bad.count:

@@ -15,6 +15,7 @@ from gtc_dist.raw import ids
 from gtc_dist.raw.interaction_file import InteractionFile
 
 TIMESTAMP = pa.timestamp("us")
+NOT_UTF8 = "is not UTF-8 text (write the file as UTF-8)"
 Convert = Callable[[pa.Array], pa.Array]
 
 
@@ -62,13 +63,10 @@ def _checks(file: InteractionFile, role: str, type: pa.DataType) -> list[tuple[s
             checks.append(("holds a NUL byte", _where(lambda text: pc.match_substring(text, "\0")), _unchanged))
         return checks if ids.is_text(plain) else [*checks, ("", _nowhere, lambda column: column.cast(plain))]
     if role in ("event", "label"):
-        key = "data.interactions.event_weights" if role == "event" else "data.split.labels"
-        meaning = (
-            pa.array(list(file.events.values()), pa.float64())
-            if role == "event"
-            else pa.array(list(file.labels.values()), pa.int8())
-        )
-        known = pa.array(list(file.events if role == "event" else file.labels), pa.string())
+        key, meanings, type = "data.split.labels", file.labels, pa.int8()
+        if role == "event":
+            key, meanings, type = "data.interactions.event_weights", file.events, pa.float64()
+        known, meaning = pa.array(list(meanings), pa.string()), pa.array(list(meanings.values()), type)
         unknown = _where(lambda text: pc.invert(pc.is_in(_label_text(text), known)))
         problem = f"is not in {key} ({', '.join(known.to_pylist())})"
         return [*checks, (problem, unknown, lambda text: meaning.take(pc.index_in(_label_text(text), known)))]
@@ -79,14 +77,9 @@ def _checks(file: InteractionFile, role: str, type: pa.DataType) -> list[tuple[s
         ("is NaN", _of_floats(pc.is_nan), _unchanged),
         ("is infinite", _of_floats(pc.is_inf), _unchanged),
     ]
-    return (
-        checks
-        if role != "weight"
-        else [*checks, ("is not above 0", _where(lambda w: pc.less_equal(w, 0.0)), _unchanged)]
-    )
-
-
-NOT_UTF8 = "is not UTF-8 text (write the file as UTF-8)"
+    if role == "weight":
+        checks.append(("is not above 0", _where(lambda weights: pc.less_equal(weights, 0.0)), _unchanged))
+    return checks
 
 
 def refused(convert: Convert) -> Callable[[pa.Array], np.ndarray]:

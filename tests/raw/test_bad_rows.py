@@ -115,6 +115,8 @@ def test_more_bad_rows_than_a_message_holds(tmp_path):
     (tmp_path / "a.csv").write_text("user_id,item_id\n" + "u,i\nu,\n" * 2000)
     assert "a.csv: 2,000 bad rows: line 3: " in refused_file(str(tmp_path / "a.csv"))
     assert "'u,' and 1,995 more. Correct" in refused_file(str(tmp_path / "a.csv"))
+    (tmp_path / "a.csv").write_text("user_id,item_id\n" + "u,\n" * 30_000)
+    assert "30,000 or more bad rows" in refused_file(str(tmp_path / "a.csv"))
 
 
 @settings(max_examples=60, deadline=None)
