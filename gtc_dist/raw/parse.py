@@ -182,7 +182,7 @@ def _normalise(file: InteractionFile, table: pa.Table, numbers: np.ndarray, bad:
                 problems.setdefault(position, f"column {name!r} ({role}){_shown(column[position])} {problem}")
     for position, problem in sorted(problems.items()):
         bad.add(int(numbers[position]), problem)
-    good = np.setdiff1d(np.arange(table.num_rows), np.fromiter(problems, np.int64, len(problems)))
+    good = np.delete(np.arange(table.num_rows), np.fromiter(problems, np.int64, len(problems)))
     out = {}
     for role, usable in found.items():
         values = usable.values

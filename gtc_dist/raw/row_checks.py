@@ -53,14 +53,15 @@ def _checks(file: InteractionFile, role: str, type: pa.DataType) -> list[tuple[s
     checks: list[tuple[str, Callable, Convert]] = [("is null", _where(pc.is_null), _unchanged)]
     if is_text:
         checks.append((NOT_UTF8, refused(_to_text), _to_text))
-        trim = _unchanged if role in ("user", "item") else pc.utf8_trim_whitespace
-        checks.append(("is empty", _where(lambda text: pc.equal(trim(text), "")), trim))
+        checks.append(("is empty", _where(lambda text: pc.equal(text, "")), _unchanged))
     if role in ("user", "item"):
         plain = file.types[role]
         if ids.is_text(plain):
-            checks.append((NOT_UTF8, refused(lambda text: text.validate(full=True)), lambda text: text.cast(plain)))
-            checks.append(("is empty", _where(lambda text: pc.equal(text, pa.scalar("", plain))), _unchanged))
-            checks.append(("holds a NUL byte", _where(lambda text: pc.match_substring(text, "\0")), _unchanged))
+            if not is_text:
+                checks.append((NOT_UTF8, refused(lambda text: text.validate(full=True)), lambda text: text.cast(plain)))
+                checks.append(("is empty", _where(lambda text: pc.equal(text, pa.scalar("", text.type))), _unchanged))
+            nul = _where(lambda text: pc.match_substring(text, "\0"))
+            checks.append(("holds a NUL byte", nul, _unchanged))
         return checks if ids.is_text(plain) else [*checks, ("", _nowhere, lambda column: column.cast(plain))]
     if role in ("event", "label"):
         key, meanings, type = "data.split.labels", file.labels, pa.int8()
@@ -106,7 +107,7 @@ def _to_number(column: pa.Array) -> pa.Array:
     except pa.ArrowInvalid:
         if not pa.types.is_string(column.type):
             raise
-        return column.cast(pa.float64())
+        return _to_float(column)
 
 
 def _to_timestamp(column: pa.Array, type: pa.DataType) -> pa.Array:
@@ -115,7 +116,7 @@ def _to_timestamp(column: pa.Array, type: pa.DataType) -> pa.Array:
         try:
             column = column.cast(pa.timestamp("us", zone))
         except pa.ArrowInvalid:
-            column = column.cast(pa.timestamp("ns", zone))
+            column = pc.utf8_trim_whitespace(column).cast(pa.timestamp("ns", zone))
     if column.type == pa.date32() or column.type == pa.date64():
         column = column.cast(pa.timestamp("ms"))
     microseconds = pc.CastOptions(pa.timestamp("us", column.type.tz), allow_time_truncate=True)
@@ -123,7 +124,12 @@ def _to_timestamp(column: pa.Array, type: pa.DataType) -> pa.Array:
 
 
 def _to_float(column: pa.Array) -> pa.Array:
-    return column.cast(pa.float64())
+    try:
+        return column.cast(pa.float64())
+    except pa.ArrowInvalid:
+        if not pa.types.is_string(column.type):
+            raise
+        return pc.utf8_trim_whitespace(column).cast(pa.float64())
 
 
 def _to_text(column: pa.Array) -> pa.Array:
@@ -145,7 +151,14 @@ def _nowhere(column: pa.Array) -> np.ndarray:
 
 def _where(mask_of: Callable[[pa.Array], pa.Array]) -> Callable[[pa.Array], np.ndarray]:
     """Function that finds the positions of a mask's true values, int64."""
-    return lambda column: np.flatnonzero(pc.fill_null(mask_of(column), False).to_numpy(zero_copy_only=False))
+
+    def find(column: pa.Array) -> np.ndarray:
+        mask = mask_of(column)
+        if not pc.any(mask).as_py():  # hardly a block has one
+            return np.empty(0, np.int64)
+        return np.flatnonzero(pc.fill_null(mask, False).to_numpy(zero_copy_only=False))
+
+    return find
 
 
 def _of_floats(mask_of: Callable[[pa.Array], pa.Array]) -> Callable[[pa.Array], np.ndarray]:
