@@ -3,9 +3,10 @@
     python -m gtc_dist.export --run RUN --out DIR [--dtype float16] [--faiss] [--new-items FILE] [--workers N]
 
 Writes DIR/users/part-*.parquet and DIR/items/part-*.parquet with the columns `id` (original type) and `embedding`
-(fixed_size_list), and DIR/manifest.json last: without it the export is incomplete, and the same command starts it
-again. The score of a user and an item is the dot product of their embeddings. RUN and DIR are local or in object
-storage. The same run and number of workers give the same bytes every time.
+(fixed_size_list), DIR/README.md, which says what they are and how to load them, and DIR/manifest.json last: without it
+the export is incomplete, and the same command starts it again. The score of a user and an item is the dot product of
+their embeddings. RUN and DIR are local or in object storage. The same run and number of workers give the same bytes
+every time.
 
 --new-items FILE adds items that arrived after training, from their content alone: a Parquet file with the column `id`
 and one column of raw vectors for each modality, named as in data.features, null where an item has none. They are
@@ -25,6 +26,7 @@ from gtc_dist.data import formats, storage
 from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.inference.embedding_files import export_rank
+from gtc_dist.inference.model_card import CARD, model_card
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
 
@@ -54,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     files = export["files"]
     if args.faiss:
         files[INDEX] = write_index([name for name in files if name.startswith("items/")], export["dim"], out)
+    storage.write_bytes(storage.join(out, CARD), model_card(run_ref, export, args.dtype).encode())
     manifest = {
         "run": run_ref.uri,
         "checkpoint": run_ref.checkpoint,
@@ -74,7 +77,7 @@ def empty_folder(out: str, named: str) -> OutputFolder:
         out,
         title="the output folder",
         kind="an export",
-        own_files=r"(users|items)/part-(new-)?\d{12}\.parquet|items\.faiss",
+        own_files=r"(users|items)/part-(new-)?\d{12}\.parquet|items\.faiss|README\.md",
         manifest=EXPORT_MANIFEST,
         marker=None,
     )

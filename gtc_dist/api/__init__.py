@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from gtc_dist import export
 from gtc_dist.checkpoint.existing_run import find_run
 from gtc_dist.checkpoint.run_folder import METRICS_FILE
 from gtc_dist.config import Config
@@ -120,6 +121,15 @@ class Run:
         """The same as arrays: ids [n], and embeddings float32 [n, width]."""
         ids = self._loaded.catalog.ids(kind).to_numpy(zero_copy_only=False)
         return ids, getattr(self._final, kind).weight.float().numpy()
+
+    def export(self, out: str, dtype: Literal["float32", "float16"] = "float32", faiss: bool = False) -> None:
+        """Write the embeddings to a new or empty folder, as `gtc export` does.
+
+        Raises:
+            InputError: the folder holds something else.
+        """
+        options = ["--dtype", dtype, *(["--faiss"] if faiss else [])]
+        export.main(["--run", self.uri, "--catalog", self.config.data.catalog, "--out", out, *options])
 
     def recommend(self, users: Iterable | None = None, top: int = 20, include_seen: bool = False) -> pa.Table:
         """Lists: user_id, rank (from 1), item_id and score, the users in the order of the catalog.

@@ -8,7 +8,7 @@ import pytest
 from small import ROOT, small_catalog, write_config
 from trainings import train_without_ray
 
-from gtc_dist import evaluate, export
+from gtc_dist import evaluate
 from gtc_dist.api import Run, prepare, train
 from gtc_dist.config_file import load_config
 from gtc_dist.errors import InputError
@@ -25,7 +25,7 @@ def test_a_run_gives_what_the_commands_give(run, tmp_path, capsys):
     opened = Run(run)
     evaluate.main(["--run", run, "--split", "valid"])
     assert {"split": "valid", **json.loads(json.dumps(opened.evaluate("valid")))} == json.loads(capsys.readouterr().out)
-    export.main(["--run", run, "--out", str(tmp_path / "e")])
+    opened.export(str(tmp_path / "e"))
     for kind in ("users", "items"):
         exported, table = pq.read_table(tmp_path / "e" / kind), opened.embeddings(kind)
         assert table["id"].to_pylist() == exported["id"].to_pylist()
@@ -47,6 +47,21 @@ def test_a_run_gives_what_the_commands_give(run, tmp_path, capsys):
     similar = opened.similar_items(written[0]["item_id"], top=3).to_pylist()
     assert [str(row["item_id"]) for row in similar] == printed
     assert opened.metrics["best_epoch"] == json.loads((tmp_path / run / "metrics.json").read_text())["best_epoch"]
+
+
+def test_the_readme_of_an_export_says_what_it_is_and_its_code_loads_it(run, tmp_path, monkeypatch):
+    opened = Run(run)
+    opened.export(str(tmp_path / "e"), dtype="float16")
+    monkeypatch.chdir(tmp_path / "e")
+    text = (tmp_path / "e" / "README.md").read_text()
+    users, items = (opened.embeddings(kind) for kind in ("users", "items"))
+    width = len(items["embedding"][0])
+    assert f"{len(users):,} users and {len(items):,} items, {width} columns of float16, of the best epoch" in text
+    ndcg = opened.metrics["test"]["overall"]["ndcg@20"]
+    assert next(line for line in text.splitlines() if line.startswith("| test |")).endswith(f" {ndcg:.4f} |")
+    names: dict = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], names)
+    np.testing.assert_allclose(names["vectors"], opened.numpy_embeddings("items")[1], rtol=1e-2, atol=1e-2)
 
 
 def test_what_is_not_there_is_refused(run, tmp_path):
