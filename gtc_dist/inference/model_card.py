@@ -26,7 +26,8 @@ def model_card(run_ref: RunRef, export: dict[str, Any], dtype: str) -> str:
         "# Embeddings of users and items",
         "",
         f"{export['users']:,} users and {export['items']:,} items{new}, {export['dim']} columns of {dtype}, of the "
-        f"best epoch, {run_ref.epoch}, of the run `{run_ref.uri}`, trained by gtc-dist on `{run_ref.config.data.catalog}`.",
+        f"best epoch, {run_ref.epoch}, of the run `{run_ref.uri}`, trained by gtc-dist on "
+        f"`{run_ref.config.data.catalog}`.",
         "",
         "The score of a user and an item is the dot product of their embeddings; leave out what a user has.",
         "",

@@ -7,7 +7,8 @@
 What a user already has, in train, valid or test, is left out (--include-seen: not). Users without a train interaction
 get the list of the mean user. FILE holds ids: one in each line (.txt), or in a column of a CSV, TSV, JSON lines or
 Parquet file that is named user_id or item_id. --titles adds names from a table. Parquet has the columns user_id, rank
-(from 1), item_id, score and, with --titles, title; rows of a user follow each other.
+(from 1), item_id, score and, with --titles, title; rows of a user follow each other. --where category=boots lists only
+items that have this text in a column of that table; of one column given twice, one of the texts.
 
 Similar items are those with the largest cosine, without the columns that hold an item's popularity. The dot product, by
 which users' lists are ranked, also rewards items that many people take.
@@ -32,13 +33,19 @@ from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import InputError
 from gtc_dist.evaluation.beyond_accuracy import mean_user
 from gtc_dist.evaluation.ranking import top_k_items
-from gtc_dist.features.item_content import read_ids, read_texts
+from gtc_dist.features.item_content import read_ids
 from gtc_dist.graph.csc import Graphs, by_destination
 from gtc_dist.hybrid.embeddings import Embeddings
 from gtc_dist.inference.trained_run import TrainedRun, load_run
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
-from gtc_dist.raw import ids as id_columns
+from gtc_dist.recommend.item_choice import (
+    allowed_items,
+    catalog_item_ids,
+    item_attributes,
+    item_titles,
+    where_conditions,
+)
 
 CHUNK_USERS = 1 << 15  # of a rank, whose lists are held at once
 
@@ -54,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--candidates", metavar="FILE", help="list only these items")
     parser.add_argument("--exclude", metavar="FILE", help="never list these items")
     parser.add_argument("--titles", metavar="FILE", help="table with names of the items")
+    parser.add_argument("--where", action="append", metavar="COLUMN=TEXT", help="list only items with this text there")
     parser.add_argument("--title", default="title", metavar="COLUMN", help="its column with the name (%(default)s)")
     parser.add_argument("--id", metavar="COLUMN", help="its column with the id (default: as in the interactions)")
     args = parse_run_command(parser, argv)
@@ -65,9 +73,11 @@ def main(argv: list[str] | None = None) -> None:
     users, item = (None if ids is None else index_of_texts(catalog, kind, ids) for ids, kind in named)
     if args.users:
         users = np.unique(catalog.index_of("users", read_ids(args.users, "user_id")))
+    wanted = where_conditions(args.where or [])
+    attributes = item_attributes(catalog, args.titles, id_column, wanted) if wanted else None
     options = {
         "top": args.top,
-        "allowed": allowed_items(catalog, args.candidates, args.exclude),
+        "allowed": allowed_items(catalog, args.candidates, args.exclude, attributes),
         "titles": None if args.titles is None else item_titles(catalog, args.titles, id_column, args.title),
     }
     if item is not None:
@@ -94,6 +104,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--users goes with --out")
     if args.workers and not args.out:
         parser.error("--workers goes with --out")
+    if args.where and not args.titles:
+        parser.error("--where needs --titles, the table with the column")
     if args.top < 1:
         parser.error("--top must be positive")
     paths = ("run", "catalog", "out", "users", "candidates", "exclude", "titles")
@@ -103,41 +115,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 def index_of_texts(catalog: Catalog, kind: str, ids: list[str]) -> np.ndarray:
     """Indexes of ids from the command line, as they are written in the catalog."""
     return catalog.index_of(kind, pa.array(ids, pa.string()))
-
-
-def index_of_known(catalog: Catalog, ids: pa.Array) -> np.ndarray:
-    """Index of items, -1 for ids that the catalog lacks; integers and texts compare as they are written."""
-    known = catalog_item_ids(catalog)
-    if id_columns.is_text(ids.type) != id_columns.is_text(known.type):
-        ids, known = ids.cast(pa.large_string()), known.cast(pa.large_string())
-    return id_columns.positions(ids, known).astype(np.int64)
-
-
-def allowed_items(catalog: Catalog, candidates: str | None, exclude: str | None) -> np.ndarray | None:
-    """Mask bool [items] of what may be listed; None: all. Ids that the catalog lacks have no effect.
-
-    Raises:
-        InputError: nothing is left.
-    """
-    if candidates is None and exclude is None:
-        return None
-    allowed = np.full(catalog.items, candidates is None)
-    for uri, value in ((candidates, True), (exclude, False)):
-        if uri is not None:
-            index = index_of_known(catalog, read_ids(uri, "item_id"))
-            allowed[index[index >= 0]] = value
-    if not allowed.any():
-        raise InputError(f"no item of {catalog.uri} is left to list by --candidates and --exclude")
-    return allowed
-
-
-def item_titles(catalog: Catalog, uri: str, id_column: str, column: str) -> pa.Array:
-    """Title of each item by its index, null where the table has none."""
-    content = read_texts(uri, id_column, [column])
-    index = index_of_known(catalog, content.ids)
-    row = np.full(catalog.items, -1)
-    row[index[index >= 0]] = np.flatnonzero(index >= 0)
-    return content.content.take(pa.array(row, mask=row < 0))
 
 
 def lists_folder(out: str, named: str) -> OutputFolder:
@@ -287,12 +264,6 @@ def list_table(
         "score": pa.array(scores[row, place].astype(np.float32)),
     }
     return pa.table(columns | ({} if titles is None else {"title": titles.take(listed)}))
-
-
-@functools.lru_cache(maxsize=1)
-def catalog_item_ids(catalog: Catalog) -> pa.Array:
-    """All item ids of a catalog, read once."""
-    return catalog.ids("items")
 
 
 def long_text(ids: pa.Array) -> pa.Array:

@@ -121,6 +121,25 @@ def test_lists_on_the_terminal_have_titles(run, expected, tmp_path, capsys):
         lists.main(["--run", run, "--user", "nobody"])
 
 
+def test_items_are_chosen_by_an_attribute(run, expected, tmp_path, capsys):
+    scores, has = expected
+    items = sorted(scores["u003"])
+    kinds = ["boots" if n % 3 == 0 else "tea" if n % 3 == 1 else None for n in range(len(items))]
+    pq.write_table(pa.table({"item_id": items, "title": ["x"] * len(items), "kind": kinds}), tmp_path / "items.parquet")
+    table = ["--titles", str(tmp_path / "items.parquet")]
+    for where, out in (["boots"], "one"), (["boots", "tea"], "two"):
+        more = [option for kind in where for option in ("--where", f"kind={kind}")]
+        lists.main(["--run", run, "--out", str(tmp_path / out), *table, *more])
+        without = {item for item, kind in zip(items, kinds, strict=True) if kind not in where}
+        found = lists_of(tmp_path / out)
+        assert_lists(found, scores, {user: has.get(user, set()) | without for user in found}, 20)
+    for where, says in (("kind=hat", "has 'hat' in the column 'kind'"), ("kind", "not of the form COLUMN=TEXT")):
+        with pytest.raises(InputError, match=says):
+            lists.main(["--run", run, "--user", "u003", *table, "--where", where])
+    with pytest.raises(SystemExit):
+        lists.main(["--run", run, "--user", "u003", "--where", "kind=tea"])
+
+
 def test_similar_items_are_those_with_the_largest_cosine(run, tmp_path, capsys):
     """Without the columns of popularity: activity, taste and the constant."""
     out = str(tmp_path / "e")
