@@ -95,6 +95,19 @@ def test_untouched_rows_are_not_changed():
     assert changed == [4, 9]
 
 
+def test_a_gradient_that_is_not_contiguous_moves_the_right_rows():
+    factor = torch.randn(WIDTH, ROWS, generator=torch.Generator().manual_seed(0))
+    weights = []
+    for transposed in (False, True):
+        table = ShardedTable("t", ROWS, WIDTH, Communicator(), init_std=1.0, seed=1)
+        rows = table.lookup(plan_whole_table(ROWS, table.comm))
+        (rows.T * factor if transposed else rows * factor.T.contiguous()).sum().backward()
+        assert table.pending[0][1].is_contiguous() != transposed
+        table.adam_step(lr=0.1)
+        weights.append(table.weight)
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0)
+
+
 def train_rowwise(comm: Communicator) -> dict:
     table = ShardedTable("t", ROWS, WIDTH, comm, init_std=0.3, seed=5, rowwise_second_moment=True)
     for step in range(STEPS):
