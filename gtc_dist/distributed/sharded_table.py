@@ -182,8 +182,8 @@ class ShardedTable:
             self.weight.index_copy_(0, rows, weight)
 
     def _fused_adam(self, weight, grad, avg, avg_sq, lr, not_finite, betas, eps) -> None:
-        """Local. One kernel that reads and writes each tensor once; arguments as in `adam_step`. It takes all tensors to
-        be contiguous, which a gradient need not be."""
+        """Local. One kernel that reads and writes each tensor once; arguments as in `adam_step`. The kernel takes all
+        tensors to be contiguous, which a gradient need not be."""
         # torch.optim.Adam adds eps to the corrected second moment, SparseAdam to the moment itself
         corrected_eps = eps / (1 - betas[1] ** self.steps) ** 0.5
         step = torch.full((), self.steps - 1.0, device=weight.device)  # the kernel's caller adds one
