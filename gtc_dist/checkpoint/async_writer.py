@@ -58,7 +58,8 @@ class PendingCheckpoint:
         """Wait for the threads and complete the checkpoint; returns what failed, the same on every rank, or "".
         Collective."""
         self.thread.join()
-        errors = [text for text in comm.all_gather_json(str(self.error or "")) if text]
+        own = "" if self.error is None else str(self.error) or type(self.error).__name__
+        errors = [text for text in comm.all_gather_json(own) if text]
         if not errors:
             try:
                 uri = storage.join(run, CHECKPOINT_FOLDER, self.name)

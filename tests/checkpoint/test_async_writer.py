@@ -76,6 +76,17 @@ def test_best_weights_that_cannot_be_written_end_the_run_and_leave_the_earlier_o
     assert best_names(tmp_path) == (["epoch-00001"], [])
 
 
+def test_an_error_without_words_is_one(tmp_path, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    writer = AsyncCheckpointWriter(str(tmp_path), Communicator(), 0.0, 1)
+    monkeypatch.setattr(checkpoint_files, "write_files", fail)
+    writer.start(3, {"best_epoch": 0}, {}, [])
+    assert "is skipped: MemoryError" in writer.finalize()
+    assert writer.states == {}
+
+
 def test_the_saved_state_is_that_of_the_start(tmp_path):
     """Also when the tables change while the thread writes."""
     table = ShardedTable("t", 6, 2, Communicator(), init_std=1.0)
