@@ -52,7 +52,8 @@ class InteractionsConfig(Section):
     repeats: PositiveInt = Field(
         1,
         description="Of several interactions of a user with an item the heaviest count, at most so many, and their "
-        "weights are added. The time is that of the first.",
+        "weights are added. The time is that of the first. In splits by time, interactions after those of train do not "
+        "count in train.",
     )
     on_bad_rows: Literal["error", "skip"] = Field(
         "error",
@@ -112,6 +113,11 @@ class SplitConfig(Section):
         "error",
         description="given, label: interactions of valid and test that are also in train: an error, or dropped there.",
     )
+
+    @property
+    def orders_by_time(self) -> bool:
+        """Whether valid and test are later than train, of all users or of each."""
+        return self.method in ("global_time", "leave_last_out")
 
     @model_validator(mode="after")
     def _shares(self):

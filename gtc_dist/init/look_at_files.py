@@ -151,12 +151,10 @@ def _weight_hints(schema: pa.Schema) -> list[str]:
     for column in schema:
         name = column.name.partition(":")[0].lower()
         if re.fullmatch(EVENT, name) and _is_text(column.type):
-            hints.append(
-                f"# event: {column.name}   # with the weights of its kinds: event_weights: {{view: 1, buy: 5}}"
-            )
+            hints.append(f"# event: {json.dumps(column.name)}   # with event_weights: {{view: 1, buy: 5}}")
         elif re.fullmatch(COUNT, name) and (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-            hints.append(f"# weight: {column.name}   # heavier interactions count more")
-    return [*hints, "# repeats: 3   # a user's first three interactions with an item count; now one"]
+            hints.append(f"# weight: {json.dumps(column.name)}   # heavier interactions count more")
+    return [*hints, "# repeats: 3   # several interactions with an item count, up to three; now one"]
 
 
 def _vector_columns(uri: str, schema: pa.Schema) -> list[str]:

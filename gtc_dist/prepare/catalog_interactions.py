@@ -88,7 +88,8 @@ def build_interactions(
             columns, counts[which], len(more), [seed, 4, which], [seed, 2, which], scratch
         )
         splits[name] = user, item
-    scratch.discard(rows.user, rows.item, rows.time, rows.weight, codes, weight)
+    unmerged = () if rows.unmerged is None else rows.unmerged[0].columns
+    scratch.discard(rows.user, rows.item, rows.time, rows.weight, codes, weight, *unmerged)
     rejected = {"bad_rows": sum(sum(table["count"].to_pylist()) for table in raw.rejected)} if raw.rejected else {}
     train_weight = weights["train"][0] if weights["train"] else None
     return SplitInteractions(users, items, splits, rejected | dropped, train_weight, raw.rejected)
@@ -106,8 +107,11 @@ def _train_weights(
     Raises:
         InputError: times that are numbers, but not seconds.
     """
+    own = rows.weight
+    if rows.unmerged is not None:
+        own = _weights_until_split(rows, codes, data, scratch)
     if data.recency_half_life is None:
-        return rows.weight
+        return own
     blocks = scratch.blocks(len(rows), 64)
     train_times = (rows.time[block][codes[block] == split.TRAIN] for block in blocks)
     newest = max(float(times.max()) for times in train_times if len(times))
@@ -119,9 +123,45 @@ def _train_weights(
     weights, half_life = scratch.array(len(rows), np.float32), data.recency_half_life * 86_400 / time_unit
     for block in scratch.blocks(len(rows), 64):
         weights[block] = np.exp2(-np.clip((newest - rows.time[block]) / half_life, 0, MAX_HALF_LIVES))
-        if rows.weight is not None:
-            weights[block] *= rows.weight[block]
+        if own is not None:
+            weights[block] *= own[block]
     return weights
+
+
+def _weights_until_split(rows: CleanInteractions, codes: np.ndarray, data: DataConfig, scratch: Scratch) -> np.ndarray:
+    """Weight of each train row, float32 [E] in scratch, without what came after train: after the newest train row, or,
+    with leave_last_out, after the user's. Other rows have 1."""
+    oldest = -np.inf if rows.time.dtype.kind == "f" else np.iinfo(np.int64).min
+    newest = np.full(len(rows.user_counts), oldest, rows.time.dtype)  # train row of each user
+    for block in scratch.blocks(len(rows), 64):
+        train = codes[block] == split.TRAIN
+        np.maximum.at(newest, rows.user[block][train], rows.time[block][train])
+    if data.split.method == "global_time":
+        newest[:] = newest.max()
+    weights, ends = scratch.array(len(rows), np.float32), np.cumsum(rows.user_counts)
+    buckets, names = rows.unmerged
+    for number in range(len(buckets)):
+        columns = dict(zip(names, buckets.bucket(number), strict=True))
+        user, item = columns["user"], columns["item"]
+        if not len(user):
+            continue
+        first, last = int(user.min()), int(user.max())
+        block = slice(int(ends[first] - rows.user_counts[first]), int(ends[last]))
+        early = columns["time"] <= newest[user]
+        weight = columns["weight"][early] if "weight" in columns else None
+        merged = split.merged_weights(user[early], item[early], None, weight, data.interactions.repeats)
+        pairs = np.unique(_pairs(user[early], item[early]))
+        own = codes[block] == split.TRAIN
+        weights[block] = 1
+        of_train = _pairs(rows.user[block][own], rows.item[block][own])
+        weights[block.start : block.stop][own] = merged[np.searchsorted(pairs, of_train)]
+        scratch.release()
+    return weights
+
+
+def _pairs(user: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """Keys int64 that sort like (user, item)."""
+    return user.astype(np.int64) << 32 | item
 
 
 def _drop_repeated(rows: CleanInteractions, codes: np.ndarray, scratch: Scratch) -> int:

@@ -61,6 +61,8 @@ class CleanInteractions:
         user, item: int32 codes [E].
         time, split: as in `RawInteractions`.
         weight: float32 [E], of all rows of a pair together, or None: all weigh one.
+        unmerged: where rows weigh differently and the split orders by time, all rows in ranges of users and the names of
+            their columns, so that the weights of train can leave out what is later; else None.
         user_counts, item_counts: int64, number of rows of each code.
     """
 
@@ -71,6 +73,7 @@ class CleanInteractions:
     weight: np.ndarray | None
     user_counts: np.ndarray
     item_counts: np.ndarray
+    unmerged: tuple[Buckets, list[str]] | None = None
 
     def __len__(self) -> int:
         return len(self.user)
@@ -104,8 +107,12 @@ def clean_interactions(
         raise InputError("data.interactions.event_weights leaves no interaction: all events have weight 0")
     if minimum is not None and not before:
         raise InputError(f"data.interactions.min_rating={minimum:g} leaves no interaction")
-    columns = _merge_repeats(buckets, list(raw.columns), data.interactions.repeats, scratch, progress)
-    scratch.discard(*buckets.columns, raw.user, raw.item, raw.time, raw.rating, raw.split, raw.weight)
+    names = list(raw.columns)
+    columns = _merge_repeats(buckets, names, data.interactions.repeats, scratch, progress)
+    scratch.discard(raw.user, raw.item, raw.time, raw.rating, raw.split, raw.weight)
+    unmerged = (buckets, names) if "weight" in columns and data.split.orders_by_time else None
+    if unmerged is None:
+        scratch.discard(*buckets.columns)
     rows = len(columns["user"])
     dropped["duplicate"] = before - rows
     if k:
@@ -121,7 +128,7 @@ def clean_interactions(
         users += np.bincount(columns["user"][block], minlength=len(users))
         items += np.bincount(columns["item"][block], minlength=len(items))
     more = (columns.get(name) for name in ("time", "split", "weight"))
-    return CleanInteractions(columns["user"], columns["item"], *more, users, items), dropped
+    return CleanInteractions(columns["user"], columns["item"], *more, users, items, unmerged), dropped
 
 
 def _partition_by_user(

@@ -40,7 +40,7 @@ def inspect_interactions(data: DataConfig) -> list[InteractionFile]:
     roles = {"user": columns.user, "item": columns.item}
     named = {"rating": columns.rating, "weight": columns.weight, "event": columns.event, "time": columns.time}
     roles |= {role: name for role, name in named.items() if name is not None}
-    if columns.time is None and method in ("global_time", "leave_last_out"):
+    if columns.time is None and data.split.orders_by_time:
         raise InputError(
             f"data.split.method is {method}, which orders by time: set data.interactions.time to the time column"
         )

@@ -45,7 +45,8 @@ def checked_json_tables(
     except InputError:
         again = BadRows(file)
         for _ in _line_by_line(file, again, normalise):
-            pass
+            if again.are_enough:
+                break
         again.refuse()
         raise
 

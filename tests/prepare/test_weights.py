@@ -48,9 +48,11 @@ def shop(rows: int = 400) -> pa.Table:
     )
 
 
-@pytest.mark.parametrize("half_life", [None, 0.001])
-def test_weights_reach_the_graphs_and_the_loss(ray_local, tmp_path, half_life):
-    """Weights of a catalog against a slow computation from the rows."""
+@pytest.mark.parametrize(
+    ("method", "half_life"), [("ratio", None), ("ratio", 0.001), ("global_time", None), ("leave_last_out", 0.001)]
+)
+def test_weights_reach_the_graphs_and_the_loss(ray_local, tmp_path, method, half_life):
+    """Weights of a catalog against a slow computation from the rows. What is later than train does not count."""
     table = shop()
     write_table_file(tmp_path / "a.csv", table)
     np.save(tmp_path / "v.npy", np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32))
@@ -60,7 +62,7 @@ def test_weights_reach_the_graphs_and_the_loss(ray_local, tmp_path, half_life):
         "catalog": str(tmp_path / "catalog"),
         "interactions": {"files": ["a.csv"], **settings},
         "features": {"v": {"path": "v.npy"}},
-        "split": {"method": "ratio"},
+        "split": {"method": method},
         "recency_half_life": half_life,
     }
     config = build_config({"data": data, "run": {"storage": "runs", "name": "x"}}, "test")
@@ -69,7 +71,7 @@ def test_weights_reach_the_graphs_and_the_loss(ray_local, tmp_path, half_life):
     for row in table.to_pylist():
         pair = row["user_id"], row["item_id"]
         if EVENTS[row["event"]]:
-            weights.setdefault(pair, []).append(EVENTS[row["event"]] * row["count"])
+            weights.setdefault(pair, []).append((row["time"], EVENTS[row["event"]] * row["count"]))
             first[pair] = min(first.get(pair, row["time"]), row["time"])
     hovers = sum(row["event"] == "hover" for row in table.to_pylist())
     assert manifest.dropped["event"] == hovers
@@ -78,7 +80,14 @@ def test_weights_reach_the_graphs_and_the_loss(ray_local, tmp_path, half_life):
     user, item = catalog.interactions("train")
     users, items = catalog.ids("users").to_pylist(), catalog.ids("items").to_pylist()
     pairs = [(users[u], items[i]) for u, i in zip(user, item, strict=True)]
-    expected = np.array([sum(sorted(weights[pair])[-2:]) for pair in pairs])
+    until = dict.fromkeys(users, max(first[pair] for pair in pairs))
+    if method == "leave_last_out":
+        until = {user: max((first[pair] for pair in pairs if pair[0] == user), default=0) for user in users}
+    elif method == "ratio":
+        until = dict.fromkeys(users, np.inf)
+    counted = {pair: sorted(w for time, w in weights[pair] if time <= until[pair[0]]) for pair in pairs}
+    assert method == "ratio" or sum(map(len, counted.values())) < sum(len(weights[pair]) for pair in pairs)
+    expected = np.array([sum(counted[pair][-2:]) for pair in pairs])
     if half_life:
         newest = max(first[pair] for pair in pairs)
         expected = expected * 0.5 ** np.array([(newest - first[pair]) / 86_400 / half_life for pair in pairs])
