@@ -101,7 +101,7 @@ class Run:
     def evaluate(
         self, split: Literal["valid", "test"] = "test", users: int | None = None, head_items: int = HEAD_ITEMS
     ) -> dict[str, Any]:
-        """Metrics of a split, ranked anew, as `gtc evaluate` prints them.
+        """Rank a split and return its metrics, as `gtc evaluate` prints them.
 
         Args:
             users: rank about this many; None: all.

@@ -61,8 +61,8 @@ class CleanInteractions:
         user, item: int32 codes [E].
         time, split: as in `RawInteractions`.
         weight: float32 [E], of all rows of a pair together, or None: all weigh one.
-        unmerged: where rows weigh differently and the split orders by time, all rows in ranges of users and the names of
-            their columns, so that the weights of train can leave out what is later; else None.
+        unmerged: where rows weigh differently and the split orders by time, all rows in ranges of users, and the names
+            of their columns, so that the weights of train can leave out what is later; else None.
         user_counts, item_counts: int64, number of rows of each code.
     """
 

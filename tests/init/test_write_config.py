@@ -93,7 +93,7 @@ def test_separators_are_seen_and_weights_suggested(tmp_path):
     init(tmp_path / "raw", tmp_path / "mine.yaml")
     text = (tmp_path / "mine.yaml").read_text()
     assert load_config(str(tmp_path / "mine.yaml"), []).data.interactions.separator == ";"
-    assert '    # event: "event_type"   # with the weights of its kinds' in text
+    assert '    # event: "event_type"   # with event_weights: {' in text
     assert '    # weight: "quantity"   #' in text
     assert text.startswith("# not understood: other.csv")
     suggested = re.sub(r"# (event|weight|repeats): ", r"\1: ", text)
