@@ -17,6 +17,7 @@ ORDER = [
     ["data"],
     ["graph", "checkpoint", "raw"],
     ["model", "evaluation", "hybrid"],
+    ["subgraph"],
     ["inference"],
     ["training"],
     ["launch"],
