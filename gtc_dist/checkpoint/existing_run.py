@@ -38,6 +38,7 @@ RESUMABLE_KEYS = (
     "data.features",
     "data.items",
     "train.epochs",
+    "model.sampler_device",
     "train.not_finite",
     "train.clip_norm",
     "train.log_every",

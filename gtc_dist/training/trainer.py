@@ -263,7 +263,7 @@ class Trainer:
             note = f"best so far ({metric})" if better else f"best was epoch {at.best_epoch}"
             self.log.evaluation(epoch, metrics, note, diagnostics)
             with self.comm.tracked():
-                self.report({"epoch": epoch, **metrics["overall"]})
+                self.report({"epoch": epoch, "best": at.best, **metrics["overall"]})
         self.validation_seconds = time.monotonic() - started
         return better
 
