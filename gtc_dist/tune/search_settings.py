@@ -33,7 +33,7 @@ from gtc_dist.tune.search_space import SearchSpace, read_space, with_settings
 SEARCH_FILE = "search.json"  # what was asked for
 RESULTS_FILE = "tune.json"
 BEST_FILE = "best.yaml"
-SHOWN = 5  # trials in the table
+LISTED_TRIALS = 5  # trials in the table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
     graphs = graphs_of_trials(config, space, catalog)
     folder = storage.join(config.run.storage, config.run.name)
-    begun, results = check_folder(folder, config, space, catalog), storage.join(folder, RESULTS_FILE)
+    begun, results = was_begun(folder, config, space, catalog), storage.join(folder, RESULTS_FILE)
     if not begun or not storage.exists(results):
         with hold_run_lock(folder):
             storage.write_json(storage.join(folder, SEARCH_FILE), asked_for(config, space, catalog))
@@ -85,7 +85,7 @@ def asked_for(config: Config, space: SearchSpace, catalog: Catalog) -> dict:
     return {"catalog": catalog.manifest.fingerprint, "space": space.model_dump(), "config": tree}
 
 
-def check_folder(folder: str, config: Config, space: SearchSpace, catalog: Catalog) -> bool:
+def was_begun(folder: str, config: Config, space: SearchSpace, catalog: Catalog) -> bool:
     """Whether this search was begun before. Raises InputError if the folder holds anything else."""
     uri = storage.join(folder, SEARCH_FILE)
     if not storage.exists(uri):
@@ -122,7 +122,9 @@ def run_search(config: Config, space: SearchSpace, graphs: Graphs, folder: str, 
     best = with_settings(config, {**found[0].settings, "run.name": f"{config.run.name}-best"}, "best trial")
     text = yaml.safe_dump(best.model_dump(), sort_keys=False)
     storage.write_bytes(storage.join(folder, BEST_FILE), text.encode())
-    results = [asdict(trial) | {"value": trial.value, "overrides": trials.shown(trial.settings)} for trial in found]
+    results = [
+        asdict(trial) | {"value": trial.value, "overrides": trials.as_overrides(trial.settings)} for trial in found
+    ]
     storage.write_json(storage.join(folder, RESULTS_FILE), {"metric": config.eval.metric, "trials": results})
 
 
@@ -130,7 +132,7 @@ def table(results: dict, folder: str) -> str:
     """The best trials of tune.json, and what to do next."""
     found = results["trials"]
     lines = [f"{results['metric']} on valid, {len(found)} trials:"]
-    for trial in found[:SHOWN]:
+    for trial in found[:LISTED_TRIALS]:
         lines.append(f"  {trial['value']:.4f}  {trial['name']}  {trial['status']:<8}  {trial['overrides']}")
     if found[0]["status"] == "finished":
         lines.append(f"the best is a finished run: {storage.join(folder, found[0]['name'])}")

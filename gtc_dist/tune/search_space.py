@@ -21,7 +21,7 @@ from gtc_dist.config_upgrade import flatten_keys
 from gtc_dist.errors import InputError
 
 VARIED = ("train.", "model.", "eval.cold_loss")  # what may be varied: what is trained, on one catalog and one split
-KINDS = ("choice", "uniform", "log_uniform", "integer")
+PARAMETER_KINDS = ("choice", "uniform", "log_uniform", "integer")
 
 
 class Parameter(BaseModel):
@@ -35,8 +35,8 @@ class Parameter(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _of_yaml(cls, value):
-        if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in KINDS:
-            raise ValueError(f"found {value!r}; write one of {', '.join(KINDS)}, such as {{choice: [1, 2]}}")
+        if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in PARAMETER_KINDS:
+            raise ValueError(f"found {value!r}; write one of {', '.join(PARAMETER_KINDS)}, such as {{choice: [1, 2]}}")
         kind, values = next(iter(value.items()))
         if not isinstance(values, list) or not values:
             raise ValueError(f"{kind} is {values!r}; write a list of values")

@@ -186,12 +186,12 @@ class Records(tune.Callback):
         best = max((trial.value for trial in self.trials.values() if trial.value is not None), default=0.0)
         print(
             f"[{self.ended}/{self.count}] {found.name} {found.status}: {text}; best so far {best:.4f}; "
-            f"{shown(found.settings)}",
+            f"{as_overrides(found.settings)}",
             flush=True,
         )
 
 
-def shown(settings: dict[str, Any]) -> str:
+def as_overrides(settings: dict[str, Any]) -> str:
     """Settings as overrides of the command line."""
     texts = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in settings.items()}
     return " ".join(f"{key}={text}" for key, text in texts.items())
