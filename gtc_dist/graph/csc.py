@@ -18,6 +18,7 @@ class Graphs:
 
     nodes: user-item graph in both directions over one set of nodes: users [0, users), items [users, users + items)
     item_item, user_user: None if the network does not use them
+    added_users: number of users, the last ones, that came from outside (added_users.py)
     """
 
     users: int
@@ -25,6 +26,7 @@ class Graphs:
     nodes: CSC
     item_item: CSC | None = None
     user_user: CSC | None = None
+    added_users: int = 0
 
     @staticmethod
     def load(catalog: Catalog, item_item: bool = True, user_user: bool = True) -> "Graphs":
@@ -81,10 +83,20 @@ class Graphs:
         degree = self.nodes.weighted_degree
         return self.item_degree if degree is None else degree[self.users :]
 
+    @property
+    def counted_users(self) -> np.ndarray:
+        """Users that statistics over users are of, bool [users]: with a train interaction, and not added ones."""
+        return (self.user_degree > 0) & (np.arange(self.users) < self.users - self.added_users)
+
+    @property
+    def interactions(self) -> int:
+        """Number of train interactions, without those of added users."""
+        return len(self.nodes.indices) - int(self.nodes.indptr[self.users])
+
     @cached_property
     def mean_weight(self) -> float:
         """Mean weight of the train interactions."""
-        return 2 * float(self.weighted_user_degree.sum()) / len(self.nodes.indices)
+        return float(self.weighted_user_degree[: self.users - self.added_users].sum()) / self.interactions
 
     def relative_weights(self, users: np.ndarray, items: np.ndarray) -> np.ndarray | None:
         """Weights of train interactions, float32 [n], divided by their mean over train; None: all weigh the same.
