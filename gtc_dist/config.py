@@ -97,6 +97,12 @@ class TrainConfig(Section):
     epochs: NonNegativeInt = Field(120, description="Largest number of epochs.")
     batch_size: PositiveInt = Field(2048, description="Interactions of a step, over all ranks.")
     seed: NonNegativeInt = Field(0, description="Seed of initial values, negatives, sampling and permutations.")
+    init_from: Name | None = Field(
+        None,
+        description="Start from the best weights of an earlier run, on a catalog of the grown data: rows by original "
+        "ids, new users from those who share items with them, new items from similar ones. A run that resumes goes on "
+        "from its own state. null: random values.",
+    )
     lr: PositiveFloat = Field(1e-3, description="Learning rate (Adam) of the dense network.")
     table_lr: PositiveFloat = Field(2e-3, description="Learning rate of the user and item tables.")
     table_optimizer: Literal["adam", "rowwise_adam"] = Field(

@@ -38,6 +38,7 @@ from gtc_dist.evaluation.ranking import load_ground_truth
 from gtc_dist.graph.csc import Graphs, load_graphs
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.run_lock import hold_run_lock
+from gtc_dist.warm_start.earlier_run import find_earlier_run, refuse_trained_interactions
 
 STOPPED = 143  # exit status: 128 + SIGTERM
 
@@ -94,11 +95,14 @@ def describe_without_training(config: Config) -> int:
 
 def _open(config: Config) -> tuple[Config, Catalog, str]:
     """The configuration with absolute paths, its catalog, and the run folder. Raises InputError."""
-    refuse_relative_paths({"data.catalog": config.data.catalog, "run.storage": config.run.storage})
+    paths = {"data.catalog": config.data.catalog, "run.storage": config.run.storage}
+    refuse_relative_paths(paths | {"train.init_from": config.train.init_from})
     config = with_absolute_uris(config)
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
     check_modalities(config, catalog)
-    return config, catalog, storage.join(config.run.storage, config.run.name)
+    run = storage.join(config.run.storage, config.run.name)
+    check_earlier_run(config, catalog, run)
+    return config, catalog, run
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -168,13 +172,23 @@ def with_absolute_uris(config: Config) -> Config:
         update={"raw": storage.absolute(config.data.raw), "catalog": storage.absolute(config.data.catalog)}
     )
     run = config.run.model_copy(update={"storage": storage.absolute(config.run.storage)})
-    return config.model_copy(update={"data": data, "run": run})
+    config = config.model_copy(update={"data": data, "run": run})
+    if config.train.init_from is None:
+        return config
+    train = config.train.model_copy(update={"init_from": storage.absolute(config.train.init_from)})
+    return config.model_copy(update={"train": train})
 
 
 def check_modalities(config: Config, catalog: Catalog) -> None:
     """Check, from the manifest alone, that the catalog has a modality that the network can use."""
     if not catalog.modalities(config.model.modalities):
         raise InputError(f"the catalog {catalog.uri} has no modality; GTC needs at least one (data.features)")
+
+
+def check_earlier_run(config: Config, catalog: Catalog, run: str) -> None:
+    """Check the run that `train.init_from` names, unless `run` goes on from its own state. Raises InputError."""
+    if config.train.init_from and not checkpoint_files.list_checkpoints(run, STEP_PREFIX)[0]:
+        refuse_trained_interactions(find_earlier_run(config.train.init_from, config, catalog), catalog)
 
 
 def check_rows(catalog: Catalog, graphs: Graphs) -> None:

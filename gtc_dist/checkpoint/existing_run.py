@@ -38,6 +38,7 @@ RESUMABLE_KEYS = (
     "data.features",
     "data.items",
     "train.epochs",
+    "train.init_from",
     "train.not_finite",
     "train.clip_norm",
     "train.log_every",
@@ -97,12 +98,13 @@ def differences(before: Config, now: Config) -> dict[str, tuple]:
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
-def find_run(uri: str, catalog_uri: str | None = None) -> RunRef:
+def find_run(uri: str, catalog_uri: str | None = None, verify: str | None = None) -> RunRef:
     """Find a run and check that it matches its catalog.
 
     Args:
         catalog_uri: where the catalog is now; None: where it was, or, if nothing is there and the run has moved, in the
             same place relative to the run.
+        verify: as of `Catalog`; None: data.verify of the run.
 
     Raises:
         InputError: no run at `uri`, no complete checkpoint in it, or a catalog that is missing or was rebuilt.
@@ -113,7 +115,7 @@ def find_run(uri: str, catalog_uri: str | None = None) -> RunRef:
     config = with_catalog(read_run_config(storage.read_bytes(path), path), uri, catalog_uri)
     name = best_checkpoint(uri)
     manifest = checkpoint_files.read_manifest(storage.join(uri, name))
-    catalog = Catalog(config.data.catalog, verify=config.data.verify)
+    catalog = Catalog(config.data.catalog, verify=verify or config.data.verify)
     if catalog.manifest.fingerprint != manifest["catalog"]:
         raise InputError(f"{config.data.catalog} was rebuilt after the run {uri} was trained on it; train again")
     return RunRef(storage.absolute(uri), name, manifest["epoch"], config)  # ranks work in other folders

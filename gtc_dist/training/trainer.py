@@ -19,6 +19,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from gtc_dist.checkpoint.async_writer import AsyncCheckpointWriter
+from gtc_dist.checkpoint.existing_run import RunRef, find_run
 from gtc_dist.checkpoint.run_folder import CHECKPOINT_FOLDER, METRICS_FILE, epoch_name
 from gtc_dist.config import Config
 from gtc_dist.data import storage
@@ -41,6 +42,7 @@ from gtc_dist.training.run_log import RunLog
 from gtc_dist.training.train_state import LossMeter, TrainProgress, TrainState
 from gtc_dist.training.validation import Validator
 from gtc_dist.training.weight_averaging import WeightAverage
+from gtc_dist.warm_start.carry_over import carry_over, describe_counts
 
 # parts of a step in TensorBoard; sampling and features run in the prefetch thread, communication is part of others
 PARTS = ("data", "sampling", "features", "history", "lookup", "forward", "backward", "optimizer", "communication")
@@ -134,6 +136,8 @@ class Trainer:
         self.log = RunLog(self.run, config.train.epochs, self.loader.steps, active, progress.lines, progress.steps)
         self.validation_seconds = math.inf  # of the last validation; a long one is announced
         if not resumed:
+            if config.train.init_from:
+                self.warm_start(find_run(config.train.init_from, verify="none"))
             if self.validator.scorer.has_untrained:
                 self._print("fitting the untrained scorers to the valid split")
             self.validator.scorer.tune_untrained(self.validator.shortlist)
@@ -163,6 +167,16 @@ class Trainer:
         if found:
             self.use_content()
         return found
+
+    def warm_start(self, earlier: RunRef) -> None:
+        """Start from the weights of an earlier run on another catalog."""
+        self._print(f"starting from {earlier.uri}, {earlier.checkpoint}")
+        _, counts = carry_over(
+            earlier, self.validator.catalog, self.graphs, self.network, self.tables, self.config.eval.block_rows
+        )
+        self.use_content()
+        self.state.progress.init_from = {"run": earlier.uri, "checkpoint": earlier.checkpoint, **counts}
+        self._print("; ".join(f"{kind}: {describe_counts(n)}" for kind, n in counts.items()))
 
     def use_content(self) -> None:
         """Make the masked diffusion's content again, with the projection that was loaded into the network."""
@@ -317,7 +331,7 @@ class Trainer:
             "seconds_per_epoch": round(at.trained / max(last, 1), 3),
             "workers": self.comm.size,
             "skipped_steps": self.guard.skipped,
-        }
+        } | ({"init_from": at.init_from} if at.init_from else {})
         if self.comm.rank == 0:
             self.log.projector(*self.validator.projector_points(items), at.best_epoch)
             storage.write_json(storage.join(self.run, METRICS_FILE), result)
