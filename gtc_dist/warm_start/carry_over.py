@@ -104,8 +104,8 @@ def _rewrite(network: GTC, number: int, features: FeatureMap) -> None:
     mean.copy_(features.points(mean[None])[0])
     widths = list(masked.content_widths.values())
     if widths[number] < len(mean):
-        directions = masked.get_buffer(f"content_directions_{number}")
-        directions.copy_(features.weights(directions.T).T)
+        rows = masked.get_buffer(f"content_directions_{number}")
     else:
         rows = masked.content_map[sum(widths[:number]) :][: widths[number]]
-        rows.copy_(features.weights(rows.T).T)
+    # these act on unit rows: of the map of the features only what turns them counts, not how long it makes them
+    rows.copy_(features.weights(rows.T).T / features.mean_stretch)

@@ -31,6 +31,12 @@ class FeatureMap:
         pairs = [(getattr(self.earlier, part), getattr(self.now, part)) for part in ("mean", "scale", "components")]
         return all(a is b or (a is not None and b is not None and np.array_equal(a, b)) for a, b in pairs)
 
+    @property
+    def mean_stretch(self) -> float:
+        """By how much earlier features are longer than present ones, root of the mean square over directions."""
+        stretch = self.weights(torch.eye(len(self.earlier.scale), dtype=torch.float64))
+        return float(stretch.square().sum() / max(np.count_nonzero(self.now.scale), 1)) ** 0.5
+
     def points(self, features: torch.Tensor) -> torch.Tensor:
         """Features [n, d] in the earlier catalog -> those of the same vectors in the present one, float64."""
         raw = _dense(features) * self.earlier.scale
