@@ -4,7 +4,7 @@ Only small files are read; the weights are loaded by inference/trained_run.py.
 """
 
 import posixpath
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gtc_dist.checkpoint import checkpoint_files
@@ -56,6 +56,7 @@ class RunRef:
     checkpoint: str  # relative to the run folder
     epoch: int
     config: Config
+    trained_on: dict[str, int] = field(default_factory=dict)  # split -> interactions of it, beside train, in training
 
 
 def run_status(config: Config, run: str, fingerprint: str) -> Literal["new", "begun", "finished"]:
@@ -118,7 +119,11 @@ def find_run(uri: str, catalog_uri: str | None = None, verify: str | None = None
     catalog = Catalog(config.data.catalog, verify=verify or config.data.verify)
     if catalog.manifest.fingerprint != manifest["catalog"]:
         raise InputError(f"{config.data.catalog} was rebuilt after the run {uri} was trained on it; train again")
-    return RunRef(storage.absolute(uri), name, manifest["epoch"], config)  # ranks work in other folders
+    if config.train.final_fit is not None and not storage.exists(storage.join(uri, METRICS_FILE)):
+        raise InputError(f"{uri} is a final fit that has not ended; train it to its end first")
+    more = {split: catalog.manifest.interactions[split] for split in config.train_splits if split != "train"}
+    more |= manifest.get("trained_on", {})
+    return RunRef(storage.absolute(uri), name, manifest["epoch"], config, more)  # ranks work in other folders
 
 
 def with_catalog(config: Config, run: str, catalog_uri: str | None = None) -> Config:

@@ -1,6 +1,6 @@
 """The graphs of a catalog as the network uses them, and vectorised look-ups in a CSC graph (edges by destination)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from gtc_dist.config import Config
 from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.errors import InputError
+from gtc_dist.graph.user_item_graph import build_user_item_graph
 
 MAX_EDGES = 2**31 - 1  # of a graph: DGL's samplers and blocks use 32-bit indexes
 
@@ -133,8 +134,8 @@ class Graphs:
 
 
 def load_graphs(config: Config, catalog: Catalog) -> Graphs:
-    """The graphs of a catalog that the configured network uses. Raises InputError if the catalog lacks one, or
-    weights of the interactions."""
+    """The graphs of a catalog that the configured network uses; in a final fit the user-item graph has the interactions
+    of valid, too. Raises InputError if the catalog lacks one, or weights of the interactions."""
     graphs = Graphs.load(catalog, item_item=config.model.item_hop, user_user=config.model.user_hop)
     settings = config.data.weight_settings
     if settings and graphs.nodes.weighted_degree is None:
@@ -142,7 +143,15 @@ def load_graphs(config: Config, catalog: Catalog) -> Graphs:
             f"{' and '.join(settings)}, but the catalog {catalog.uri} was built without it; run python -m "
             "gtc_dist.prepare --force with this configuration"
         )
-    return graphs
+    if len(config.train_splits) == 1:
+        return graphs
+    if graphs.nodes.weighted_degree is not None:
+        raise InputError(
+            f"train.final_fit needs the weights of valid, and the catalog {catalog.uri} has those of train alone; "
+            "train without weights of interactions, or deploy the run that selected"
+        )
+    pairs = catalog.interactions(*config.train_splits)
+    return replace(graphs, nodes=both_directions(*build_user_item_graph(*pairs, catalog.users, catalog.items)))
 
 
 def both_directions(item_user: CSC, user_item: CSC) -> CSC:

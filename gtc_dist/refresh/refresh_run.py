@@ -38,7 +38,7 @@ from gtc_dist.model.build import build_network
 from gtc_dist.warm_start.carry_over import carry_over, describe_counts
 from gtc_dist.warm_start.earlier_run import find_earlier_run, trained_interactions
 
-MARKER = "refreshing.json"
+REFRESHING = "refreshing.json"
 OWN_FILES = r"(users|items)/part-\d{12}\.parquet|README\.md|config\.yaml|checkpoints/.*|ray-[0-9a-f]{8}/.*"
 
 
@@ -85,7 +85,7 @@ def run_on_catalog(earlier: RunRef, catalog: str, out: str) -> RunRef:
 def refresh_folder(out: str, named: str) -> OutputFolder:
     """The output folder, emptied of a refresh that was cut off, and marked. Raises InputError where it holds anything
     else."""
-    folder = OutputFolder(out, "the output folder", "a refresh", OWN_FILES, EXPORT_MANIFEST, MARKER)
+    folder = OutputFolder(out, "the output folder", "a refresh", OWN_FILES, EXPORT_MANIFEST, REFRESHING)
     if folder.state() == "complete":
         raise InputError(f"the output folder {named} is not empty; name another folder, or remove it")
     folder.check_writable()

@@ -19,7 +19,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from gtc_dist.checkpoint.async_writer import AsyncCheckpointWriter
-from gtc_dist.checkpoint.existing_run import RunRef, find_run
 from gtc_dist.checkpoint.run_folder import CHECKPOINT_FOLDER, METRICS_FILE, epoch_name
 from gtc_dist.config import Config
 from gtc_dist.data import storage
@@ -42,7 +41,7 @@ from gtc_dist.training.run_log import RunLog
 from gtc_dist.training.train_state import LossMeter, TrainProgress, TrainState
 from gtc_dist.training.validation import Validator
 from gtc_dist.training.weight_averaging import WeightAverage
-from gtc_dist.warm_start.carry_over import carry_over, describe_counts
+from gtc_dist.warm_start.carry_over import initial_weights
 
 # parts of a step in TensorBoard; sampling and features run in the prefetch thread, communication is part of others
 PARTS = ("data", "sampling", "features", "history", "lookup", "forward", "backward", "optimizer", "communication")
@@ -84,7 +83,7 @@ class Trainer:
             fit_projection(self.network.masked, self.features)
         content, of_loader = self._content()
         self.loader = build_loader(config, self.network, users, items, graphs, features, of_loader, self.loader_comm)
-        expected = catalog.manifest.interactions["train"]
+        expected = sum(catalog.manifest.interactions[split] for split in config.train_splits)
         if (found := sum(self.loader.interactions_per_rank)) != expected:
             raise InputError(
                 f"the ranks read {found} train interactions, the manifest of {catalog.uri} says {expected}; "
@@ -136,12 +135,7 @@ class Trainer:
         self.log = RunLog(self.run, config.train.epochs, self.loader.steps, active, progress.lines, progress.steps)
         self.validation_seconds = math.inf  # of the last validation; a long one is announced
         if not resumed:
-            if config.train.init_from:
-                self.warm_start(find_run(config.train.init_from, verify="none"))
-            if self.validator.scorer.has_untrained:
-                self._print("fitting the untrained scorers to the valid split")
-            self.validator.scorer.tune_untrained(self.validator.shortlist)
-            self._validate(0)
+            self.start()
             progress.epoch, progress.step = 1, 0
         while progress.epoch <= config.train.epochs and progress.waited < config.eval.patience:
             self.checkpointer.save_if_wanted(before_validation=False)
@@ -168,15 +162,21 @@ class Trainer:
             self.use_content()
         return found
 
-    def warm_start(self, earlier: RunRef) -> None:
-        """Start from the weights of an earlier run on another catalog."""
-        self._print(f"starting from {earlier.uri}, {earlier.checkpoint}")
-        _, counts = carry_over(
-            earlier, self.validator.catalog, self.graphs, self.network, self.tables, self.config.eval.block_rows
-        )
-        self.use_content()
-        self.state.progress.init_from = {"run": earlier.uri, "checkpoint": earlier.checkpoint, **counts}
-        self._print("; ".join(f"{kind}: {describe_counts(n)}" for kind, n in counts.items()))
+    def start(self) -> None:
+        """Before the first epoch: fit and validate the scorers with the initial weights."""
+        self.start_from_earlier_run()
+        if self.validator.scorer.has_untrained:
+            self._print("fitting the untrained scorers to the valid split")
+        self.validator.scorer.tune_untrained(self.validator.shortlist)
+        self._validate(0)
+
+    def start_from_earlier_run(self) -> None:
+        """Take the weights of `train.init_from`, if it is set."""
+        found = initial_weights(self.config, self.validator.catalog, self.graphs, self.network, self.tables)
+        if found is not None:
+            self.state.progress.init_from, text = found
+            self._print(text)
+            self.use_content()
 
     def use_content(self) -> None:
         """Make the masked diffusion's content again, with the projection that was loaded into the network."""

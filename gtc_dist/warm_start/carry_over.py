@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from gtc_dist.checkpoint import checkpoint_files
-from gtc_dist.checkpoint.existing_run import RunRef
+from gtc_dist.checkpoint.existing_run import RunRef, find_run
+from gtc_dist.config import Config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup
@@ -18,9 +19,26 @@ from gtc_dist.graph.csc import Graphs
 from gtc_dist.model.gtc import GTC, Tables
 from gtc_dist.warm_start.feature_map import FeatureMap
 from gtc_dist.warm_start.fold_in import fold_in_items, fold_in_users
-from gtc_dist.warm_start.matched_rows import has_interactions, match_rows
+from gtc_dist.warm_start.matched_rows import earlier_rows, has_interactions
 
 LOOKUP_ROWS = 1 << 16  # rows that a rank asks for at once
+
+
+def initial_weights(
+    config: Config, catalog: Catalog, graphs: Graphs, network: GTC, tables: Tables
+) -> tuple[dict, str] | None:
+    """Start a training from the run `train.init_from`; None where it is not set. Collective: every rank must call it.
+
+    Returns:
+        The record of what it started from, and the same in words.
+    """
+    if config.train.init_from is None:
+        return None
+    earlier = find_run(config.train.init_from, verify="none")
+    _, counts = carry_over(earlier, catalog, graphs, network, tables, config.eval.block_rows)
+    shown = "; ".join(f"{kind}: {describe_counts(n)}" for kind, n in counts.items())
+    record = {"run": earlier.uri, "checkpoint": earlier.checkpoint, **counts}
+    return record, f"starting from {earlier.uri}, {earlier.checkpoint}: {shown}"
 
 
 @torch.no_grad()
@@ -41,7 +59,7 @@ def carry_over(
     before, comm = Catalog(earlier.config.data.catalog), tables.user.comm
     uri, counts, dense = storage.join(earlier.uri, earlier.checkpoint), {}, {}
     for kind, own in (("users", [tables.user]), ("items", [each for each in tables.all() if each is not tables.user])):
-        row = match_rows(before, catalog, kind, own[0].start, own[0].stop)
+        row = earlier_rows(before, catalog, kind, own[0].start, own[0].stop)
         trained = _trained(row, before, kind, graphs, own[0])
         for table in own:
             dense = _load_rows(uri, table, getattr(before, kind), row)

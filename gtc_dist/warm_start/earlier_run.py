@@ -9,7 +9,7 @@ from gtc_dist.checkpoint.existing_run import RunRef, find_run
 from gtc_dist.config import Config
 from gtc_dist.data.catalog import SPLITS, Catalog
 from gtc_dist.errors import InputError
-from gtc_dist.warm_start.matched_rows import match_rows
+from gtc_dist.warm_start.matched_rows import earlier_rows
 
 # Keys of the model that must be the same: they decide which weights there are, their shapes and what they mean.
 MODEL_KEYS = ("variant", "width", "members", "masked_members")
@@ -74,9 +74,9 @@ def model_differences(before: Config, old: Catalog, now: Config, new: Catalog) -
 
 
 def matched_blocks(before: Catalog, catalog: Catalog, kind: str, block: int = 1 << 20):
-    """(first index, `match_rows`) of a catalog's users or items, block by block."""
+    """(first index, `earlier_rows`) of a catalog's users or items, block by block."""
     for first in range(0, getattr(catalog, kind), block):
-        yield first, match_rows(before, catalog, kind, first, min(first + block, getattr(catalog, kind)))
+        yield first, earlier_rows(before, catalog, kind, first, min(first + block, getattr(catalog, kind)))
 
 
 def trained_interactions(earlier: RunRef, catalog: Catalog) -> dict[str, int]:
@@ -91,7 +91,7 @@ def trained_interactions(earlier: RunRef, catalog: Catalog) -> dict[str, int]:
             of_earlier[rows[rows >= 0]] = first + np.flatnonzero(rows >= 0)
     splits = {name: np.sort(_pairs(*catalog.interactions(name), catalog)) for name in SPLITS if name != "train"}
     counts = dict.fromkeys(splits, 0)
-    for users, items in before.interaction_files("train"):
+    for users, items in (pair for name in earlier.config.train_splits for pair in before.interaction_files(name)):
         user, item = index["users"][users], index["items"][items]
         known = (user >= 0) & (item >= 0)
         pairs = _pairs(user[known], item[known], catalog)

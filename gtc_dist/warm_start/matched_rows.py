@@ -9,7 +9,7 @@ from gtc_dist.raw import ids as id_columns
 ID_BLOCK = 1 << 20  # ids of the earlier catalog that are held at once
 
 
-def match_rows(earlier: Catalog, catalog: Catalog, kind: str, start: int, stop: int) -> np.ndarray:
+def earlier_rows(earlier: Catalog, catalog: Catalog, kind: str, start: int, stop: int) -> np.ndarray:
     """Index in the earlier catalog of the `users` or `items` [start, stop) of a catalog, int64; -1 where it lacks them.
 
     Integers and texts compare as they are written: `7` is the same item in a catalog whose ids became text since.

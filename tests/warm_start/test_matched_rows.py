@@ -8,7 +8,7 @@ from small import write_catalog
 
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.warm_start import matched_rows
-from gtc_dist.warm_start.matched_rows import has_interactions, match_rows
+from gtc_dist.warm_start.matched_rows import earlier_rows, has_interactions
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def test_rows_are_those_with_the_same_id(days, kind, block, monkeypatch):
     before, today = days
     place = {value: n for n, value in enumerate(before.ids(kind).to_pylist())}
     want = [place.get(value, -1) for value in today.ids(kind).to_pylist()]
-    assert match_rows(before, today, kind, 0, getattr(today, kind)).tolist() == want
-    assert match_rows(before, today, kind, 5, 17).tolist() == want[5:17]
+    assert earlier_rows(before, today, kind, 0, getattr(today, kind)).tolist() == want
+    assert earlier_rows(before, today, kind, 5, 17).tolist() == want[5:17]
     assert -1 in want
 
 
@@ -36,9 +36,9 @@ def test_ids_that_became_text_since_compare_as_they_are_written(tmp_path):
     before, today = (
         write_catalog(tmp_path / name, splits, ids, vectors, name) for name, ids in (("old", old), ("new", new))
     )
-    assert match_rows(before, today, "users", 0, 2).tolist() == [-1, 1]
-    assert match_rows(before, today, "items", 0, 2).tolist() == [1, -1]
-    assert match_rows(today, before, "items", 0, 2).tolist() == [-1, 0]
+    assert earlier_rows(before, today, "users", 0, 2).tolist() == [-1, 1]
+    assert earlier_rows(before, today, "items", 0, 2).tolist() == [1, -1]
+    assert earlier_rows(today, before, "items", 0, 2).tolist() == [-1, 0]
 
 
 def test_interactions_of_train_count(days):
