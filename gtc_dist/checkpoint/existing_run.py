@@ -14,6 +14,7 @@ from gtc_dist.checkpoint.run_folder import (
     EPOCH_PREFIX,
     LOCK_FILE,
     METRICS_FILE,
+    REFRESH_FILES,
     STEP_PREFIX,
 )
 from gtc_dist.config import Config
@@ -71,6 +72,10 @@ def run_status(config: Config, run: str, fingerprint: str) -> Literal["new", "be
     found = storage.listing(run).keys() - {LOCK_FILE}
     if not found:
         return "new"
+    if found & set(REFRESH_FILES):
+        raise InputError(
+            f"{run} holds embeddings of gtc refresh; choose another run.name (train.init_from may be {run})"
+        )
     if CONFIG_FILE not in found:
         raise InputError(f"the run folder {run} is not empty; choose another run.name, or remove it")
     path = storage.join(run, CONFIG_FILE)

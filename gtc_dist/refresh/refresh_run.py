@@ -21,14 +21,13 @@ import yaml
 
 from gtc_dist.checkpoint import checkpoint_files
 from gtc_dist.checkpoint.existing_run import RunRef
-from gtc_dist.checkpoint.run_folder import CHECKPOINT_FOLDER, CONFIG_FILE, epoch_name
+from gtc_dist.checkpoint.run_folder import CHECKPOINT_FOLDER, CONFIG_FILE, REFRESH_FILES, epoch_name
 from gtc_dist.config import Config, RunConfig
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError
-from gtc_dist.export import EXPORT_MANIFEST
 from gtc_dist.graph.csc import Graphs, load_graphs
 from gtc_dist.inference.embedding_files import export_rank
 from gtc_dist.inference.model_card import CARD, LOADING
@@ -38,7 +37,7 @@ from gtc_dist.model.build import build_network
 from gtc_dist.warm_start.carry_over import carry_over, describe_counts
 from gtc_dist.warm_start.earlier_run import find_earlier_run, trained_interactions
 
-REFRESHING = "refreshing.json"
+FINISHED, REFRESHING = REFRESH_FILES
 OWN_FILES = r"(users|items)/part-\d{12}\.parquet|README\.md|config\.yaml|checkpoints/.*|ray-[0-9a-f]{8}/.*"
 
 
@@ -85,7 +84,7 @@ def run_on_catalog(earlier: RunRef, catalog: str, out: str) -> RunRef:
 def refresh_folder(out: str, named: str) -> OutputFolder:
     """The output folder, emptied of a refresh that was cut off, and marked. Raises InputError where it holds anything
     else."""
-    folder = OutputFolder(out, "the output folder", "a refresh", OWN_FILES, EXPORT_MANIFEST, REFRESHING)
+    folder = OutputFolder(out, "the output folder", "a refresh", OWN_FILES, FINISHED, REFRESHING)
     if folder.state() == "complete":
         raise InputError(f"the output folder {named} is not empty; name another folder, or remove it")
     folder.check_writable()

@@ -11,7 +11,7 @@ from small import small_catalog, write_config
 from trainings import read_export, train_without_ray
 
 from gtc_dist import evaluate, export
-from gtc_dist.checkpoint.existing_run import find_run
+from gtc_dist.checkpoint.existing_run import find_run, run_status
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.errors import InputError
@@ -87,6 +87,8 @@ def test_the_folder_is_an_export_and_a_run(days, refreshed, tmp_path, capsys):
     assert f"user {new}\n   1 " in capsys.readouterr().out
     with pytest.raises(InputError, match="is not empty"):
         refresh_run.main(["--run", days[0], "--catalog", today.uri, "--out", refreshed])
+    with pytest.raises(InputError, match="holds embeddings of gtc refresh; choose another"):
+        run_status(find_run(refreshed).config, refreshed, today.manifest.fingerprint)
 
 
 def own_rows(comm, **options) -> dict:
