@@ -97,6 +97,18 @@ class TrainConfig(Section):
     epochs: NonNegativeInt = Field(120, description="Largest number of epochs.")
     batch_size: PositiveInt = Field(2048, description="Interactions of a step, over all ranks.")
     seed: NonNegativeInt = Field(0, description="Seed of initial values, negatives, sampling and permutations.")
+    init_from: Name | None = Field(
+        None,
+        description="Start from the best weights of an earlier run, on a catalog of the grown data: rows by original "
+        "ids, new users from those who share items with them, new items from similar ones. A run that resumes goes on "
+        "from its own state. null: random values.",
+    )
+    final_fit: Name | None = Field(
+        None,
+        description="For what is deployed: train on train and valid together, for as many epochs and with the weights "
+        "of the scorers that the finished run named here selected. Metrics stay those of that run. null: train on "
+        "train, select on valid.",
+    )
     lr: PositiveFloat = Field(1e-3, description="Learning rate (Adam) of the dense network.")
     table_lr: PositiveFloat = Field(2e-3, description="Learning rate of the user and item tables.")
     table_optimizer: Literal["adam", "rowwise_adam"] = Field(
@@ -292,6 +304,11 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     model: ModelConfig = ModelConfig()
     eval: EvalConfig = EvalConfig()
+
+    @property
+    def train_splits(self) -> tuple[str, ...]:
+        """Splits whose interactions are trained on."""
+        return ("train",) if self.train.final_fit is None else ("train", "valid")
 
     @property
     def has_historical_embeddings(self) -> bool:

@@ -1,6 +1,7 @@
 """Export a run's embeddings under the original ids.
 
-    python -m gtc_dist.export --run RUN --out DIR [--dtype float16] [--faiss] [--new-items FILE] [--workers N]
+    python -m gtc_dist.export --run RUN --out DIR [--dtype float16] [--faiss] [--new-items FILE]
+        [--new-users FILE] [--workers N]
 
 Writes DIR/users/part-*.parquet and DIR/items/part-*.parquet with the columns `id` (original type) and `embedding`
 (fixed_size_list), DIR/README.md, which says what they are and how to load them, and DIR/manifest.json last: without it
@@ -12,23 +13,31 @@ every time.
 and one column of raw vectors for each modality, named as in data.features, null where an item has none. They are
 written to items/part-new-*.parquet.
 
+--new-users FILE adds users who are not in the catalog, from their interactions: a file in the format of the catalog's
+own interactions (data.interactions); or, for users who have none yet, a file with a column of users alone, who get the
+mean of the others. They are written to users/part-new-*.parquet; nothing changes for the other users and the items.
+
 With --workers N, N ranks on the cluster write their own rows. --faiss holds all items in the memory of this process.
 """
 
 import argparse
 import functools
+import sys
 from dataclasses import asdict
 
 import numpy as np
 
-from gtc_dist.checkpoint.existing_run import find_run
+from gtc_dist.checkpoint.existing_run import RunRef, find_run
 from gtc_dist.data import formats, storage
+from gtc_dist.data.catalog import Catalog
 from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.inference.embedding_files import export_rank
 from gtc_dist.inference.model_card import CARD, model_card
+from gtc_dist.inference.new_users import NewUsers
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
+from gtc_dist.prepare.new_users import read_new_users
 
 EXPORT_MANIFEST = "manifest.json"
 INDEX = "items.faiss"
@@ -40,19 +49,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--faiss", action="store_true", help="also write items.faiss, an exact inner-product index")
     parser.add_argument("--new-items", metavar="FILE", help="URI of a Parquet file with items that arrived since")
+    parser.add_argument("--new-users", metavar="FILE", help="URI of a file with users who are not in the catalog")
     args = parse_run_command(parser, argv)
-    if args.new_items and args.workers:
-        parser.error("--new-items works in this process alone, without --workers")
+    if (args.new_items or args.new_users) and args.workers:
+        parser.error("--new-items and --new-users work in this process alone, without --workers")
 
-    refuse_relative_paths(
-        {"--run": args.run, "--out": args.out, "--new-items": args.new_items, "--catalog": args.catalog}
-    )
+    paths = ("run", "out", "new_items", "new_users", "catalog")
+    refuse_relative_paths({f"--{name.replace('_', '-')}": getattr(args, name) for name in paths})
     out = storage.absolute(args.out)
     run_ref = find_run(args.run, args.catalog)
+    new = {"new_items": args.new_items, "new_users": args.new_users and open_new_users(run_ref, args.new_users)}
     folder = empty_folder(out, args.out)
-    export = run_on_ranks_or_here(
-        args, run_ref, functools.partial(export_rank, out=out, dtype=args.dtype, new_items=args.new_items)
-    )
+    export = run_on_ranks_or_here(args, run_ref, functools.partial(export_rank, out=out, dtype=args.dtype, **new))
     files = export["files"]
     if args.faiss:
         files[INDEX] = write_index([name for name in files if name.startswith("items/")], export["dim"], out)
@@ -67,8 +75,21 @@ def main(argv: list[str] | None = None) -> None:
         "metric": "dot product",
     }
     folder.finish(manifest)
-    new = f" (and {export['new_items']:,} new ones)" if args.new_items else ""
-    print(f"{export['users']:,} users and {export['items']:,} items{new} of width {export['dim']} are in {out}")
+    counts = [
+        f"{export[kind]:,} {kind}" + (f" (and {export[f'new_{kind}']:,} new ones)" if f"new_{kind}" in export else "")
+        for kind in ("users", "items")
+    ]
+    print(f"{counts[0]} and {counts[1]} of width {export['dim']} are in {out}")
+
+
+def open_new_users(run_ref: RunRef, uri: str) -> NewUsers:
+    """The users of a file, and a line on what is not used of it. Raises InputError."""
+    new = read_new_users(run_ref.config.data, Catalog(run_ref.config.data.catalog), uri)
+    none = int((new.indptr[1:] == new.indptr[:-1]).sum())
+    unused = f"; {new.unknown:,} rows of items that the catalog lacks are not used" if new.unknown else ""
+    mean = f", {none:,} of them without an interaction: they get the mean user" if none else ""
+    print(f"{uri}: {len(new):,} users with {len(new.items):,} interactions{mean}{unused}", file=sys.stderr, flush=True)
+    return new
 
 
 def empty_folder(out: str, named: str) -> OutputFolder:

@@ -18,10 +18,16 @@ from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.graph.csc import load_graphs
 
 
-def parse_run_command(parser: argparse.ArgumentParser, argv: list[str] | None):
-    """Add the options that every command on a trained run has, and parse the command line."""
+def parse_run_command(
+    parser: argparse.ArgumentParser, argv: list[str] | None, catalog: str = "the run's catalog, if it has moved"
+):
+    """Add the options that every command on a trained run has, and parse the command line.
+
+    Args:
+        catalog: help of --catalog.
+    """
     parser.add_argument("--run", required=True, help="URI of the run folder: run.storage/run.name")
-    parser.add_argument("--catalog", metavar="URI", help="the run's catalog, if it has moved")
+    parser.add_argument("--catalog", metavar="URI", help=catalog)
     parser.add_argument(
         "--workers", type=int, default=0, help="number of ranks on the cluster (default 0: this process alone)"
     )

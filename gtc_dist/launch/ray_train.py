@@ -25,6 +25,7 @@ from gtc_dist.data.catalog import Catalog
 from gtc_dist.data.ray_tasks import EveryRow, read_rows
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError, NotFinite
+from gtc_dist.final_fit.final_trainer import FinalTrainer
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.launch.rank_memory import keep_memory
 from gtc_dist.launch.ray_cluster import cores
@@ -87,7 +88,7 @@ def train_on_ray(
     After a rank or its node is lost, all ranks restart from the last checkpoint: at most `cluster.retries` times,
     preempted nodes not counted.
     """
-    files = [{"uri": uri} for uri in catalog.interaction_uris("train")]
+    files = [{"uri": uri} for uri in catalog.interaction_uris(*config.train_splits)]
     rows = ray.data.from_items(files, override_num_blocks=len(files))
     rows = rows.map_batches(read_rows, batch_size=1, batch_format="pyarrow", num_cpus=READER_CPUS)
     settings = {"config": config, "run": run, "graphs": graphs}
@@ -188,7 +189,8 @@ def train_rank(settings: dict) -> None:
     try:
         with watch_rank(comm, settings["watchdog"], 60 * config.cluster.wait_minutes):
             catalog, poll = Catalog(config.data.catalog), RequestPoll(run, comm)
-            Trainer(config, catalog, run, users, items, graphs, comm, train.report, poll).fit()
+            kind = Trainer if config.train.final_fit is None else FinalTrainer
+            kind(config, catalog, run, users, items, graphs, comm, train.report, poll).fit()
     except tuple(FATAL.values()) as error:
         kind = next(name for name, fatal in FATAL.items() if isinstance(error, fatal))
         storage.write_json(storage.join(run, FAILURE_FILE), {"kind": kind, "message": str(error)})

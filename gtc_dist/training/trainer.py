@@ -41,6 +41,7 @@ from gtc_dist.training.run_log import RunLog
 from gtc_dist.training.train_state import LossMeter, TrainProgress, TrainState
 from gtc_dist.training.validation import Validator
 from gtc_dist.training.weight_averaging import WeightAverage
+from gtc_dist.warm_start.carry_over import initial_weights
 
 # parts of a step in TensorBoard; sampling and features run in the prefetch thread, communication is part of others
 PARTS = ("data", "sampling", "features", "history", "lookup", "forward", "backward", "optimizer", "communication")
@@ -82,7 +83,7 @@ class Trainer:
             fit_projection(self.network.masked, self.features)
         content, of_loader = self._content()
         self.loader = build_loader(config, self.network, users, items, graphs, features, of_loader, self.loader_comm)
-        expected = catalog.manifest.interactions["train"]
+        expected = sum(catalog.manifest.interactions[split] for split in config.train_splits)
         if (found := sum(self.loader.interactions_per_rank)) != expected:
             raise InputError(
                 f"the ranks read {found} train interactions, the manifest of {catalog.uri} says {expected}; "
@@ -134,10 +135,7 @@ class Trainer:
         self.log = RunLog(self.run, config.train.epochs, self.loader.steps, active, progress.lines, progress.steps)
         self.validation_seconds = math.inf  # of the last validation; a long one is announced
         if not resumed:
-            if self.validator.scorer.has_untrained:
-                self._print("fitting the untrained scorers to the valid split")
-            self.validator.scorer.tune_untrained(self.validator.shortlist)
-            self._validate(0)
+            self.start()
             progress.epoch, progress.step = 1, 0
         while progress.epoch <= config.train.epochs and progress.waited < config.eval.patience:
             self.checkpointer.save_if_wanted(before_validation=False)
@@ -163,6 +161,22 @@ class Trainer:
         if found:
             self.use_content()
         return found
+
+    def start(self) -> None:
+        """Before the first epoch: fit and validate the scorers with the initial weights."""
+        self.start_from_earlier_run()
+        if self.validator.scorer.has_untrained:
+            self._print("fitting the untrained scorers to the valid split")
+        self.validator.scorer.tune_untrained(self.validator.shortlist)
+        self._validate(0)
+
+    def start_from_earlier_run(self) -> None:
+        """Take the weights of `train.init_from`, if it is set."""
+        found = initial_weights(self.config, self.validator.catalog, self.graphs, self.network, self.tables)
+        if found is not None:
+            self.state.progress.init_from, text = found
+            self._print(text)
+            self.use_content()
 
     def use_content(self) -> None:
         """Make the masked diffusion's content again, with the projection that was loaded into the network."""
@@ -317,7 +331,7 @@ class Trainer:
             "seconds_per_epoch": round(at.trained / max(last, 1), 3),
             "workers": self.comm.size,
             "skipped_steps": self.guard.skipped,
-        }
+        } | ({"init_from": at.init_from} if at.init_from else {})
         if self.comm.rank == 0:
             self.log.projector(*self.validator.projector_points(items), at.best_epoch)
             storage.write_json(storage.join(self.run, METRICS_FILE), result)

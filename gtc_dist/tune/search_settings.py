@@ -63,6 +63,8 @@ def check_search(config: Config, space: SearchSpace) -> None:
     """Raises InputError for what a search cannot do."""
     if config.cluster.workers > 1 or config.cluster.min_workers:
         raise InputError("a trial trains on one rank, and trials run side by side: set cluster.workers=1")
+    if config.train.final_fit:
+        raise InputError("train.final_fit takes its settings from a run, so there is nothing to search; leave it out")
     if space.first_epochs > config.train.epochs:
         raise InputError(f"first_epochs is {space.first_epochs}, above train.epochs {config.train.epochs}")
 

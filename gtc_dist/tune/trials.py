@@ -35,7 +35,7 @@ from gtc_dist.training.trainer import Trainer
 from gtc_dist.tune.search_space import Parameter, SearchSpace, with_settings
 
 VALUE, EPOCH = "best", "epoch"  # keys of a report: the best value so far of eval.metric on valid, and the epoch
-FINISHED = "finished"  # key of the last report of a trial that trained to its end
+TRAINED = "finished"  # key of the last report of a trial that trained to its end
 TRIAL_FILE = "trial.json"  # in the run folder of a trial that ended
 
 
@@ -116,7 +116,7 @@ def run_trial(settings: dict[str, Any], base: Config, folder: str, graphs: Graph
         trainer = Trainer(config, catalog, run, users, items, used_graphs(graphs, config), comm, report=tune.report)
         trainer.fit()
     at = trainer.state.progress
-    tune.report({EPOCH: at.epoch - 1, VALUE: at.best, FINISHED: True})
+    tune.report({EPOCH: at.epoch - 1, VALUE: at.best, TRAINED: True})
 
 
 def used_graphs(graphs: Graphs, config: Config) -> Graphs:
@@ -166,7 +166,7 @@ class Records(tune.Callback):
         found = self.trials[trial_name(trial.trial_id)]
         if found.status == "failed":  # not ended before
             found.reports.append({EPOCH: result[EPOCH], VALUE: result[VALUE]})
-            if result.get(FINISHED):
+            if result.get(TRAINED):
                 found.status = "finished"
 
     def on_trial_complete(self, iteration: int, trials: list, trial, **info) -> None:
