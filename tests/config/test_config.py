@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ("tiktok.yaml", "lastfm.yaml", "beauty.yaml")  # trained with the defaults
 OTHERS = ("variants.yaml", "peers.yaml")  # for tools/suite.py
 SHIPPED = sorted(
-    path for path in (ROOT / "configs").glob("**/*.yaml") if path.parent.name != "datasets" and path.name not in OTHERS
+    path
+    for path in (ROOT / "configs").glob("**/*.yaml")
+    if path.parent.name not in ("datasets", "tune") and path.name not in OTHERS
 )
 
 
