@@ -19,6 +19,7 @@ ORDER = [
     ["model", "evaluation", "hybrid"],
     ["inference"],
     ["training"],
+    ["preflight"],
     ["launch"],
     ["prepare", "synthetic", "train", "evaluate", "export"],
     ["features"],
@@ -70,7 +71,7 @@ def test_ray_and_dgl_are_imported_in_their_places():
         for module in imports(path):
             users[module.split(".")[0]].add(str(path.relative_to(PACKAGE)))
     assert users["dgl"] == {"graph/neighbor_sampler.py"}
-    assert all(name.startswith("launch/") or name == "data/ray_tasks.py" for name in users["ray"])
+    assert all(name.startswith(("launch/", "preflight/")) or name == "data/ray_tasks.py" for name in users["ray"])
 
 
 def test_folders_and_files_stay_small():

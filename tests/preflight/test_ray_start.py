@@ -12,7 +12,8 @@ from seaweed import free_ports
 
 CONNECT = """
 from gtc_dist.errors import run_command
-from gtc_dist.launch import ray_cluster, ray_start
+from gtc_dist.launch import ray_cluster
+from gtc_dist.preflight import ray_start
 
 ray_start.CLIENT_SECONDS = {seconds}
 run_command(ray_cluster.connect)
@@ -20,7 +21,7 @@ run_command(ray_cluster.connect)
 
 HANG = """
 import ctypes
-from gtc_dist.launch import ray_start
+from gtc_dist.preflight import ray_start
 
 ray_start.START_SECONDS = 0.5
 with ray_start.one_line_errors("a local Ray cluster"):
