@@ -68,7 +68,7 @@ def room_for_ranks(cluster: ClusterConfig) -> dict[str, float]:
     except InputError as error:
         if started_here() or not has_autoscaler(nodes):
             raise
-        _say(f"{error} The cluster's autoscaler may add nodes: waiting for them")
+        _say(f"{error} The cluster's autoscaler may add nodes: waiting for them, until this command is stopped")
         resources = _wait_for_nodes(cluster)
         _say(f"nodes were added; the cluster has {_by_node(alive_nodes())}")
         return resources
@@ -91,7 +91,7 @@ def worker_resources(cluster: ClusterConfig, nodes: list[ClusterNode]) -> dict[s
     if cluster.gpu and sum(gpus) < workers:
         raise InputError(
             f"cluster.{key}={workers} with cluster.gpu=true needs {workers} GPUs; the cluster has {sum(gpus):g}: "
-            f"{_by_node(nodes)}."
+            f"{_by_node(nodes)}. Use fewer workers."
         )
     each = requested or 1
     if requested is None and cluster.min_workers is not None:
@@ -124,9 +124,8 @@ def has_autoscaler(nodes: list[ClusterNode]) -> bool:
         if is_autoscaler_v2():
             return True
         status = json.loads(_internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS) or "{}")
-        if report := status.get("autoscaler_report"):
-            own_types = {f"node_{node.id}" for node in nodes}
-            return not report["active_nodes"].keys() <= own_types
+        if types := status.get("autoscaler_report", {}).get("active_nodes"):
+            return not types.keys() <= {f"node_{node.id}" for node in nodes}
         if time.monotonic() > deadline:
             return False
         time.sleep(WAIT_SECONDS)
