@@ -29,6 +29,7 @@ from gtc_dist.errors import InputError, NotFinite
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.launch.rank_memory import keep_memory
 from gtc_dist.launch.ray_cluster import cores
+from gtc_dist.launch.ray_metrics import RunGauges
 from gtc_dist.launch.watchdog import Watchdog, watch_rank
 from gtc_dist.preflight import node_checks
 from gtc_dist.preflight.room import READER_CPUS
@@ -152,8 +153,14 @@ def train_rank(settings: dict) -> None:
         return  # a retry would only repeat the failure
     try:
         with watch_rank(comm, settings["watchdog"], 60 * config.cluster.wait_minutes):
-            catalog, poll = Catalog(config.data.catalog), RequestPoll(run, comm)
-            Trainer(config, catalog, run, users, items, graphs, comm, train.report, poll).fit()
+            catalog, poll, gauges = Catalog(config.data.catalog), RequestPoll(run, comm), RunGauges(config.run.name)
+
+            def report(metrics: dict) -> None:
+                if comm.rank == 0:
+                    gauges.set(metrics)
+                train.report(metrics)
+
+            Trainer(config, catalog, run, users, items, graphs, comm, report, poll, gauges.set).fit()
     except tuple(FATAL.values()) as error:
         kind = next(name for name, fatal in FATAL.items() if isinstance(error, fatal))
         storage.write_json(storage.join(run, FAILURE_FILE), {"kind": kind, "message": str(error)})
