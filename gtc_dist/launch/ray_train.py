@@ -18,6 +18,7 @@ import torch
 from ray import train
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gtc_dist.checkpoint.run_folder import CONFIG_FILE, FAILURE_FILE, METRICS_FILE, RAY_FOLDER, STOP_FILE
 from gtc_dist.config import ClusterConfig, Config
@@ -115,7 +116,10 @@ def _ray_trainer(
 ):
     filesystem, path = storage.arrow_filesystem(storage.join(run, name))
     seconds = 60 * cluster.wait_minutes
-    watchdog = ray.remote(num_cpus=0)(Watchdog).remote(seconds) if cluster.workers > 1 else None
+    # on the node of this command, without which no rank runs either: the loss of another node must not end it
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, scheduling_strategy=here)(Watchdog)
+    watchdog = actor.remote(seconds) if cluster.workers > 1 else None
     backend = "nccl" if cluster.gpu else "gloo"
     workers = (cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers
     return TorchTrainer(

@@ -46,8 +46,8 @@ def check_nodes(files: dict[str, str]) -> None:
     whose shared memory is too small gets a warning on stderr.
 
     Args:
-        files: small files that exist, by what they belong to ("run.storage": URI). Every node must find them, with the
-            same first HEAD_BYTES.
+        files: files that exist, by what they belong to ("run.storage": URI). Every node must find them, with the same
+            first HEAD_BYTES.
 
     Raises:
         InputError: a node has other versions, does not see a file, or does not answer. Names the nodes.
@@ -93,11 +93,11 @@ def check_versions(expected: dict[str, str]) -> None:
 def report_node(files: dict[str, str]) -> dict:
     """Versions, the first bytes of `files` and the size of the shared memory, as this process finds them."""
     pool = ThreadPoolExecutor(max(len(files), 1))
-    reads = {key: pool.submit(storage.read_bytes, uri) for key, uri in files.items()}
+    reads = {key: pool.submit(_read_head, uri) for key, uri in files.items()}
     contents, problems = {}, {}
     for key, read in reads.items():
         try:
-            contents[key] = read.result(READ_SECONDS)[:HEAD_BYTES]
+            contents[key] = read.result(READ_SECONDS)
         except TimeoutError:
             problems[key] = f"no answer within {READ_SECONDS:g} s"
         except Exception as error:
@@ -109,6 +109,11 @@ def report_node(files: dict[str, str]) -> dict:
     except OSError:
         size = 0
     return {"versions": installed_versions(), "contents": contents, "problems": problems, "shared_memory": size}
+
+
+def _read_head(uri: str) -> bytes:
+    with storage.open_input(uri, buffered=False) as file:
+        return file.read(HEAD_BYTES)
 
 
 def _task_on(node: ClusterNode):
