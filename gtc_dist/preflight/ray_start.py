@@ -15,8 +15,8 @@ from gtc_dist.errors import InputError, Unreachable
 
 TCP_SECONDS = 5.0
 CLIENT_SECONDS = 30.0  # of `ray health-check`, which needs one on an idle machine; Ray itself would wait for 40
-# Of a start, which needs 5 on an idle machine and took 45 beside 50 other busy processes on two cores: until a line says
-# that it is slow, and until it is given up.
+# Of a start, which needs 5 on an idle machine, and 29 beside 30 busy processes on two cores: until a line says that
+# it is slow, and until it is given up.
 SLOW_SECONDS, START_SECONDS = 20.0, 60.0
 SOCKET_PATH_BYTES = 107  # of a Unix socket (sun_path of sockaddr_un without its closing zero)
 # Ray's longest socket path below its temporary folder: a session's name has its start and its process
