@@ -22,7 +22,7 @@ from gtc_dist.checkpoint.run_folder import LOCK_FILE
 from gtc_dist.config import Config
 from gtc_dist.config_file import load_config
 from gtc_dist.data import storage
-from gtc_dist.data.catalog import Catalog
+from gtc_dist.data.catalog import MANIFEST, Catalog
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs, load_graphs
 from gtc_dist.launch.job_paths import refuse_relative_paths
@@ -112,9 +112,13 @@ def run_search(config: Config, space: SearchSpace, graphs: Graphs, folder: str, 
         f"{'going on with' if begun else 'starting'} a search of {space.trials} trials; starting Ray", file=sys.stderr
     )
     from gtc_dist.launch import ray_cluster  # slow to import: the errors above show at once
+    from gtc_dist.preflight import node_checks, room
     from gtc_dist.tune import trials
 
     ray_cluster.connect(dashboard=True, shared_bytes=graphs.bytes)
+    room.room_for_ranks(config.cluster)
+    catalog = storage.join(config.data.catalog, MANIFEST)
+    node_checks.check_nodes({"run.storage": storage.join(folder, LOCK_FILE), "data.catalog": catalog})
     found = trials.search(config, space, graphs, folder)
     if failed := [trial.name for trial in found if trial.status == "failed"]:
         raise InputError(
