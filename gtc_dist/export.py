@@ -24,7 +24,7 @@ import numpy as np
 from gtc_dist.checkpoint.existing_run import find_run
 from gtc_dist.data import formats, storage
 from gtc_dist.data.output_folder import OutputFolder
-from gtc_dist.errors import InputError, run_command
+from gtc_dist.errors import run_command
 from gtc_dist.inference.embedding_files import export_rank
 from gtc_dist.inference.model_card import CARD, model_card
 from gtc_dist.launch.job_paths import refuse_relative_paths
@@ -81,15 +81,7 @@ def empty_folder(out: str, named: str) -> OutputFolder:
         manifest=EXPORT_MANIFEST,
         marker=None,
     )
-    state = folder.state()
-    if state == "complete":
-        raise InputError(
-            f"the output folder {named} is not empty, it holds an export; name another folder, or remove it"
-        )
-    folder.check_writable()
-    if state == "incomplete":
-        print(f"{named} holds an export that was cut off: starting again", flush=True)
-        folder.clear()
+    folder.start_empty(named)
     return folder
 
 

@@ -30,7 +30,6 @@ from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
-from gtc_dist.errors import InputError
 from gtc_dist.evaluation.beyond_accuracy import mean_user
 from gtc_dist.evaluation.ranking import top_k_items
 from gtc_dist.features.item_content import read_ids
@@ -121,10 +120,7 @@ def lists_folder(out: str, named: str) -> OutputFolder:
     """The output folder, emptied of lists that were cut off. Raises InputError where it holds anything else."""
     own = r"part-\d{12}\.parquet"
     folder = OutputFolder(out, "the output folder", "lists", own_files=own, manifest="_manifest.json", marker=None)
-    if folder.state() == "complete":
-        raise InputError(f"the output folder {named} is not empty, it holds lists; name another folder, or remove it")
-    folder.check_writable()
-    folder.clear()
+    folder.start_empty(named)
     return folder
 
 
