@@ -8,6 +8,7 @@
     python tools/benchmark.py resume    --config C.yaml [a.b=c ...]   time to resume a killed training
     python tools/benchmark.py inference --config C.yaml               embeddings of the whole catalog and their export
     python tools/benchmark.py ranking   --config C.yaml --users 10000  users against all items
+    python tools/benchmark.py lists     --config C.yaml --users 1000,2000   `gtc recommend`, from random embeddings
     python tools/benchmark.py ingest    --config C.yaml --config D.yaml   prepare: raw tables to a catalog
     python tools/benchmark.py command -- python -m gtc_dist.train ...  time and memory of any command
 
@@ -30,7 +31,7 @@ import time
 from pathlib import Path
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-CONFIGURED = ("step", "scale", "checkpoint", "resume", "inference", "ranking", "ingest")
+CONFIGURED = ("step", "scale", "checkpoint", "resume", "inference", "ranking", "lists", "ingest")
 COMMANDS = ("ingest", "resume", "command")  # measured as whole commands, in one process
 MEASURE = Path(__file__).parent / "bench" / "measure.py"
 
@@ -75,6 +76,10 @@ def parse() -> argparse.Namespace:
             sub.add_argument("--width", type=int, default=64)
         if name == "ranking":
             sub.add_argument("--users", type=int, default=10_000)
+        if name == "lists":
+            sub.add_argument("--users", default="1000,2000", help="users to make lists for, comma-separated")
+            sub.add_argument("--width", type=int, default=785, help="columns of the embeddings (default: %(default)s)")
+            sub.add_argument("--explain", action="store_true", help="with the nearest items of each user's own")
         if name == "inference":
             sub.add_argument("--export", help="URI for the embeddings (default: a temporary folder)")
     words = sys.argv[1:]
@@ -115,6 +120,9 @@ def cases(args: argparse.Namespace) -> list[dict]:
         shared |= {"overrides": args.rest}
         if args.command == "ranking":
             shared |= {"users": args.users}
+        if args.command == "lists":
+            grid["users"] = numbers(args.users)
+            shared |= {"width": args.width, "explain": args.explain}
         if args.command == "inference":
             shared |= {"export": args.export}
     return [shared | dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

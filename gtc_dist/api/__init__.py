@@ -26,6 +26,7 @@ from gtc_dist.config import Config
 from gtc_dist.config_file import build_config, load_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Manifest
+from gtc_dist.embedding_formats.write_formats import Format
 from gtc_dist.errors import InputError
 from gtc_dist.evaluation.item_groups import HEAD_ITEMS
 from gtc_dist.hybrid.embeddings import Embeddings
@@ -122,13 +123,22 @@ class Run:
         ids = self._loaded.catalog.ids(kind).to_numpy(zero_copy_only=False)
         return ids, getattr(self._final, kind).weight.float().numpy()
 
-    def export(self, out: str, dtype: Literal["float32", "float16"] = "float32", faiss: bool = False) -> None:
+    def export(
+        self,
+        out: str,
+        dtype: Literal["float32", "float16"] = "float32",
+        faiss: bool = False,
+        formats: Iterable[Format] = ("parquet",),
+    ) -> None:
         """Write the embeddings to a new or empty folder, as `gtc export` does.
+
+        Args:
+            faiss: add it to the formats.
 
         Raises:
             InputError: the folder holds something else.
         """
-        options = ["--dtype", dtype, *(["--faiss"] if faiss else [])]
+        options = ["--dtype", dtype, "--format", *formats, *(["faiss"] if faiss else [])]
         export.main(["--run", self.uri, "--catalog", self.config.data.catalog, "--out", out, *options])
 
     def recommend(

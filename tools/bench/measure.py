@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from measure_lists import measure_lists
 from measure_training import measure_checkpoints, measure_resume, measure_step
 from watching import peak_mib, run_watched
 
@@ -197,6 +198,7 @@ KINDS = {
     "resume": measure_resume,
     "inference": measure_inference,
     "ranking": measure_ranking,
+    "lists": measure_lists,
     "ingest": measure_ingest,
     "command": measure_command,
 }
