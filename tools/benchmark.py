@@ -9,6 +9,7 @@
     python tools/benchmark.py inference --config C.yaml               embeddings of the whole catalog and their export
     python tools/benchmark.py ranking   --config C.yaml --users 10000  users against all items
     python tools/benchmark.py lists     --config C.yaml --users 1000,2000   `gtc recommend`, from random embeddings
+    python tools/benchmark.py formats   --rows 1000000                formats of an export beside Parquet, random rows
     python tools/benchmark.py ingest    --config C.yaml --config D.yaml   prepare: raw tables to a catalog
     python tools/benchmark.py command -- python -m gtc_dist.train ...  time and memory of any command
 
@@ -55,7 +56,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("sampling", "lookup", *CONFIGURED, "command"):
+    for name in ("sampling", "lookup", "formats", *CONFIGURED, "command"):
         sub = commands.add_parser(name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.add_argument("--repeats", type=int, default=1 if name in COMMANDS or name == "inference" else 20)
         sub.add_argument("--out", default=f"benchmark-{name}.json", help="JSON file")
@@ -80,6 +81,10 @@ def parse() -> argparse.Namespace:
             sub.add_argument("--users", default="1000,2000", help="users to make lists for, comma-separated")
             sub.add_argument("--width", type=int, default=785, help="columns of the embeddings (default: %(default)s)")
             sub.add_argument("--explain", action="store_true", help="with the nearest items of each user's own")
+        if name == "formats":
+            sub.add_argument("--rows", type=int, default=1_000_000, help="items (default: %(default)s)")
+            sub.add_argument("--width", type=int, default=785)
+            sub.add_argument("--formats", default="numpy,jsonl,faiss", help="comma-separated")
         if name == "inference":
             sub.add_argument("--export", help="URI for the embeddings (default: a temporary folder)")
     words = sys.argv[1:]
@@ -112,6 +117,9 @@ def cases(args: argparse.Namespace) -> list[dict]:
     if args.command == "sampling":
         shared |= {"nodes": args.nodes, "interactions": args.interactions, "seeds": args.seeds}
         shared |= {"fanout": numbers(args.fanout)}
+    elif args.command == "formats":
+        grid["format"] = args.formats.split(",")
+        shared |= {"rows": args.rows, "width": args.width}
     elif args.command == "lookup":
         grid["rows"] = numbers(args.rows)
         shared |= {"ids": args.ids, "width": args.width}

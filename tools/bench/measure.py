@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from measure_formats import measure_formats
 from measure_lists import measure_lists
 from measure_training import measure_checkpoints, measure_resume, measure_step
 from watching import peak_mib, run_watched
@@ -199,6 +200,7 @@ KINDS = {
     "inference": measure_inference,
     "ranking": measure_ranking,
     "lists": measure_lists,
+    "formats": measure_formats,
     "ingest": measure_ingest,
     "command": measure_command,
 }
