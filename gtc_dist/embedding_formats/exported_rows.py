@@ -1,7 +1,7 @@
 """The rows of an export, read from its Parquet files some at a time."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +11,7 @@ from gtc_dist.data import formats, storage
 
 KINDS_OF_ROWS = ("users", "items")
 BATCH_ROWS = formats.VECTOR_ROW_GROUP
+RowsDone = Callable[[int], None]
 Batches = Iterator[tuple[pa.Array, np.ndarray]]
 
 
@@ -19,13 +20,22 @@ def part_names(files: dict[str, dict], kind: str) -> list[str]:
     return sorted(name for name in files if name.startswith(f"{kind}/") and name.endswith(".parquet"))
 
 
-def exported_rows(out: str, names: list[str], columns: tuple[str, ...] = ("id", "embedding")) -> Batches:
+def exported_rows(
+    out: str,
+    names: list[str],
+    columns: tuple[str, ...] = ("id", "embedding"),
+    progress: RowsDone | None = None,
+) -> Batches:
     """Ids and embeddings [n, width] of some files, about BATCH_ROWS rows at a time; without `embedding` among the
-    columns the latter are empty."""
+    columns the latter are empty. `progress` is called before each with the number of rows so far."""
+    rows = 0
     for name in names:
         uri = storage.join(out, name)
         with storage.open_input(uri) as stream, formats.parsing(uri, "a readable Parquet file"):
             for batch in pq.ParquetFile(stream).iter_batches(BATCH_ROWS, columns=list(columns)):
+                if progress is not None:
+                    progress(rows)
+                rows += len(batch)
                 if "embedding" not in columns:
                     yield batch["id"], np.empty((len(batch), 0), np.float32)
                     continue

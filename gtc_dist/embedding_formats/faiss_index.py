@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gtc_dist.data import storage
-from gtc_dist.embedding_formats.exported_rows import exported_rows
+from gtc_dist.embedding_formats.exported_rows import RowsDone, exported_rows
 from gtc_dist.embedding_formats.numpy_files import write_ids
 
 INDEX = "items.faiss"
@@ -32,7 +32,13 @@ TRAIN_ROWS = 64  # of IVF: items for each list, by which the lists are chosen
 
 
 def write_index(
-    out: str, parts: list[str], user_parts: list[str], rows: int, dim: int, kind: IndexKind | None = None
+    out: str,
+    parts: list[str],
+    user_parts: list[str],
+    rows: int,
+    dim: int,
+    kind: IndexKind | None = None,
+    progress: RowsDone | None = None,
 ) -> tuple[dict[str, dict], dict[str, Any]]:
     """Write the index of the items of some Parquet files.
 
@@ -52,7 +58,7 @@ def write_index(
         index.train(sample_rows(out, parts, TRAIN_ROWS * index.nlist, dim))
     filled = index if files else faiss.IndexIDMap(index)  # which has no copy of `index`
     best = BestRows(queries, RECALL_TOP)
-    for ids, vectors in exported_rows(out, parts):
+    for ids, vectors in exported_rows(out, parts, progress=progress):
         vectors = np.ascontiguousarray(vectors, np.float32)
         if files:
             index.add(vectors)

@@ -8,16 +8,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gtc_dist.data import storage
-from gtc_dist.embedding_formats.exported_rows import exported_rows, json_ids
+from gtc_dist.embedding_formats.exported_rows import RowsDone, exported_rows, json_ids
 
 TEXT_VALUES = 1 << 22  # numbers that are written as text at once
 
 
-def write_json_lines(out: str, kind: str, parts: list[str], rows: int) -> dict[str, dict]:
+def write_json_lines(out: str, kind: str, parts: list[str], rows: int, progress: RowsDone) -> dict[str, dict]:
     """Write the rows of some Parquet files; returns the manifest's entry."""
     name = f"{kind}.jsonl"
     with storage.create(storage.join(out, name)) as file:
-        for ids, vectors in exported_rows(out, parts):
+        for ids, vectors in exported_rows(out, parts, progress=progress):
             step = max(TEXT_VALUES // max(vectors.shape[1], 1), 1)
             for first in range(0, len(ids), step):
                 file.write(rows_as_json(ids[first : first + step], vectors[first : first + step]))

@@ -10,15 +10,17 @@ import numpy as np
 import pyarrow as pa
 
 from gtc_dist.data import storage
-from gtc_dist.embedding_formats.exported_rows import exported_rows, json_ids
+from gtc_dist.embedding_formats.exported_rows import RowsDone, exported_rows, json_ids
 
 
-def write_numpy(out: str, kind: str, parts: list[str], rows: int, dim: int, dtype: str) -> dict[str, dict]:
+def write_numpy(
+    out: str, kind: str, parts: list[str], rows: int, dim: int, dtype: str, progress: RowsDone
+) -> dict[str, dict]:
     """Write the rows of some Parquet files, [rows, dim] of `dtype`, and their ids; returns the manifest's entries."""
     name = f"{kind}.npy"
     with storage.create(storage.join(out, name)) as file:
         write_header(file, (rows, dim), np.dtype(dtype))
-        for _, vectors in exported_rows(out, parts):
+        for _, vectors in exported_rows(out, parts, progress=progress):
             file.write(np.ascontiguousarray(vectors).reshape(-1).view(np.uint8).data)
     return {name: {"rows": rows} | asdict(file.written)} | write_ids(out, kind, parts, rows)
 

@@ -34,6 +34,7 @@ def model_card(run_ref: RunRef, export: dict[str, Any]) -> str:
         "",
         f"- Interactions: {interactions}; {data.cold_items:,} items have none in train.",
         f"- Content, values of an item: {content}.",
+        "- `manifest.json` has the files with their rows, sizes and SHA-256.",
         "",
     ]
     if result is not None and result["best_epoch"] == run_ref.epoch:
