@@ -17,7 +17,7 @@ COMMANDS = {
     "train": ("gtc_dist.train", "train on a catalog, or go on with an interrupted training"),
     "evaluate": ("gtc_dist.evaluate", "metrics of a run, alone or against another one"),
     "recommend": ("gtc_dist.recommend.lists", "lists of items for users, or similar items"),
-    "export": ("gtc_dist.export", "embeddings of a run under your own ids: Parquet, NumPy, FAISS, JSON lines"),
+    "export": ("gtc_dist.export", "embeddings of a run under your own ids"),
 }
 
 
