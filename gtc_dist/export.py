@@ -17,8 +17,8 @@ written to items/part-new-*.parquet.
 
 - parquet (default), as above;
 - numpy: users.npy and items.npy, with the ids of their rows in users_ids.npy and items_ids.npy (integers) or .jsonl;
-- faiss: items.faiss, an index by inner product with your ids in it where they are integers: flat, HNSW or IVF by the
-  number of items (--index), with its recall in manifest.json and README.md;
+- faiss: items.faiss, an index by inner product with your ids in it where they are integers: flat or, for many items,
+  IVF (or HNSW: --index), with its recall in manifest.json and README.md;
 - jsonl: users.jsonl and items.jsonl, which pgvector, Qdrant and Milvus import. README.md has the lines for each.
 
 With --workers N, N ranks on the cluster write their own rows as Parquet; this process makes the other formats from

@@ -1,8 +1,9 @@
 """FAISS index of an export's items, by inner product: items.faiss.
 
-Up to FLAT_ITEMS items it is flat, which is exact; up to HNSW_ITEMS a graph (HNSW), which is quick to search and slow
-to build; beyond them inverted lists (IVF). How far the last two search, `efSearch` or `nprobe`, is stored in the index:
-the least that finds RECALL of the best RECALL_TOP items of a sample of the users, compared with an exact search.
+Up to FLAT_ITEMS items it is flat, which is exact; beyond them it has inverted lists (IVF, `inverted_lists.py`). A graph
+(HNSW) is made on request: it found fewer of the best items in more time (docs/scaling.md). How far the last two search,
+`nprobe` or `efSearch`, is stored in the index: the least that finds RECALL of the best RECALL_TOP items of a sample of
+the users, compared with an exact search.
 
 Integer ids are in the index. Where ids are texts, or negative, which FAISS takes for "none", it returns row numbers,
 and items_ids.jsonl or items_ids.npy has the id of each row.
@@ -20,15 +21,17 @@ import pyarrow.compute as pc
 
 from gtc_dist.data import storage
 from gtc_dist.embedding_formats.exported_rows import RowsDone, exported_rows
+from gtc_dist.embedding_formats.inverted_lists import FIT_ITEMS, InvertedLists, list_count
 from gtc_dist.embedding_formats.numpy_files import write_ids
 
 INDEX = "items.faiss"
 IndexKind = Literal["flat", "hnsw", "ivf"]
 INDEX_KINDS = ("flat", "hnsw", "ivf")
-FLAT_ITEMS, HNSW_ITEMS = 50_000, 200_000
+FLAT_ITEMS = 50_000
 RECALL_USERS, RECALL_TOP, RECALL = 256, 20, 0.95
-LINKS, CONSTRUCTION = 32, 80  # of HNSW: neighbours of an item, and candidates while it is built
-TRAIN_ROWS = 64  # of IVF: items for each list, by which the lists are chosen
+FIT_USERS = 8192  # whose scores decide on the inverted lists
+# of HNSW: neighbours of an item, candidates while it is built, and the most candidates of a search
+LINKS, CONSTRUCTION, MOST_CANDIDATES = 32, 80, 4096
 
 
 def write_index(
@@ -52,62 +55,65 @@ def write_index(
     """
     kind = kind or chosen_kind(rows)
     files = {} if has_integer_ids(out, parts) else write_ids(out, "items", parts, rows)
-    queries = sample_rows(out, user_parts, RECALL_USERS, dim)
-    index = empty_index(kind, dim, rows)
-    if not index.is_trained:
-        index.train(sample_rows(out, parts, TRAIN_ROWS * index.nlist, dim))
-    filled = index if files else faiss.IndexIDMap(index)  # which has no copy of `index`
-    best = BestRows(queries, RECALL_TOP)
+    users = sample_rows(out, user_parts, RECALL_USERS + FIT_USERS, dim)
+    best, first = BestRows(users[:RECALL_USERS], RECALL_TOP), 0
+    if kind == "ivf":
+        sample = sample_rows(out, parts, FIT_ITEMS * list_count(rows), dim)
+        others = users[RECALL_USERS:]  # so that the recall is of users who did not decide on the lists
+        builder = InvertedLists(sample, others if len(others) >= RECALL_USERS else users, list_count(rows))
+    else:
+        builder = MappedIndex(kind, dim)
     for ids, vectors in exported_rows(out, parts, progress=progress):
-        vectors = np.ascontiguousarray(vectors, np.float32)
-        if files:
-            index.add(vectors)
-        else:
-            filled.add_with_ids(vectors, ids.to_numpy().astype(np.int64))
+        vectors, last = np.ascontiguousarray(vectors, np.float32), first + len(vectors)
+        names = np.arange(first, last) if files else ids.to_numpy().astype(np.int64)
+        builder.add(vectors, names)
         if kind != "flat":
-            best.add(vectors)
+            best.add(vectors, names)
+        first = last
+    index = builder.finish()
     description = {"kind": kind, "metric": "inner product", "ids": next(iter(files), "original")}
-    if kind != "flat" and len(queries) and rows:
+    if kind != "flat" and len(users) and rows:
         description |= tune_search(index, kind, best)
     with storage.create(storage.join(out, INDEX)) as file:
-        faiss.write_index(filled, faiss.PyCallbackIOWriter(file.write, storage.PART_BYTES))
-    return files | {INDEX: {"rows": filled.ntotal} | asdict(file.written)}, description
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write, storage.PART_BYTES))
+    return files | {INDEX: {"rows": index.ntotal} | asdict(file.written)}, description
 
 
 def chosen_kind(items: int) -> IndexKind:
     """The kind of index for a number of items."""
-    return "flat" if items <= FLAT_ITEMS else "hnsw" if items <= HNSW_ITEMS else "ivf"
+    return "flat" if items <= FLAT_ITEMS else "ivf"
 
 
-def empty_index(kind: IndexKind, dim: int, rows: int) -> Any:
-    """An index without items, for about `rows` of them."""
-    if kind == "flat":
-        return faiss.IndexFlatIP(dim)
-    if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(dim, LINKS, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = CONSTRUCTION
-        return index
-    lists = max(min(round(4 * rows**0.5), rows // TRAIN_ROWS), 1)
-    return faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT)
+class MappedIndex:
+    """A flat index or a graph that is filled some rows at a time."""
+
+    def __init__(self, kind: IndexKind, dim: int):
+        self.inner = faiss.IndexFlatIP(dim)
+        if kind == "hnsw":
+            self.inner = faiss.IndexHNSWFlat(dim, LINKS, faiss.METRIC_INNER_PRODUCT)
+            self.inner.hnsw.efConstruction = CONSTRUCTION
+        self.index = faiss.IndexIDMap(self.inner)  # refers to the inner one
+
+    def add(self, vectors: np.ndarray, ids: np.ndarray) -> None:
+        """Add rows, float32 [n, dim], under their ids, int64 [n]."""
+        self.index.add_with_ids(vectors, ids)
+
+    def finish(self) -> Any:
+        """The index."""
+        return self.index
 
 
 def tune_search(index: Any, kind: IndexKind, best: "BestRows") -> dict[str, Any]:
-    """Set how far an approximate index searches: the least of doubling values with recall RECALL, or else all of them.
+    """Set how far an approximate index searches: the least of doubling values with recall RECALL, or else the most.
     Returns the parameter, its value and the recall, for the description."""
-    parameter, value, most = (
-        ("nprobe", max(index.nlist // 256, 1), index.nlist) if kind == "ivf" else ("efSearch", 32, 4096)
-    )
-    holder = index if kind == "ivf" else index.hnsw
+    name, value, most = ("nprobe", 1, index.nlist) if kind == "ivf" else ("efSearch", 32, MOST_CANDIDATES)
+    holder = index if kind == "ivf" else faiss.downcast_index(index.index).hnsw
     while True:
-        setattr(holder, parameter, min(value, most))
-        found = index.search(best.queries, best.top)[1]
-        recall = float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, best.rows, strict=True)]))
+        setattr(holder, name, min(value, most))
+        found = index.search(best.queries, best.ids.shape[1])[1]
+        recall = float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, best.ids, strict=True)]))
         if recall >= RECALL or value >= most:
-            return {
-                parameter: getattr(holder, parameter),
-                f"recall@{RECALL_TOP}": recall,
-                "recall_users": len(best.rows),
-            }
+            return {name: min(value, most), f"recall@{RECALL_TOP}": recall, "recall_users": len(best.ids)}
         value *= 2
 
 
@@ -117,26 +123,24 @@ class BestRows:
     Args:
         queries: float32 [n, dim].
         top: how many rows are wanted.
+
+    Attributes:
+        ids: int64 [n, at most top], best first.
     """
 
     def __init__(self, queries: np.ndarray, top: int):
-        self.queries, self.wanted, self.seen = queries, top, 0
+        self.queries, self.wanted = queries, top
         self.scores = np.empty((len(queries), 0), np.float32)
-        self.rows = np.empty((len(queries), 0), np.int64)
+        self.ids = np.empty((len(queries), 0), np.int64)
 
-    @property
-    def top(self) -> int:
-        return self.rows.shape[1]
-
-    def add(self, vectors: np.ndarray) -> None:
-        """The next rows, float32 [m, dim]."""
-        if len(self.queries):
-            found = faiss.knn(self.queries, vectors, min(self.wanted, len(vectors)), faiss.METRIC_INNER_PRODUCT)
-            scores = np.concatenate([self.scores, found[0]], axis=1)
-            rows = np.concatenate([self.rows, found[1] + self.seen], axis=1)
-            order = np.argsort(-scores, axis=1, kind="stable")[:, : self.wanted]
-            self.scores, self.rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
-        self.seen += len(vectors)
+    def add(self, vectors: np.ndarray, ids: np.ndarray) -> None:
+        """The next rows, float32 [m, dim], and their ids, int64 [m]."""
+        if not len(self.queries):
+            return
+        found, at = faiss.knn(self.queries, vectors, min(self.wanted, len(vectors)), faiss.METRIC_INNER_PRODUCT)
+        scores, named = np.concatenate([self.scores, found], axis=1), np.concatenate([self.ids, ids[at]], axis=1)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : self.wanted]
+        self.scores, self.ids = np.take_along_axis(scores, order, 1), np.take_along_axis(named, order, 1)
 
 
 def sample_rows(out: str, parts: list[str], rows: int, dim: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 
 from gtc_dist.data import storage
 from gtc_dist.embedding_formats import json_lines
-from gtc_dist.embedding_formats.faiss_index import FLAT_ITEMS, HNSW_ITEMS, chosen_kind
+from gtc_dist.embedding_formats.faiss_index import FLAT_ITEMS, chosen_kind
 from gtc_dist.embedding_formats.loading_text import loading_text
 from gtc_dist.embedding_formats.write_formats import OWN_FILES, write_formats
 from gtc_dist.inference.embedding_files import write_embeddings
@@ -117,19 +117,12 @@ def test_faiss_index(tmp_path, ids, kind):
     hits = np.mean([len(set(a) & set(b)) / 20 for a, b in zip(found, expected, strict=True)])
     assert about["recall@20"] == pytest.approx(hits)  # of all users here, who are fewer than the sample
     assert about["recall@20"] >= 0.95
-    inner = faiss.downcast_index(index.index if about["ids"] == "original" else index)
-    stored = inner.nprobe if kind == "ivf" else inner.hnsw.efSearch
+    stored = index.nprobe if kind == "ivf" else faiss.downcast_index(index.index).hnsw.efSearch
     assert stored == about["nprobe" if kind == "ivf" else "efSearch"]
 
 
 def test_the_number_of_items_decides_on_the_index():
-    assert [chosen_kind(n) for n in (1, FLAT_ITEMS, FLAT_ITEMS + 1, HNSW_ITEMS, HNSW_ITEMS + 1)] == [
-        "flat",
-        "flat",
-        "hnsw",
-        "hnsw",
-        "ivf",
-    ]
+    assert [chosen_kind(n) for n in (1, FLAT_ITEMS, FLAT_ITEMS + 1)] == ["flat", "flat", "ivf"]
 
 
 def test_parquet_is_left_out_where_it_is_not_asked_for(folder):
