@@ -16,7 +16,7 @@ ORDER = [
     ["distributed"],
     ["data"],
     ["graph", "checkpoint", "raw"],
-    ["model", "evaluation", "hybrid"],
+    ["model", "evaluation", "hybrid", "embedding_formats"],
     ["subgraph", "warm_start"],
     ["inference"],
     ["training"],

@@ -57,6 +57,18 @@ def test_benchmark_steps_on_one_and_two_ranks(small, tmp_path):
     assert not Path(config).with_name("runs").exists()
 
 
+def test_benchmark_of_lists_and_of_the_formats_of_an_export(small, tmp_path):
+    config, catalog = small
+    words = ["lists", "--config", config, "--users", "8,16", "--width", "12", "--explain"]
+    rows, _ = benchmark(tmp_path, *words)
+    assert [row["result"]["rows"] for row in rows] == [160, 320]
+    assert all(row["result"]["items"] == catalog.items for row in rows)
+    rows, printed = benchmark(tmp_path, "formats", "--rows", "500", "--width", "12")
+    assert [row["case"]["format"] for row in rows] == ["numpy", "jsonl", "faiss"]
+    assert rows[0]["result"]["bytes"] == 2 * 128 + 1500 * 12 * 4 + 2 * 128 + 1500 * 8  # rows and ids, with headers
+    assert "index/kind" in printed
+
+
 def test_benchmark_compares_with_an_earlier_file(tmp_path):
     words = ("lookup", "--rows", "100", "--ids", "50", "--width", "4", "--ranks", "2", "--repeats", "2")
     rows, _ = benchmark(tmp_path, *words)

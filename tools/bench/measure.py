@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from measure_formats import measure_formats
+from measure_lists import measure_lists
 from measure_training import measure_checkpoints, measure_resume, measure_step
 from watching import peak_mib, run_watched
 
@@ -200,6 +202,8 @@ KINDS = {
     "resume": measure_resume,
     "inference": measure_inference,
     "ranking": measure_ranking,
+    "lists": measure_lists,
+    "formats": measure_formats,
     "ingest": measure_ingest,
     "command": measure_command,
 }
