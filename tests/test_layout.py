@@ -17,7 +17,7 @@ ORDER = [
     ["data"],
     ["graph", "checkpoint", "raw"],
     ["model", "evaluation", "hybrid"],
-    ["inference"],
+    ["inference", "tracking"],
     ["training"],
     ["launch"],
     ["prepare", "synthetic", "train", "evaluate", "export"],

@@ -33,11 +33,13 @@ from gtc_dist.hybrid.scorer import HybridScorer
 from gtc_dist.inference.masked_content import fit_projection, masked_content
 from gtc_dist.model.batch import Batch
 from gtc_dist.model.build import build_network, compile_step, load_features, with_communicator
+from gtc_dist.tracking.machine import MachineMonitor, over_ranks
+from gtc_dist.tracking.metric_logger import RunDescription
 from gtc_dist.training.checkpointing import Checkpointer
 from gtc_dist.training.control_variate import HistoricalEmbeddings
 from gtc_dist.training.data_loader import build_loader
 from gtc_dist.training.gradient_guard import GradientGuard, Rows
-from gtc_dist.training.run_log import RunLog
+from gtc_dist.training.run_log import RunLog, loss_scalars
 from gtc_dist.training.train_state import LossMeter, TrainProgress, TrainState
 from gtc_dist.training.validation import Validator
 from gtc_dist.training.weight_averaging import WeightAverage
@@ -114,6 +116,7 @@ class Trainer:
         self.state = TrainState(run, catalog.manifest.fingerprint, comm, *trained, self.writer, progress)
         self.checkpointer = Checkpointer(self.state, stop_request, self._update_progress)
         self.guard = GradientGuard(config.train, self.network, self.tables.all(), comm, run)
+        self.machine = MachineMonitor(comm.device)
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
@@ -130,8 +133,9 @@ class Trainer:
         if resumed:
             self._print(f"resuming at epoch {progress.epoch}, step {progress.step} of {self.loader.steps}")
         self.started, self.guard.skipped = started - progress.seconds, progress.skipped
-        active = self.comm.rank == 0
-        self.log = RunLog(self.run, config.train.epochs, self.loader.steps, active, progress.lines, progress.steps)
+        manifest, steps = self.validator.catalog.manifest, self.loader.steps
+        description = RunDescription(self.run, config, manifest, steps, progress.steps)
+        self.log = RunLog.open(description, self.comm.rank == 0, progress.lines)
         self.validation_seconds = math.inf  # of the last validation; a long one is announced
         if not resumed:
             if self.validator.scorer.has_untrained:
@@ -187,7 +191,7 @@ class Trainer:
                 terms = self.train_step(batch)
                 self.state.meter.add(terms, sum(batch.counts))
                 self.state.progress.step = step
-                if step % self.config.train.log_every == 0 or step == self.loader.steps:
+                if self._logs(step):
                     self._log_and_poll(epoch, step, batch)
                     self.state.meter = LossMeter()
                 if self.checkpointer.wanted:
@@ -208,7 +212,8 @@ class Trainer:
         terms = self.forward_backward(batch, rows)
         self.stopwatch.part("optimizer")
         at = self.state.progress
-        not_finite = self.guard.check(terms, batch, rows, f"epoch {at.epoch}, step {at.step + 1}")
+        place, logs = f"epoch {at.epoch}, step {at.step + 1}", self._logs(at.step + 1)
+        not_finite = self.guard.check(terms, batch, rows, place, measure=logs)
         if not_finite is not None:
             self.optimizer.found_inf = not_finite.float()  # the fused optimizer then changes nothing
             self.optimizer.step()
@@ -243,6 +248,10 @@ class Trainer:
 
     # --- validation, logs and the end -------------------------------------------------------------------------------
 
+    def _logs(self, step: int) -> bool:
+        """Local. Whether a step of an epoch ends with a point in the logs."""
+        return step % self.config.train.log_every == 0 or step == self.loader.steps
+
     def _validates(self, epoch: int) -> bool:
         """Local. Whether an epoch ends with a validation."""
         return epoch % self.config.eval.every == 0 or epoch == self.config.train.epochs
@@ -261,7 +270,7 @@ class Trainer:
                 self.state.save_best(epoch, metrics["overall"])
                 at.best, at.best_epoch = value, epoch
             note = f"best so far ({metric})" if better else f"best was epoch {at.best_epoch}"
-            self.log.evaluation(epoch, metrics, note, diagnostics)
+            self.log.evaluation(epoch, metrics, note, diagnostics, self.validator.row_norms())
             with self.comm.tracked():
                 self.report({"epoch": epoch, **metrics["overall"]})
         self.validation_seconds = time.monotonic() - started
@@ -273,17 +282,20 @@ class Trainer:
         meter, config = self.state.meter, self.config.train
         elapsed = time.perf_counter() - meter.since
         means = torch.stack(list(meter.sums.values())) / meter.steps
-        together = self.comm.all_reduce(torch.cat([means, self.checkpointer.signals()])).tolist()
-        values, signals = together[: len(means)], together[len(means) :]
-        self.checkpointer.handle_signals(*signals)
-        losses = dict(zip(meter.sums, values, strict=True))
-        scalars = {f"loss/{name}": value for name, value in losses.items()}
-        if "tc" in losses:
-            scalars["total_correlation/bound_nats"] = math.log(max(sum(batch.tc_counts), 1)) - losses["tc"]
+        own = [means, self.guard.norm_share[None], self.machine.readings(self.comm), self.checkpointer.signals()]
+        together = self.comm.all_reduce(torch.cat(own)).cpu()
+        means, square, machine, signals = together.split([len(each) for each in own])
+        self.checkpointer.handle_signals(*signals.tolist())
+        losses = dict(zip(meter.sums, means.tolist(), strict=True))
+        scalars = loss_scalars(losses, self.network.term_weights, sum(batch.tc_counts))
         seconds = dict.fromkeys(PARTS, 0.0) | self.stopwatch.take() | self.loader.subgraph_builder.stopwatch.take()
         seconds["communication"] = self.comm.seconds + self.loader_comm.seconds
         self.comm.seconds = self.loader_comm.seconds = 0.0
         scalars |= {f"seconds_per_step/{part}": value / meter.steps for part, value in seconds.items()}
+        scalars["waiting_for_data"] = seconds["data"] / elapsed
+        if square.isfinite():
+            scalars["gradient_norm"] = square.sqrt().item()
+        scalars |= over_ranks(machine)
         if self.guard.skip:
             scalars["skipped_steps"] = float(self.guard.skipped)
         scalars |= {"lr/dense": config.lr, "lr/tables": config.table_lr}
@@ -319,7 +331,7 @@ class Trainer:
             "skipped_steps": self.guard.skipped,
         }
         if self.comm.rank == 0:
-            self.log.projector(*self.validator.projector_points(items), at.best_epoch)
+            self.log.result(result, *self.validator.projector_points(items))
             storage.write_json(storage.join(self.run, METRICS_FILE), result)
         self.log.close()
         self.comm.barrier()
