@@ -3,15 +3,20 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from gtc_dist.checkpoint.run_folder import METRICS_LOG
 from gtc_dist.data import storage
+from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.distributed.stopwatch import Stopwatch
 from gtc_dist.evaluation.metrics import flat_metrics
 from gtc_dist.tracking.loggers import open_loggers
 from gtc_dist.tracking.metric_logger import Histogram, MetricLogger, RunDescription
+
+# parts of a step; sampling and features run in the prefetch thread, communication is part of others
+PARTS = ("data", "sampling", "features", "history", "lookup", "forward", "backward", "optimizer", "communication")
 
 
 class RunLog:
@@ -45,17 +50,17 @@ class RunLog:
         loggers = open_loggers(run) if active else []
         return RunLog(run.uri, run.config.train.epochs, run.steps, active, lines, run.done, loggers)
 
-    def step(self, epoch: int, step: int, scalars: dict[str, float], rate: float) -> None:
+    def step(self, epoch: int, step: int, scalars: dict[str, float]) -> None:
         """A point on every curve, and a progress line every ten seconds and at the end of an epoch.
 
         Args:
-            scalars: name -> value (tracking/charts.py); rate: interactions a second over all ranks.
+            scalars: name -> value (tracking/charts.py); values that are not finite, as of a skipped step, are left out.
         """
         if not self.active:
             return
         done = (epoch - 1) * self.steps + step
         for logger in self.loggers:
-            logger.scalars(scalars, done)
+            logger.scalars({name: value for name, value in scalars.items() if math.isfinite(value)}, done)
         now = time.monotonic()
         if step == self.steps or now - self.printed > 10:
             self.printed = now
@@ -66,7 +71,7 @@ class RunLog:
             parts = "  ".join(f"{name} {value:.4f}" for name, value in terms.items() if name != "total")
             print(
                 f"[{bar:<20}] epoch {epoch}/{self.epochs} step {step}/{self.steps}  {parts}  "
-                f"{rate:,.0f} interactions/s  at most {duration(left)} left",
+                f"{scalars['interactions_per_second']:,.0f} interactions/s  at most {duration(left)} left",
                 flush=True,
             )
 
@@ -124,6 +129,17 @@ def loss_scalars(losses: dict[str, float], weights: dict[str, float], tc_rows: i
     if "tc" in losses:
         scalars["total_correlation/bound_nats"] = math.log(max(tc_rows, 1)) - losses["tc"]
     return scalars
+
+
+def step_seconds(steps: int, stopwatches: Iterable[Stopwatch], comms: Iterable[Communicator]) -> dict[str, float]:
+    """Seconds of a step by part, from stopwatches and communicators that are set back; `steps`: since then."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for stopwatch in stopwatches:
+        seconds |= stopwatch.take()
+    for comm in comms:
+        seconds["communication"] += comm.seconds
+        comm.seconds = 0.0
+    return {f"seconds_per_step/{part}": value / steps for part, value in seconds.items()}
 
 
 def duration(seconds: float) -> str:

@@ -39,13 +39,11 @@ from gtc_dist.training.checkpointing import Checkpointer
 from gtc_dist.training.control_variate import HistoricalEmbeddings
 from gtc_dist.training.data_loader import build_loader
 from gtc_dist.training.gradient_guard import GradientGuard, Rows
-from gtc_dist.training.run_log import RunLog, loss_scalars
+from gtc_dist.training.run_log import RunLog, loss_scalars, step_seconds
 from gtc_dist.training.train_state import LossMeter, TrainProgress, TrainState
 from gtc_dist.training.validation import Validator
 from gtc_dist.training.weight_averaging import WeightAverage
 
-# parts of a step in TensorBoard; sampling and features run in the prefetch thread, communication is part of others
-PARTS = ("data", "sampling", "features", "history", "lookup", "forward", "backward", "optimizer", "communication")
 ANNOUNCED_SECONDS = 5.0  # a validation is announced if the one before took longer
 KEEP_STATES = 2  # complete training states that are retained beside the best checkpoint
 
@@ -288,19 +286,18 @@ class Trainer:
         self.checkpointer.handle_signals(*signals.tolist())
         losses = dict(zip(meter.sums, means.tolist(), strict=True))
         scalars = loss_scalars(losses, self.network.term_weights, sum(batch.tc_counts))
-        seconds = dict.fromkeys(PARTS, 0.0) | self.stopwatch.take() | self.loader.subgraph_builder.stopwatch.take()
-        seconds["communication"] = self.comm.seconds + self.loader_comm.seconds
-        self.comm.seconds = self.loader_comm.seconds = 0.0
-        scalars |= {f"seconds_per_step/{part}": value / meter.steps for part, value in seconds.items()}
-        scalars["waiting_for_data"] = seconds["data"] / elapsed
-        if square.isfinite():
-            scalars["gradient_norm"] = square.sqrt().item()
-        scalars |= over_ranks(machine)
+        stopwatches = self.stopwatch, self.loader.subgraph_builder.stopwatch
+        seconds = step_seconds(meter.steps, stopwatches, (self.comm, self.loader_comm))
+        scalars |= seconds | {"waiting_for_data": seconds["seconds_per_step/data"] * meter.steps / elapsed}
+        scalars |= over_ranks(machine) | {"gradient_norm": square.sqrt().item()}
         if self.guard.skip:
             scalars["skipped_steps"] = float(self.guard.skipped)
-        scalars |= {"lr/dense": config.lr, "lr/tables": config.table_lr}
-        scalars["interactions_per_second"] = meter.seen / elapsed
-        self.log.step(epoch, step, scalars, meter.seen / elapsed)
+        scalars |= {
+            "lr/dense": config.lr,
+            "lr/tables": config.table_lr,
+            "interactions_per_second": meter.seen / elapsed,
+        }
+        self.log.step(epoch, step, scalars)
 
     def _update_progress(self) -> None:
         """Local. Copy into the progress what a training state keeps of the log, the clock and the guard."""

@@ -191,7 +191,7 @@ def test_resume_on_another_number_of_ranks(catalog, tmp_path, before, after, cap
 
 def curves_of_an_undisturbed_run(config, tmp_path) -> list:
     train(Communicator(), config, str(tmp_path / "undisturbed"))
-    return curves(tmp_path / "undisturbed")["loss/bpr"]
+    return curves(tmp_path / "undisturbed")["2_loss/bpr"]
 
 
 def test_a_stop_request_saves_the_state_and_ends_the_training(catalog, tmp_path, monkeypatch):

@@ -1,0 +1,41 @@
+"""Titles of generated items, so that a reader of a list sees what its items have in common."""
+
+import numpy as np
+
+# a word for each factor and sign; further factors share them
+ADJECTIVES = ("amber", "brisk", "calm", "dusty", "early", "faded", "gentle", "hollow", "icy", "jolly", "keen", "light")
+ADJECTIVES += (
+    "mellow",
+    "narrow",
+    "open",
+    "pale",
+    "quiet",
+    "rapid",
+    "silver",
+    "tall",
+    "urban",
+    "velvet",
+    "warm",
+    "young",
+)
+ADJECTIVES += ("bitter", "crimson", "distant", "electric", "floral", "golden", "hidden", "misty")
+NOUNS = ("anchor", "bridge", "candle", "drum", "ember", "forest", "garden", "harbour", "island", "journey", "kite")
+NOUNS += ("lantern", "meadow", "needle", "orchard", "piano", "quarry", "river", "station", "tower", "valley", "window")
+NOUNS += ("attic", "beacon", "cliff", "desert", "engine", "feather", "glacier", "hammer", "mirror", "sail")
+
+
+def item_titles(factors: np.ndarray, first: int) -> list[str]:
+    """Titles such as "Velvet harbour 01234": words for an item's strongest and second strongest factor.
+
+    Args:
+        factors: float32 [n, K].
+        first: index of the first item; the number at the end is the item's.
+    """
+    order = np.argsort(-np.abs(factors), axis=1, kind="stable")[:, :2]
+    sign = np.take_along_axis(factors, order, axis=1) > 0
+    word = (2 * order + sign) % len(ADJECTIVES)
+    second = word[:, -1]  # of an item with one factor, the same
+    return [
+        f"{ADJECTIVES[a].capitalize()} {NOUNS[b]} {number:05d}"
+        for number, (a, b) in enumerate(zip(word[:, 0].tolist(), second.tolist(), strict=True), first)
+    ]
