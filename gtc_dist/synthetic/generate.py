@@ -43,7 +43,7 @@ from gtc_dist.data import formats, storage
 from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.errors import InputError
 from gtc_dist.synthetic.choice import ChoicePool
-from gtc_dist.synthetic.item_titles import item_titles
+from gtc_dist.synthetic.planted_titles import planted_titles
 from gtc_dist.synthetic.planted_world import PlantedWorld, chunk_slice, chunk_slices, draw_features, random_generator
 from gtc_dist.synthetic.spec import Spec
 
@@ -80,7 +80,7 @@ def write_part(world: PlantedWorld, uri: str, kind: str, chunk: int) -> dict[str
             }
         )
         formats.write_table(storage.join(uri, f"truth/items/part-{chunk:05d}.parquet"), table)
-        names = pa.table({"item_id": world.item_ids[rows], "title": item_titles(world.factors[rows], rows.start)})
+        names = pa.table({"item_id": world.item_ids[rows], "title": planted_titles(world.factors[rows], rows.start)})
         formats.write_table(storage.join(uri, f"items/part-{chunk:05d}.parquet"), names)
         return {}
     modality = kind.removeprefix("features/")

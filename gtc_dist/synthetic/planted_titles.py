@@ -18,13 +18,13 @@ ADJECTIVES += (
     "warm",
     "young",
 )
-ADJECTIVES += ("bitter", "crimson", "distant", "electric", "floral", "golden", "hidden", "misty")
+ADJECTIVES += ("young", "bitter", "crimson", "distant", "electric", "floral", "golden", "hidden", "misty")
 NOUNS = ("anchor", "bridge", "candle", "drum", "ember", "forest", "garden", "harbour", "island", "journey", "kite")
 NOUNS += ("lantern", "meadow", "needle", "orchard", "piano", "quarry", "river", "station", "tower", "valley", "window")
 NOUNS += ("attic", "beacon", "cliff", "desert", "engine", "feather", "glacier", "hammer", "mirror", "sail")
 
 
-def item_titles(factors: np.ndarray, first: int) -> list[str]:
+def planted_titles(factors: np.ndarray, first: int) -> list[str]:
     """Titles such as "Velvet harbour 01234": words for an item's strongest and second strongest factor.
 
     Args:
