@@ -3,25 +3,14 @@
 import numpy as np
 
 # a word for each factor and sign; further factors share them
-ADJECTIVES = ("amber", "brisk", "calm", "dusty", "early", "faded", "gentle", "hollow", "icy", "jolly", "keen", "light")
-ADJECTIVES += (
-    "mellow",
-    "narrow",
-    "open",
-    "pale",
-    "quiet",
-    "rapid",
-    "silver",
-    "tall",
-    "urban",
-    "velvet",
-    "warm",
-    "young",
-)
-ADJECTIVES += ("young", "bitter", "crimson", "distant", "electric", "floral", "golden", "hidden", "misty")
-NOUNS = ("anchor", "bridge", "candle", "drum", "ember", "forest", "garden", "harbour", "island", "journey", "kite")
-NOUNS += ("lantern", "meadow", "needle", "orchard", "piano", "quarry", "river", "station", "tower", "valley", "window")
-NOUNS += ("attic", "beacon", "cliff", "desert", "engine", "feather", "glacier", "hammer", "mirror", "sail")
+ADJECTIVES = (
+    "amber brisk calm dusty early faded gentle hollow icy jolly keen light mellow narrow open pale quiet rapid silver "
+    "tall urban velvet warm young bitter crimson distant electric floral golden hidden misty"
+).split()
+NOUNS = (
+    "anchor bridge candle drum ember forest garden harbour island journey kite lantern meadow needle orchard piano "
+    "quarry river station tower valley window attic beacon cliff desert engine feather glacier hammer mirror sail"
+).split()
 
 
 def planted_titles(factors: np.ndarray, first: int) -> list[str]:

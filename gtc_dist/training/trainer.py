@@ -292,11 +292,8 @@ class Trainer:
         scalars |= over_ranks(machine) | {"gradient_norm": square.sqrt().item()}
         if self.guard.skip:
             scalars["skipped_steps"] = float(self.guard.skipped)
-        scalars |= {
-            "lr/dense": config.lr,
-            "lr/tables": config.table_lr,
-            "interactions_per_second": meter.seen / elapsed,
-        }
+        rate = meter.seen / elapsed
+        scalars |= {"lr/dense": config.lr, "lr/tables": config.table_lr, "interactions_per_second": rate}
         self.log.step(epoch, step, scalars)
 
     def _update_progress(self) -> None:
