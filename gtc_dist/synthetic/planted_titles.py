@@ -6,11 +6,11 @@ import numpy as np
 ADJECTIVES = (
     "amber brisk calm dusty early faded gentle hollow icy jolly keen light mellow narrow open pale quiet rapid silver "
     "tall urban velvet warm young bitter crimson distant electric floral golden hidden misty"
-).split()
+)
 NOUNS = (
     "anchor bridge candle drum ember forest garden harbour island journey kite lantern meadow needle orchard piano "
     "quarry river station tower valley window attic beacon cliff desert engine feather glacier hammer mirror sail"
-).split()
+)
 
 
 def planted_titles(factors: np.ndarray, first: int) -> list[str]:
@@ -20,11 +20,9 @@ def planted_titles(factors: np.ndarray, first: int) -> list[str]:
         factors: float32 [n, K].
         first: index of the first item; the number at the end is the item's.
     """
+    adjectives, nouns = ADJECTIVES.split(), NOUNS.split()
     order = np.argsort(-np.abs(factors), axis=1, kind="stable")[:, :2]
     sign = np.take_along_axis(factors, order, axis=1) > 0
-    word = (2 * order + sign) % len(ADJECTIVES)
-    second = word[:, -1]  # of an item with one factor, the same
-    return [
-        f"{ADJECTIVES[a].capitalize()} {NOUNS[b]} {number:05d}"
-        for number, (a, b) in enumerate(zip(word[:, 0].tolist(), second.tolist(), strict=True), first)
-    ]
+    word = (2 * order + sign) % len(adjectives)
+    pairs = zip(word[:, 0].tolist(), word[:, -1].tolist(), strict=True)  # of one factor, both are its own
+    return [f"{adjectives[a].capitalize()} {nouns[b]} {number:05d}" for number, (a, b) in enumerate(pairs, first)]
