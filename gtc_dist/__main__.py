@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare": ("gtc_dist.prepare.build_catalog", "interactions and vectors to a catalog"),
     "train": ("gtc_dist.train", "train on a catalog, or go on with an interrupted training"),
     "evaluate": ("gtc_dist.evaluate", "metrics of a run, alone or against another one"),
+    "report": ("gtc_dist.report.write_report", "a page on a run: data, quality, curves, parts, lists"),
     "recommend": ("gtc_dist.recommend.lists", "lists of items for users, or similar items"),
     "export": ("gtc_dist.export", "embeddings of a run under your own ids"),
 }

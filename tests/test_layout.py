@@ -23,6 +23,7 @@ ORDER = [
     ["prepare", "synthetic", "train", "evaluate", "export"],
     ["features"],
     ["recommend", "init"],
+    ["report"],
     ["import_layout"],
     ["__main__", "api"],
 ]

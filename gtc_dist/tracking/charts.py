@@ -130,3 +130,13 @@ def meaning(name: str, split: str = "valid") -> str:
     among = f", {GROUP_MEANINGS[group]}" if group in GROUP_MEANINGS else ""
     what = METRIC_MEANINGS[kind].format(k=k)
     return f"{kind}@{k} on the {split} split{among}: {what}. Mean over users; higher is better."
+
+
+def number_of_tag(tag: str) -> str:
+    """The trainer's name of a tag; tags of versions up to 0.7 are those names."""
+    for name, shown in FRONT.items():
+        if tag == shown:
+            return name
+    if tag.startswith("1_quality/"):
+        return "valid/" + tag.removeprefix("1_quality/")
+    return tag.removeprefix("details_")
