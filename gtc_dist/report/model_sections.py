@@ -37,9 +37,9 @@ def _parts(facts: dict | None) -> str:
         for part in facts["parts"]
     ]
     how = (
-        f"Each part ranks alone, by its own scores, for {facts['users']:,} users of valid; its first {TOP} are compared "
-        "with those of the final list. The last columns: users with few, some and many train interactions, whose "
-        "numbers are in brackets. Weights are those of the best epoch for a user of mean activity; one below 0 takes "
+        f"Each part ranks alone, by its own scores, for {facts['users']:,} users of valid; its first {TOP} are "
+        "compared with those of the final list. The last columns: users with few, some and many train interactions "
+        "(numbers in brackets). Weights are those of the best epoch for a user of mean activity; one below 0 takes "
         "away from what the other parts add."
     )
     differ = f"Users whose final list differs most from that of: {facts['reference']}"
