@@ -28,7 +28,7 @@ from gtc_dist.recommend import lists
 from gtc_dist.recommend.item_choice import catalog_item_ids
 
 SAMPLE = 512  # users, about, whose lists are compared
-TOP = 20  # items of a compared list
+COMPARED = 20  # items of a compared list
 UNTRAINED, POPULARITY_ALONE = "untrained scorers together", "popularity alone"
 GROUPS = ("few", "some", "many")  # thirds of the sampled users by train interactions
 MOST_DIFFERENT = 5
@@ -88,11 +88,11 @@ def embeddings_of_parts(run: TrainedRun) -> Iterator[tuple[str, float | None, Em
         for name, embeddings in parts.items():
             yield part_title(name), float(fusion.weights.get(name, 0.0)), embeddings
         if len(fusion.scorers) > 1:
-            yield UNTRAINED, None, added(list(fusion.scorers.values()))
+            yield UNTRAINED, None, summed_scorers(list(fusion.scorers.values()))
     yield POPULARITY_ALONE, None, Embeddings(*ranking.popularity(run.graphs, run.tables.user.comm))
 
 
-def added(scorers: list[Embeddings]) -> Embeddings:
+def summed_scorers(scorers: list[Embeddings]) -> Embeddings:
     """Embeddings whose dot product is the sum of the scorers' scores."""
     users, items = scorers[0]
     columns = [[getattr(each, kind).weight.float() for each in scorers] for kind in ("users", "items")]
@@ -142,7 +142,7 @@ class _Comparison:
         self.indexes = self._all(self.mine)
         self.users = len(self.indexes)
         self.degree = run.graphs.user_degree[self.indexes]
-        thirds = np.quantile(self.degree, (1 / 3, 2 / 3)) if self.users else (0, 0)
+        thirds = np.quantile(self.degree, (1 / 3, 2 / 3))
         self.group = np.searchsorted(thirds, self.degree, side="left")
         inside = [self.degree[self.group == n] for n in range(len(GROUPS))]
         self.groups = [
@@ -155,10 +155,13 @@ class _Comparison:
     def part(self, name: str, weight: float | None, embeddings: Embeddings) -> dict:
         """How the lists of other embeddings rank valid, and how many items they share with the final ones."""
         top = self._lists(embeddings)
-        both = [len(np.intersect1d(a[a >= 0], b)) / TOP for a, b in zip(top[:, :TOP], self.top[:, :TOP], strict=True)]
+        both = [
+            len(np.intersect1d(a[a >= 0], b)) / COMPARED
+            for a, b in zip(top[:, :COMPARED], self.top[:, :COMPARED], strict=True)
+        ]
         overlap = self.overlaps[name] = self._all(np.array(both, np.float64))
         metrics = metrics_of_lists(top, self.mine - embeddings.users.start, self.truth)
-        means = {key: self._all(metrics[key]).mean() if self.users else 0.0 for key in ("recall@20", "ndcg@20")}
+        means = {key: float(self._all(metrics[key]).mean()) for key in ("recall@20", "ndcg@20")}
         by_group = [float(overlap[self.group == n].mean()) for n in range(len(GROUPS)) if (self.group == n).any()]
         return {"name": name, "weight": weight, **means, "overlap": float(overlap.mean()), "by_group": by_group}
 

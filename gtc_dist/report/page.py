@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from html import escape
 
-COLOURS = 6  # classes c0, c1, ... of lines
-MARKER = "<!-- gtc report -->"  # in the first lines: a file that a report may replace
+LINE_COLOURS = 6  # classes c0, c1, ... of lines
+REPORT_MARKER = "<!-- gtc report -->"  # in the first lines: a file that a report may replace
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --card: #f6f7f9; --text: #1c2127; --soft: #5b6570; --line: #d9dee4;
@@ -56,14 +56,14 @@ summary { cursor: pointer; }
 """
 MARKS = "".join(
     f".c{n} {{ stroke: var(--c{n}); }} i.c{n}, .dot.c{n} {{ background: var(--c{n}); fill: var(--c{n}); }}\n"
-    for n in range(COLOURS)
+    for n in range(LINE_COLOURS)
 )
 
 
-def page(title: str, sections: Sequence[str]) -> str:
+def html_page(title: str, sections: Sequence[str]) -> str:
     """The HTML text; sections are HTML."""
     return (
-        f'<!doctype html>\n{MARKER}\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<!doctype html>\n{REPORT_MARKER}\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}{MARKS}</style>\n</head>\n<body>\n"
         + "\n".join(section for section in sections if section)
@@ -71,18 +71,18 @@ def page(title: str, sections: Sequence[str]) -> str:
     )
 
 
-def section(title: str, *parts: str) -> str:
+def html_section(title: str, *parts: str) -> str:
     """A section of the page; nothing if all its parts are empty."""
     filled = [part for part in parts if part]
     return f"<h2>{escape(title)}</h2>\n" + "\n".join(filled) if filled else ""
 
 
-def text(words: str) -> str:
+def paragraph(words: str) -> str:
     """A paragraph; nothing for no words."""
     return f"<p>{escape(words)}</p>" if words else ""
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: bool = False) -> str:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: bool = False) -> str:
     """A table of texts, the first column to the left; nothing without rows."""
     if not rows:
         return ""
@@ -98,12 +98,12 @@ def tiles(values: Sequence[tuple[str, str]]) -> str:
     return f'<div class="tiles">{cells}</div>'
 
 
-def beside(*parts: str) -> str:
+def side_by_side(*parts: str) -> str:
     """Parts side by side where the screen is wide enough; nothing without one."""
     return f'<div class="beside">{"".join(parts)}</div>' if any(parts) else ""
 
 
-def charts(*drawings: str) -> str:
+def chart_grid(*drawings: str) -> str:
     """Charts beside each other; nothing without one."""
     drawn = [each for each in drawings if each]
     return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""

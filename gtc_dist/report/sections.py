@@ -7,14 +7,14 @@ import yaml
 
 from gtc_dist.config_upgrade import flatten_keys
 from gtc_dist.evaluation.metrics import flat_metrics, metric_value
-from gtc_dist.report.page import beside, charts, section, table, text, tiles
+from gtc_dist.report.page import chart_grid, html_section, html_table, paragraph, side_by_side, tiles
 from gtc_dist.report.run_data import Points, RunData
-from gtc_dist.report.svg_charts import bar_chart, line_chart, number
+from gtc_dist.report.svg_charts import bar_chart, four_digits, line_chart
 from gtc_dist.training.run_log import duration
 
-SHOWN = ("recall@20", "ndcg@20", "recall@10", "ndcg@10", "recall@5", "ndcg@5")
+REPORTED_METRICS = ("recall@20", "ndcg@20", "recall@10", "ndcg@10", "recall@5", "ndcg@5")
 NEGLIGIBLE = 1e-3  # of the time of a step; parts below it are not drawn
-STRATA = {
+ITEM_GROUPS = {
     "overall": "all items",
     "strata/head": "popular: a third of train",
     "strata/middle": "middling: the second third",
@@ -49,19 +49,19 @@ def data_section(run: RunData) -> str:
     """What the run was trained on."""
     data, config = run.data, run.config
     if data is None:
-        return section("What it was trained on", text(f"The catalog was {config.data.catalog}."))
+        return html_section("What it was trained on", paragraph(f"The catalog was {config.data.catalog}."))
     rows = [("users", f"{data.users:,}"), ("items", f"{data.items:,}")]
     rows += [("items without a train interaction", f"{data.cold_items:,}")]
     rows += [(f"{split} interactions", f"{count:,}") for split, count in data.interactions.items()]
     total = data.interactions.get("train", 0)
-    rows += [("train interactions of a user, mean", number(total / max(data.users, 1)))]
+    rows += [("train interactions of a user, mean", four_digits(total / max(data.users, 1)))]
     rows += [
         (f"content: {name}", f"{each.dim} values, {each.missing:,} items without")
         for name, each in data.modalities.items()
     ]
     rows += [(f"raw rows left out: {reason}", f"{count:,}") for reason, count in data.dropped.items() if count]
     how = f"The catalog {config.data.catalog}, split by {config.data.split.method}."
-    return section("What it was trained on", text(how), table(("", ""), rows))
+    return html_section("What it was trained on", paragraph(how), html_table(("", ""), rows))
 
 
 def quality_section(run: RunData, other: RunData | None) -> str:
@@ -73,7 +73,7 @@ def quality_section(run: RunData, other: RunData | None) -> str:
         rows += [_difference_row(run, other), *_metric_rows(f"{other.name}: ", other)[:2]]
     result, groups = run.result["test"], []
     flat, others = flat_metrics(result), flat_metrics(other.result["test"]) if other and other.result else {}
-    for group, title in STRATA.items():
+    for group, title in ITEM_GROUPS.items():
         prefix = "" if group == "overall" else f"{group}/"
         users = _users(result, group)
         if f"{prefix}recall@20" in flat and users:
@@ -96,14 +96,14 @@ def quality_section(run: RunData, other: RunData | None) -> str:
     if other is not None:
         hint = "Whether a difference is more than chance: gtc evaluate --run RUN --against OTHER gives its interval."
     strata = "<h3>By popularity of the item, test</h3>" if groups else ""
-    return section(
+    return html_section(
         "Quality",
-        text(notes),
-        table(("all items ranked", *SHOWN), rows),
-        text(hint),
+        paragraph(notes),
+        html_table(("all items ranked", *REPORTED_METRICS), rows),
+        paragraph(hint),
         strata,
-        beside(table(head, groups), bar_chart("Recall@20 on test, by which items count", bars)),
-        text(spread),
+        side_by_side(html_table(head, groups), bar_chart("Recall@20 on test, by which items count", bars)),
+        paragraph(spread),
     )
 
 
@@ -112,12 +112,14 @@ def _metric_rows(prefix: str, run: RunData) -> list[list[str]]:
     parts |= {"popularity, test": run.result["popularity"]}
     if "mean_list" in run.result["test"]:
         parts |= {"one list for everyone, test": run.result["test"]["mean_list"]}
-    return [[prefix + name, *(f"{values[metric]:.4f}" for metric in SHOWN)] for name, values in parts.items()]
+    return [
+        [prefix + name, *(f"{values[metric]:.4f}" for metric in REPORTED_METRICS)] for name, values in parts.items()
+    ]
 
 
 def _difference_row(run: RunData, other: RunData) -> list[str]:
     ours, theirs = (each.result["test"]["overall"] for each in (run, other))
-    return [f"test, less {other.name}", *(f"{ours[metric] - theirs[metric]:+.4f}" for metric in SHOWN)]
+    return [f"test, less {other.name}", *(f"{ours[metric] - theirs[metric]:+.4f}" for metric in REPORTED_METRICS)]
 
 
 def _users(result: dict, group: str) -> int:
@@ -146,7 +148,7 @@ def curves_section(run: RunData, other: RunData | None) -> str:
     losses = {name.removeprefix("loss/"): points for name, points in run.curves.items() if name.startswith("loss/")}
     steps = _step_curves({f"loss: {name}": {name: points} for name, points in losses.items() if name != "l2"})
     health = {"gradient norm": {"": run.curves.get("gradient_norm", [])}}
-    return section("Curves", charts(*drawn, *steps, *_step_curves(health)))
+    return html_section("Curves", chart_grid(*drawn, *steps, *_step_curves(health)))
 
 
 def _step_curves(named: dict[str, dict[str, Points]]) -> list[str]:
@@ -194,9 +196,9 @@ def time_section(run: RunData) -> str:
             if key in run.curves
         }
     }
-    return section(
+    return html_section(
         "Where the time went",
-        charts(
+        chart_grid(
             bar_chart("The whole run", whole),
             bar_chart("A step, by part, mean", bars),
             bar_chart("Beside the step, or inside its parts", apart),
@@ -218,12 +220,12 @@ def files_section(run: RunData) -> str:
         said = f"The training was started once{f' and resumed {again} time(s)' if again else ', without a restart'}."
     skipped = (run.result or {}).get("skipped_steps") or 0
     left_out = f"{skipped} step(s) were left out, because their loss or gradient was not finite." if skipped else ""
-    return section(
+    return html_section(
         "Checkpoints and restarts",
-        text(said),
-        table(("start", "first log"), starts if len(starts) > 1 else []),
-        text(left_out),
-        table(("checkpoint", "holds", "size"), rows),
+        paragraph(said),
+        html_table(("start", "first log"), starts if len(starts) > 1 else []),
+        paragraph(left_out),
+        html_table(("checkpoint", "holds", "size"), rows),
     )
 
 
@@ -234,11 +236,11 @@ def config_section(run: RunData, other: RunData | None) -> str:
         theirs = flatten_keys(other.config.model_dump())
         keys = [key for key in dict.fromkeys([*ours, *theirs]) if ours.get(key) != theirs.get(key)]
         rows = [[key, str(ours.get(key)), str(theirs.get(key))] for key in keys]
-        differs = table(("key that differs", run.name, other.name), rows, left=True) or text(
+        differs = html_table(("key that differs", run.name, other.name), rows, left=True) or paragraph(
             "Both runs have one configuration."
         )
     whole = yaml.safe_dump(run.config.model_dump(), sort_keys=False)
-    return section(
+    return html_section(
         "Configuration", differs, f"<details><summary>all keys</summary><pre>{_escaped(whole)}</pre></details>"
     )
 

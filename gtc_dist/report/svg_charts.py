@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from gtc_dist.report.page import COLOURS
+from gtc_dist.report.page import LINE_COLOURS
 from gtc_dist.report.run_data import Points
 
-WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+CHART_WIDTH, CHART_HEIGHT = 420, 250
+LEFT, RIGHT, UPPER, LOWER = 52, 12, 12, 40
 MAX_POINTS = 160  # of a drawn line
 DOTS = 40  # points of a line, at most, that are marked and say their value
 
@@ -29,31 +29,31 @@ def line_chart(lines: dict[str, Points], x_title: str, y_title: str, dashed: Seq
     y_low, y_high = min(min(ys), y_ticks[0]), max(max(ys), y_ticks[-1])
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (x - x_low) / ((x_high - x_low) or 1) * (WIDTH - LEFT - RIGHT)
-        return across, HEIGHT - BOTTOM - (y - y_low) / ((y_high - y_low) or 1) * (HEIGHT - TOP - BOTTOM)
+        across = LEFT + (x - x_low) / ((x_high - x_low) or 1) * (CHART_WIDTH - LEFT - RIGHT)
+        return across, CHART_HEIGHT - LOWER - (y - y_low) / ((y_high - y_low) or 1) * (CHART_HEIGHT - UPPER - LOWER)
 
     parts = []
     for y in y_ticks:
         _, height = at(x_low, y)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{CHART_WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
         parts.append(_text(LEFT - 6, height + 4, tick_text(y, y_ticks), "end"))
     for x in x_ticks:
         across, _ = at(x, y_low)
-        parts.append(_text(across, HEIGHT - BOTTOM + 16, tick_text(x, x_ticks)))
+        parts.append(_text(across, CHART_HEIGHT - LOWER + 16, tick_text(x, x_ticks)))
     for n, (name, points) in reversed(list(enumerate(lines.items()))):  # the first is on top
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (at(x, y) for x, y in points))
-        kind = f"line c{n % COLOURS}" + (" dashed" if name in dashed else "")
+        kind = f"line c{n % LINE_COLOURS}" + (" dashed" if name in dashed else "")
         parts.append(f'<polyline class="{kind}" points="{path}"><title>{escape(name)}</title></polyline>')
         for x, y in points if len(points) <= DOTS else ():
             a, b = at(x, y)
-            label = escape(f"{name}: {number(y)} at {x_title} {number(x)}")
-            dot = f'<circle class="dot c{n % COLOURS}" cx="{a:.1f}" cy="{b:.1f}" r="3">'
+            label = escape(f"{name}: {four_digits(y)} at {x_title} {four_digits(x)}")
+            dot = f'<circle class="dot c{n % LINE_COLOURS}" cx="{a:.1f}" cy="{b:.1f}" r="3">'
             parts.append(f"{dot}<title>{label}</title></circle>")
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, x_title))
+    parts.append(_text((LEFT + CHART_WIDTH - RIGHT) / 2, CHART_HEIGHT - 5, x_title))
     label = escape(f"{y_title} over {x_title}")
-    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    drawing = f'<svg viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
     keys = "".join(
-        f'<span class="key"><i class="c{n % COLOURS}"></i>{escape(name)}</span>' for n, name in enumerate(lines)
+        f'<span class="key"><i class="c{n % LINE_COLOURS}"></i>{escape(name)}</span>' for n, name in enumerate(lines)
     )
     keys = f'<div class="keys">{keys}</div>' if len(lines) > 1 else ""
     return f"<figure><figcaption>{escape(y_title)}</figcaption>{drawing}{keys}</figure>"
@@ -110,7 +110,7 @@ def tick_text(value: float, among: list[float]) -> str:
     return f"{value:.{max(-math.floor(math.log10(step) + 1e-9), 0)}f}"
 
 
-def number(value: float) -> str:
+def four_digits(value: float) -> str:
     """A number with four digits that count."""
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"

@@ -26,7 +26,7 @@ from gtc_dist.recommend.item_choice import item_titles
 from gtc_dist.recommend.lists import index_of_texts
 from gtc_dist.report.model_facts import ListQuestion, model_facts
 from gtc_dist.report.model_sections import lists_section, parts_section
-from gtc_dist.report.page import MARKER, page
+from gtc_dist.report.page import REPORT_MARKER, html_page
 from gtc_dist.report.run_data import RunData, read_run
 from gtc_dist.report.sections import (
     config_section,
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_out(out: str) -> None:
     """Raises InputError for a file that is no report, which must not be replaced, or a place that cannot be written."""
-    if storage.exists(out) and MARKER.encode() not in storage.read_bytes(out)[:200]:
+    if storage.exists(out) and REPORT_MARKER.encode() not in storage.read_bytes(out)[:200]:
         raise InputError(f"{out} exists and is no report; name another file with --out")
 
 
@@ -95,4 +95,4 @@ def report_page(run: RunData, other: RunData | None, facts: dict | None) -> str:
         files_section(run),
         config_section(run, other),
     ]
-    return page(f"gtc report: {run.name}", sections)
+    return html_page(f"gtc report: {run.name}", sections)
