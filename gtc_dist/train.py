@@ -38,6 +38,7 @@ from gtc_dist.evaluation.ranking import load_ground_truth
 from gtc_dist.graph.csc import Graphs, load_graphs
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.run_lock import hold_run_lock
+from gtc_dist.tracking.loggers import check_loggers
 
 STOPPED = 143  # exit status: 128 + SIGTERM
 
@@ -95,6 +96,7 @@ def describe_without_training(config: Config) -> int:
 def _open(config: Config) -> tuple[Config, Catalog, str]:
     """The configuration with absolute paths, its catalog, and the run folder. Raises InputError."""
     refuse_relative_paths({"data.catalog": config.data.catalog, "run.storage": config.run.storage})
+    check_loggers(config.run.loggers)
     config = with_absolute_uris(config)
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
     check_modalities(config, catalog)

@@ -19,7 +19,7 @@ from gtc_dist.evaluation import ranking
 from gtc_dist.evaluation.metrics import K_VALUES, metrics_of_lists
 from gtc_dist.graph.csc import Graphs, take_edges
 from gtc_dist.hybrid.embeddings import Embeddings
-from gtc_dist.hybrid.score_fusion import MASKED, MEMBERS
+from gtc_dist.hybrid.score_fusion import MASKED, MEMBERS, NEIGHBOR_SMOOTHING
 from gtc_dist.inference.layerwise import embed_catalog
 from gtc_dist.inference.masked_content import masked_content
 from gtc_dist.inference.masked_embeddings import embed_masked
@@ -105,7 +105,8 @@ def part_title(name: str) -> str:
     """A scorer of the fusion, or a weight of popularity, in words."""
     if name.startswith("popularity"):
         return name.replace("_", " ")
-    return {MEMBERS: "network", MASKED: "masked diffusion", "spectral": "graph filter"}.get(name, f"content: {name}")
+    known = {MEMBERS: "network", MASKED: "masked diffusion", NEIGHBOR_SMOOTHING: "neighbour smoothing"}
+    return (known | {"spectral": "graph filter"}).get(name, f"content: {name}")
 
 
 def trained_embeddings(run: TrainedRun) -> tuple[Embeddings, Embeddings | None]:

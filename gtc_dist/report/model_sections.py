@@ -27,9 +27,8 @@ def parts_section(run: RunData, facts: dict | None) -> str:
 def _parts(facts: dict | None) -> str:
     if facts is None or not facts["parts"]:
         return ""
-    groups = facts["groups"]
     head = ["part alone", "weight", "recall@20", "ndcg@20", f"of the final {COMPARED}"]
-    head += [f"{name} ({low}–{high})" for name, _, low, high in groups]
+    head += _group_titles(facts)
     rows = [
         [part["name"], "–" if part["weight"] is None else f"{part['weight']:.2f}"]
         + [f"{part[name]:.4f}" for name in ("recall@20", "ndcg@20")]
@@ -52,7 +51,7 @@ def _filter(run: RunData, facts: dict | None) -> str:
         return title + paragraph("This run has no content filter (train.w_diff is 0): content enters as it is.")
     if facts is None or facts["filter"] is None:
         return ""
-    found, groups = facts["filter"], [f"{name} ({low}–{high})" for name, _, low, high in facts["groups"]]
+    found, groups = facts["filter"], _group_titles(facts)
     rows = [[f"lists share of {COMPARED}", f"{found['overlap']:.0%}", *(f"{share:.0%}" for share in found["by_group"])]]
     said = (
         f"Without the filter, and with the same weights, valid recall@20 is {found['recall@20']:.4f} and ndcg@20 "
@@ -60,6 +59,11 @@ def _filter(run: RunData, facts: dict | None) -> str:
     )
     differ = paragraph("Users whose list the filter changes most:") + _users(facts["filter_most_different"])
     return title + paragraph(said) + html_table(("", "all users", *groups), rows) + differ
+
+
+def _group_titles(facts: dict) -> list[str]:
+    """Groups of users with their numbers of train interactions."""
+    return [f"{name} ({low})" if low == high else f"{name} ({low}–{high})" for name, _, low, high in facts["groups"]]
 
 
 def _users(users: list[dict]) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 
@@ -35,7 +36,6 @@ Points = list[tuple[float, float]]
 @dataclass(frozen=True)
 class CheckpointFacts:
     name: str
-    epoch: int
     step: int | None  # None: a best checkpoint
     bytes: int
     complete: bool
@@ -131,16 +131,21 @@ def read_events(folder: str) -> tuple[dict[str, Points], list[int]]:
         return _curves(storage.absolute(folder)), starts
     with tempfile.TemporaryDirectory(prefix="gtc-report-") as copies:
         for name in names:
-            with open(os.path.join(copies, name), "wb") as file:
-                file.write(storage.read_bytes(storage.join(folder, name)))
+            with (
+                open(os.path.join(copies, name), "wb") as file,
+                storage.open_input(storage.join(folder, name)) as source,
+            ):
+                shutil.copyfileobj(source, file, storage.PART_BYTES)
         return _curves(copies), starts
 
 
 def _curves(folder: str) -> dict[str, Points]:
     guidance = {"scalars": POINTS, "tensors": 1, "histograms": 1, "images": 1, "audio": 1, "compressedHistograms": 1}
     events = EventAccumulator(folder, size_guidance=guidance).Reload()
-    tags = events.Tags()["scalars"]
-    return {number_of_tag(tag): [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+    curves: dict[str, Points] = {}
+    for tag in events.Tags()["scalars"]:  # a run that version 0.7 began has two tags of a number
+        curves.setdefault(number_of_tag(tag), []).extend((e.step, e.value) for e in events.Scalars(tag))
+    return {name: sorted(points) for name, points in curves.items()}
 
 
 def _checkpoints(run: str) -> list[CheckpointFacts]:
@@ -149,12 +154,7 @@ def _checkpoints(run: str) -> list[CheckpointFacts]:
     for prefix in (EPOCH_PREFIX, STEP_PREFIX):
         complete, incomplete = checkpoint_files.list_checkpoints(run, prefix)
         for name in complete + incomplete:
-            manifest = {}
-            if name in complete:
-                manifest = checkpoint_files.read_manifest(storage.join(run, CHECKPOINT_FOLDER, name))
-            number = int(name.removeprefix(prefix))
+            step = int(name.removeprefix(prefix)) if prefix == STEP_PREFIX else None
             size = sum(count for file, count in sizes.items() if file.startswith(f"{name}/"))
-            step = number if prefix == STEP_PREFIX else None
-            epoch = manifest.get("epoch", number if step is None else 0)
-            found.append(CheckpointFacts(name, epoch, step, size, name in complete))
+            found.append(CheckpointFacts(name, step, size, name in complete))
     return found

@@ -93,7 +93,9 @@ def quality_section(run: RunData, other: RunData | None) -> str:
             f"hundredth of the items takes {result['head_share@20']:.0%} of the places."
         )
     hint = ""
-    if other is not None:
+    if other is not None and run.data and other.data and run.data.fingerprint != other.data.fingerprint:
+        hint = f"{other.name} was trained on another catalog: its metrics are of other users and items."
+    elif other is not None:
         hint = "Whether a difference is more than chance: gtc evaluate --run RUN --against OTHER gives its interval."
     strata = "<h3>By popularity of the item, test</h3>" if groups else ""
     return html_section(

@@ -61,8 +61,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_out(out: str) -> None:
     """Raises InputError for a file that is no report, which must not be replaced, or a place that cannot be written."""
-    if storage.exists(out) and REPORT_MARKER.encode() not in storage.read_bytes(out)[:200]:
-        raise InputError(f"{out} exists and is no report; name another file with --out")
+    if storage.exists(out):
+        with storage.open_input(out) as file:
+            if REPORT_MARKER.encode() not in file.read(200):
+                raise InputError(f"{out} exists and is no report; name another file with --out")
+    storage.check_writable(out.rpartition("/")[0] or "/")
 
 
 def facts_of(args: argparse.Namespace, run: RunData) -> dict | None:

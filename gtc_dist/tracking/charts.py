@@ -91,7 +91,7 @@ PAGE = {
     "Is it healthy?": (
         ("gradient norm", r"4_health/gradient_norm"),
         ("memory, GiB", r"4_health/.*_memory_gib"),
-        ("skipped steps", r"details_health/skipped_steps"),
+        ("how the lists spread over the items", r"(1_quality|details_valid)/(coverage|head_share)@20"),
     ),
     "What is slow?": (
         ("interactions a second", r"3_speed/interactions_per_second"),

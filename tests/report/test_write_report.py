@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small import refused, small_catalog, write_config
+from small import ROOT, refused, small_catalog, write_config
 from trainings import train_without_ray
 
 from gtc_dist.checkpoint.existing_run import find_run
@@ -146,6 +146,17 @@ def test_another_catalog_leaves_out_what_the_model_says(folder, tmp_path):
     page = report("--run", folder / "runs/one", "--out", tmp_path / "r.html", "--catalog", tmp_path / "other")
     assert "was rebuilt after the run" in page.text
     assert "Lists of some users" not in page.words
+
+
+def test_a_run_of_version_0_1_has_a_page(tmp_path):
+    shutil.copytree(ROOT / "tests/stored/f099d64", tmp_path / "s")
+    config = tmp_path / "s/gated/config.yaml"
+    config.write_text(config.read_text().replace("STORED", str(tmp_path / "s")))
+    page = report("--run", tmp_path / "s/gated")
+    assert (
+        f"{storage.read_json(str(tmp_path / 's/gated/metrics.json'))['test']['overall']['ndcg@20']:.4f}" in page.words
+    )
+    assert {"neighbour smoothing", "Lists of some users", "The content filter"} <= set(page.words)
 
 
 def test_a_run_in_object_storage(folder, s3):
