@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from small import ROOT, refused, small_catalog, write_config
+from torch.utils.tensorboard import SummaryWriter
 from trainings import train_without_ray
 
 from gtc_dist.checkpoint.existing_run import find_run
@@ -18,7 +19,7 @@ from gtc_dist.errors import InputError
 from gtc_dist.report import write_report
 from gtc_dist.report.model_sections import lists_section, parts_section
 from gtc_dist.report.page import REPORT_MARKER
-from gtc_dist.report.run_data import read_run
+from gtc_dist.report.run_data import read_events, read_run
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)> & \"q\""
 
@@ -153,10 +154,19 @@ def test_a_run_of_version_0_1_has_a_page(tmp_path):
     config = tmp_path / "s/gated/config.yaml"
     config.write_text(config.read_text().replace("STORED", str(tmp_path / "s")))
     page = report("--run", tmp_path / "s/gated")
-    assert (
-        f"{storage.read_json(str(tmp_path / 's/gated/metrics.json'))['test']['overall']['ndcg@20']:.4f}" in page.words
-    )
+    test = storage.read_json(str(tmp_path / "s/gated/metrics.json"))["test"]
+    assert f"{test['overall']['ndcg@20']:.4f}" in page.words
     assert {"neighbour smoothing", "Lists of some users", "The content filter"} <= set(page.words)
+
+
+def test_curves_of_a_run_that_an_older_version_began_are_joined(tmp_path):
+    for name, first in (("loss/bpr", 1), ("2_loss/bpr", 3)):
+        with SummaryWriter(str(tmp_path), purge_step=first) as writer:
+            for step in (first, first + 1):
+                writer.add_scalar(name, step / 2, step)
+    curves, starts = read_events(str(tmp_path))
+    assert curves == {"loss/bpr": [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]}
+    assert len(starts) == 2
 
 
 def test_a_run_in_object_storage(folder, s3):
