@@ -1,4 +1,4 @@
-"""cluster/kuberay/: rendered by kubectl, checked against the types of Kubernetes and of KubeRay, and its commands run."""
+"""cluster/kuberay/: rendered by kubectl, checked with the types of Kubernetes and KubeRay; its commands run."""
 
 import copy
 import os
