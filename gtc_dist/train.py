@@ -7,7 +7,7 @@ Joins the Ray cluster of RAY_ADDRESS or of its own Ray job; otherwise starts a l
 run.storage/run.name gets the resolved config.yaml, metrics.jsonl, metrics.json, checkpoints/ and tensorboard/.
 
 Rerun the same command to resume an interrupted run, on any number of ranks. On SIGTERM the training state is saved and
-the command exits with status 143.
+the command exits with status 143, on Ctrl-C with 130.
 
     python -m gtc_dist.train --replay RUN/not-finite-....npz
 
