@@ -1,7 +1,7 @@
 """Export a run's embeddings under the original ids.
 
     python -m gtc_dist.export --run RUN --out DIR [--format parquet numpy faiss jsonl] [--dtype float16]
-        [--new-items FILE] [--workers N]
+        [--new-items FILE] [--new-users FILE] [--workers N]
 
 Writes DIR/users/part-*.parquet and DIR/items/part-*.parquet with the columns `id` (original type) and `embedding`
 (fixed_size_list), DIR/README.md, which says what they are and how to load them, and DIR/manifest.json last: without it
@@ -12,6 +12,10 @@ every time.
 --new-items FILE adds items that arrived after training, from their content alone: a Parquet file with the column `id`
 and one column of raw vectors for each modality, named as in data.features, null where an item has none. They are
 written to items/part-new-*.parquet.
+
+--new-users FILE adds users who are not in the catalog, from their interactions: a file in the format of the catalog's
+own interactions (data.interactions); or, for users who have none yet, a file with a column of users alone, who get the
+mean of the others. They are written to users/part-new-*.parquet; nothing changes for the other users and the items.
 
 --format, one or several of
 
@@ -27,17 +31,21 @@ them, some rows at a time. faiss holds all items in the memory of this process.
 
 import argparse
 import functools
+import sys
 
-from gtc_dist.checkpoint.existing_run import find_run
+from gtc_dist.checkpoint.existing_run import RunRef, find_run
 from gtc_dist.data import storage
+from gtc_dist.data.catalog import Catalog
 from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.embedding_formats.faiss_index import INDEX_KINDS
-from gtc_dist.embedding_formats.write_formats import EXPORT_FORMATS, OWN_FILES, write_formats
+from gtc_dist.embedding_formats.write_formats import EXPORT_FORMATS, FORMAT_FILES, write_formats
 from gtc_dist.errors import run_command
 from gtc_dist.inference.embedding_files import export_rank
 from gtc_dist.inference.model_card import CARD, model_card
+from gtc_dist.inference.new_users import NewUsers
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
+from gtc_dist.prepare.new_users import read_new_users
 
 EXPORT_MANIFEST = "manifest.json"
 
@@ -50,22 +58,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--faiss", action="store_true", help="add faiss to --format")
     parser.add_argument("--index", choices=INDEX_KINDS, help="kind of items.faiss (default: by the number of items)")
     parser.add_argument("--new-items", metavar="FILE", help="URI of a Parquet file with items that arrived since")
+    parser.add_argument("--new-users", metavar="FILE", help="URI of a file with users who are not in the catalog")
     args = parse_run_command(parser, argv)
-    if args.new_items and args.workers:
-        parser.error("--new-items works in this process alone, without --workers")
+    if (args.new_items or args.new_users) and args.workers:
+        parser.error("--new-items and --new-users work in this process alone, without --workers")
     chosen = {*args.format, *(["faiss"] if args.faiss else [])}
     if args.index and "faiss" not in chosen:
         parser.error("--index goes with --format faiss")
 
-    refuse_relative_paths(
-        {"--run": args.run, "--out": args.out, "--new-items": args.new_items, "--catalog": args.catalog}
-    )
+    paths = ("run", "out", "new_items", "new_users", "catalog")
+    refuse_relative_paths({f"--{name.replace('_', '-')}": getattr(args, name) for name in paths})
     out = storage.absolute(args.out)
     run_ref = find_run(args.run, args.catalog)
+    new = {"new_items": args.new_items, "new_users": args.new_users and open_new_users(run_ref, args.new_users)}
     folder = empty_folder(out, args.out)
-    export = run_on_ranks_or_here(
-        args, run_ref, functools.partial(export_rank, out=out, dtype=args.dtype, new_items=args.new_items)
-    )
+    export = run_on_ranks_or_here(args, run_ref, functools.partial(export_rank, out=out, dtype=args.dtype, **new))
     export = {"dtype": args.dtype, "metric": "dot product"} | write_formats(out, export, chosen, args.dtype, args.index)
     storage.write_bytes(storage.join(out, CARD), model_card(run_ref, export).encode())
     manifest = {
@@ -76,8 +83,21 @@ def main(argv: list[str] | None = None) -> None:
         **export,
     }
     folder.finish(manifest)
-    new = f" (and {export['new_items']:,} new ones)" if args.new_items else ""
-    print(f"{export['users']:,} users and {export['items']:,} items{new} of width {export['dim']} are in {out}")
+    counts = [
+        f"{export[kind]:,} {kind}" + (f" (and {export[f'new_{kind}']:,} new ones)" if f"new_{kind}" in export else "")
+        for kind in ("users", "items")
+    ]
+    print(f"{counts[0]} and {counts[1]} of width {export['dim']} are in {out}")
+
+
+def open_new_users(run_ref: RunRef, uri: str) -> NewUsers:
+    """The users of a file, and a line on what is not used of it. Raises InputError."""
+    new = read_new_users(run_ref.config.data, Catalog(run_ref.config.data.catalog), uri)
+    none = int((new.indptr[1:] == new.indptr[:-1]).sum())
+    unused = f"; {new.unknown:,} rows of items that the catalog lacks are not used" if new.unknown else ""
+    mean = f", {none:,} of them without an interaction: they get the mean user" if none else ""
+    print(f"{uri}: {len(new):,} users with {len(new.items):,} interactions{mean}{unused}", file=sys.stderr, flush=True)
+    return new
 
 
 def empty_folder(out: str, named: str) -> OutputFolder:
@@ -86,7 +106,7 @@ def empty_folder(out: str, named: str) -> OutputFolder:
         out,
         title="the output folder",
         kind="an export",
-        own_files=rf"(users|items)/part-(new-)?\d{{12}}\.parquet|{OWN_FILES}|README\.md",
+        own_files=rf"(users|items)/part-(new-)?\d{{12}}\.parquet|{FORMAT_FILES}|README\.md",
         manifest=EXPORT_MANIFEST,
         marker=None,
     )

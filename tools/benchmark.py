@@ -71,6 +71,7 @@ def parse() -> argparse.Namespace:
             sub.add_argument("--interactions", type=int, default=4_000_000)
             sub.add_argument("--fanout", default="10,10")
             sub.add_argument("--seeds", type=int, default=6144, help="seed nodes of a batch")
+            sub.add_argument("--sampler", default="dgl,torch", help="comma-separated: dgl, torch (that for GPUs)")
         if name == "lookup":
             sub.add_argument("--rows", default="10000,1000000", help="rows of the table, comma-separated")
             sub.add_argument("--ids", type=int, default=50_000, help="rows that each rank looks up")
@@ -117,6 +118,7 @@ def cases(args: argparse.Namespace) -> list[dict]:
     if args.command == "sampling":
         shared |= {"nodes": args.nodes, "interactions": args.interactions, "seeds": args.seeds}
         shared |= {"fanout": numbers(args.fanout)}
+        grid["sampler"] = args.sampler.split(",")
     elif args.command == "formats":
         grid["format"] = args.formats.split(",")
         shared |= {"rows": args.rows, "width": args.width}

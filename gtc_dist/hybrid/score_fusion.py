@@ -77,7 +77,7 @@ class ScoreFusion:
             name: unit_variance(embeddings if name in profiles else self._impute(embeddings))
             for name, embeddings in scorers.items()
         }
-        self.warm_users, self.warm_items = graphs.user_degree > 0, graphs.item_degree > 0
+        self.counted_users, self.warm_items = graphs.counted_users, graphs.item_degree > 0
         self.popularity = item_popularity(graphs)
         self.user_features = user_features(graphs, self.popularity, comm).to(comm.device)
         self.popularity = self.popularity.to(comm.device)
@@ -193,7 +193,7 @@ class ScoreFusion:
 
     def _mean_user(self, users: ShardedTable) -> torch.Tensor:
         """Mean row of the users with a train interaction, float32 [1, width]."""
-        return _mean_over(users, self.warm_users)
+        return _mean_over(users, self.counted_users)
 
     def _mean_scores(self, scorer: Embeddings) -> torch.Tensor:
         """Scores of all items for the mean user, float32 [items], on every rank."""

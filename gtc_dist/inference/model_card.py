@@ -38,6 +38,9 @@ def model_card(run_ref: RunRef, export: dict[str, Any]) -> str:
         "",
     ]
     if result is not None and result["best_epoch"] == run_ref.epoch:
+        if "final_fit" in result:
+            selection = result["final_fit"]["selection"]
+            lines += [f"It was trained on train and valid; the metrics are those of `{selection}`, on train alone.", ""]
         lines += ["| all items ranked | " + " | ".join(SHOWN_METRICS) + " |", "| --- " * 5 + "|"]
         rows = {split: result[split]["overall"] for split in ("valid", "test")} | {"popularity": result["popularity"]}
         for name, values in rows.items():

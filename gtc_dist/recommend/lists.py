@@ -2,6 +2,7 @@
 
     python -m gtc_dist.recommend --run RUN --user ID [--user ID ...]      on the terminal
     python -m gtc_dist.recommend --run RUN --out lists [--users FILE]     Parquet, for all users or those of a file
+    python -m gtc_dist.recommend --run RUN --new-users FILE [--out lists] for users who are not in the catalog
     python -m gtc_dist.recommend --run RUN --item ID                      similar items
 
 What a user already has, in train, valid or test, is left out (--include-seen: not). Users without a train interaction
@@ -13,6 +14,8 @@ items that have this text in a column of that table; of one column given twice, 
 --explain adds what each part of the model contributes to a score (popularity, network, masked_diffusion, graph_filter,
 content_MODALITY: together the score; in Parquet the columns score_PART), and the user's own train items that are most
 similar to the listed one, with the cosine (nearest_own). Lists are exact: every item is scored for every user.
+
+--new-users FILE is as of `gtc export`: a file like the interactions of the catalog, or with a column of users alone.
 
 Similar items are those with the largest cosine, without the columns that hold an item's popularity. The dot product, by
 which users' lists are ranked, also rewards items that many people take.
@@ -36,9 +39,11 @@ from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.evaluation.beyond_accuracy import mean_user
 from gtc_dist.evaluation.ranking import top_k_items
+from gtc_dist.export import open_new_users
 from gtc_dist.features.item_content import read_ids
 from gtc_dist.graph.csc import Graphs, by_destination
 from gtc_dist.hybrid.embeddings import Embeddings
+from gtc_dist.inference.new_users import CatalogWithUsers, NewUsers, load_run_with_new_users
 from gtc_dist.inference.trained_run import TrainedRun, load_run
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
@@ -60,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--user", action="append", metavar="ID", help="print this user's list; may be repeated")
     parser.add_argument("--item", metavar="ID", help="print the items most similar to this one")
     parser.add_argument("--users", metavar="FILE", help="users to make lists for (default: all)")
+    parser.add_argument("--new-users", metavar="FILE", help="users who are not in the catalog, with their interactions")
     parser.add_argument("--out", metavar="FOLDER", help="new or empty folder for the lists")
     parser.add_argument("--top", type=int, default=20, help="items of a list (default: %(default)s)")
     parser.add_argument("--include-seen", action="store_true", help="list what a user already has, too")
@@ -74,11 +80,16 @@ def main(argv: list[str] | None = None) -> None:
     check_arguments(parser, args)
 
     run_ref = find_run(args.run, args.catalog)
+    new = open_new_users(run_ref, args.new_users) if args.new_users else None
     catalog, id_column = Catalog(run_ref.config.data.catalog), args.id or run_ref.config.data.interactions.item
+    if new is not None:
+        catalog = CatalogWithUsers(catalog, new.ids)
     named = [(args.user, "users"), (args.item and [args.item], "items")]
     users, item = (None if ids is None else index_of_texts(catalog, kind, ids) for ids, kind in named)
     if args.users:
         users = np.unique(catalog.index_of("users", read_ids(args.users, "user_id")))
+    elif new is not None and users is None:
+        users = np.arange(catalog.users - len(new), catalog.users)
     wanted = where_conditions(args.where or [])
     attributes = item_attributes(catalog, args.titles, id_column, wanted) if wanted else None
     options = {
@@ -92,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     out = None if args.out is None else storage.absolute(args.out)
     folder = None if out is None else lists_folder(out, args.out)
-    options |= {"include_seen": args.include_seen, "explain": args.explain}
+    options |= {"include_seen": args.include_seen, "explain": args.explain, "new_users": new}
     work = functools.partial(recommend_rank, users=users, out=out, **options)
     result = run_on_ranks_or_here(args, run_ref, work)
     if folder is None:
@@ -105,8 +116,10 @@ def main(argv: list[str] | None = None) -> None:
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with a usage message where options do not fit together."""
     chosen = [name for name in ("user", "item", "out") if getattr(args, name)]
-    if len(chosen) != 1:
+    if len(chosen) != 1 and not (args.new_users and not chosen):
         parser.error("give one of --user, --item and --out")
+    if args.new_users and (args.item or args.users or args.workers):
+        parser.error("--new-users goes without --item, --users and --workers")
     if args.users and not args.out:
         parser.error("--users goes with --out")
     if args.workers and not args.out:
@@ -117,8 +130,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--where needs --titles, the table with the column")
     if args.top < 1:
         parser.error("--top must be positive")
-    paths = ("run", "catalog", "out", "users", "candidates", "exclude", "titles")
-    refuse_relative_paths({f"--{name}": getattr(args, name) for name in paths})
+    paths = ("run", "catalog", "out", "users", "new_users", "candidates", "exclude", "titles")
+    refuse_relative_paths({f"--{name.replace('_', '-')}": getattr(args, name) for name in paths})
 
 
 def index_of_texts(catalog: Catalog, kind: str, ids: list[str]) -> np.ndarray:
@@ -145,14 +158,16 @@ def recommend_rank(
     titles: pa.Array | None,
     out: str | None,
     explain: bool = False,
+    new_users: NewUsers | None = None,
 ) -> dict:
     """Lists of this rank's users, written to `out`, or, without it, returned. Collective: every rank must call it.
 
     Args:
         users: indexes in the order of the lists; None: all.
         allowed, titles: by item index.
+        new_users: users behind those of the catalog; on a single rank only.
     """
-    run = load_run(run_ref, comm, graphs)
+    run = load_run_with_new_users(run_ref, new_users, comm, graphs) if new_users else load_run(run_ref, comm, graphs)
     embeddings = with_mean_user(run, run.final_embeddings())
     return write_lists(run, embeddings, out, users, top, include_seen, allowed, titles, explain)
 

@@ -41,6 +41,7 @@ from gtc_dist.training.run_log import RunLog
 from gtc_dist.training.train_state import LossMeter, TrainProgress, TrainState
 from gtc_dist.training.validation import Validator
 from gtc_dist.training.weight_averaging import WeightAverage
+from gtc_dist.warm_start.carry_over import initial_weights
 
 # parts of a step in TensorBoard; sampling and features run in the prefetch thread, communication is part of others
 PARTS = ("data", "sampling", "features", "history", "lookup", "forward", "backward", "optimizer", "communication")
@@ -59,6 +60,7 @@ class Trainer:
         report: called on every rank with each validation's metrics.
         stop_request: called on all ranks together, at most every few seconds and only where losses are logged: "leave"
             to save the state and return from `fit`, "save" to save it now, "" to continue.
+        publish: called on rank 0 with the numbers of each point of the logs.
     """
 
     def __init__(
@@ -72,8 +74,9 @@ class Trainer:
         comm: Communicator,
         report: Callable[[dict], None] = lambda metrics: None,
         stop_request: Callable[[], str] = lambda: "",
+        publish: Callable[[dict[str, float]], None] = lambda scalars: None,
     ):
-        self.config, self.run, self.comm, self.report = config, run, comm, report
+        self.config, self.run, self.comm, self.report, self.publish = config, run, comm, report, publish
         self.network, self.tables = build_network(config, catalog, comm)
         self.loader_comm = comm.new_group(torch.device("cpu"))
         features = load_features(self.network.modalities, catalog, self.loader_comm)
@@ -82,7 +85,7 @@ class Trainer:
             fit_projection(self.network.masked, self.features)
         content, of_loader = self._content()
         self.loader = build_loader(config, self.network, users, items, graphs, features, of_loader, self.loader_comm)
-        expected = catalog.manifest.interactions["train"]
+        expected = sum(catalog.manifest.interactions[split] for split in config.train_splits)
         if (found := sum(self.loader.interactions_per_rank)) != expected:
             raise InputError(
                 f"the ranks read {found} train interactions, the manifest of {catalog.uri} says {expected}; "
@@ -134,10 +137,7 @@ class Trainer:
         self.log = RunLog(self.run, config.train.epochs, self.loader.steps, active, progress.lines, progress.steps)
         self.validation_seconds = math.inf  # of the last validation; a long one is announced
         if not resumed:
-            if self.validator.scorer.has_untrained:
-                self._print("fitting the untrained scorers to the valid split")
-            self.validator.scorer.tune_untrained(self.validator.shortlist)
-            self._validate(0)
+            self.start()
             progress.epoch, progress.step = 1, 0
         while progress.epoch <= config.train.epochs and progress.waited < config.eval.patience:
             self.checkpointer.save_if_wanted(before_validation=False)
@@ -163,6 +163,22 @@ class Trainer:
         if found:
             self.use_content()
         return found
+
+    def start(self) -> None:
+        """Before the first epoch: fit and validate the scorers with the initial weights."""
+        self.start_from_earlier_run()
+        if self.validator.scorer.has_untrained:
+            self._print("fitting the untrained scorers to the valid split")
+        self.validator.scorer.tune_untrained(self.validator.shortlist)
+        self._validate(0)
+
+    def start_from_earlier_run(self) -> None:
+        """Take the weights of `train.init_from`, if it is set."""
+        found = initial_weights(self.config, self.validator.catalog, self.graphs, self.network, self.tables)
+        if found is not None:
+            self.state.progress.init_from, text = found
+            self._print(text)
+            self.use_content()
 
     def use_content(self) -> None:
         """Make the masked diffusion's content again, with the projection that was loaded into the network."""
@@ -263,7 +279,7 @@ class Trainer:
             note = f"best so far ({metric})" if better else f"best was epoch {at.best_epoch}"
             self.log.evaluation(epoch, metrics, note, diagnostics)
             with self.comm.tracked():
-                self.report({"epoch": epoch, **metrics["overall"]})
+                self.report({"epoch": epoch, "best": at.best, **metrics["overall"]})
         self.validation_seconds = time.monotonic() - started
         return better
 
@@ -289,6 +305,10 @@ class Trainer:
         scalars |= {"lr/dense": config.lr, "lr/tables": config.table_lr}
         scalars["interactions_per_second"] = meter.seen / elapsed
         self.log.step(epoch, step, scalars, meter.seen / elapsed)
+        if self.comm.rank == 0:
+            weights = self.network.term_weights
+            total = sum(value * weights.get(name, 1.0) for name, value in losses.items())
+            self.publish(scalars | {"loss/total": total})
 
     def _update_progress(self) -> None:
         """Local. Copy into the progress what a training state keeps of the log, the clock and the guard."""
@@ -317,7 +337,7 @@ class Trainer:
             "seconds_per_epoch": round(at.trained / max(last, 1), 3),
             "workers": self.comm.size,
             "skipped_steps": self.guard.skipped,
-        }
+        } | ({"init_from": at.init_from} if at.init_from else {})
         if self.comm.rank == 0:
             self.log.projector(*self.validator.projector_points(items), at.best_epoch)
             storage.write_json(storage.join(self.run, METRICS_FILE), result)
