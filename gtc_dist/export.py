@@ -38,7 +38,7 @@ from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.embedding_formats.faiss_index import INDEX_KINDS
-from gtc_dist.embedding_formats.write_formats import EXPORT_FORMATS, FORMAT_FILES, write_formats
+from gtc_dist.embedding_formats.write_formats import EXPORT_FORMATS, OWN_FILES, write_formats
 from gtc_dist.errors import run_command
 from gtc_dist.inference.embedding_files import export_rank
 from gtc_dist.inference.model_card import CARD, model_card
@@ -106,7 +106,7 @@ def empty_folder(out: str, named: str) -> OutputFolder:
         out,
         title="the output folder",
         kind="an export",
-        own_files=rf"(users|items)/part-(new-)?\d{{12}}\.parquet|{FORMAT_FILES}|README\.md",
+        own_files=rf"(users|items)/part-(new-)?\d{{12}}\.parquet|{OWN_FILES}|README\.md",
         manifest=EXPORT_MANIFEST,
         marker=None,
     )

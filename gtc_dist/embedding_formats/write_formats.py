@@ -11,7 +11,7 @@ from gtc_dist.progress import ProgressPrinter
 
 Format = Literal["parquet", "numpy", "faiss", "jsonl"]
 EXPORT_FORMATS = ("parquet", "numpy", "faiss", "jsonl")
-FORMAT_FILES = r"(users|items)(\.npy|\.jsonl|_ids\.npy|_ids\.jsonl)|items\.faiss"  # but for the Parquet files
+OWN_FILES = r"(users|items)(\.npy|\.jsonl|_ids\.npy|_ids\.jsonl)|items\.faiss"  # but for the Parquet files
 
 
 def write_formats(

@@ -11,11 +11,11 @@ Parquet file that is named user_id or item_id. --titles adds names from a table.
 (from 1), item_id, score and, with --titles, title; rows of a user follow each other. --where category=boots lists only
 items that have this text in a column of that table; of one column given twice, one of the texts.
 
+--new-users FILE is as of `gtc export`: a file like the interactions of the catalog, or with a column of users alone.
+
 --explain adds what each part of the model contributes to a score (popularity, network, masked_diffusion, graph_filter,
 content_MODALITY: together the score; in Parquet the columns score_PART), and the user's own train items that are most
 similar to the listed one, with the cosine (nearest_own). Lists are exact: every item is scored for every user.
-
---new-users FILE is as of `gtc export`: a file like the interactions of the catalog, or with a column of users alone.
 
 Similar items are those with the largest cosine, without the columns that hold an item's popularity. The dot product, by
 which users' lists are ranked, also rewards items that many people take.
@@ -71,10 +71,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--include-seen", action="store_true", help="list what a user already has, too")
     parser.add_argument("--candidates", metavar="FILE", help="list only these items")
     parser.add_argument("--exclude", metavar="FILE", help="never list these items")
-    parser.add_argument("--explain", action="store_true", help="parts of each score, and nearest items of the user's")
     parser.add_argument("--titles", metavar="FILE", help="table with names of the items")
     parser.add_argument("--where", action="append", metavar="COLUMN=TEXT", help="list only items with this text there")
     parser.add_argument("--title", default="title", metavar="COLUMN", help="its column with the name (%(default)s)")
+    parser.add_argument("--explain", action="store_true", help="parts of each score, and nearest items of the user's")
     parser.add_argument("--id", metavar="COLUMN", help="its column with the id (default: as in the interactions)")
     args = parse_run_command(parser, argv)
     check_arguments(parser, args)

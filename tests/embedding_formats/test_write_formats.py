@@ -13,7 +13,7 @@ from gtc_dist.data import storage
 from gtc_dist.embedding_formats import json_lines
 from gtc_dist.embedding_formats.faiss_index import FLAT_ITEMS, chosen_kind
 from gtc_dist.embedding_formats.loading_text import loading_text
-from gtc_dist.embedding_formats.write_formats import FORMAT_FILES, write_formats
+from gtc_dist.embedding_formats.write_formats import OWN_FILES, write_formats
 from gtc_dist.inference.embedding_files import write_embeddings
 
 DIM, USERS, ITEMS = 6, 30, 500
@@ -134,7 +134,7 @@ def test_parquet_is_left_out_where_it_is_not_asked_for(folder):
     assert sorted(names) == sorted(
         ["items.faiss", "items.jsonl", "items.npy", "items_ids.jsonl", "users.jsonl", "users.npy", "users_ids.jsonl"]
     )
-    assert all(re.fullmatch(FORMAT_FILES, name) for name in names)
+    assert all(re.fullmatch(OWN_FILES, name) for name in names)
     written = {n: storage.WrittenFile(f["bytes"], f["sha256"]) for n, f in export["files"].items()}
     storage.check_files(folder, written, checksum=True)
 
