@@ -15,6 +15,7 @@ COMMANDS = {
     "features": ("gtc_dist.features.encode_items", "texts and pictures of items to vectors"),
     "prepare": ("gtc_dist.prepare.build_catalog", "interactions and vectors to a catalog"),
     "train": ("gtc_dist.train", "train on a catalog, or go on with an interrupted training"),
+    "tune": ("gtc_dist.tune.search_settings", "train many settings, and find the best"),
     "evaluate": ("gtc_dist.evaluate", "metrics of a run, alone or against another one"),
     "recommend": ("gtc_dist.recommend.lists", "lists of items for users, or similar items"),
     "refresh": ("gtc_dist.refresh.refresh_run", "today's embeddings of a run, on grown data, without training"),

@@ -204,7 +204,13 @@ class ModelConfig(Section):
         "(docs/model.md has the whole list).",
     )
     propagation: Literal["full", "sampled"] = Field(
-        "full", description="Whole graph in every step, or sampled mini-batches (DGL)."
+        "full", description="Whole graph in every step, or sampled mini-batches."
+    )
+    sampler_device: Literal["auto", "cpu", "gpu"] = Field(
+        "auto",
+        description="sampled: where neighbours are sampled: by DGL on the CPU, or in plain torch on the rank's GPU, "
+        "whose memory then holds the graph. auto: on the GPU if there is one and the graph takes at most a quarter of "
+        "its memory.",
     )
     fanout: list[int] = Field(
         [10, 10], description="sampled: neighbours per user-item layer, last layer first. -1: all."
@@ -315,4 +321,6 @@ class Config(Section):
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} is below cluster.workers {self.cluster.workers}"
             )
+        if self.model.sampler_device == "gpu" and not self.cluster.gpu:
+            raise ValueError("model.sampler_device is gpu, but cluster.gpu is false; set it to true, or take auto")
         return self

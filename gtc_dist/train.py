@@ -24,12 +24,12 @@ import yaml
 
 from gtc_dist.checkpoint import checkpoint_files
 from gtc_dist.checkpoint.existing_run import run_status
-from gtc_dist.checkpoint.run_folder import CONFIG_FILE, EPOCH_PREFIX, METRICS_FILE, STEP_PREFIX
+from gtc_dist.checkpoint.run_folder import CONFIG_FILE, EPOCH_PREFIX, LOCK_FILE, METRICS_FILE, STEP_PREFIX
 from gtc_dist.config import Config
 from gtc_dist.config_file import load_config
 from gtc_dist.config_reference import help_text
 from gtc_dist.data import storage
-from gtc_dist.data.catalog import Catalog
+from gtc_dist.data.catalog import MANIFEST, Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.evaluation.item_groups import HEAD_ITEMS, positive_groups, tuning_positives, valid_head
@@ -147,9 +147,13 @@ def start_or_resume(config: Config, catalog: Catalog, run: str) -> dict | None:
     )
 
     from gtc_dist.launch import ray_cluster, ray_train  # slow to import: the errors above show at once
+    from gtc_dist.preflight import node_checks, room
 
     ray_cluster.connect(min(config.cluster.workers, ray_cluster.cores()) + 1, dashboard=True, shared_bytes=graphs.bytes)
-    resources = ray_train.worker_resources(config.cluster, ray_cluster.node_resources())
+    resources = room.room_for_ranks(config.cluster)
+    node_checks.check_nodes(
+        {"run.storage": storage.join(run, LOCK_FILE), "data.catalog": storage.join(catalog.uri, MANIFEST)}
+    )
     print("Ray started; starting the ranks", file=sys.stderr)
     shared = ray_train.share_graphs(graphs)
     del graphs  # the ranks of a node share the one copy in Ray's object store

@@ -39,6 +39,7 @@ RESUMABLE_KEYS = (
     "data.features",
     "data.items",
     "train.epochs",
+    "model.sampler_device",
     "train.init_from",
     "train.not_finite",
     "train.clip_norm",

@@ -10,7 +10,7 @@ from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.errors import InputError
 from gtc_dist.graph.user_item_graph import build_user_item_graph
 
-MAX_EDGES = 2**31 - 1  # of a graph: DGL's samplers and blocks use 32-bit indexes
+MAX_NODES = 2**31 - 1  # users and items together: a graph's sources are 32-bit integers
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,12 @@ class Graphs:
             item_item, user_user: read this graph.
 
         Raises:
-            InputError: more edges than DGL can index, or the catalog lacks a graph.
+            InputError: more users and items than 32 bits number, or the catalog lacks a graph.
         """
-        interactions = catalog.manifest.interactions["train"]
-        if 2 * interactions > MAX_EDGES:
+        if catalog.users + catalog.items > MAX_NODES:
             raise InputError(
-                f"the catalog {catalog.uri} has {interactions:,} train interactions; at most {MAX_EDGES // 2:,} are "
-                "possible, because each is two edges of a graph with 32-bit indexes"
+                f"the catalog {catalog.uri} has {catalog.users:,} users and {catalog.items:,} items; at most "
+                f"{MAX_NODES:,} together are possible, because the graph numbers them with 32 bits"
             )
         wanted = {"item_item": item_item, "user_user": user_user}
         for name in wanted:
@@ -111,6 +110,11 @@ class Graphs:
         items = items + self.users
         edge_weight = self.nodes.weight[find_edges(self.nodes, users, items)]
         return (edge_weight * np.sqrt(degree[users] * degree[items]) / self.mean_weight).astype(np.float32)
+
+    def edges_of(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Edge ids of train interactions (int64 [n, 2]): of the edges into their users, and into their items."""
+        users, items = pairs[:, 0], pairs[:, 1] + self.users
+        return find_edges(self.nodes, users, items), find_edges(self.nodes, items, users)
 
     def is_interacted(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Mask of train interactions between each of the users and each of the items, bool [users, items].

@@ -120,6 +120,12 @@ class GTC(nn.Module):
         return preferences * self.dim, self.n_node_views
 
     @property
+    def term_weights(self) -> dict[str, float]:
+        """Weights of the loss terms that have one; the others enter as they are."""
+        train = self.train_config
+        return {"tc": train.w_tc, "diffusion": train.w_diff, "l2": train.w_reg}
+
+    @property
     def out_width(self) -> int:
         """Columns of an embedding."""
         return (self.n_members if self.variant.sum_views else self.n_node_views) * self.dim
@@ -315,7 +321,7 @@ class GTC(nn.Module):
         terms["l2"] = losses.l2_loss(self, user_rows, item_rows, batch) / total
         if self.masked is not None:
             terms["masked"] = self.masked(batch.masked, masked_rows)
-        weights = {"tc": train.w_tc, "diffusion": train.w_diff, "l2": train.w_reg}
+        weights = self.term_weights
         weighted = [value * weights[name] if name in weights else value for name, value in terms.items()]
         loss = sum(weighted[1:], weighted[0])
         if self.comm.size > 1:

@@ -27,10 +27,12 @@ from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.embedding_formats.loading_text import loading_text
+from gtc_dist.embedding_formats.write_formats import write_formats
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs, load_graphs
 from gtc_dist.inference.embedding_files import export_rank
-from gtc_dist.inference.model_card import CARD, LOADING
+from gtc_dist.inference.model_card import CARD
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
 from gtc_dist.model.build import build_network
@@ -38,7 +40,7 @@ from gtc_dist.warm_start.carry_over import carry_over, describe_counts
 from gtc_dist.warm_start.earlier_run import find_earlier_run, trained_interactions
 
 FINISHED, REFRESHING = REFRESH_FILES
-OWN_FILES = r"(users|items)/part-\d{12}\.parquet|README\.md|config\.yaml|checkpoints/.*|ray-[0-9a-f]{8}/.*"
+REFRESHED_FILES = r"(users|items)/part-\d{12}\.parquet|README\.md|config\.yaml|checkpoints/.*|ray-[0-9a-f]{8}/.*"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     seen = trained_interactions(earlier, catalog)
     folder = refresh_folder(out, args.out)
     work = functools.partial(refresh_rank, earlier=earlier, trained_on=seen, dtype=args.dtype)
-    result = run_on_ranks_or_here(args, today, work)
+    result = write_formats(out, run_on_ranks_or_here(args, today, work), {"parquet"}, args.dtype)
     storage.write_bytes(storage.join(out, CARD), refresh_card(earlier, today, result, args.dtype).encode())
     manifest = {"run": earlier.uri, "checkpoint": earlier.checkpoint, "epoch": earlier.epoch, "catalog": catalog.uri}
     folder.finish({**manifest, **result, "dtype": args.dtype, "metric": "dot product"})
@@ -84,11 +86,8 @@ def run_on_catalog(earlier: RunRef, catalog: str, out: str) -> RunRef:
 def refresh_folder(out: str, named: str) -> OutputFolder:
     """The output folder, emptied of a refresh that was cut off, and marked. Raises InputError where it holds anything
     else."""
-    folder = OutputFolder(out, "the output folder", "a refresh", OWN_FILES, FINISHED, REFRESHING)
-    if folder.state() == "complete":
-        raise InputError(f"the output folder {named} is not empty; name another folder, or remove it")
-    folder.check_writable()
-    folder.clear()
+    folder = OutputFolder(out, "the output folder", "a refresh", REFRESHED_FILES, FINISHED, REFRESHING)
+    folder.start_empty(named)
     folder.mark()
     return folder
 
@@ -153,4 +152,5 @@ def refresh_card(earlier: RunRef, today: RunRef, result: dict, dtype: str) -> st
             + " of this catalog: metrics of these would be of what the weights have seen.",
             "",
         ]
-    return "\n".join([*lines, f"`gtc recommend --run {today.uri}` makes lists of them.", "", LOADING])
+    lines += [f"`gtc recommend --run {today.uri}` makes lists of them.", ""]
+    return "\n".join([*lines, loading_text(result)])

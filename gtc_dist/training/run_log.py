@@ -14,6 +14,7 @@ import numpy as np
 from gtc_dist.checkpoint.run_folder import METRICS_LOG, TENSORBOARD_FOLDER
 from gtc_dist.data import storage
 from gtc_dist.evaluation.metrics import flat_metrics
+from gtc_dist.progress import duration
 
 
 class RunLog:
@@ -112,10 +113,3 @@ class RunLog:
         self.writer.close()
         if self._temporary is not None:
             self._temporary.cleanup()
-
-
-def duration(seconds: float) -> str:
-    """Such as 1h02m, 5m03s, 12s."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -60,6 +60,7 @@ class Trainer:
         report: called on every rank with each validation's metrics.
         stop_request: called on all ranks together, at most every few seconds and only where losses are logged: "leave"
             to save the state and return from `fit`, "save" to save it now, "" to continue.
+        publish: called on rank 0 with the numbers of each point of the logs.
     """
 
     def __init__(
@@ -73,8 +74,9 @@ class Trainer:
         comm: Communicator,
         report: Callable[[dict], None] = lambda metrics: None,
         stop_request: Callable[[], str] = lambda: "",
+        publish: Callable[[dict[str, float]], None] = lambda scalars: None,
     ):
-        self.config, self.run, self.comm, self.report = config, run, comm, report
+        self.config, self.run, self.comm, self.report, self.publish = config, run, comm, report, publish
         self.network, self.tables = build_network(config, catalog, comm)
         self.loader_comm = comm.new_group(torch.device("cpu"))
         features = load_features(self.network.modalities, catalog, self.loader_comm)
@@ -277,7 +279,7 @@ class Trainer:
             note = f"best so far ({metric})" if better else f"best was epoch {at.best_epoch}"
             self.log.evaluation(epoch, metrics, note, diagnostics)
             with self.comm.tracked():
-                self.report({"epoch": epoch, **metrics["overall"]})
+                self.report({"epoch": epoch, "best": at.best, **metrics["overall"]})
         self.validation_seconds = time.monotonic() - started
         return better
 
@@ -303,6 +305,10 @@ class Trainer:
         scalars |= {"lr/dense": config.lr, "lr/tables": config.table_lr}
         scalars["interactions_per_second"] = meter.seen / elapsed
         self.log.step(epoch, step, scalars, meter.seen / elapsed)
+        if self.comm.rank == 0:
+            weights = self.network.term_weights
+            total = sum(value * weights.get(name, 1.0) for name, value in losses.items())
+            self.publish(scalars | {"loss/total": total})
 
     def _update_progress(self) -> None:
         """Local. Copy into the progress what a training state keeps of the log, the clock and the guard."""
