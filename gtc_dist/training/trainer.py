@@ -176,10 +176,9 @@ class Trainer:
 
     def start_from_earlier_run(self) -> None:
         """Take the weights of `train.init_from`, if it is set."""
-        found = initial_weights(self.config, self.validator.catalog, self.graphs, self.network, self.tables)
-        if found is not None:
-            self.state.progress.init_from, text = found
-            self._print(text)
+        at, catalog = self.state.progress, self.validator.catalog
+        at.init_from = initial_weights(self.config, catalog, self.graphs, self.network, self.tables)
+        if at.init_from:
             self.use_content()
 
     def use_content(self) -> None:
