@@ -102,6 +102,18 @@ class TrainConfig(Section):
     epochs: NonNegativeInt = Field(120, description="Largest number of epochs.")
     batch_size: PositiveInt = Field(2048, description="Interactions of a step, over all ranks.")
     seed: NonNegativeInt = Field(0, description="Seed of initial values, negatives, sampling and permutations.")
+    init_from: Name | None = Field(
+        None,
+        description="Start from the best weights of an earlier run, on a catalog of the grown data: rows by original "
+        "ids, new users from those who share items with them, new items from similar ones. A run that resumes goes on "
+        "from its own state. null: random values.",
+    )
+    final_fit: Name | None = Field(
+        None,
+        description="For what is deployed: train on train and valid together, for as many epochs and with the weights "
+        "of the scorers that the finished run named here selected. Metrics stay those of that run. null: train on "
+        "train, select on valid.",
+    )
     lr: PositiveFloat = Field(1e-3, description="Learning rate (Adam) of the dense network.")
     table_lr: PositiveFloat = Field(2e-3, description="Learning rate of the user and item tables.")
     table_optimizer: Literal["adam", "rowwise_adam"] = Field(
@@ -197,7 +209,13 @@ class ModelConfig(Section):
         "(docs/model.md has the whole list).",
     )
     propagation: Literal["full", "sampled"] = Field(
-        "full", description="Whole graph in every step, or sampled mini-batches (DGL)."
+        "full", description="Whole graph in every step, or sampled mini-batches."
+    )
+    sampler_device: Literal["auto", "cpu", "gpu"] = Field(
+        "auto",
+        description="sampled: where neighbours are sampled: by DGL on the CPU, or in plain torch on the rank's GPU, "
+        "whose memory then holds the graph. auto: on the GPU if there is one and the graph takes at most a quarter of "
+        "its memory.",
     )
     fanout: list[int] = Field(
         [10, 10], description="sampled: neighbours per user-item layer, last layer first. -1: all."
@@ -293,6 +311,11 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
 
     @property
+    def train_splits(self) -> tuple[str, ...]:
+        """Splits whose interactions are trained on."""
+        return ("train",) if self.train.final_fit is None else ("train", "valid")
+
+    @property
     def has_historical_embeddings(self) -> bool:
         """Whether sampled steps use control variates (training/control_variate.py)."""
         return self.model.propagation == "sampled" and self.train.refresh > 0
@@ -303,4 +326,6 @@ class Config(Section):
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} is below cluster.workers {self.cluster.workers}"
             )
+        if self.model.sampler_device == "gpu" and not self.cluster.gpu:
+            raise ValueError("model.sampler_device is gpu, but cluster.gpu is false; set it to true, or take auto")
         return self

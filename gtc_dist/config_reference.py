@@ -34,6 +34,7 @@ HELP_EXAMPLES = {
         "gtc train --config mine.yaml --dry-run           # checks everything and says what it will take",
         "gtc train --config mine.yaml train.epochs=30     # the same command again resumes an interrupted run",
         "gtc train --config mine.yaml run.name=second cluster.workers=2",
+        "gtc train --config mine.yaml data.catalog=work/today run.name=today train.init_from=work/mine/runs/first",
     ),
 }
 PREPARE_KEYS = {
@@ -81,6 +82,7 @@ TRAIN_KEYS = {
         "eval.every",
         "eval.patience",
     ),
+    "the next day": ("train.init_from", "train.final_fit"),
     "resuming": (
         "run.storage",
         "run.name",

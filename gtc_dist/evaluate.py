@@ -53,17 +53,38 @@ def main(argv: list[str] | None = None) -> None:
 
     refuse_relative_paths({"--run": args.run, "--against": args.against, "--catalog": args.catalog})
     run_ref = find_run(args.run, args.catalog)
+    check_not_trained_on(run_ref, args.split)
     users = run_ref.config.eval.users if args.users is None else args.users or None
     options = {"split": args.split, "users": users, "head_items": args.head_items}
     work = functools.partial(evaluate_run, **options)
     if args.against:
         other = find_run(args.against, args.catalog)
         check_same_catalog(run_ref, other)
+        check_not_trained_on(other, args.split)
+        if run_ref.trained_on.keys() != other.trained_on.keys():
+            raise InputError(f"one of {run_ref.uri} and {other.uri} was trained on more splits; they do not compare")
         work = functools.partial(compare_runs, other=other, **options)
     result = run_on_ranks_or_here(args, run_ref, work)
-    print(json.dumps({"split": args.split, **result}))
+    more = {"trained_on": ["train", *run_ref.trained_on]} if run_ref.trained_on else {}
+    print(json.dumps({"split": args.split, **more, **result}))
     for line in personalisation_lines(result) + difference_lines(result):
         print(line, file=sys.stderr)
+
+
+def check_not_trained_on(run_ref: RunRef, split: str) -> None:
+    """Raises InputError for a split that the run was trained on; says on standard error if it was trained on another
+    one beside train."""
+    uri, counts = run_ref.uri, run_ref.trained_on
+    if count := counts.get(split):
+        raise InputError(
+            f"{uri} was trained on {count:,} interactions of {split}, so metrics would be of what the run has seen"
+        )
+    if counts:
+        print(
+            f"warning: {uri} was trained on interactions of {' and '.join(counts)} beside train; do not compare its "
+            "metrics with those of runs that were trained on train alone",
+            file=sys.stderr,
+        )
 
 
 def check_same_catalog(run_ref: RunRef, other: RunRef) -> None:

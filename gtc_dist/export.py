@@ -1,6 +1,7 @@
 """Export a run's embeddings under the original ids.
 
-    python -m gtc_dist.export --run RUN --out DIR [--dtype float16] [--faiss] [--new-items FILE] [--workers N]
+    python -m gtc_dist.export --run RUN --out DIR [--format parquet numpy faiss jsonl] [--dtype float16]
+        [--new-items FILE] [--new-users FILE] [--workers N]
 
 Writes DIR/users/part-*.parquet and DIR/items/part-*.parquet with the columns `id` (original type) and `embedding`
 (fixed_size_list), DIR/README.md, which says what they are and how to load them, and DIR/manifest.json last: without it
@@ -12,63 +13,91 @@ every time.
 and one column of raw vectors for each modality, named as in data.features, null where an item has none. They are
 written to items/part-new-*.parquet.
 
-With --workers N, N ranks on the cluster write their own rows. --faiss holds all items in the memory of this process.
+--new-users FILE adds users who are not in the catalog, from their interactions: a file in the format of the catalog's
+own interactions (data.interactions); or, for users who have none yet, a file with a column of users alone, who get the
+mean of the others. They are written to users/part-new-*.parquet; nothing changes for the other users and the items.
+
+--format, one or several of
+
+- parquet (default), as above;
+- numpy: users.npy and items.npy, with the ids of their rows in users_ids.npy and items_ids.npy (integers) or .jsonl;
+- faiss: items.faiss, an index by inner product with your ids in it where they are integers: flat or, for many items,
+  IVF (or HNSW: --index), with its recall in manifest.json and README.md;
+- jsonl: users.jsonl and items.jsonl, which pgvector, Qdrant and Milvus import. README.md has the lines for each.
+
+With --workers N, N ranks on the cluster write their own rows as Parquet; this process makes the other formats from
+them, some rows at a time. faiss holds all items in the memory of this process.
 """
 
 import argparse
 import functools
-from dataclasses import asdict
+import sys
 
-import numpy as np
-
-from gtc_dist.checkpoint.existing_run import find_run
-from gtc_dist.data import formats, storage
+from gtc_dist.checkpoint.existing_run import RunRef, find_run
+from gtc_dist.data import storage
+from gtc_dist.data.catalog import Catalog
 from gtc_dist.data.output_folder import OutputFolder
-from gtc_dist.errors import InputError, run_command
+from gtc_dist.embedding_formats.faiss_index import INDEX_KINDS
+from gtc_dist.embedding_formats.write_formats import EXPORT_FORMATS, OWN_FILES, write_formats
+from gtc_dist.errors import run_command
 from gtc_dist.inference.embedding_files import export_rank
 from gtc_dist.inference.model_card import CARD, model_card
+from gtc_dist.inference.new_users import NewUsers
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
+from gtc_dist.prepare.new_users import read_new_users
 
 EXPORT_MANIFEST = "manifest.json"
-INDEX = "items.faiss"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="URI of a new or empty folder, or of an incomplete export")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
-    parser.add_argument("--faiss", action="store_true", help="also write items.faiss, an exact inner-product index")
+    parser.add_argument("--format", nargs="+", choices=EXPORT_FORMATS, default=["parquet"], help="default: parquet")
+    parser.add_argument("--faiss", action="store_true", help="add faiss to --format")
+    parser.add_argument("--index", choices=INDEX_KINDS, help="kind of items.faiss (default: by the number of items)")
     parser.add_argument("--new-items", metavar="FILE", help="URI of a Parquet file with items that arrived since")
+    parser.add_argument("--new-users", metavar="FILE", help="URI of a file with users who are not in the catalog")
     args = parse_run_command(parser, argv)
-    if args.new_items and args.workers:
-        parser.error("--new-items works in this process alone, without --workers")
+    if (args.new_items or args.new_users) and args.workers:
+        parser.error("--new-items and --new-users work in this process alone, without --workers")
+    chosen = {*args.format, *(["faiss"] if args.faiss else [])}
+    if args.index and "faiss" not in chosen:
+        parser.error("--index goes with --format faiss")
 
-    refuse_relative_paths(
-        {"--run": args.run, "--out": args.out, "--new-items": args.new_items, "--catalog": args.catalog}
-    )
+    paths = ("run", "out", "new_items", "new_users", "catalog")
+    refuse_relative_paths({f"--{name.replace('_', '-')}": getattr(args, name) for name in paths})
     out = storage.absolute(args.out)
     run_ref = find_run(args.run, args.catalog)
+    new = {"new_items": args.new_items, "new_users": args.new_users and open_new_users(run_ref, args.new_users)}
     folder = empty_folder(out, args.out)
-    export = run_on_ranks_or_here(
-        args, run_ref, functools.partial(export_rank, out=out, dtype=args.dtype, new_items=args.new_items)
-    )
-    files = export["files"]
-    if args.faiss:
-        files[INDEX] = write_index([name for name in files if name.startswith("items/")], export["dim"], out)
-    storage.write_bytes(storage.join(out, CARD), model_card(run_ref, export, args.dtype).encode())
+    export = run_on_ranks_or_here(args, run_ref, functools.partial(export_rank, out=out, dtype=args.dtype, **new))
+    export = {"dtype": args.dtype, "metric": "dot product"} | write_formats(out, export, chosen, args.dtype, args.index)
+    storage.write_bytes(storage.join(out, CARD), model_card(run_ref, export).encode())
     manifest = {
         "run": run_ref.uri,
         "checkpoint": run_ref.checkpoint,
         "epoch": run_ref.epoch,
         "catalog": run_ref.config.data.catalog,
         **export,
-        "dtype": args.dtype,
-        "metric": "dot product",
     }
     folder.finish(manifest)
-    new = f" (and {export['new_items']:,} new ones)" if args.new_items else ""
-    print(f"{export['users']:,} users and {export['items']:,} items{new} of width {export['dim']} are in {out}")
+    counts = [
+        f"{export[kind]:,} {kind}" + (f" (and {export[f'new_{kind}']:,} new ones)" if f"new_{kind}" in export else "")
+        for kind in ("users", "items")
+    ]
+    print(f"{counts[0]} and {counts[1]} of width {export['dim']} are in {out}")
+
+
+def open_new_users(run_ref: RunRef, uri: str) -> NewUsers:
+    """The users of a file, and a line on what is not used of it. Raises InputError."""
+    new = read_new_users(run_ref.config.data, Catalog(run_ref.config.data.catalog), uri)
+    none = int((new.indptr[1:] == new.indptr[:-1]).sum())
+    unused = f"; {new.unknown:,} rows of items that the catalog lacks are not used" if new.unknown else ""
+    mean = f", {none:,} of them without an interaction: they get the mean user" if none else ""
+    print(f"{uri}: {len(new):,} users with {len(new.items):,} interactions{mean}{unused}", file=sys.stderr, flush=True)
+    return new
 
 
 def empty_folder(out: str, named: str) -> OutputFolder:
@@ -77,32 +106,12 @@ def empty_folder(out: str, named: str) -> OutputFolder:
         out,
         title="the output folder",
         kind="an export",
-        own_files=r"(users|items)/part-(new-)?\d{12}\.parquet|items\.faiss|README\.md",
+        own_files=rf"(users|items)/part-(new-)?\d{{12}}\.parquet|{OWN_FILES}|README\.md",
         manifest=EXPORT_MANIFEST,
         marker=None,
     )
-    state = folder.state()
-    if state == "complete":
-        raise InputError(
-            f"the output folder {named} is not empty, it holds an export; name another folder, or remove it"
-        )
-    folder.check_writable()
-    if state == "incomplete":
-        print(f"{named} holds an export that was cut off: starting again", flush=True)
-        folder.clear()
+    folder.start_empty(named)
     return folder
-
-
-def write_index(names: list[str], dim: int, out: str) -> dict:
-    """Write an exact FAISS inner-product index of the exported items; position = row, file after file."""
-    import faiss
-
-    index = faiss.IndexFlatIP(dim)
-    for name in sorted(names):
-        column = formats.read_table(storage.join(out, name), ["embedding"])["embedding"].combine_chunks()
-        index.add(column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32))
-    written = storage.write_bytes(storage.join(out, INDEX), faiss.serialize_index(index).data)
-    return {"rows": index.ntotal} | asdict(written)
 
 
 if __name__ == "__main__":

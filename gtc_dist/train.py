@@ -24,22 +24,25 @@ import yaml
 
 from gtc_dist.checkpoint import checkpoint_files
 from gtc_dist.checkpoint.existing_run import run_status
-from gtc_dist.checkpoint.run_folder import CONFIG_FILE, EPOCH_PREFIX, METRICS_FILE, STEP_PREFIX
+from gtc_dist.checkpoint.run_folder import CONFIG_FILE, EPOCH_PREFIX, LOCK_FILE, METRICS_FILE, STEP_PREFIX
 from gtc_dist.config import Config
 from gtc_dist.config_file import load_config
 from gtc_dist.config_reference import help_text
 from gtc_dist.data import storage
-from gtc_dist.data.catalog import Catalog
+from gtc_dist.data.catalog import MANIFEST, Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.evaluation.item_groups import HEAD_ITEMS, positive_groups, tuning_positives, valid_head
 from gtc_dist.evaluation.metrics import personalisation_lines
 from gtc_dist.evaluation.ranking import load_ground_truth
+from gtc_dist.final_fit.selection import with_selection
 from gtc_dist.graph.csc import Graphs, load_graphs
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.run_lock import hold_run_lock
 from gtc_dist.tracking.loggers import check_loggers
+from gtc_dist.warm_start.earlier_run import find_earlier_run, refuse_trained_interactions
 
+OTHER_RUNS = ("init_from", "final_fit")  # keys of train that name a run
 STOPPED = 143  # exit status: 128 + SIGTERM
 
 
@@ -95,12 +98,17 @@ def describe_without_training(config: Config) -> int:
 
 def _open(config: Config) -> tuple[Config, Catalog, str]:
     """The configuration with absolute paths, its catalog, and the run folder. Raises InputError."""
-    refuse_relative_paths({"data.catalog": config.data.catalog, "run.storage": config.run.storage})
+    paths = {"data.catalog": config.data.catalog, "run.storage": config.run.storage}
+    refuse_relative_paths(paths | {f"train.{key}": getattr(config.train, key) for key in OTHER_RUNS})
     check_loggers(config.run.loggers)
     config = with_absolute_uris(config)
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
     check_modalities(config, catalog)
-    return config, catalog, storage.join(config.run.storage, config.run.name)
+    if config.train.final_fit is not None:
+        config = with_selection(config, catalog)
+    run = storage.join(config.run.storage, config.run.name)
+    check_earlier_run(config, catalog, run)
+    return config, catalog, run
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -131,7 +139,7 @@ def start_or_resume(config: Config, catalog: Catalog, run: str) -> dict | None:
     # Checked again under the run lock: another command may have started or finished the run since the first check.
     status = run_status(config, run, catalog.manifest.fingerprint)
     graphs = checked_graphs(config, catalog)
-    rows = catalog.manifest.interactions["train"]
+    rows = sum(catalog.manifest.interactions[split] for split in config.train_splits)
     resuming = f"; resuming {run}" if status == "begun" else ""
     steps = config.train.epoch_steps or -(-rows // config.train.batch_size)
     print(
@@ -141,9 +149,13 @@ def start_or_resume(config: Config, catalog: Catalog, run: str) -> dict | None:
     )
 
     from gtc_dist.launch import ray_cluster, ray_train  # slow to import: the errors above show at once
+    from gtc_dist.preflight import node_checks, room
 
     ray_cluster.connect(min(config.cluster.workers, ray_cluster.cores()) + 1, dashboard=True, shared_bytes=graphs.bytes)
-    resources = ray_train.worker_resources(config.cluster, ray_cluster.node_resources())
+    resources = room.room_for_ranks(config.cluster)
+    node_checks.check_nodes(
+        {"run.storage": storage.join(run, LOCK_FILE), "data.catalog": storage.join(catalog.uri, MANIFEST)}
+    )
     print("Ray started; starting the ranks", file=sys.stderr)
     shared = ray_train.share_graphs(graphs)
     del graphs  # the ranks of a node share the one copy in Ray's object store
@@ -170,13 +182,21 @@ def with_absolute_uris(config: Config) -> Config:
         update={"raw": storage.absolute(config.data.raw), "catalog": storage.absolute(config.data.catalog)}
     )
     run = config.run.model_copy(update={"storage": storage.absolute(config.run.storage)})
-    return config.model_copy(update={"data": data, "run": run})
+    config = config.model_copy(update={"data": data, "run": run})
+    others = {key: uri and storage.absolute(uri) for key in OTHER_RUNS for uri in [getattr(config.train, key)]}
+    return config.model_copy(update={"train": config.train.model_copy(update=others)})
 
 
 def check_modalities(config: Config, catalog: Catalog) -> None:
     """Check, from the manifest alone, that the catalog has a modality that the network can use."""
     if not catalog.modalities(config.model.modalities):
         raise InputError(f"the catalog {catalog.uri} has no modality; GTC needs at least one (data.features)")
+
+
+def check_earlier_run(config: Config, catalog: Catalog, run: str) -> None:
+    """Check the run that `train.init_from` names, unless `run` goes on from its own state. Raises InputError."""
+    if config.train.init_from and not checkpoint_files.list_checkpoints(run, STEP_PREFIX)[0]:
+        refuse_trained_interactions(find_earlier_run(config.train.init_from, config, catalog), catalog)
 
 
 def check_rows(catalog: Catalog, graphs: Graphs) -> None:
@@ -224,6 +244,10 @@ def summary(run: str, result: dict) -> str:
     """Content of metrics.json as a table for the terminal; the lines after popularity are about test, too."""
     shown = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@20")
     lines = [f"run {run}: best epoch {result['best_epoch']} of {result['last_epoch']}, {result['seconds']:.0f} s"]
+    if "final_fit" in result:
+        lines.append(
+            f"trained on train and valid, to be deployed; the metrics are those of {result['final_fit']['selection']}"
+        )
     rows = {part: result[part]["overall"] for part in ("valid", "test")} | {"popularity": result["popularity"]}
     for name, values in rows.items():
         lines.append(f"{name:>10}  " + "  ".join(f"{metric} {values[metric]:.4f}" for metric in shown))

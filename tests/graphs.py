@@ -1,6 +1,7 @@
 """Helpers of the tests of graphs."""
 
 import numpy as np
+import scipy.sparse as sp
 
 from gtc_dist.data.catalog import CSC
 
@@ -39,3 +40,10 @@ def same(graph: CSC, other: CSC) -> bool:
     """Whether two graphs are equal to the last bit."""
     pairs = zip(*((g.indptr, g.indices, g.weight) for g in (graph, other)), strict=True)
     return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs)
+
+
+def random_graph(nodes: int = 150, seed: int = 0) -> tuple[CSC, sp.csr_matrix]:
+    """A graph over one set of nodes, and its matrix [destinations, sources]."""
+    matrix = sp.random(nodes, nodes, 0.15, format="csr", random_state=seed, dtype=np.float32)
+    matrix.sort_indices()
+    return CSC(matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32), matrix.data), matrix

@@ -66,20 +66,42 @@ def small_catalog(
             split[name][1].append(int(item))
     split = {name: (np.array(u, np.int32), np.array(i, np.int32)) for name, (u, i) in split.items()}
 
+    ids = {
+        "users": pa.array([f"u{n:03d}" for n in range(users)]),
+        "items": pa.array(np.arange(items, dtype=np.int64) * 7 + 100),
+    }
+    vectors = {}
+    for m in range(modalities):
+        centres = rng.normal(size=(4, 6 + m)) * 2
+        vectors[f"m{m}"] = centres[item_group] + rng.normal(size=(items, 6 + m))
+    return write_catalog(uri, split, ids, vectors, f"small-{seed}", weight)
+
+
+def write_catalog(
+    uri: str | Path,
+    split: dict[str, tuple[np.ndarray, np.ndarray]],
+    ids: dict[str, pa.Array],
+    vectors: dict[str, np.ndarray],
+    fingerprint: str,
+    weight: np.ndarray | None = None,
+    scale: float = 1.0,
+) -> Catalog:
+    """A catalog of these interactions, original ids in the order of indexes, and raw vectors by item index, whose
+    features are standardised, with standard deviation 1 / scale."""
     writer = CatalogWriter(str(uri))
+    users, items = len(ids["users"]), len(ids["items"])
     for name, (user, item) in split.items():
         writer.interactions(name, user, item)
-    writer.ids("users", pa.array([f"u{n:03d}" for n in range(users)]))
-    writer.ids("items", pa.array(np.arange(items, dtype=np.int64) * 7 + 100))
+    writer.ids("users", ids["users"])
+    writer.ids("items", ids["items"])
     weight = None if weight is None else weight[: len(split["train"][0])]
     item_user, user_item = user_item_graph.build_user_item_graph(*split["train"], users, items, weight=weight)
     features = {}
-    for m in range(modalities):
-        centres = rng.normal(size=(4, 6 + m)) * 2
-        vectors = centres[item_group] + rng.normal(size=(items, 6 + m))
-        features[f"m{m}"] = ((vectors - vectors.mean(0)) / vectors.std(0)).astype(np.float16)
-        writer.features(f"m{m}", 0, 0, features[f"m{m}"])
-        FeatureTransform(vectors.mean(0), vectors.std(0)).save(writer, f"m{m}")
+    for name, rows in vectors.items():
+        transform = FeatureTransform(rows.mean(0), rows.std(0) * scale)
+        features[name] = transform.apply(rows)
+        writer.features(name, 0, 0, features[name])
+        transform.save(writer, name)
     graphs = {
         "item_user": item_user,
         "user_item": user_item,
@@ -90,7 +112,7 @@ def small_catalog(
         writer.graph(name, graph)
     entries = {n: ModalityEntry(dim=f.shape[1], raw_dim=f.shape[1], missing=0) for n, f in features.items()}
     writer.finish(
-        fingerprint=f"small-{seed}",
+        fingerprint=fingerprint,
         users=users,
         items=items,
         interactions={name: len(pair[0]) for name, pair in split.items()},

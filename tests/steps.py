@@ -12,18 +12,23 @@ from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import load_graphs
+from gtc_dist.graph.neighbor_sampler import NeighborSampler
 from gtc_dist.model.batch import DrawnPairs
 from gtc_dist.model.build import build_network, load_features
+from gtc_dist.subgraph.sampled_graph import SampledGraphBuilder
 from gtc_dist.training.data_loader import DataLoader, build_loader
 
 
-def loader_of(config: Config, catalog: Catalog, comm: Communicator, network) -> DataLoader:
+def loader_of(config: Config, catalog: Catalog, comm: Communicator, network, sampler=NeighborSampler) -> DataLoader:
     users, items = catalog.interactions("train")
     mine = slice(comm.rank, None, comm.size)
     thread_comm = comm.new_group()
     features = load_features(network.modalities, catalog, thread_comm)
     graphs = load_graphs(config, catalog)
-    return build_loader(config, network, users[mine], items[mine], graphs, features, None, thread_comm)
+    loader = build_loader(config, network, users[mine], items[mine], graphs, features, None, thread_comm)
+    if config.model.propagation == "sampled":  # build_loader takes DeviceSampler for GPUs; it samples on CPUs, too
+        loader.subgraph_builder = SampledGraphBuilder(config, network, graphs, features, sampler)
+    return loader
 
 
 def global_draws(config: Config, catalog: Catalog) -> DrawnPairs:
@@ -60,12 +65,19 @@ def set_away_from_start(network, seed: int = 11) -> None:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
-def step(comm: Communicator, catalog_uri: str, config: Config, draws: DrawnPairs, counts: list[int]) -> dict:
+def step(
+    comm: Communicator,
+    catalog_uri: str,
+    config: Config,
+    draws: DrawnPairs,
+    counts: list[int],
+    sampler=NeighborSampler,
+) -> dict:
     """Loss parts of the global batch and all gradients: dense ones as DDP leaves them, tables' as dense rows."""
     catalog = Catalog(catalog_uri)
     network, tables = build_network(config, catalog, comm)
     set_away_from_start(network)
-    loader = loader_of(config, catalog, comm, network)
+    loader = loader_of(config, catalog, comm, network, sampler)
     forward = DistributedDataParallel(network, forward_sync_buffers=False) if comm.size > 1 else network
     batch = loader.assemble(share(draws, comm.rank, counts))
     loss, parts = forward(

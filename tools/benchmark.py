@@ -8,6 +8,8 @@
     python tools/benchmark.py resume    --config C.yaml [a.b=c ...]   time to resume a killed training
     python tools/benchmark.py inference --config C.yaml               embeddings of the whole catalog and their export
     python tools/benchmark.py ranking   --config C.yaml --users 10000  users against all items
+    python tools/benchmark.py lists     --config C.yaml --users 1000,2000   `gtc recommend`, from random embeddings
+    python tools/benchmark.py formats   --rows 1000000                formats of an export beside Parquet, random rows
     python tools/benchmark.py ingest    --config C.yaml --config D.yaml   prepare: raw tables to a catalog
     python tools/benchmark.py command -- python -m gtc_dist.train ...  time and memory of any command
 
@@ -30,7 +32,7 @@ import time
 from pathlib import Path
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-CONFIGURED = ("step", "scale", "checkpoint", "resume", "inference", "ranking", "ingest")
+CONFIGURED = ("step", "scale", "checkpoint", "resume", "inference", "ranking", "lists", "ingest")
 COMMANDS = ("ingest", "resume", "command")  # measured as whole commands, in one process
 MEASURE = Path(__file__).parent / "bench" / "measure.py"
 
@@ -54,7 +56,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("sampling", "lookup", *CONFIGURED, "command"):
+    for name in ("sampling", "lookup", "formats", *CONFIGURED, "command"):
         sub = commands.add_parser(name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.add_argument("--repeats", type=int, default=1 if name in COMMANDS or name == "inference" else 20)
         sub.add_argument("--out", default=f"benchmark-{name}.json", help="JSON file")
@@ -69,12 +71,21 @@ def parse() -> argparse.Namespace:
             sub.add_argument("--interactions", type=int, default=4_000_000)
             sub.add_argument("--fanout", default="10,10")
             sub.add_argument("--seeds", type=int, default=6144, help="seed nodes of a batch")
+            sub.add_argument("--sampler", default="dgl,torch", help="comma-separated: dgl, torch (that for GPUs)")
         if name == "lookup":
             sub.add_argument("--rows", default="10000,1000000", help="rows of the table, comma-separated")
             sub.add_argument("--ids", type=int, default=50_000, help="rows that each rank looks up")
             sub.add_argument("--width", type=int, default=64)
         if name == "ranking":
             sub.add_argument("--users", type=int, default=10_000)
+        if name == "lists":
+            sub.add_argument("--users", default="1000,2000", help="users to make lists for, comma-separated")
+            sub.add_argument("--width", type=int, default=785, help="columns of the embeddings (default: %(default)s)")
+            sub.add_argument("--explain", action="store_true", help="with the nearest items of each user's own")
+        if name == "formats":
+            sub.add_argument("--rows", type=int, default=1_000_000, help="items (default: %(default)s)")
+            sub.add_argument("--width", type=int, default=785)
+            sub.add_argument("--formats", default="numpy,jsonl,faiss", help="comma-separated")
         if name == "inference":
             sub.add_argument("--export", help="URI for the embeddings (default: a temporary folder)")
     words = sys.argv[1:]
@@ -107,6 +118,10 @@ def cases(args: argparse.Namespace) -> list[dict]:
     if args.command == "sampling":
         shared |= {"nodes": args.nodes, "interactions": args.interactions, "seeds": args.seeds}
         shared |= {"fanout": numbers(args.fanout)}
+        grid["sampler"] = args.sampler.split(",")
+    elif args.command == "formats":
+        grid["format"] = args.formats.split(",")
+        shared |= {"rows": args.rows, "width": args.width}
     elif args.command == "lookup":
         grid["rows"] = numbers(args.rows)
         shared |= {"ids": args.ids, "width": args.width}
@@ -115,6 +130,9 @@ def cases(args: argparse.Namespace) -> list[dict]:
         shared |= {"overrides": args.rest}
         if args.command == "ranking":
             shared |= {"users": args.users}
+        if args.command == "lists":
+            grid["users"] = numbers(args.users)
+            shared |= {"width": args.width, "explain": args.explain}
         if args.command == "inference":
             shared |= {"export": args.export}
     return [shared | dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

@@ -6,6 +6,7 @@ It makes two catalogs of random interactions and features: one of the size of Ti
 a million users and items with four million interactions. Then, each case with as many steps as ten seconds allow:
 
     parity     loss and gradients of one step on the GPU and on the CPU, from the same weights and batch
+    sampler    sampled edges that differ between the GPU and the CPU, and milliseconds of a batch's subgraph on each
     transfer   losses of steps whose batches are copied while the step before computes, against batches waited for
     step       milliseconds of a step, interactions a second, the share of the time in which the GPU computes, operators
                launched, and the share of the floor that is reached (tools/benchmark.py step): whole graph and sampled,
@@ -13,7 +14,7 @@ a million users and items with four million interactions. Then, each case with a
     memory     GPU memory of both catalogs, and the largest catalog that fits by the slope between them
 
 Cases that the time does not allow are left out, the most informative ones run first. Needs all of the project's
-packages but Ray, and dgl for the sampled cases. Without a GPU the same runs on the CPU; give a smaller --size.
+packages but Ray; dgl for sampling on the CPU. Without a GPU the same runs on the CPU; give a smaller --size.
 """
 
 import argparse
@@ -42,12 +43,14 @@ from gtc_dist.distributed.device_transfer import to_device
 from gtc_dist.errors import InputError
 from gtc_dist.graph import user_item_graph
 from gtc_dist.graph.csc import load_graphs
+from gtc_dist.graph.device_sampler import DeviceSampler
 from gtc_dist.training.trainer import Trainer
 
 WIDTHS = {"visual": 128, "textual": 768}
 NEIGHBOURS = 10  # in the item-item graph
 SMALL = {"users": 9_308, "items": 6_710, "interactions": 59_541}  # TikTok
 LARGE = {"users": 1_000_000, "items": 1_000_000, "interactions": 4_000_000}
+RUN = {"storage": "none", "name": "check"}
 SECONDS = 10  # of steps in each case
 FULL = {"model": {"propagation": "full"}, "train": {"batch_size": 2048}}
 SAMPLED = {"model": {"propagation": "sampled", "layer_nodes": 2048}, "train": {"batch_size": 2048}}
@@ -56,6 +59,7 @@ LARGE_SAMPLED = {
     "train": {"batch_size": 2048, "loss": "softmax", "negatives": {"mode": "shared", "count": 512}}
     | {"table_optimizer": "rowwise_adam"},
 }
+BY_DGL = {**LARGE_SAMPLED, "model": {**LARGE_SAMPLED["model"], "sampler_device": "cpu"}}
 FAST = {"precision": "bf16", "compile": True}
 # name, catalog, sections, options of train; in the order in which they run
 CASES = [
@@ -63,6 +67,7 @@ CASES = [
     ("full, compiled, bf16", "small", FULL, FAST),
     ("sampled", "small", SAMPLED, {}),
     ("sampled, a million items", "large", LARGE_SAMPLED, {}),
+    ("sampled by DGL, a million items", "large", BY_DGL, {}),
     ("full, compiled", "small", FULL, {"compile": True}),
     ("full, bf16", "small", FULL, {"precision": "bf16"}),
     ("full, batch of 32,768, compiled, bf16", "small", FULL, {**FAST, "batch_size": 32_768}),
@@ -80,6 +85,7 @@ def main(argv: list[str] | None = None) -> dict:
     started = time.monotonic()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     report = {"machine": machine(device), "cases": {}, "left_out": {}}
+    on_cpu = device.type == "cpu"
     has_dgl = importlib.util.find_spec("dgl") is not None
     with tempfile.TemporaryDirectory(prefix="gtc-gpu-check-") as folder:
         catalogs = {
@@ -87,11 +93,12 @@ def main(argv: list[str] | None = None) -> dict:
             for name, sizes in (("small", SMALL), ("large", LARGE))
         }
         report["parity"] = parity(catalogs["small"], device, folder, args.size)
+        report["sampler"] = sampler_difference(catalogs["large"], device)
         report["transfer"] = transfer_difference(catalogs["small"], device, folder, args.size)
         for name, catalog, sections, train in CASES:
             if time.monotonic() - started > 60 * args.minutes:
                 report["left_out"][name] = "no time"
-            elif sections["model"]["propagation"] == "sampled" and not has_dgl:
+            elif not has_dgl and sections["model"]["propagation"] == "sampled" and (on_cpu or sections is BY_DGL):
                 report["left_out"][name] = "dgl is not installed"
             else:
                 print(f"{time.monotonic() - started:4.0f} s  {name}", file=sys.stderr, flush=True)
@@ -163,7 +170,7 @@ def trainer_of(
     train = {**sections["train"], **train}
     train["batch_size"] = max(32, int(train["batch_size"] * size))
     model = {**sections["model"], "hybrid": {"graph_filter": 0, "content_profile": 0}}
-    tree = {"data": {"raw": "none", "catalog": catalog.uri}, "run": {"storage": folder, "name": "check"}}
+    tree = {"data": {"raw": "none", "catalog": catalog.uri}, "run": {**RUN, "storage": folder}}
     config = build_config(tree | {"model": model, "train": train}, "gpu_check")
     users, items = catalog.interactions("train")
     return Trainer(
@@ -186,6 +193,34 @@ def parity(catalog: Catalog, device: torch.device, folder: str, size: float) -> 
     (loss, gradients), (other_loss, others) = found
     differences = [float((a - b).norm() / a.norm().clamp(min=1e-12)) for a, b in zip(gradients, others, strict=True)]
     return {"loss": abs(other_loss - loss) / abs(loss), "gradient": max(differences)}
+
+
+def sampler_difference(catalog: Catalog, device: torch.device) -> dict[str, float]:
+    """Edges of two sampled layers that differ between the device and the CPU, and milliseconds of the layers on each,
+    with the batch's nodes and the sources on the host before and after."""
+    graphs = load_graphs(
+        build_config({"data": {"raw": "none", "catalog": catalog.uri}, "run": RUN}, "gpu_check"), catalog
+    )
+    nodes = torch.from_numpy(np.random.default_rng(0).permutation(catalog.users + catalog.items)[:5000])
+    samplers = {"cpu": DeviceSampler(graphs.nodes, torch.device("cpu")), "device": DeviceSampler(graphs.nodes, device)}
+
+    def layers(sampler: DeviceSampler) -> list[torch.Tensor]:
+        sampler.seed(1)
+        layer = sampler.layer(nodes.to(sampler.graph.indptr.device), 10)
+        further = sampler.layer(layer.sources, 10)
+        return [layer.edges.cpu(), further.edges.cpu(), further.sources.cpu()]
+
+    pairs = list(zip(layers(samplers["cpu"]), layers(samplers["device"]), strict=True))
+    different = sum(len(a) if len(a) != len(b) else int((a != b).sum()) for a, b in pairs)
+    result = {"different": different}
+    for name, sampler in samplers.items():
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            layers(sampler)
+            times.append(time.perf_counter() - start)
+        result[f"milliseconds_{name}"] = 1e3 * min(times)
+    return result
 
 
 def transfer_difference(catalog: Catalog, device: torch.device, folder: str, size: float) -> float:
@@ -267,6 +302,11 @@ def table(report: dict) -> str:
     lines += [f"{name}: {reason}" for name, reason in report["left_out"].items()]
     parity = report["parity"]
     lines.append(f"parity with the CPU: loss {parity['loss']:.1e}, gradients {parity['gradient']:.1e} (relative)")
+    sampler = report["sampler"]
+    lines.append(
+        f"sampler: {sampler['different']} edges and sources differ from the CPU's; two layers of 5,000 nodes "
+        f"{sampler['milliseconds_device']:.1f} ms, on the CPU {sampler['milliseconds_cpu']:.1f} ms"
+    )
     lines.append(f"batches copied beside the computation against ones waited for: loss {report['transfer']:.1e}")
     if report["largest_catalog"]:
         fits = report["largest_catalog"]

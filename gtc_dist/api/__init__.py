@@ -26,6 +26,7 @@ from gtc_dist.config import Config
 from gtc_dist.config_file import build_config, load_config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Manifest
+from gtc_dist.embedding_formats.write_formats import Format
 from gtc_dist.errors import InputError
 from gtc_dist.evaluation.item_groups import HEAD_ITEMS
 from gtc_dist.hybrid.embeddings import Embeddings
@@ -122,29 +123,41 @@ class Run:
         ids = self._loaded.catalog.ids(kind).to_numpy(zero_copy_only=False)
         return ids, getattr(self._final, kind).weight.float().numpy()
 
-    def export(self, out: str, dtype: Literal["float32", "float16"] = "float32", faiss: bool = False) -> None:
+    def export(
+        self,
+        out: str,
+        dtype: Literal["float32", "float16"] = "float32",
+        faiss: bool = False,
+        formats: Iterable[Format] = ("parquet",),
+    ) -> None:
         """Write the embeddings to a new or empty folder, as `gtc export` does.
+
+        Args:
+            faiss: add it to the formats.
 
         Raises:
             InputError: the folder holds something else.
         """
-        options = ["--dtype", dtype, *(["--faiss"] if faiss else [])]
+        options = ["--dtype", dtype, "--format", *formats, *(["faiss"] if faiss else [])]
         export.main(["--run", self.uri, "--catalog", self.config.data.catalog, "--out", out, *options])
 
-    def recommend(self, users: Iterable | None = None, top: int = 20, include_seen: bool = False) -> pa.Table:
+    def recommend(
+        self, users: Iterable | None = None, top: int = 20, include_seen: bool = False, explain: bool = False
+    ) -> pa.Table:
         """Lists: user_id, rank (from 1), item_id and score, the users in the order of the catalog.
 
         Args:
             users: original ids; None: all.
             include_seen: list what a user already has in train, valid or test, too.
+            explain: add the parts of each score and the nearest items of the user's own, as `gtc recommend` does.
 
         Raises:
             InputError: a user that the catalog lacks.
         """
         chosen = None if users is None else np.unique(self._index("users", users))
         embeddings = lists.with_mean_user(self._loaded, self._final)
-        tables = [table for _, table in lists.lists_of(self._loaded, embeddings, chosen, top, include_seen)]
-        return pa.concat_tables(tables)
+        made = lists.lists_of(self._loaded, embeddings, chosen, top, include_seen, explain=explain)
+        return pa.concat_tables([table for _, table in made])
 
     def similar_items(self, item: Any, top: int = 20) -> pa.Table:
         """The items with the largest cosine: to (the item), rank, item_id and score. Raises InputError: no such

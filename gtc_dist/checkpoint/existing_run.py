@@ -4,7 +4,7 @@ Only small files are read; the weights are loaded by inference/trained_run.py.
 """
 
 import posixpath
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gtc_dist.checkpoint import checkpoint_files
@@ -14,6 +14,7 @@ from gtc_dist.checkpoint.run_folder import (
     EPOCH_PREFIX,
     LOCK_FILE,
     METRICS_FILE,
+    REFRESH_FILES,
     STEP_PREFIX,
 )
 from gtc_dist.config import Config
@@ -38,6 +39,8 @@ RESUMABLE_KEYS = (
     "data.features",
     "data.items",
     "train.epochs",
+    "model.sampler_device",
+    "train.init_from",
     "train.not_finite",
     "train.clip_norm",
     "train.log_every",
@@ -55,6 +58,7 @@ class RunRef:
     checkpoint: str  # relative to the run folder
     epoch: int
     config: Config
+    trained_on: dict[str, int] = field(default_factory=dict)  # split -> interactions of it, beside train, in training
 
 
 def run_status(config: Config, run: str, fingerprint: str) -> Literal["new", "begun", "finished"]:
@@ -69,6 +73,10 @@ def run_status(config: Config, run: str, fingerprint: str) -> Literal["new", "be
     found = storage.listing(run).keys() - {LOCK_FILE}
     if not found:
         return "new"
+    if found & set(REFRESH_FILES):
+        raise InputError(
+            f"{run} holds embeddings of gtc refresh; choose another run.name (train.init_from may be {run})"
+        )
     if CONFIG_FILE not in found:
         raise InputError(f"the run folder {run} is not empty; choose another run.name, or remove it")
     path = storage.join(run, CONFIG_FILE)
@@ -97,12 +105,13 @@ def differences(before: Config, now: Config) -> dict[str, tuple]:
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
-def find_run(uri: str, catalog_uri: str | None = None) -> RunRef:
+def find_run(uri: str, catalog_uri: str | None = None, verify: str | None = None) -> RunRef:
     """Find a run and check that it matches its catalog.
 
     Args:
         catalog_uri: where the catalog is now; None: where it was, or, if nothing is there and the run has moved, in the
             same place relative to the run.
+        verify: as of `Catalog`; None: data.verify of the run.
 
     Raises:
         InputError: no run at `uri`, no complete checkpoint in it, or a catalog that is missing or was rebuilt.
@@ -113,10 +122,14 @@ def find_run(uri: str, catalog_uri: str | None = None) -> RunRef:
     config = with_catalog(read_run_config(storage.read_bytes(path), path), uri, catalog_uri)
     name = best_checkpoint(uri)
     manifest = checkpoint_files.read_manifest(storage.join(uri, name))
-    catalog = Catalog(config.data.catalog, verify=config.data.verify)
+    catalog = Catalog(config.data.catalog, verify=verify or config.data.verify)
     if catalog.manifest.fingerprint != manifest["catalog"]:
         raise InputError(f"{config.data.catalog} was rebuilt after the run {uri} was trained on it; train again")
-    return RunRef(storage.absolute(uri), name, manifest["epoch"], config)  # ranks work in other folders
+    if config.train.final_fit is not None and not storage.exists(storage.join(uri, METRICS_FILE)):
+        raise InputError(f"{uri} is a final fit that has not ended; train it to its end first")
+    more = {split: catalog.manifest.interactions[split] for split in config.train_splits if split != "train"}
+    more |= manifest.get("trained_on", {})
+    return RunRef(storage.absolute(uri), name, manifest["epoch"], config, more)  # ranks work in other folders
 
 
 def with_catalog(config: Config, run: str, catalog_uri: str | None = None) -> Config:

@@ -27,6 +27,7 @@ CHECKPOINT_MANIFEST = "manifest.json"
 EPOCH_PREFIX = "epoch-"
 STEP_PREFIX = "step-"
 
+REFRESH_FILES = ("manifest.json", "refreshing.json")  # a folder of `gtc refresh` has one of them beside these
 LOCK_FILE = "lease.json"  # the run lock; the name is that of version 0.1
 STOP_FILE = "stop"
 FAILURE_FILE = "failed.json"

@@ -227,9 +227,9 @@ class Catalog:
         """Files of the manifest below a folder, sorted."""
         return sorted(name for name in self.manifest.files if name.startswith(prefix))
 
-    def interaction_uris(self, split: str) -> list[str]:
-        """URIs of the files of a split's interactions."""
-        return [storage.join(self.uri, name) for name in self.names(f"interactions/{split}/")]
+    def interaction_uris(self, *splits: str) -> list[str]:
+        """URIs of the files of some splits' interactions."""
+        return [storage.join(self.uri, name) for split in splits for name in self.names(f"interactions/{split}/")]
 
     def interaction_files(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Read a split's interactions file by file: user int32 [n], item int32 [n]."""
@@ -237,9 +237,9 @@ class Catalog:
             table = formats.read_table(uri)
             yield table["user"].to_numpy(), table["item"].to_numpy()
 
-    def interactions(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Read all interactions of a split: user int32 [E], item int32 [E], in file order."""
-        users, items = zip(*self.interaction_files(split), strict=True)
+    def interactions(self, *splits: str) -> tuple[np.ndarray, np.ndarray]:
+        """Read all interactions of some splits: user int32 [E], item int32 [E], in file order."""
+        users, items = zip(*(pair for split in splits for pair in self.interaction_files(split)), strict=True)
         return np.concatenate(users), np.concatenate(items)
 
     def ids(self, kind: str, start: int = 0, stop: int | None = None) -> pa.Array:

@@ -5,6 +5,7 @@ crash at any point leaves one of these states. A folder with other files is refu
 it writes itself.
 
 Order of use: `state` and `check_writable` before the work starts, `clear` and `mark` before the first file, `finish`.
+`start_empty` does the first three for commands that keep nothing of an earlier result.
 """
 
 import re
@@ -62,6 +63,25 @@ class OutputFolder:
             if not nearest.is_dir():
                 raise InputError(f"{self.title} {self.uri}: {nearest} is a file, not a folder; name another folder")
         storage.check_writable(self.uri)
+
+    def start_empty(self, named: str) -> None:
+        """Make the folder empty: files of a command that was interrupted are removed.
+
+        Args:
+            named: the folder as the user gave it, for messages.
+
+        Raises:
+            InputError: the folder has a complete result or other files, or cannot be written to.
+        """
+        state = self.state()
+        if state == "complete":
+            raise InputError(
+                f"{self.title} {named} is not empty, it holds {self.kind}; name another folder, or remove it"
+            )
+        self.check_writable()
+        if state == "incomplete":
+            print(f"{named}: the command that wrote {self.kind} here was cut off: starting again", flush=True)
+            self.clear()
 
     def mark(self) -> None:
         """Write the marker."""

@@ -5,6 +5,8 @@ arrived. Here they are packed into one pinned buffer, which one copy on a stream
 step before still computes; the tensors there are views of the buffer that arrived.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TypeVar
 
@@ -33,7 +35,7 @@ class Transfer:
     """A value on its way to the device."""
 
     value: object
-    buffer: torch.Tensor | None  # on the device, uint8; None: nothing was copied
+    resident: list[torch.Tensor]  # memory on a GPU that the value refers to
     arrived: torch.cuda.Event | None  # None: it is there
 
 
@@ -44,31 +46,39 @@ class AsyncTransfer:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """In this context the thread's kernels run on the transfers' stream: for parts of a value that are made on the
+        device before its transfer starts."""
+        if self.stream is None:
+            yield
+            return
+        torch.cuda.set_device(self.device)  # of this thread; otherwise it would open a context on the first GPU
+        with torch.cuda.stream(self.stream):
+            yield
+
     def start(self, value: T) -> Transfer:
         """Queue the copy of a value."""
-        if self.stream is not None:
-            torch.cuda.set_device(self.device)  # of this thread; otherwise it would open a context on the first GPU
         found: dict[int, torch.Tensor] = {}
-        _collect(value, self.device, found)
-        if not found:
-            return Transfer(value, None, None)
+        there: dict[int, torch.Tensor] = {}
+        _collect(value, self.device, found, there)
         packed, places = pack(list(found.values()), pinned=self.stream is not None)
-        if self.stream is None:
-            buffer, arrived = packed.to(self.device), None
-        else:
-            with torch.cuda.stream(self.stream):
-                buffer, arrived = packed.to(self.device, non_blocking=True), torch.cuda.Event()
+        with self.beside():
+            buffer, arrived = packed.to(self.device, non_blocking=self.stream is not None), None
+            if self.stream is not None:
+                arrived = torch.cuda.Event()
                 arrived.record()
         views = [unpacked(buffer, place, tensor) for place, tensor in zip(places, found.values(), strict=True)]
         copies = dict(zip(found, views, strict=True))
-        return Transfer(_rebuilt(value, copies, {}), buffer, arrived)
+        return Transfer(_rebuilt(value, copies, {}), [buffer, *there.values()], arrived)
 
     def finish(self, transfer: Transfer):
         """The value, for the kernels that this thread queues from now on, which wait for it on the device."""
         if transfer.arrived is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(transfer.arrived)
-            transfer.buffer.record_stream(stream)  # its memory is not used again before they are done
+            for tensor in transfer.resident:
+                tensor.record_stream(stream)  # its memory is not used again before they are done
         return transfer.value
 
 
@@ -99,14 +109,13 @@ def _parts(value) -> list:
     return list(value.values()) if isinstance(value, dict) else []
 
 
-def _collect(value, device: torch.device, found: dict[int, torch.Tensor]) -> None:
-    """Add the tensors that are not on the device, by id."""
+def _collect(value, device: torch.device, found: dict[int, torch.Tensor], there: dict[int, torch.Tensor]) -> None:
+    """Add the tensors that are not on the device, and those that are, by id."""
     if isinstance(value, torch.Tensor):
-        if value.device != device:
-            found[id(value)] = value
+        (there if value.device == device else found)[id(value)] = value
         return
     for part in _parts(value):
-        _collect(part, device, found)
+        _collect(part, device, found, there)
 
 
 def _rebuilt(value, copies: dict[int, torch.Tensor], done: dict[int, object]):

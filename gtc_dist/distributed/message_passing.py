@@ -54,6 +54,19 @@ class Block:
         return Block(sources, *(torch.from_numpy(a if a.flags.writeable else a.copy()) for a in arrays))
 
     @staticmethod
+    def of_tensors(indptr: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor, sources: int) -> "Block":
+        """As `build`, from tensors, and on their device."""
+        if indptr.device.type == "cpu":
+            return Block.build(indptr.numpy(), indices.numpy(), weight.numpy(), sources)
+        dtype = torch.int32 if edge_index_type(len(indices)) is np.int32 else torch.int64
+        destination = torch.arange(len(indptr) - 1, device=indptr.device)
+        destination = torch.repeat_interleave(destination, indptr.diff(), output_size=len(indices))
+        order = torch.argsort(indices, stable=True)
+        t_indptr = torch.cat([indptr[:1], torch.bincount(indices, minlength=sources).cumsum(0)])
+        by_source = t_indptr.to(dtype), destination[order].to(dtype), weight[order]
+        return Block(sources, indptr.to(dtype), indices.to(dtype), weight.float(), *by_source)
+
+    @staticmethod
     def forward_only(indptr: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor, sources: int) -> "Block":
         """A block without its edges by source, for sums without a gradient."""
         none = indices[:0]

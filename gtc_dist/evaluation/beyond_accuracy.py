@@ -75,7 +75,7 @@ def list_spread(top: np.ndarray, graphs: Graphs, comm: Communicator) -> dict[str
 
 def mean_user(users: ShardedTable, graphs: Graphs, block: int) -> torch.Tensor:
     """Mean embedding float64 [width] of all users with a train interaction."""
-    trained = torch.from_numpy(graphs.user_degree[users.start : users.stop] > 0).to(users.weight.device).double()
+    trained = torch.from_numpy(graphs.counted_users[users.start : users.stop]).to(users.weight.device).double()
     total = trained.new_zeros(users.width + 1)
     for start in range(0, len(trained), block):
         part = slice(start, start + block)

@@ -25,6 +25,7 @@ from gtc_dist.evaluation.beyond_accuracy import list_spread, mean_lists
 from gtc_dist.evaluation.item_groups import STRATA, positive_groups
 from gtc_dist.evaluation.metrics import K_VALUES, means_of_groups, metrics_of_groups
 from gtc_dist.graph.csc import Graphs, by_destination, take_edges
+from gtc_dist.progress import ShareDone
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ def top_k_items(
     allowed: np.ndarray | None = None,
     known: CSC | None = None,
     mask_train: bool = True,
+    done: ShareDone | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Best k items by dot product, without a user's train positives. Of equal scores in different blocks, the lower
     index wins. Collective: every rank must call it.
@@ -187,6 +189,7 @@ def top_k_items(
         allowed: bool [items], only these are listed; None: all.
         known: further items of each of this rank's users that are not listed, by user index less the rank's first.
         mask_train: False: train positives are listed, too.
+        done: called after every block of items.
 
     Returns:
         items int64 [n, k], best first, -1 where there are fewer; their scores float32 [n, k], -inf there.
@@ -217,6 +220,8 @@ def top_k_items(
             best[part], order = torch.cat([best[part], value], dim=1).topk(k, dim=1)
             index[part] = torch.cat([index[part], ids[at]], dim=1).gather(1, order)
         seen = True
+        if done is not None:
+            done(last / items.rows)
     index[best == float("-inf")] = -1
     return index.cpu().numpy(), best.cpu().numpy()
 

@@ -288,8 +288,10 @@ def run_tasks(tables: list[pa.Table], work: Callable[[pa.Table], pa.Table], gpu:
     if not tables:
         return
     from gtc_dist.launch import ray_cluster  # slow to import: all checks are done
+    from gtc_dist.preflight import node_checks
 
     ray_cluster.connect()
+    node_checks.check_nodes({})
     if gpu and not any(node.get("GPU") for node in ray_cluster.node_resources()):
         raise InputError("--gpu is given, but no node of the cluster has a GPU")
     from gtc_dist.data import ray_tasks

@@ -1,6 +1,6 @@
 """The graphs of a catalog as the network uses them, and vectorised look-ups in a CSC graph (edges by destination)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -8,8 +8,9 @@ import numpy as np
 from gtc_dist.config import Config
 from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.errors import InputError
+from gtc_dist.graph.user_item_graph import build_user_item_graph
 
-MAX_EDGES = 2**31 - 1  # of a graph: DGL's samplers and blocks use 32-bit indexes
+MAX_NODES = 2**31 - 1  # users and items together: a graph's sources are 32-bit integers
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Graphs:
 
     nodes: user-item graph in both directions over one set of nodes: users [0, users), items [users, users + items)
     item_item, user_user: None if the network does not use them
+    added_users: number of users, the last ones, that came from outside (added_users.py)
     """
 
     users: int
@@ -25,6 +27,7 @@ class Graphs:
     nodes: CSC
     item_item: CSC | None = None
     user_user: CSC | None = None
+    added_users: int = 0
 
     @staticmethod
     def load(catalog: Catalog, item_item: bool = True, user_user: bool = True) -> "Graphs":
@@ -34,13 +37,12 @@ class Graphs:
             item_item, user_user: read this graph.
 
         Raises:
-            InputError: more edges than DGL can index, or the catalog lacks a graph.
+            InputError: more users and items than 32 bits number, or the catalog lacks a graph.
         """
-        interactions = catalog.manifest.interactions["train"]
-        if 2 * interactions > MAX_EDGES:
+        if catalog.users + catalog.items > MAX_NODES:
             raise InputError(
-                f"the catalog {catalog.uri} has {interactions:,} train interactions; at most {MAX_EDGES // 2:,} are "
-                "possible, because each is two edges of a graph with 32-bit indexes"
+                f"the catalog {catalog.uri} has {catalog.users:,} users and {catalog.items:,} items; at most "
+                f"{MAX_NODES:,} together are possible, because the graph numbers them with 32 bits"
             )
         wanted = {"item_item": item_item, "user_user": user_user}
         for name in wanted:
@@ -81,10 +83,20 @@ class Graphs:
         degree = self.nodes.weighted_degree
         return self.item_degree if degree is None else degree[self.users :]
 
+    @property
+    def counted_users(self) -> np.ndarray:
+        """Users that statistics over users are of, bool [users]: with a train interaction, and not added ones."""
+        return (self.user_degree > 0) & (np.arange(self.users) < self.users - self.added_users)
+
+    @property
+    def interactions(self) -> int:
+        """Number of train interactions, without those of added users."""
+        return len(self.nodes.indices) - int(self.nodes.indptr[self.users])
+
     @cached_property
     def mean_weight(self) -> float:
         """Mean weight of the train interactions."""
-        return 2 * float(self.weighted_user_degree.sum()) / len(self.nodes.indices)
+        return float(self.weighted_user_degree[: self.users - self.added_users].sum()) / self.interactions
 
     def relative_weights(self, users: np.ndarray, items: np.ndarray) -> np.ndarray | None:
         """Weights of train interactions, float32 [n], divided by their mean over train; None: all weigh the same.
@@ -98,6 +110,11 @@ class Graphs:
         items = items + self.users
         edge_weight = self.nodes.weight[find_edges(self.nodes, users, items)]
         return (edge_weight * np.sqrt(degree[users] * degree[items]) / self.mean_weight).astype(np.float32)
+
+    def edges_of(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Edge ids of train interactions (int64 [n, 2]): of the edges into their users, and into their items."""
+        users, items = pairs[:, 0], pairs[:, 1] + self.users
+        return find_edges(self.nodes, users, items), find_edges(self.nodes, items, users)
 
     def is_interacted(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Mask of train interactions between each of the users and each of the items, bool [users, items].
@@ -121,8 +138,8 @@ class Graphs:
 
 
 def load_graphs(config: Config, catalog: Catalog) -> Graphs:
-    """The graphs of a catalog that the configured network uses. Raises InputError if the catalog lacks one, or
-    weights of the interactions."""
+    """The graphs of a catalog that the configured network uses; in a final fit the user-item graph has the interactions
+    of valid, too. Raises InputError if the catalog lacks one, or weights of the interactions."""
     graphs = Graphs.load(catalog, item_item=config.model.item_hop, user_user=config.model.user_hop)
     settings = config.data.weight_settings
     if settings and graphs.nodes.weighted_degree is None:
@@ -130,7 +147,15 @@ def load_graphs(config: Config, catalog: Catalog) -> Graphs:
             f"{' and '.join(settings)}, but the catalog {catalog.uri} was built without it; run python -m "
             "gtc_dist.prepare --force with this configuration"
         )
-    return graphs
+    if len(config.train_splits) == 1:
+        return graphs
+    if graphs.nodes.weighted_degree is not None:
+        raise InputError(
+            f"train.final_fit needs the weights of valid, and the catalog {catalog.uri} has those of train alone; "
+            "train without weights of interactions, or deploy the run that selected"
+        )
+    pairs = catalog.interactions(*config.train_splits)
+    return replace(graphs, nodes=both_directions(*build_user_item_graph(*pairs, catalog.users, catalog.items)))
 
 
 def both_directions(item_user: CSC, user_item: CSC) -> CSC:

@@ -51,7 +51,7 @@ class CooccurrenceOperator:
         item_exponent: float = ITEM_EXPONENT,
     ):
         nodes = (graphs.nodes.indptr, graphs.nodes.indices, graphs.nodes.weight)
-        self.edges = len(graphs.nodes.indices)
+        self.edges = 2 * graphs.interactions
         users = ShardedTable("users", graphs.users, 0, comm, trainable=False)
         items = ShardedTable("items", graphs.items, 0, comm, trainable=False)
         self.users, self.items = users, items

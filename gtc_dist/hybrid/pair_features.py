@@ -18,7 +18,8 @@ USER_BLOCK = 1 << 16
 
 def item_popularity(graphs: Graphs) -> torch.Tensor:
     """Popularity of all items, float32 [items]."""
-    return _centred_log(graphs.weighted_item_degree / graphs.mean_weight, graphs.item_degree > 0)
+    warm = graphs.item_degree > 0
+    return _centred_log(graphs.weighted_item_degree / graphs.mean_weight, warm, warm)
 
 
 def user_features(graphs: Graphs, popularity: torch.Tensor, comm: Communicator) -> torch.Tensor:
@@ -28,8 +29,8 @@ def user_features(graphs: Graphs, popularity: torch.Tensor, comm: Communicator) 
         popularity: of `item_popularity`.
     """
     start, stop = comm.row_range(graphs.users)
-    warm = graphs.user_degree > 0
-    activity = _centred_log(graphs.weighted_user_degree / graphs.mean_weight, warm)[start:stop]
+    warm, counted = graphs.user_degree > 0, graphs.counted_users
+    activity = _centred_log(graphs.weighted_user_degree / graphs.mean_weight, warm, counted)[start:stop]
     total, of_items = np.zeros(stop - start), popularity.numpy().astype(np.float64)
     for first in range(start, stop, USER_BLOCK):
         users = np.arange(first, min(first + USER_BLOCK, stop))
@@ -37,7 +38,8 @@ def user_features(graphs: Graphs, popularity: torch.Tensor, comm: Communicator) 
         values = of_items[graphs.nodes.indices[edges] - graphs.users]
         total[users - start] = np.bincount(np.repeat(users - first, np.diff(indptr)), values, len(users))
     taste = torch.from_numpy(total / np.maximum(graphs.user_degree[start:stop], 1))
-    mean = comm.all_reduce(taste.sum().to(comm.device)).cpu() / max(int(warm.sum()), 1)
+    of_counted = torch.where(torch.from_numpy(counted[start:stop]), taste, 0).sum()
+    mean = comm.all_reduce(of_counted.to(comm.device)).cpu() / max(int(counted.sum()), 1)
     taste = torch.where(torch.from_numpy(warm[start:stop]), taste - mean, 0).float()
     return torch.stack([torch.ones_like(taste), activity, taste], dim=1)
 
@@ -52,7 +54,8 @@ def popularity_powers(popularity: torch.Tensor) -> torch.Tensor:
     return torch.stack([popularity, popularity**2, popularity**3 / 3], dim=-1)
 
 
-def _centred_log(degree: np.ndarray, warm: np.ndarray) -> torch.Tensor:
-    """log(1 + degree) less its mean over the warm ones, float32 [n]; 0 for the others."""
+def _centred_log(degree: np.ndarray, warm: np.ndarray, counted: np.ndarray) -> torch.Tensor:
+    """log(1 + degree) less its mean over the counted ones, float32 [n]; 0 for those that are not warm."""
     logs = np.log1p(degree)
-    return torch.from_numpy(np.where(warm, logs - logs[warm].mean() if warm.any() else 0, 0).astype(np.float32))
+    mean = logs[counted].mean() if counted.any() else 0
+    return torch.from_numpy(np.where(warm, logs - mean, 0).astype(np.float32))

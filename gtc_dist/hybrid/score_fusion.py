@@ -44,6 +44,7 @@ NORM_DAMPING = "length"  # exponent p of x / |x|^p for the network's items; runs
 NEIGHBOR_SMOOTHING = "walked"  # weight of neighbour smoothing, which runs before 0.4.0 have
 INITIAL_WEIGHTS = {MASKED: 0.6, MEMBERS: 0.4}
 INITIAL_UNTRAINED = 0.1
+POPULARITY_PART = "popularity"  # the columns with the item's popularity
 CONSTANT = 0  # column of fused embeddings that is 1 for all users: the first of their features
 
 
@@ -76,7 +77,7 @@ class ScoreFusion:
             name: unit_variance(embeddings if name in profiles else self._impute(embeddings))
             for name, embeddings in scorers.items()
         }
-        self.warm_users, self.warm_items = graphs.user_degree > 0, graphs.item_degree > 0
+        self.counted_users, self.warm_items = graphs.counted_users, graphs.item_degree > 0
         self.popularity = item_popularity(graphs)
         self.user_features = user_features(graphs, self.popularity, comm).to(comm.device)
         self.popularity = self.popularity.to(comm.device)
@@ -146,6 +147,24 @@ class ScoreFusion:
             users.with_values(torch.cat(user_parts, dim=1)), items.with_values(torch.cat(item_parts, dim=1))
         )
 
+    def column_groups(self, width: int, network: int) -> dict[str, slice]:
+        """Local. Columns of each part of fused embeddings of this width: `POPULARITY_PART`, if there is one, then the
+        scorers that are used; the scores over the parts add up to the whole score.
+
+        Args:
+            network: width of the network's embeddings.
+        """
+        used = {name: scorer.items.width for name, scorer in self.scorers.items() if self._is_used(name)}
+        widths = {POPULARITY_PART: self.user_features.shape[1]} if self._is_fitted else {}
+        widths |= {MEMBERS: network} if self._is_used(MEMBERS) else {}
+        if MASKED in self.trained and self._is_used(MASKED):
+            widths[MASKED] = width - sum(widths.values()) - sum(used.values())
+        groups, at = {}, 0
+        for name, size in (widths | used).items():
+            groups[name] = slice(at, at + size)
+            at += size
+        return groups
+
     def special_columns(self, width: int) -> SpecialColumns:
         """Local. Of fused embeddings of this width; profiles of weight 0 have no columns."""
         widths = {name: scorer.items.width for name, scorer in self.scorers.items() if self._is_used(name)}
@@ -174,7 +193,7 @@ class ScoreFusion:
 
     def _mean_user(self, users: ShardedTable) -> torch.Tensor:
         """Mean row of the users with a train interaction, float32 [1, width]."""
-        return _mean_over(users, self.warm_users)
+        return _mean_over(users, self.counted_users)
 
     def _mean_scores(self, scorer: Embeddings) -> torch.Tensor:
         """Scores of all items for the mean user, float32 [items], on every rank."""

@@ -15,7 +15,7 @@ from gtc_dist.hybrid.cold_start import ColdStart, ObjectiveByScale
 from gtc_dist.hybrid.content_profile import content_profile_scores
 from gtc_dist.hybrid.embeddings import Embeddings, SpecialColumns
 from gtc_dist.hybrid.graph_filter import CooccurrenceOperator, graph_filter_scores
-from gtc_dist.hybrid.score_fusion import ScoreFusion, Shortlister
+from gtc_dist.hybrid.score_fusion import MEMBERS, ScoreFusion, Shortlister
 from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
 
 
@@ -86,6 +86,10 @@ class HybridScorer:
     def special_columns(self, width: int) -> SpecialColumns:
         """Local. Of fused and final embeddings of this width."""
         return SpecialColumns() if self.fusion is None else self.fusion.special_columns(width)
+
+    def column_groups(self, width: int, network: int) -> dict[str, slice]:
+        """Local. Columns of each part of fused and final embeddings; see `ScoreFusion.column_groups`."""
+        return {MEMBERS: slice(0, width)} if self.fusion is None else self.fusion.column_groups(width, network)
 
     def state(self) -> dict[str, dict[str, float]]:
         """Local. The hybrid weights, under the names that checkpoints use."""

@@ -82,10 +82,5 @@ def new_folder(out: str, named: str) -> OutputFolder:
         manifest=IMPORT_MANIFEST,
         marker=IMPORT_MARKER,
     )
-    state = folder.state()
-    if state == "complete":
-        raise InputError(f"the output folder {named} holds an import; name another folder, or remove it")
-    folder.check_writable()
-    if state == "incomplete":
-        folder.clear()
+    folder.start_empty(named)
     return folder

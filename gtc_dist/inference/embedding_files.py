@@ -13,27 +13,42 @@ from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.inference.new_items import embed_new_items, read_new_items
+from gtc_dist.inference.new_users import NewUsers, load_run_with_new_users, without_new_users
 from gtc_dist.inference.trained_run import load_run
 
 FILE_ROWS = 1 << 17
 
 
 def export_rank(
-    comm: Communicator, graphs: Graphs | None, run_ref: RunRef, out: str, dtype: str, new_items: str | None = None
+    comm: Communicator,
+    graphs: Graphs | None,
+    run_ref: RunRef,
+    out: str,
+    dtype: str,
+    new_items: str | None = None,
+    new_users: NewUsers | None = None,
 ) -> dict:
     """Compute and write this rank's rows. Collective: every rank must call it.
 
     Args:
         new_items: URI of a file with items that arrived after training (`read_new_items`); on a single rank only.
+        new_users: users who are not in the catalog; on a single rank only.
 
     Returns:
         the manifest's entries on sizes and on the files of all ranks.
     """
-    run = load_run(run_ref, comm, graphs)
+    if new_users is None:
+        run, new_user_rows = load_run(run_ref, comm, graphs), None
+    else:
+        run = load_run_with_new_users(run_ref, new_users, comm, graphs)
     ids, new_features = read_new_items(run, new_items) if new_items else (None, None)
-    tables = dict(zip(("users", "items"), run.final_embeddings(), strict=True))
+    final = run.final_embeddings()
+    if new_users is not None:
+        final, new_user_rows = without_new_users(run, final)
+    tables = final._asdict()
     new_rows = embed_new_items(run, tables["items"], new_features) if new_items else None
-    for kind, rows in [(kind, table.weight) for kind, table in tables.items()] + [("new items", new_rows)]:
+    new = [("new items", new_rows), ("new users", new_user_rows)]
+    for kind, rows in [(kind, table.weight) for kind, table in tables.items()] + new:
         if comm.all_reduce_max(int(rows is not None and not _fits(rows, dtype))):
             raise InputError(f"embeddings of {kind} are not finite in {dtype}; export them as float32")
     files = {}
@@ -41,16 +56,20 @@ def export_rank(
         for first in range(table.start, table.stop, FILE_ROWS):
             name = f"{kind}/part-{first:012d}.parquet"
             files[name] = write_catalog_rows(run.catalog, kind, table, first, storage.join(out, name), dtype)
-    for first in range(0, 0 if ids is None else len(ids), FILE_ROWS):
-        name = f"items/part-new-{first:012d}.parquet"
-        rows = slice(first, first + FILE_ROWS)
-        files[name] = write_embeddings(ids[rows], new_rows[rows], storage.join(out, name), dtype)
+    of_new = {"items": (ids, new_rows), "users": (new_users and new_users.ids, new_user_rows)}
+    for kind, (names, embeddings) in of_new.items():
+        for first in range(0, 0 if names is None else len(names), FILE_ROWS):
+            name = f"{kind}/part-new-{first:012d}.parquet"
+            rows = slice(first, first + FILE_ROWS)
+            files[name] = write_embeddings(names[rows], embeddings[rows], storage.join(out, name), dtype)
     merged = {}
     for rank_files in comm.all_gather_json(files):
         merged |= rank_files
     sizes = {kind: table.rows for kind, table in tables.items()}
     if ids is not None:
         sizes["new_items"] = len(ids)
+    if new_users is not None:
+        sizes["new_users"] = len(new_users)
     return {**sizes, "dim": tables["items"].width, "streams": run.network.view_names, "files": merged}
 
 

@@ -6,7 +6,7 @@ from gtc_dist.config import Config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.launch import ray_start
+from gtc_dist.preflight import ray_start
 from gtc_dist.training.run_log import duration
 
 GIB = 2**30
@@ -22,13 +22,14 @@ def describe_training(config: Config, catalog: Catalog, graphs: Graphs) -> str:
         InputError, Unreachable: there is no such cluster, or it has no room for the ranks.
     """
     from gtc_dist.launch import cost_model, ray_cluster, ray_train  # slow to import
+    from gtc_dist.preflight import room
 
     workers, cores = config.cluster.workers, ray_cluster.cores()
     if address := ray_start.check_start(dashboard=True):
         where = f"joins the Ray cluster {address}, which answers; its room for the ranks is not checked"
     else:
         node = {"CPU": float(max(cores, min(workers, cores) + 1)), "GPU": float(ray_train.torch.cuda.device_count())}
-        ray_train.worker_resources(config.cluster, [node])
+        room.worker_resources(config.cluster, [room.ClusterNode("", "this machine", node)])
         where = f"starts a local Ray cluster, {cores} cores"
     cost = cost_model.training_cost(config, catalog.manifest, catalog.modalities(config.model.modalities))
     memory = {name: size for name, size in cost.memory.items() if size >= 0.005 * GIB}

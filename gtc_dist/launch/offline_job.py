@@ -12,16 +12,24 @@ from collections.abc import Callable
 import torch
 
 from gtc_dist.checkpoint.existing_run import RunRef
+from gtc_dist.checkpoint.run_folder import CONFIG_FILE
 from gtc_dist.config import ClusterConfig
-from gtc_dist.data.catalog import Catalog
+from gtc_dist.data import storage
+from gtc_dist.data.catalog import MANIFEST, Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.graph.csc import load_graphs
 
 
-def parse_run_command(parser: argparse.ArgumentParser, argv: list[str] | None):
-    """Add the options that every command on a trained run has, and parse the command line."""
+def parse_run_command(
+    parser: argparse.ArgumentParser, argv: list[str] | None, catalog: str = "the run's catalog, if it has moved"
+):
+    """Add the options that every command on a trained run has, and parse the command line.
+
+    Args:
+        catalog: help of --catalog.
+    """
     parser.add_argument("--run", required=True, help="URI of the run folder: run.storage/run.name")
-    parser.add_argument("--catalog", metavar="URI", help="the run's catalog, if it has moved")
+    parser.add_argument("--catalog", metavar="URI", help=catalog)
     parser.add_argument(
         "--workers", type=int, default=0, help="number of ranks on the cluster (default 0: this process alone)"
     )
@@ -42,11 +50,16 @@ def run_on_ranks_or_here(args, run_ref: RunRef, work: Callable[..., dict]) -> di
         return work(Communicator(), None)
 
     from gtc_dist.launch import ray_cluster, ray_train  # slow to import; needed only with --workers
+    from gtc_dist.preflight import node_checks, room
 
-    graphs = load_graphs(run_ref.config, Catalog(run_ref.config.data.catalog))
+    catalog = Catalog(run_ref.config.data.catalog)
+    graphs = load_graphs(run_ref.config, catalog)
     ray_cluster.connect(min(args.workers, ray_cluster.cores()) + 1, dashboard=True, shared_bytes=graphs.bytes)
     cluster = ClusterConfig(workers=args.workers, gpu=args.gpu, threads=args.threads)
-    resources = ray_train.worker_resources(cluster, ray_cluster.node_resources())
+    resources = room.room_for_ranks(cluster)
+    node_checks.check_nodes(
+        {"--run": storage.join(run_ref.uri, CONFIG_FILE), "data.catalog": storage.join(catalog.uri, MANIFEST)}
+    )
     shared = ray_train.share_graphs(graphs)
     del graphs
     return ray_train.run_on_ranks(work, cluster, shared, run_ref.uri, resources)

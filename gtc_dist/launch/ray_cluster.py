@@ -11,7 +11,8 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # joins similar lines of ranks, wi
 
 import ray
 
-from gtc_dist.launch import ray_start, worker_output
+from gtc_dist.launch import worker_output
+from gtc_dist.preflight import ray_start
 
 MIN_OBJECT_STORE = 512 << 20
 MAX_OBJECT_STORE = 2 << 30

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import posixpath
 import signal
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch
 from ray import train
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gtc_dist.checkpoint.run_folder import CONFIG_FILE, FAILURE_FILE, METRICS_FILE, RAY_FOLDER, STOP_FILE
 from gtc_dist.config import ClusterConfig, Config
@@ -25,53 +27,17 @@ from gtc_dist.data.catalog import Catalog
 from gtc_dist.data.ray_tasks import EveryRow, read_rows
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError, NotFinite
+from gtc_dist.final_fit.final_trainer import FinalTrainer
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.launch.rank_memory import keep_memory
 from gtc_dist.launch.ray_cluster import cores
+from gtc_dist.launch.ray_metrics import RunGauges
 from gtc_dist.launch.watchdog import Watchdog, watch_rank
+from gtc_dist.preflight import node_checks
+from gtc_dist.preflight.room import READER_CPUS
 from gtc_dist.training.trainer import Trainer
 
-READER_CPUS = 0.25  # CPUs of a Ray Data task; small, to fit beside ranks that take nearly all of every node
-
 FATAL = {error.__name__: error for error in (InputError, NotFinite)}  # a retry would only repeat them
-
-
-def worker_resources(cluster: ClusterConfig, nodes: list[dict[str, float]]) -> dict[str, float]:
-    """Ray resources of one rank. Raises InputError if the cluster cannot provide them, instead of waiting for ever.
-
-    Ray Data needs a share of a CPU beside the ranks. On a cluster with exactly as many CPUs as ranks, each rank
-    therefore reserves slightly less than one CPU, which changes Ray's bookkeeping but not how the rank runs. Elastic
-    ranks, which fill all nodes, leave that share free on every node.
-
-    Args:
-        nodes: resources of each node (`ray_cluster.node_resources`).
-    """
-    cpus = [node.get("CPU", 0.0) for node in nodes]
-    gpus = [node.get("GPU", 0.0) for node in nodes]
-    workers, requested = cluster.min_workers or cluster.workers, cluster.cpus_per_worker
-    key = "workers" if cluster.min_workers is None else "min_workers"
-    if cluster.gpu and sum(gpus) < workers:
-        raise InputError(
-            f"cluster.{key}={workers} with cluster.gpu=true needs {workers} GPUs; the cluster has {sum(gpus):g}"
-        )
-    each = requested or 1
-    if requested is None and cluster.min_workers is not None:
-        each = 1 - READER_CPUS / max(min((cpu for cpu in cpus if cpu >= 1), default=1), 1)
-    elif requested is None and workers <= sum(cpus) < workers + 1:
-        each = max((sum(cpus) - 1) / workers, 0.1)
-    slots = sum(
-        min(math.floor(cpu / each), math.floor(gpu) if cluster.gpu else math.inf)
-        for cpu, gpu in zip(cpus, gpus, strict=True)
-    )
-    enough = workers * each + READER_CPUS <= sum(cpus)
-    if slots < workers or not enough:
-        room = f", with room for {slots} such ranks (a rank does not span nodes)" if enough else ""
-        raise InputError(
-            f"cluster.{key}={workers} needs {workers * (requested or 1):g} CPUs, and {READER_CPUS:g} to read data; the "
-            f"cluster has {sum(cpus):g} on {len(nodes)} nodes{room}. Use fewer workers or a smaller "
-            "cluster.cpus_per_worker"
-        )
-    return {"CPU": each, "GPU": 1} if cluster.gpu else {"CPU": each}
 
 
 def share_graphs(graphs: Graphs) -> ray.ObjectRef:
@@ -87,9 +53,10 @@ def train_on_ray(
     After a rank or its node is lost, all ranks restart from the last checkpoint: at most `cluster.retries` times,
     preempted nodes not counted.
     """
-    files = [{"uri": uri} for uri in catalog.interaction_uris("train")]
+    files = [{"uri": uri} for uri in catalog.interaction_uris(*config.train_splits)]
     rows = ray.data.from_items(files, override_num_blocks=len(files))
     rows = rows.map_batches(read_rows, batch_size=1, batch_format="pyarrow", num_cpus=READER_CPUS)
+    rows.set_name(f"train {config.run.name}")
     settings = {"config": config, "run": run, "graphs": graphs}
     datasets = {"datasets": {"train": rows}, "dataset_config": EveryRow()}
     for name in (RAY_FOLDER, STOP_FILE, FAILURE_FILE):  # left by an earlier command
@@ -148,19 +115,22 @@ def run_on_ranks(
 def _ray_trainer(
     function, settings: dict, cluster: ClusterConfig, run: str, name: str, resources: dict, retries: int = 0, **datasets
 ):
-    filesystem, path = storage.arrow_filesystem(run)
+    filesystem, path = storage.arrow_filesystem(storage.join(run, name))
     seconds = 60 * cluster.wait_minutes
-    watchdog = ray.remote(num_cpus=0)(Watchdog).remote(seconds) if cluster.workers > 1 else None
+    # on the node of this command, without which no rank runs either: the loss of another node must not end it
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, scheduling_strategy=here)(Watchdog)
+    watchdog = actor.remote(seconds) if cluster.workers > 1 else None
     backend = "nccl" if cluster.gpu else "gloo"
     workers = (cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers
     return TorchTrainer(
         function,
-        train_loop_config={**settings, "watchdog": watchdog},
+        train_loop_config={**settings, "watchdog": watchdog, "versions": node_checks.installed_versions()},
         # longer than the watchdog's limit: the watchdog names the rank that hangs, a time-out does not
         torch_config=TorchConfig(backend=backend, timeout_s=math.ceil(2 * seconds) + 60),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=cluster.gpu, resources_per_worker=resources),
         run_config=RunConfig(
-            name=name,
+            name=posixpath.basename(run),  # Ray's dashboards and metrics show it
             storage_path=path,
             storage_filesystem=filesystem,
             logging_config=LoggingConfig(log_level="WARNING"),
@@ -173,6 +143,7 @@ def _ray_trainer(
 def train_rank(settings: dict) -> None:
     """Entry point of every rank of a training (a Ray Train worker)."""
     config: Config = settings["config"]
+    _begin_rank(settings)
     if not storage.exists(storage.join(settings["run"], CONFIG_FILE)):
         raise InputError(
             f"node {ray.util.get_node_ip_address()} cannot see {settings['run']}; "
@@ -187,8 +158,15 @@ def train_rank(settings: dict) -> None:
         return  # a retry would only repeat the failure
     try:
         with watch_rank(comm, settings["watchdog"], 60 * config.cluster.wait_minutes):
-            catalog, poll = Catalog(config.data.catalog), RequestPoll(run, comm)
-            Trainer(config, catalog, run, users, items, graphs, comm, train.report, poll).fit()
+            catalog, poll, gauges = Catalog(config.data.catalog), RequestPoll(run, comm), RunGauges(config.run.name)
+
+            def report(metrics: dict) -> None:
+                if comm.rank == 0:
+                    gauges.set(metrics)
+                train.report(metrics)
+
+            kind = Trainer if config.train.final_fit is None else FinalTrainer
+            kind(config, catalog, run, users, items, graphs, comm, report, poll, gauges.set).fit()
     except tuple(FATAL.values()) as error:
         kind = next(name for name, fatal in FATAL.items() if isinstance(error, fatal))
         storage.write_json(storage.join(run, FAILURE_FILE), {"kind": kind, "message": str(error)})
@@ -221,6 +199,7 @@ class RequestPoll:
 def work_rank(settings: dict) -> None:
     """Entry point of every rank of `run_on_ranks`."""
     cluster: ClusterConfig = settings["cluster"]
+    _begin_rank(settings)
     comm = _make_communicator(cluster)
     with watch_rank(comm, settings["watchdog"], 60 * cluster.wait_minutes):
         result = settings["work"](comm, ray.get(settings["graphs"]))
@@ -228,9 +207,14 @@ def work_rank(settings: dict) -> None:
         storage.write_json(settings["result"], result)
 
 
+def _begin_rank(settings: dict) -> None:
+    """Silence what libraries log on a rank, and check its node, which may have joined after `check_nodes`."""
+    logging.disable(logging.INFO)  # Ray prints every reported metric, botocore where its credentials come from
+    node_checks.check_versions(settings["versions"])
+
+
 def _make_communicator(cluster: ClusterConfig) -> Communicator:
     """Communicator of this Ray Train worker; also sets its torch threads and its allocator."""
-    logging.disable(logging.INFO)  # otherwise Ray prints every reported metric
     context = train.get_context()
     # one core per rank is left to its prefetch thread: a thread too many costs more than one too few
     torch.set_num_threads(cluster.threads or max(1, cores() // context.get_local_world_size() - 1))

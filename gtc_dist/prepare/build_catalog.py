@@ -101,9 +101,12 @@ def prepare_catalog(config: Config, force: bool = False) -> tuple[Manifest, bool
     progress(f"checked {len(files)} interaction files and {len(sources)} modalities; starting Ray")
 
     from gtc_dist.launch import ray_cluster  # here: the checks above take less time than importing Ray
+    from gtc_dist.preflight import node_checks
 
     with Scratch(config.prepare.scratch, int(config.prepare.memory_gib * 2**30)) as scratch:
         ray_cluster.connect()
+        first_files = {f"data.features.{name}": source.files[0] for name, source in sources.items()}
+        node_checks.check_nodes({"data.interactions": files[0].uri} | first_files)
         progress("Ray started; reading interactions")
         manifest = write_catalog(config, inputs, files, sources, scratch, ray_cluster.cores(), progress)
     return manifest, True

@@ -194,6 +194,13 @@ def positions(column: pa.ChunkedArray | pa.Array, among: pa.Array) -> np.ndarray
     return found.to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
 
 
+def comparable(a: pa.Array, b: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Two arrays of ids that `positions` compares as they are written: both as text where one is."""
+    if is_text(a.type) == is_text(b.type):
+        return a, b
+    return a.cast(pa.large_string()), b.cast(pa.large_string())
+
+
 def _wider_type(a: pa.DataType, b: pa.DataType) -> pa.DataType:
     if is_text(a):
         return pa.large_string()

@@ -2,6 +2,7 @@
 
     python -m gtc_dist.recommend --run RUN --user ID [--user ID ...]      on the terminal
     python -m gtc_dist.recommend --run RUN --out lists [--users FILE]     Parquet, for all users or those of a file
+    python -m gtc_dist.recommend --run RUN --new-users FILE [--out lists] for users who are not in the catalog
     python -m gtc_dist.recommend --run RUN --item ID                      similar items
 
 What a user already has, in train, valid or test, is left out (--include-seen: not). Users without a train interaction
@@ -10,13 +11,19 @@ Parquet file that is named user_id or item_id. --titles adds names from a table.
 (from 1), item_id, score and, with --titles, title; rows of a user follow each other. --where category=boots lists only
 items that have this text in a column of that table; of one column given twice, one of the texts.
 
+--new-users FILE is as of `gtc export`: a file like the interactions of the catalog, or with a column of users alone.
+
+--explain adds what each part of the model contributes to a score (popularity, network, masked_diffusion, graph_filter,
+content_MODALITY: together the score; in Parquet the columns score_PART), and the user's own train items that are most
+similar to the listed one, with the cosine (nearest_own). Lists are exact: every item is scored for every user.
+
 Similar items are those with the largest cosine, without the columns that hold an item's popularity. The dot product, by
 which users' lists are ranked, also rewards items that many people take.
 """
 
 import argparse
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import numpy as np
@@ -30,22 +37,25 @@ from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
-from gtc_dist.errors import InputError
 from gtc_dist.evaluation.beyond_accuracy import mean_user
 from gtc_dist.evaluation.ranking import top_k_items
+from gtc_dist.export import open_new_users
 from gtc_dist.features.item_content import read_ids
 from gtc_dist.graph.csc import Graphs, by_destination
 from gtc_dist.hybrid.embeddings import Embeddings
+from gtc_dist.inference.new_users import CatalogWithUsers, NewUsers, load_run_with_new_users
 from gtc_dist.inference.trained_run import TrainedRun, load_run
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
+from gtc_dist.progress import TimeLeft
+from gtc_dist.recommend.explain import explain_lists, named_parts
 from gtc_dist.recommend.item_choice import (
     allowed_items,
-    catalog_item_ids,
     item_attributes,
     item_titles,
     where_conditions,
 )
+from gtc_dist.recommend.list_table import list_table, show
 
 CHUNK_USERS = 1 << 15  # of a rank, whose lists are held at once
 
@@ -55,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--user", action="append", metavar="ID", help="print this user's list; may be repeated")
     parser.add_argument("--item", metavar="ID", help="print the items most similar to this one")
     parser.add_argument("--users", metavar="FILE", help="users to make lists for (default: all)")
+    parser.add_argument("--new-users", metavar="FILE", help="users who are not in the catalog, with their interactions")
     parser.add_argument("--out", metavar="FOLDER", help="new or empty folder for the lists")
     parser.add_argument("--top", type=int, default=20, help="items of a list (default: %(default)s)")
     parser.add_argument("--include-seen", action="store_true", help="list what a user already has, too")
@@ -63,16 +74,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--titles", metavar="FILE", help="table with names of the items")
     parser.add_argument("--where", action="append", metavar="COLUMN=TEXT", help="list only items with this text there")
     parser.add_argument("--title", default="title", metavar="COLUMN", help="its column with the name (%(default)s)")
+    parser.add_argument("--explain", action="store_true", help="parts of each score, and nearest items of the user's")
     parser.add_argument("--id", metavar="COLUMN", help="its column with the id (default: as in the interactions)")
     args = parse_run_command(parser, argv)
     check_arguments(parser, args)
 
     run_ref = find_run(args.run, args.catalog)
+    new = open_new_users(run_ref, args.new_users) if args.new_users else None
     catalog, id_column = Catalog(run_ref.config.data.catalog), args.id or run_ref.config.data.interactions.item
+    if new is not None:
+        catalog = CatalogWithUsers(catalog, new.ids)
     named = [(args.user, "users"), (args.item and [args.item], "items")]
     users, item = (None if ids is None else index_of_texts(catalog, kind, ids) for ids, kind in named)
     if args.users:
         users = np.unique(catalog.index_of("users", read_ids(args.users, "user_id")))
+    elif new is not None and users is None:
+        users = np.arange(catalog.users - len(new), catalog.users)
     wanted = where_conditions(args.where or [])
     attributes = item_attributes(catalog, args.titles, id_column, wanted) if wanted else None
     options = {
@@ -86,7 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     out = None if args.out is None else storage.absolute(args.out)
     folder = None if out is None else lists_folder(out, args.out)
-    work = functools.partial(recommend_rank, users=users, include_seen=args.include_seen, out=out, **options)
+    options |= {"include_seen": args.include_seen, "explain": args.explain, "new_users": new}
+    work = functools.partial(recommend_rank, users=users, out=out, **options)
     result = run_on_ranks_or_here(args, run_ref, work)
     if folder is None:
         show(result["lists"], "user")
@@ -98,18 +116,22 @@ def main(argv: list[str] | None = None) -> None:
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with a usage message where options do not fit together."""
     chosen = [name for name in ("user", "item", "out") if getattr(args, name)]
-    if len(chosen) != 1:
+    if len(chosen) != 1 and not (args.new_users and not chosen):
         parser.error("give one of --user, --item and --out")
+    if args.new_users and (args.item or args.users or args.workers):
+        parser.error("--new-users goes without --item, --users and --workers")
     if args.users and not args.out:
         parser.error("--users goes with --out")
     if args.workers and not args.out:
         parser.error("--workers goes with --out")
+    if args.explain and args.item:
+        parser.error("--explain goes with --user and --out")
     if args.where and not args.titles:
         parser.error("--where needs --titles, the table with the column")
     if args.top < 1:
         parser.error("--top must be positive")
-    paths = ("run", "catalog", "out", "users", "candidates", "exclude", "titles")
-    refuse_relative_paths({f"--{name}": getattr(args, name) for name in paths})
+    paths = ("run", "catalog", "out", "users", "new_users", "candidates", "exclude", "titles")
+    refuse_relative_paths({f"--{name.replace('_', '-')}": getattr(args, name) for name in paths})
 
 
 def index_of_texts(catalog: Catalog, kind: str, ids: list[str]) -> np.ndarray:
@@ -121,10 +143,7 @@ def lists_folder(out: str, named: str) -> OutputFolder:
     """The output folder, emptied of lists that were cut off. Raises InputError where it holds anything else."""
     own = r"part-\d{12}\.parquet"
     folder = OutputFolder(out, "the output folder", "lists", own_files=own, manifest="_manifest.json", marker=None)
-    if folder.state() == "complete":
-        raise InputError(f"the output folder {named} is not empty, it holds lists; name another folder, or remove it")
-    folder.check_writable()
-    folder.clear()
+    folder.start_empty(named)
     return folder
 
 
@@ -138,17 +157,31 @@ def recommend_rank(
     allowed: np.ndarray | None,
     titles: pa.Array | None,
     out: str | None,
+    explain: bool = False,
+    new_users: NewUsers | None = None,
 ) -> dict:
     """Lists of this rank's users, written to `out`, or, without it, returned. Collective: every rank must call it.
 
     Args:
         users: indexes in the order of the lists; None: all.
         allowed, titles: by item index.
+        new_users: users behind those of the catalog; on a single rank only.
     """
-    run = load_run(run_ref, comm, graphs)
+    run = load_run_with_new_users(run_ref, new_users, comm, graphs) if new_users else load_run(run_ref, comm, graphs)
     embeddings = with_mean_user(run, run.final_embeddings())
-    first, files, lists, rows, listed = embeddings.users.start, {}, [], 0, 0
-    for number, (count, table) in enumerate(lists_of(run, embeddings, users, top, include_seen, allowed, titles)):
+    return write_lists(run, embeddings, out, users, top, include_seen, allowed, titles, explain)
+
+
+def write_lists(run: TrainedRun, embeddings: Embeddings, out: str | None, *choice) -> dict:
+    """`recommend_rank` of a run that is loaded. Collective: every rank must call it.
+
+    Args:
+        embeddings: final ones (`with_mean_user`).
+        choice: arguments of `lists_of` after them.
+    """
+    comm, first = embeddings.users.comm, embeddings.users.start
+    files, lists, rows, listed = {}, [], 0, 0
+    for number, (count, table) in enumerate(lists_of(run, embeddings, *choice)):
         rows, listed = rows + table.num_rows, listed + count
         if out is None:
             lists += table.to_pylist()
@@ -169,6 +202,7 @@ def lists_of(
     include_seen: bool = False,
     allowed: np.ndarray | None = None,
     titles: pa.Array | None = None,
+    explain: bool = False,
 ) -> Iterator[tuple[int, pa.Table]]:
     """Lists of this rank's users, some users at a time: their number, and a table as of `list_table`. Collective: every
     rank must take all.
@@ -179,13 +213,32 @@ def lists_of(
     comm, first, last = embeddings.users.comm, embeddings.users.start, embeddings.users.stop
     mine = np.arange(first, last) if users is None else users[(users >= first) & (users < last)]
     known = None if include_seen else later_interactions(run.catalog, first, last)
-    options = run.ranking_options(None)
-    for number in range(comm.all_reduce_max(-(-len(mine) // CHUNK_USERS))):
+    options, width = run.ranking_options(None), embeddings.items.width
+    chunks = comm.all_reduce_max(-(-len(mine) // CHUNK_USERS))
+    report = users_done(len(mine), sum(comm.all_gather_int(len(mine))), comm.rank == 0)
+    for number in range(chunks):
         chunk = mine[number * CHUNK_USERS : (number + 1) * CHUNK_USERS]
+        done = functools.partial(report, number * CHUNK_USERS, len(chunk))
         items, scores = top_k_items(
-            *embeddings, run.graphs, chunk, top, options, allowed, known, mask_train=not include_seen
+            *embeddings, run.graphs, chunk, top, options, allowed, known, mask_train=not include_seen, done=done
         )
-        yield len(chunk), list_table(run.catalog, "user_id", chunk, items, scores, titles)
+        reasons = None
+        if explain:
+            parts, popularity = named_parts(run, width), run.scorer.special_columns(width).popularity
+            reasons = explain_lists(embeddings, run.graphs, parts, popularity, chunk, items)
+        yield len(chunk), list_table(run.catalog, "user_id", chunk, items, scores, titles, reasons)
+
+
+def users_done(mine: int, users: int, is_shown: bool) -> Callable[[int, int, float], None]:
+    """Progress of lists, judged by this rank's users: a function of how many of these had their lists before, how many
+    are being ranked, and the share of it that is done."""
+    shown = TimeLeft(f"lists of {users:,} users")
+
+    def report(before: int, now: int, share: float) -> None:
+        if is_shown and mine:
+            shown((before + now * share) / mine)
+
+    return report
 
 
 def with_mean_user(run: TrainedRun, embeddings: Embeddings) -> Embeddings:
@@ -247,36 +300,3 @@ def nearest_items(
     best = scores.topk(min(top, len(scores) - 1))
     listed = np.where(torch.isinf(best.values).numpy(), -1, best.indices.numpy())[None]
     return list_table(run.catalog, "to", np.array([item]), listed, best.values.numpy()[None], titles)
-
-
-def list_table(
-    catalog: Catalog, key: str, of: np.ndarray, items: np.ndarray, scores: np.ndarray, titles: pa.Array | None
-) -> pa.Table:
-    """Lists as rows (key, rank, item_id, score, title) under the original ids."""
-    kind = "users" if key == "user_id" else "items"
-    row, place = np.nonzero(items >= 0)
-    low, high = (int(of.min()), int(of.max()) + 1) if len(of) else (0, 0)
-    names, listed = catalog.ids(kind, low, high), pa.array(items[row, place])
-    columns = {
-        key: long_text(names).take(pa.array(of[row] - low)),
-        "rank": pa.array(place + 1, pa.int32()),
-        "item_id": long_text(catalog_item_ids(catalog)).take(listed),
-        "score": pa.array(scores[row, place].astype(np.float32)),
-    }
-    return pa.table(columns | ({} if titles is None else {"title": titles.take(listed)}))
-
-
-def long_text(ids: pa.Array) -> pa.Array:
-    """Strings as large strings, of which an array may hold more than 2 GiB."""
-    return ids.cast(pa.large_string()) if pa.types.is_string(ids.type) else ids
-
-
-def show(rows: list[dict], kind: str) -> None:
-    """Print lists, one after the other."""
-    key = "user_id" if kind == "user" else "to"
-    for n, row in enumerate(rows):
-        if row["rank"] == 1:
-            print(f"{'' if n == 0 else chr(10)}{kind} {row[key]}")
-        print(f"{row['rank']:4}  {row['score']:10.4f}  {row['item_id']}  {row.get('title') or ''}".rstrip())
-    if not rows:
-        print("no item is left to list")

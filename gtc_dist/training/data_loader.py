@@ -26,11 +26,13 @@ from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.device_transfer import AsyncTransfer
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
+from gtc_dist.graph.device_sampler import DeviceSampler
 from gtc_dist.model.batch import Batch, DrawnPairs, MaskedUsers
 from gtc_dist.model.gtc import GTC
 from gtc_dist.model.total_correlation import draw_permutations
 from gtc_dist.model.user_masks import UserMasks
-from gtc_dist.training.subgraph import FullGraphBuilder, SampledGraphBuilder
+from gtc_dist.subgraph.sampled_graph import SampledGraphBuilder, sampling_device
+from gtc_dist.subgraph.whole_graph import FullGraphBuilder
 
 PREFETCH = 2  # batches prepared ahead
 LEAVE_SECONDS = 10  # wait for the batch in work when the main thread stops early
@@ -52,11 +54,17 @@ def build_loader(
         users, items: int32 [n] interactions of this rank, in any order.
         content: of the masked diffusion.
     """
-    builder = FullGraphBuilder if config.model.propagation == "full" else SampledGraphBuilder
-    masks = None
+    masks, device = None, network.comm.device
+    if config.model.propagation == "full":
+        subgraphs = FullGraphBuilder(config, network, graphs, features)
+    elif (where := sampling_device(config, graphs, device)).type == "cpu":
+        from gtc_dist.graph.neighbor_sampler import NeighborSampler  # DGL is slow to import, and needed here alone
+
+        subgraphs = SampledGraphBuilder(config, network, graphs, features, NeighborSampler)
+    else:
+        subgraphs = SampledGraphBuilder(config, network, graphs, features, DeviceSampler, where)
     if network.masked is not None:
-        masks = UserMasks(graphs, content, config.train.seed, network.masked.members, network.comm.device)
-    subgraphs, device = builder(config, network, graphs, features), network.comm.device
+        masks = UserMasks(graphs, content, config.train.seed, network.masked.members, device)
     return DataLoader(config, users, items, graphs, subgraphs, comm, masks, network.tc_shape, device)
 
 
@@ -154,7 +162,9 @@ class DataLoader:
             pass_number, step = 1 + n // self.pass_steps, n % self.pass_steps
             if pass_number != ordered:
                 ordered, order = pass_number, self._order(pass_number)
-            yield self.assemble(self.draw(pass_number, step, order[self._rows(step)]))
+            with self.transfer.beside():
+                batch = self.assemble(self.draw(pass_number, step, order[self._rows(step)]))
+            yield batch
 
     def _order(self, pass_number: int) -> np.ndarray:
         """Permutation of a pass over this rank's interactions."""

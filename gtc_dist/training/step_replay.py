@@ -53,7 +53,7 @@ def replay_step(uri: str) -> dict:
     config = with_catalog(read_run_config(storage.read_bytes(path), path), run)
     config = for_one_rank(config, dumped.ranks)
     catalog = Catalog(config.data.catalog, verify="size")
-    pairs = catalog.interactions("train")
+    pairs = catalog.interactions(*config.train_splits)
     trainer = Trainer(config, catalog, run, *pairs, load_graphs(config, catalog), Communicator())
     found = trainer.resume()
     set_network(trainer, dumped, uri)

@@ -32,6 +32,7 @@ class TrainProgress:
     seconds: float = 0.0  # seconds in all, before this process
     skipped: int = 0  # steps left out because they were not finite
     lines: list[str] = field(default_factory=list)  # of metrics.jsonl
+    init_from: dict = field(default_factory=dict)  # the earlier run whose weights were the initial ones, if any
 
     @property
     def steps(self) -> int:

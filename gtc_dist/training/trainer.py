@@ -39,10 +39,11 @@ from gtc_dist.training.checkpointing import Checkpointer
 from gtc_dist.training.control_variate import HistoricalEmbeddings
 from gtc_dist.training.data_loader import build_loader
 from gtc_dist.training.gradient_guard import GradientGuard, Rows
-from gtc_dist.training.run_log import RunLog, loss_scalars, step_seconds
+from gtc_dist.training.run_log import RunLog, loss_scalars, step_speed
 from gtc_dist.training.train_state import LossMeter, TrainProgress, TrainState
 from gtc_dist.training.validation import Validator
 from gtc_dist.training.weight_averaging import WeightAverage
+from gtc_dist.warm_start.carry_over import initial_weights
 
 ANNOUNCED_SECONDS = 5.0  # a validation is announced if the one before took longer
 KEEP_STATES = 2  # complete training states that are retained beside the best checkpoint
@@ -59,6 +60,7 @@ class Trainer:
         report: called on every rank with each validation's metrics.
         stop_request: called on all ranks together, at most every few seconds and only where losses are logged: "leave"
             to save the state and return from `fit`, "save" to save it now, "" to continue.
+        publish: called on rank 0 with the numbers of each point of the logs.
     """
 
     def __init__(
@@ -72,8 +74,9 @@ class Trainer:
         comm: Communicator,
         report: Callable[[dict], None] = lambda metrics: None,
         stop_request: Callable[[], str] = lambda: "",
+        publish: Callable[[dict[str, float]], None] = lambda scalars: None,
     ):
-        self.config, self.run, self.comm, self.report = config, run, comm, report
+        self.config, self.run, self.comm, self.report, self.publish = config, run, comm, report, publish
         self.network, self.tables = build_network(config, catalog, comm)
         self.loader_comm = comm.new_group(torch.device("cpu"))
         features = load_features(self.network.modalities, catalog, self.loader_comm)
@@ -82,7 +85,7 @@ class Trainer:
             fit_projection(self.network.masked, self.features)
         content, of_loader = self._content()
         self.loader = build_loader(config, self.network, users, items, graphs, features, of_loader, self.loader_comm)
-        expected = catalog.manifest.interactions["train"]
+        expected = sum(catalog.manifest.interactions[split] for split in config.train_splits)
         if (found := sum(self.loader.interactions_per_rank)) != expected:
             raise InputError(
                 f"the ranks read {found} train interactions, the manifest of {catalog.uri} says {expected}; "
@@ -133,13 +136,10 @@ class Trainer:
         self.started, self.guard.skipped = started - progress.seconds, progress.skipped
         manifest, steps = self.validator.catalog.manifest, self.loader.steps
         description = RunDescription(self.run, config, manifest, steps, progress.steps)
-        self.log = RunLog.open(description, self.comm.rank == 0, progress.lines)
+        self.log = RunLog.open(description, self.comm.rank == 0, progress.lines, self.publish)
         self.validation_seconds = math.inf  # of the last validation; a long one is announced
         if not resumed:
-            if self.validator.scorer.has_untrained:
-                self._print("fitting the untrained scorers to the valid split")
-            self.validator.scorer.tune_untrained(self.validator.shortlist)
-            self._validate(0)
+            self.start()
             progress.epoch, progress.step = 1, 0
         while progress.epoch <= config.train.epochs and progress.waited < config.eval.patience:
             self.checkpointer.save_if_wanted(before_validation=False)
@@ -165,6 +165,22 @@ class Trainer:
         if found:
             self.use_content()
         return found
+
+    def start(self) -> None:
+        """Before the first epoch: fit and validate the scorers with the initial weights."""
+        self.start_from_earlier_run()
+        if self.validator.scorer.has_untrained:
+            self._print("fitting the untrained scorers to the valid split")
+        self.validator.scorer.tune_untrained(self.validator.shortlist)
+        self._validate(0)
+
+    def start_from_earlier_run(self) -> None:
+        """Take the weights of `train.init_from`, if it is set."""
+        found = initial_weights(self.config, self.validator.catalog, self.graphs, self.network, self.tables)
+        if found is not None:
+            self.state.progress.init_from, text = found
+            self._print(text)
+            self.use_content()
 
     def use_content(self) -> None:
         """Make the masked diffusion's content again, with the projection that was loaded into the network."""
@@ -270,7 +286,7 @@ class Trainer:
             note = f"best so far ({metric})" if better else f"best was epoch {at.best_epoch}"
             self.log.evaluation(epoch, metrics, note, diagnostics, self.validator.row_norms())
             with self.comm.tracked():
-                self.report({"epoch": epoch, **metrics["overall"]})
+                self.report({"epoch": epoch, "best": at.best, **metrics["overall"]})
         self.validation_seconds = time.monotonic() - started
         return better
 
@@ -287,14 +303,11 @@ class Trainer:
         losses = dict(zip(meter.sums, means.tolist(), strict=True))
         scalars = loss_scalars(losses, self.network.term_weights, sum(batch.tc_counts))
         stopwatches = self.stopwatch, self.loader.subgraph_builder.stopwatch
-        seconds = step_seconds(meter.steps, stopwatches, (self.comm, self.loader_comm))
-        scalars |= seconds | {"waiting_for_data": seconds["seconds_per_step/data"] * meter.steps / elapsed}
+        scalars |= step_speed(meter.steps, meter.seen, elapsed, stopwatches, (self.comm, self.loader_comm))
         scalars |= over_ranks(machine) | {"gradient_norm": square.sqrt().item()}
         if self.guard.skip:
             scalars["skipped_steps"] = float(self.guard.skipped)
-        rate = meter.seen / elapsed
-        scalars |= {"lr/dense": config.lr, "lr/tables": config.table_lr, "interactions_per_second": rate}
-        self.log.step(epoch, step, scalars)
+        self.log.step(epoch, step, scalars | {"lr/dense": config.lr, "lr/tables": config.table_lr})
 
     def _update_progress(self) -> None:
         """Local. Copy into the progress what a training state keeps of the log, the clock and the guard."""
@@ -323,7 +336,7 @@ class Trainer:
             "seconds_per_epoch": round(at.trained / max(last, 1), 3),
             "workers": self.comm.size,
             "skipped_steps": self.guard.skipped,
-        }
+        } | ({"init_from": at.init_from} if at.init_from else {})
         if self.comm.rank == 0:
             self.log.result(result, *self.validator.projector_points(items))
             storage.write_json(storage.join(self.run, METRICS_FILE), result)

@@ -93,6 +93,21 @@ def test_finishing_writes_the_manifest_then_removes_the_marker(tmp_path):
     assert seen == [("os.rename", "manifest.json"), ("os.remove", "marker.json")]
 
 
+def test_a_new_result_starts_in_an_empty_folder(tmp_path, capsys):
+    output = folder(tmp_path / "out")
+    output.start_empty("out")
+    assert capsys.readouterr().out == ""
+    output.mark()
+    write(output.uri, "parts/part-0.bin")
+    output.start_empty("out")
+    assert list(storage.listing(output.uri)) == ["marker.json"]
+    assert "out: the command that wrote a result here was cut off" in capsys.readouterr().out
+    output.finish({})
+    with pytest.raises(InputError, match="the folder out is not empty, it holds a result; name another folder"):
+        output.start_empty("out")
+    assert list(storage.listing(output.uri)) == ["manifest.json"]
+
+
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     write(tmp_path, "file")
     with pytest.raises(InputError, match=r"the folder .*: .*/file is a file, not a folder"):

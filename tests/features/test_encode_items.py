@@ -1,57 +1,17 @@
-"""Texts and pictures to feature vectors, by the command."""
+"""Texts to feature vectors, by the command."""
 
-import io
 import json
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, ImageDraw
+from encoded_items import encode, nearest_is_alike, picture_bytes, titles, vectors, write_titles
 
-from gtc_dist.config_file import build_config
 from gtc_dist.data import formats, storage
-from gtc_dist.data.catalog import Catalog
 from gtc_dist.errors import InputError
 from gtc_dist.features import encode_items
 from gtc_dist.features.text_ngrams import NgramEncoder
-from gtc_dist.prepare import build_catalog
-
-WORDS = {0: "red lipstick matte", 1: "shampoo for dry hair", 2: "steel kitchen knife", 3: "garden hose nozzle"}
-
-
-def titles(count: int = 60) -> list[tuple[str, str, str]]:
-    """Rows (id, title, description) of items in four groups that share words."""
-    rng = np.random.default_rng(0)
-    return [(f"B{n:03d}", f"{WORDS[n % 4]} {rng.integers(100)}", f"no. {n}, {WORDS[n % 4]}s") for n in range(count)]
-
-
-def encode(*words: str) -> None:
-    encode_items.main([str(word) for word in words])
-
-
-def vectors(out) -> dict:
-    """Id -> vector of an output."""
-    found = {}
-    for name in storage.listing(str(out)):
-        if name.startswith("part-"):
-            table = formats.read_table(storage.join(str(out), name), ["item_id", "vector"])
-            values = table["vector"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
-            found |= dict(zip(table["item_id"].to_pylist(), values, strict=True))
-    return found
-
-
-def nearest_is_alike(found: dict, group) -> float:
-    """Share of items whose nearest other item by cosine is of the same group."""
-    ids, rows = list(found), np.stack(list(found.values()))
-    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    scores = rows @ rows.T - 2 * np.eye(len(rows))
-    return float(np.mean([group(ids[a]) == group(ids[b]) for a, b in enumerate(scores.argmax(1))]))
-
-
-@pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setattr(encode_items, "PART_ITEMS", {"text": 16, "picture": 16})
 
 
 @pytest.mark.parametrize("format", ["csv", "tsv", "jsonl", "parquet", "csv.gz"])
@@ -78,12 +38,6 @@ def test_items_without_a_text_have_no_vector_and_ids_keep_their_type(tmp_path, r
     assert list(vectors(tmp_path / "out")) == list(range(4, 40))
     assert "4 items have no vector" in capsys.readouterr().out
     assert pq.read_table(tmp_path / "out" / "part-000000.parquet")["item_id"].type == pa.int32()
-
-
-def write_titles(folder) -> str:
-    rows = titles()
-    pq.write_table(pa.table({"item_id": [r[0] for r in rows], "title": [r[1] for r in rows]}), folder / "items.parquet")
-    return str(folder / "items.parquet")
 
 
 def test_an_interrupted_command_goes_on_and_other_content_is_refused(tmp_path, ray_local, small_parts, capsys):
@@ -119,55 +73,6 @@ def test_later_items_are_encoded_alike(tmp_path, ray_local, small_parts):
         np.testing.assert_allclose(more[f"new{n}"], first[row[0]], rtol=1e-5, atol=1e-6)
     with pytest.raises(InputError, match="is no finished output"):
         encode(*words, "--like", tmp_path / "nothing")
-
-
-def picture(group: int, seed: int) -> Image.Image:
-    """A noisy picture of one of four kinds: colour and shape."""
-    rng = np.random.default_rng(seed)
-    colour = [(200, 30, 30), (30, 180, 60), (40, 60, 200), (220, 200, 40)][group]
-    found = Image.fromarray(rng.integers(180, 255, (90, 120, 3), dtype=np.uint8))
-    draw, x, y = ImageDraw.Draw(found), *rng.integers(10, 30, 2)
-    (draw.ellipse if group % 2 else draw.rectangle)((x, y, x + 70, y + 50), fill=colour)
-    return found
-
-
-def picture_bytes(group: int, seed: int, format: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    picture(group, seed).save(buffer, format)
-    return buffer.getvalue()
-
-
-def test_pictures_of_a_folder(tmp_path, ray_local, small_parts, capsys):
-    (tmp_path / "pictures" / "more").mkdir(parents=True)
-    for n in range(40):
-        place = tmp_path / "pictures" / ("more" if n % 3 == 0 else "") / f"{n}.{'png' if n % 2 else 'JPG'}"
-        place.write_bytes(picture_bytes(n % 4, n, "PNG" if n % 2 else "JPEG"))
-    (tmp_path / "pictures" / "40.jpg").write_bytes(b"no picture")
-    (tmp_path / "pictures" / "notes.txt").write_text("no picture either")
-    encode("--pictures", tmp_path / "pictures", "--out", tmp_path / "out")
-    found = vectors(tmp_path / "out")
-    assert sorted(found) == list(range(40))
-    assert nearest_is_alike(found, lambda item: item % 4) > 0.9
-    shown = capsys.readouterr().out
-    assert "1 items have no vector" in shown
-    assert "40.jpg is not a picture that can be read" in shown
-    (tmp_path / "pictures" / "3.webp").write_bytes(picture_bytes(0, 1))
-    with pytest.raises(InputError, match=r"1 items are more than once in .*, such as 3; keep one row of each"):
-        encode("--pictures", tmp_path / "pictures", "--out", tmp_path / "again")
-
-
-@pytest.mark.parametrize("kind", ["paths", "bytes", "uris"])
-def test_pictures_named_by_a_column(tmp_path, ray_local, small_parts, kind):
-    (tmp_path / "files").mkdir()
-    data = [picture_bytes(n % 4, n) for n in range(12)]
-    for n, each in enumerate(data):
-        (tmp_path / "files" / f"{n}.jpg").write_bytes(each)
-    names = [f"files/{n}.jpg" if kind == "paths" else f"file://{tmp_path}/files/{n}.jpg" for n in range(12)]
-    column = data if kind == "bytes" else names
-    table = pa.table({"item_id": [f"i{n}" for n in range(12)], "picture": [*column[:11], None]})
-    pq.write_table(table, tmp_path / "items.parquet")
-    encode("--pictures", tmp_path / "items.parquet", "--columns", "picture", "--out", tmp_path / "out")
-    assert sorted(vectors(tmp_path / "out")) == sorted(f"i{n}" for n in range(11))
 
 
 def test_everything_in_object_storage(ray_local, small_parts, s3):
@@ -258,62 +163,9 @@ def test_tables_that_do_not_fit(tmp_path, columns, options, message):
     assert not list(storage.listing(str(tmp_path / "out"))) or message.startswith("too few")
 
 
-def test_a_folder_without_pictures(tmp_path):
-    with pytest.raises(InputError, match="has no picture"):
-        encode("--pictures", tmp_path, "--out", tmp_path / "out")
-
-
 def test_fewer_texts_than_directions():
     encoder = NgramEncoder.fit(["red shoe", "blue shoe", "green hat"], 256)
     assert encoder(["red hat", "nothing known"]).shape == (2, 2)
-
-
-def test_titles_and_pictures_to_a_catalog(tmp_path, ray_local, small_parts):
-    """What a shop has: orders, titles and pictures; ids that look like numbers, with zeros before them."""
-    rng = np.random.default_rng(0)
-    ids = [f"{n:04d}" for n in range(24)]
-    orders = [(f"c{user}", ids[item]) for user in range(30) for item in rng.permutation(24)[:6]]
-    (tmp_path / "orders.csv").write_text("customer,sku\n" + "".join(f"{user},{item}\n" for user, item in orders))
-    (tmp_path / "items.csv").write_text("sku,title\n" + "".join(f"{i},{WORDS[n % 4]} {n}\n" for n, i in enumerate(ids)))
-    (tmp_path / "pictures").mkdir()
-    for n, item in enumerate(ids[:20]):
-        (tmp_path / "pictures" / f"{item}.jpg").write_bytes(picture_bytes(n % 4, n))
-    words = ["--texts", tmp_path / "items.csv", "--id", "sku", "--columns", "title"]
-    encode(*words, "--out", tmp_path / "features" / "text")
-    encode("--pictures", tmp_path / "pictures", "--out", tmp_path / "features" / "visual")
-    tree = {
-        "data": {
-            "raw": str(tmp_path),
-            "catalog": str(tmp_path / "catalog"),
-            "interactions": {"files": ["orders.csv"], "user": "customer", "item": "sku"},
-            "features": {name: {"path": f"features/{name}/*.parquet"} for name in ("text", "visual")},
-        },
-        "run": {"storage": str(tmp_path), "name": "run"},
-    }
-    build_catalog.prepare_catalog(build_config(tree, "test"))
-    catalog = Catalog(str(tmp_path / "catalog"))
-    items = catalog.ids("items").to_pylist()
-    assert sorted(items) == ids
-    assert catalog.features("text").any(axis=1).all()
-    assert {items[row] for row in np.flatnonzero(catalog.features("visual").any(axis=1))} == set(ids[:20])
-
-
-def test_pictures_that_cannot_be_read_are_told_apart_from_storage_that_cannot(tmp_path, ray_local, small_parts, capsys):
-    png = picture_bytes(0, 0, "PNG")
-    (tmp_path / "good.png").write_bytes(png)
-    (tmp_path / "cut.png").write_bytes(png[:300])
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "items.csv").write_text("item_id,picture\n1,good.png\n2,\n3,cut.png\n4,missing.png\n5,folder.png\n")
-    encode("--pictures", tmp_path / "items.csv", "--columns", "picture", "--out", tmp_path / "out")
-    assert list(vectors(tmp_path / "out")) == [1]
-    shown = capsys.readouterr().out
-    assert "4 items have no vector" in shown
-    for warning in ("cut.png is not a picture", "missing.png does not exist", "folder.png does not exist"):
-        assert warning in shown
-    (tmp_path / "remote.csv").write_text("item_id,picture\n1,good.png\n2,gopher://there/2.png\n")
-    with pytest.raises(InputError, match="gopher"):
-        encode("--pictures", tmp_path / "remote.csv", "--columns", "picture", "--out", tmp_path / "remote")
-    assert not (tmp_path / "remote" / "_manifest.json").exists()
 
 
 @pytest.mark.parametrize("text", ["item_id,title\n", "item_id,title,picture\n"])

@@ -1,191 +1,104 @@
-"""Sampled propagation: equal to the full graph with all neighbours, unbiased with a few."""
+"""Both samplers, DGL's and the one in torch: true edges, seeds, probabilities."""
 
 import numpy as np
 import pytest
-import scipy.sparse as sp
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from small import GATED, small_catalog, small_config
-from steps import assert_same_step, global_draws, loader_of, set_away_from_start, step
+from graphs import random_graph
 
 from gtc_dist.data.catalog import CSC
-from gtc_dist.distributed import message_passing
-from gtc_dist.distributed.collectives import Communicator
-from gtc_dist.graph.neighbor_sampler import NeighborSampler, importance_sample_sources, inclusion_probabilities
-from gtc_dist.model.build import build_network
+from gtc_dist.graph.device_sampler import DeviceSampler, hashed_uniform
+from gtc_dist.graph.neighbor_sampler import NeighborSampler
 
-ALL = {"propagation": "sampled", "fanout": [-1, -1], "item_fanout": -1}
+KINDS = pytest.mark.parametrize("kind", [NeighborSampler, DeviceSampler])
 
 
-@pytest.fixture(scope="module")
-def catalog(tmp_path_factory):
-    return small_catalog(tmp_path_factory.mktemp("catalog") / "c")
+def sampler_of(kind, graph: CSC, seed: int):
+    sampler = kind(graph) if kind is NeighborSampler else kind(graph, torch.device("cpu"))
+    sampler.seed(seed)
+    return sampler
 
 
-def random_graph(nodes=150, seed=0) -> tuple[CSC, sp.csr_matrix]:
-    matrix = sp.random(nodes, nodes, 0.15, format="csr", random_state=seed, dtype=np.float32)
-    matrix.sort_indices()
-    graph = CSC(matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32), matrix.data)
-    return graph, matrix
-
-
-@pytest.mark.parametrize("excluded", [False, True])
-@pytest.mark.parametrize("w_diff", [0, 0.7])
-@pytest.mark.parametrize("content", [{}, GATED])
-def test_fanout_minus_one_equals_the_full_graph(catalog, excluded, w_diff, content):
-    outcomes = []
-    for model in ({"propagation": "full", **content}, {**ALL, **content}):
-        config = small_config(catalog.uri, model=model, train={"exclude_seed_edges": excluded, "w_diff": w_diff})
-        draws = global_draws(config, catalog)
-        outcomes.append(step(Communicator(), catalog.uri, config, draws, [24]))
-    assert_same_step(outcomes[1], outcomes[0])
-
-
-def test_graphs_with_more_edges_than_32_bits_number(catalog, monkeypatch):
-    """With 64-bit indices a step is the same, sampled and on the whole graph."""
-    for model in ({"propagation": "full"}, {"propagation": "sampled", "fanout": [3, 3], "item_fanout": 2}):
-        outcomes = []
-        for most in (2**31 - 1, 20):
-            monkeypatch.setattr(message_passing, "MAX_INT32_EDGES", most)
-            config = small_config(catalog.uri, model=model)
-            outcomes.append(step(Communicator(), catalog.uri, config, global_draws(config, catalog), [24]))
-        assert_same_step(outcomes[1], outcomes[0])
-
-
-def test_fanout_minus_one_equals_the_full_graph_with_recency_weights(tmp_path):
-    weight = np.exp2(-6 * np.random.default_rng(1).random(1000)).astype(np.float32)
-    weighted = small_catalog(tmp_path / "c", weight=weight)
-    outcomes = []
-    for model in ({"propagation": "full"}, ALL):
-        config = small_config(weighted.uri, model=model)
-        outcomes.append(step(Communicator(), weighted.uri, config, global_draws(config, weighted), [24]))
-    assert_same_step(outcomes[1], outcomes[0])
-
-
-def test_excluding_seed_edges_changes_the_result(catalog):
-    outcomes = []
-    for excluded in (False, True):
-        config = small_config(catalog.uri, train={"exclude_seed_edges": excluded})
-        outcomes.append(step(Communicator(), catalog.uri, config, global_draws(config, catalog), [24]))
-    assert abs(outcomes[0]["parts"]["bpr"] - outcomes[1]["parts"]["bpr"]) > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("layer_nodes", "content"),
-    [(None, {}), (12, {}), (12, GATED)],
-)
-def test_mean_of_many_draws_converges_to_full_propagation(catalog, layer_nodes, content):
-    """Embeddings of the batch: two layers, smoothing layers and their corrections. Without the filter, whose condition
-    holds sampled neighbours, nothing but these sums depends on the sample, so the estimate is unbiased."""
-
-    def embeddings(model: dict, draws: int) -> torch.Tensor:
-        config = small_config(catalog.uri, model={**model, **content}, train={"w_diff": 0})
-        network, tables = build_network(config, catalog, Communicator())
-        set_away_from_start(network)
-        loader = loader_of(config, catalog, Communicator(), network)
-        total, batch_draws = 0, global_draws(config, catalog)
-        with torch.no_grad():
-            for n in range(draws):
-                batch_draws.sampler_seed = 1000 + n
-                batch = loader.assemble(batch_draws)
-                rows = (tables.user.lookup(batch.subgraph.user_lookup), tables.item.lookup(batch.subgraph.item_lookup))
-                out = network.embed(batch.subgraph, *rows)
-                total = total + torch.cat([out.users, out.items])
-        return total / draws
-
-    want = embeddings({"propagation": "full"}, 1)
-    few = {"propagation": "sampled", "fanout": [2, 2], "item_fanout": 2}
-    few |= {"layer_nodes": layer_nodes}
-    one, many = embeddings(few, 4), embeddings(few, 900)
-    error_one, error_many = (one - want).norm() / want.norm(), (many - want).norm() / want.norm()
-    assert error_many < 0.05  # without the corrections it stays near 0.5
-    assert error_many < error_one / 8  # the standard error is 15 times smaller
-
-
-def test_a_layer_holds_true_edges_of_its_destinations():
+@KINDS
+def test_a_layer_holds_true_edges_of_its_destinations(kind):
     graph, _ = random_graph()
-    sampler = NeighborSampler(graph)
-    sampler.seed(1)
-    destinations = np.random.default_rng(0).permutation(150)[:40]
-    layer = sampler.layer(destinations, 6)
-    assert (layer.sources[:40] == destinations).all()
-    assert len(set(layer.sources.tolist())) == len(layer.sources)
-    assert (graph.indices[layer.edges] == layer.sources[layer.positions]).all()
-    to = destinations[layer.destination]
-    assert ((graph.indptr[to] <= layer.edges) & (layer.edges < graph.indptr[to + 1])).all()
-    assert len(set(layer.edges.tolist())) == len(layer.edges)
-    assert (np.diff(layer.indptr) == np.minimum(graph.degree[destinations], 6)).all()
+    indptr, indices = torch.from_numpy(graph.indptr), torch.from_numpy(graph.indices)
+    destinations = torch.from_numpy(np.random.default_rng(0).permutation(150)[:40])
+    for fanout, keep in ((6, True), (6, False), (-1, True), (1, False)):
+        layer = sampler_of(kind, graph, 1).layer(destinations, fanout, keep)
+        if keep:
+            assert (layer.sources[:40] == destinations).all()
+        else:
+            assert set(layer.sources.tolist()) == set(indices[layer.edges].tolist())
+        assert len(set(layer.sources.tolist())) == len(layer.sources)
+        assert (indices[layer.edges] == layer.sources[layer.positions]).all()
+        to = destinations[layer.destination]
+        assert ((indptr[to] <= layer.edges) & (layer.edges < indptr[to + 1])).all()
+        assert len(set(layer.edges.tolist())) == len(layer.edges)
+        degree = torch.from_numpy(graph.degree)[destinations]
+        drawn = degree if fanout < 0 else degree.clamp(max=fanout)
+        assert (layer.indptr.diff() == drawn).all()
+        torch.testing.assert_close(layer.correction, (degree / drawn).float())
 
 
-def test_the_same_seed_draws_the_same():
-    sampler = NeighborSampler(random_graph()[0])
-    drawn = []
+@KINDS
+def test_every_neighbour_is_drawn_equally_often(kind):
+    """A node of 7 neighbours at fanout 3: each is in 3/7 of the draws."""
+    graph = CSC(np.array([0, 7, 7]), np.zeros(7, np.int32), np.ones(7, np.float32))
+    sampler, draws = sampler_of(kind, graph, 3), 4000
+    edges = torch.cat([sampler.layer(torch.tensor([0, 1]), 3).edges for _ in range(draws)])
+    share = torch.bincount(edges, minlength=7) / draws
+    assert (share - 3 / 7).abs().max() < 0.04  # five standard errors
+
+
+@KINDS
+def test_nodes_without_neighbours_and_no_destinations(kind):
+    graph = CSC(np.array([0, 0, 2, 2]), np.array([0, 2], np.int32), np.ones(2, np.float32))
+    sampler = sampler_of(kind, graph, 0)
+    layer = sampler.layer(torch.tensor([2, 0]), 5)
+    assert layer.sources.tolist() == [2, 0]
+    assert layer.indptr.tolist() == [0, 0, 0]
+    nothing = sampler.layer(torch.empty(0, dtype=torch.int64), 5)
+    assert (len(nothing.sources), nothing.indptr.tolist(), len(nothing.edges)) == (0, [0], 0)
+
+
+@KINDS
+def test_the_same_seed_draws_the_same(kind):
+    sampler = sampler_of(kind, random_graph()[0], 0)
+    drawn, everyone = [], torch.arange(50)
     for seed in (5, 5, 6):
         sampler.seed(seed)
-        drawn.append(np.concatenate([sampler.layer(np.arange(50), 3).edges, sampler.layer(np.arange(50), 3).edges]))
-    assert np.array_equal(drawn[0], drawn[1])
-    assert not np.array_equal(drawn[0], drawn[2])
+        layers = [sampler.layer(everyone, 3) for _ in range(2)]
+        assert not torch.equal(layers[0].edges, layers[1].edges)
+        drawn.append(torch.cat([layer.edges for layer in layers]))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.floats(0, 1e3), max_size=40), st.integers(0, 50))
-@example([2.3e-309, 2.3e-309], 1)
-@example([1.0, 4.0, 1.1e-308, 1.1e-308], 3)
-def test_inclusion_probabilities_add_up_and_stay_proportional(sizes, expected):
-    size = np.array(sizes)
-    chance = inclusion_probabilities(size, expected)
-    positive = int((size > 0).sum())
-    assert ((chance >= 0) & (chance <= 1)).all()
-    assert (chance[size == 0] == 0).all()
-    assert chance.sum() == pytest.approx(min(expected, positive), abs=1e-6)
-    part = np.flatnonzero((chance > 0) & (chance < 1))
-    if len(part) > 1:
-        np.testing.assert_allclose(chance[part] / chance[part[0]], size[part] / size[part[0]], rtol=1e-6)
-
-
-def test_importance_sampling_keeps_present_sources_respects_the_limit_and_is_unbiased():
-    graph, matrix = random_graph()
-    sampler = NeighborSampler(graph)
-    sampler.seed(0)
-    destinations = np.arange(30)
-    layer = sampler.layer(destinations, -1)
-    present = np.arange(len(layer.sources)) < 30
-    rng, total, kept = np.random.default_rng(1), np.zeros((30, 150)), []
-    for _ in range(400):
-        smaller, weight = importance_sample_sources(layer, graph.weight[layer.edges], present, 20, rng)
-        assert (smaller.sources[:30] == destinations).all()
-        assert (graph.indices[smaller.edges] == smaller.sources[smaller.positions]).all()
-        assert smaller.indptr[-1] == len(smaller.edges) == len(weight)
-        kept.append(len(smaller.sources) - 30)
-        np.add.at(total, (smaller.destination, smaller.sources[smaller.positions]), weight)
-    assert 18 < np.mean(kept) < 22
-    want = matrix.toarray()[:30]
-    assert np.linalg.norm(total / 400 - want) < 0.15 * np.linalg.norm(want)
-    assert importance_sample_sources(layer, graph.weight[layer.edges], present, 1000, rng)[0] is layer
-
-
-def test_the_rows_of_a_step_do_not_grow_with_the_catalog(tmp_path):
-    """With fanouts alone, the number of distinct nodes grows with the catalog; `layer_nodes` bounds it."""
-    rows = {}
-    for limit in (None, 40):
-        for users in (400, 1600):
-            small = small_catalog(tmp_path / f"{users}-{limit}", users=users, items=users, per_user=12)
-            model = {"propagation": "sampled", "fanout": [10, 10], "layer_nodes": limit}
-            negatives = {"mode": "shared", "count": 16}
-            config = small_config(small.uri, model=model, train={"negatives": negatives})
-            batch = next(
-                loader_of(config, small, Communicator(), build_network(config, small, Communicator())[0]).epoch(1)
-            )
-            rows[limit, users] = len(batch.subgraph.user_lookup.position) + len(batch.subgraph.item_lookup.position)
-    assert rows[None, 1600] > 1.5 * rows[None, 400]
-    assert rows[40, 1600] < 1.2 * rows[40, 400]
-
-
-def test_shared_read_only_arrays_are_wrapped():
+@KINDS
+def test_shared_read_only_arrays_are_wrapped(kind):
     graph, _ = random_graph()
     for array in (graph.indptr, graph.indices, graph.weight):
         array.flags.writeable = False
-    sampler = NeighborSampler(graph)
-    sampler.seed(0)
-    assert len(sampler.layer(np.array([3]), -1).edges) == graph.degree[3]
+    assert len(sampler_of(kind, graph, 0).layer(torch.tensor([3]), -1).edges) == graph.degree[3]
+
+
+def test_hashed_numbers_are_uniform_and_independent():
+    ids = torch.arange(200_000)
+    numbers = torch.stack([hashed_uniform(ids, *key) for key in ((7, 0), (7, 1), (8, 0), (2**31 - 1, 0))])
+    assert ((numbers >= 0) & (numbers < 1)).all()
+    assert (numbers.mean(1) - 0.5).abs().max() < 0.004  # six standard errors
+    assert (numbers.var(1) - 1 / 12).abs().max() < 0.001
+    correlation = torch.corrcoef(torch.cat([numbers, numbers[:1].roll(1, 1)])) - torch.eye(5)
+    assert correlation.abs().max() < 0.014
+
+
+def test_splitmix64():
+    """The first outputs of the reference generator with seed 0 (Steele et al. 2014; Vigna's splitmix64.c)."""
+    from gtc_dist.graph.device_sampler import _GOLDEN, _mixed, _signed
+
+    states = torch.tensor([_signed(n * _GOLDEN % 2**64) for n in (1, 2, 3)])
+    assert [value % 2**64 for value in _mixed(states).tolist()] == [
+        0xE220A8397B1DCDAF,
+        0x6E789E6AA1B965F4,
+        0x06C45D188009454F,
+    ]

@@ -120,6 +120,32 @@ def test_the_dot_product_is_the_model_but_for_a_constant_of_each_user(catalog):
     torch.testing.assert_close(items.weight[warm][:, others].mean(0), torch.zeros(int(others.sum())), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("unused", [(), (MEMBERS, "m0"), (MASKED,)])
+def test_column_groups_hold_the_scores_of_their_scorers(catalog, unused):
+    """The reference of each: a fusion in which the others have no weight."""
+    fusion, network, masked, _ = fusion_of(catalog, Communicator())
+    rng = np.random.default_rng(0)
+    names = [MEMBERS, MASKED, *fusion.scorers]
+    drawn = {
+        name: 0.3 * float(rng.normal()) * (not name.startswith(unused or "-")) for name in sorted(weight_names(names))
+    }
+    fusion.weights |= drawn
+    users, items = fusion.fuse(network, masked)
+    groups = fusion.column_groups(items.width, network.items.width)
+    assert list(groups) == ["popularity", *(name for name in names if name not in unused)]
+    at = 0
+    for name, columns in groups.items():
+        assert columns.start == at < columns.stop
+        at = columns.stop
+        fusion.weights |= dict.fromkeys(drawn, 0.0)
+        part = [name] if name in names else ["popularity"]
+        fusion.weights |= {weight: drawn[weight] for weight in drawn if weight.startswith(tuple(part))}
+        own_users, own_items = fusion.fuse(network, masked)
+        found = users.weight[:, columns] @ items.weight[:, columns].T
+        torch.testing.assert_close(found, own_users.weight @ own_items.weight.T)
+    assert at == items.width
+
+
 def tuned(comm: Communicator, uri: str) -> dict:
     catalog = Catalog(uri)
     fusion, network, masked, graphs = fusion_of(catalog, comm)

@@ -62,7 +62,7 @@ def test_folders_that_it_does_not_overwrite(tmp_path):
     with pytest.raises(InputError, match=r"mine is not empty: 1 of 1 files are not part of an import, such as thesis"):
         run_import("mmssl", tmp_path / "raw", tmp_path / "mine")
     run_import("mmssl", tmp_path / "raw", tmp_path / "out")
-    with pytest.raises(InputError, match=r"out holds an import; name another folder"):
+    with pytest.raises(InputError, match=r"out is not empty, it holds an import; name another folder"):
         run_import("mmssl", tmp_path / "raw", tmp_path / "out")
 
 

@@ -17,6 +17,25 @@ from gtc_dist.data import storage
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def check_logs(text: str) -> None:
+    """What `ray job logs` shows of prepare and train: lines of progress, without escape sequences, bars that redraw
+    themselves, prefixes of Ray or what libraries log about themselves."""
+    assert "interactions read: " in text
+    assert "epoch 3/3" in text
+    for noise in (
+        "\x1b",
+        "\r",
+        "(RayTrainWorker",
+        "pid=",
+        "ip=",
+        "Found credentials",
+        "Running Dataset",
+        "Execution plan",
+    ):
+        assert noise not in text
+    assert len(text.splitlines()) < 60
+
+
 def test_prepare_and_train_as_a_job_on_object_storage(s3, s3_server, capsys):
     make_dataset.main(["--out", f"{s3}/raw", "--users", "400", "--items", "200", "--interactions", "5000"])
     places = [f"data.raw={s3}/raw", f"data.catalog={s3}/catalog", f"run.storage={s3}/runs", "run.name=job"]
@@ -29,9 +48,12 @@ def test_prepare_and_train_as_a_job_on_object_storage(s3, s3_server, capsys):
             for command in ("prepare", "train")
         ]
         words = ["sh", "-c", " && ".join(shlex.join(command) for command in commands)]
-        done = cluster.submit(words, working_dir=ROOT, timeout=280)
+        done = cluster.submit(words, working_dir=ROOT, timeout=280, job="all")
         assert done.returncode == 0, done.stdout[-3000:]
         output = [done.stdout, done.stderr or ""]
+        logs = cluster._ray_job("logs", "all", timeout=60).stdout
+        (job,) = cluster._get("/api/jobs/")
+        datasets = cluster._get(f"/api/data/datasets/{job['job_id']}")["datasets"]
         folder = cluster.folder
         assert len(cluster.running()) > 2
         assert cluster._all_alive()  # both nodes, after the jobs
@@ -39,6 +61,8 @@ def test_prepare_and_train_as_a_job_on_object_storage(s3, s3_server, capsys):
     assert not folder.exists()
     assert s3_server.process.poll() is None  # it belongs to the test, not to the cluster
     assert "epoch 3/3" in done.stdout
+    assert any(dataset["dataset"].startswith("train job_") for dataset in datasets)  # in the dashboard
+    check_logs(logs.partition("Running entrypoint")[2])
     metrics = storage.read_json(f"{s3}/runs/job/metrics.json")
     assert metrics["workers"] == 2
     assert metrics["test"]["overall"]["recall@20"] > metrics["popularity"]["recall@20"]

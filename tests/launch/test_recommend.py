@@ -83,6 +83,12 @@ def test_all_users_get_their_best_items_without_what_they_have(run, expected, tm
         lists.main(["--run", run, "--out", str(tmp_path / "lists")])
 
 
+def test_lists_in_object_storage(run, expected, s3):
+    lists.main(["--run", run, "--out", f"{s3}/lists", "--top", "7"])
+    assert_lists(lists_of(f"{s3}/lists"), *expected, 7)
+    assert storage.read_json(f"{s3}/lists/_manifest.json")["users"] == 60
+
+
 def test_what_a_user_has_is_listed_where_asked_for(run, expected, tmp_path):
     lists.main(["--run", run, "--out", str(tmp_path / "lists"), "--top", "9", "--include-seen"])
     assert_lists(lists_of(tmp_path / "lists"), expected[0], {}, 9)

@@ -10,7 +10,7 @@ from gtc_dist.data import storage
 from gtc_dist.data.catalog import CatalogWriter
 from gtc_dist.errors import InputError, find_shown
 from gtc_dist.graph import user_item_graph
-from gtc_dist.launch import ray_train
+from gtc_dist.preflight import room
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +46,10 @@ def test_more_workers_than_cpus_are_refused_with_their_number(ray_local, plain_c
 
 
 def test_ranks_that_no_node_has_room_for_are_refused_though_the_sum_suffices():
-    nodes = [{"CPU": cpus} for cpus in (4.0, 2.0, 2.0)]
+    nodes = [room.ClusterNode("", name, {"CPU": cpus}) for name, cpus in (("a", 4.0), ("b", 2.0), ("c", 2.0))]
     message = r"needs 6 CPUs, .* has 8 on 3 nodes, with room for 1 such ranks \(a rank does not span nodes\)"
     with pytest.raises(InputError, match=message):
-        ray_train.worker_resources(ClusterConfig(workers=2, cpus_per_worker=3), nodes)
+        room.worker_resources(ClusterConfig(workers=2, cpus_per_worker=3), nodes)
 
 
 @pytest.mark.long

@@ -202,13 +202,14 @@ def test_the_temperature_of_the_total_correlation_comes_back_from_its_bound(cata
     assert network.members[0].log_scale == before - 0.1
 
 
-def test_more_interactions_than_32_bits_index_are_refused(catalogs, monkeypatch):
-    rows = catalogs[2].manifest.interactions["train"]
-    monkeypatch.setattr(csc, "MAX_EDGES", 2 * rows)
-    Graphs.load(catalogs[2])
-    monkeypatch.setattr(csc, "MAX_EDGES", 2 * rows - 1)
-    with pytest.raises(InputError, match=f"has {rows:,} train interactions; at most {rows - 1:,} are possible"):
-        Graphs.load(catalogs[2])
+def test_more_nodes_than_32_bits_number_are_refused(catalogs, monkeypatch):
+    catalog = catalogs[2]
+    nodes = catalog.users + catalog.items
+    monkeypatch.setattr(csc, "MAX_NODES", nodes)
+    Graphs.load(catalog)
+    monkeypatch.setattr(csc, "MAX_NODES", nodes - 1)
+    with pytest.raises(InputError, match=f"{catalog.items:,} items; at most {nodes - 1:,} together are possible"):
+        Graphs.load(catalog)
 
 
 def test_graph_hops_are_not_loaded_where_unused(catalogs):

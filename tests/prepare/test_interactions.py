@@ -1,4 +1,4 @@
-"""Raw interactions through Ray to users, items and splits; invalid input that concerns several files."""
+"""Raw interactions through Ray to users, items and splits."""
 
 from collections import Counter
 from dataclasses import replace
@@ -9,46 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from raw_files import FORMATS, rows_table, slow_core, write_table_file
+from raw_interactions import build, data_config, raw_of, read, triples, write_given
 
 from gtc_dist.config_data import DataConfig
 from gtc_dist.data.catalog import SPLITS
-from gtc_dist.data.scratch import Scratch
 from gtc_dist.errors import InputError
 from gtc_dist.prepare import catalog_interactions, interactions
 from gtc_dist.prepare.catalog_interactions import SplitInteractions
 from gtc_dist.prepare.clean import RawInteractions
 from gtc_dist.raw import ids, interaction_file
-
-
-def data_config(raw: Path, **sections) -> DataConfig:
-    return DataConfig.model_validate({"raw": str(raw), "catalog": str(raw / "catalog"), **sections})
-
-
-def raw_of(rows: list[tuple], time: bool = False, split_codes: list[int] | None = None) -> RawInteractions:
-    """Raw interactions from (user, item[, time]) rows."""
-    user_ids, user = ids.encode(pa.chunked_array([pa.array([r[0] for r in rows])]))
-    item_ids, item = ids.encode(pa.chunked_array([pa.array([r[1] for r in rows])]))
-    times = np.array([r[2] for r in rows]) if time else None
-    codes = None if split_codes is None else np.array(split_codes, np.int8)
-    return RawInteractions(user_ids, item_ids, user, item, time=times, split=codes)
-
-
-def read(files: list[interaction_file.InteractionFile], memory: int = 1 << 30) -> RawInteractions:
-    with Scratch(memory_bytes=memory) as scratch:  # mapped arrays stay readable after the folder is removed
-        return interactions.read_interactions(files, scratch)
-
-
-def build(
-    raw: RawInteractions, data: DataConfig, more: pa.Array | None = None, memory: int = 1 << 30
-) -> SplitInteractions:
-    with Scratch(memory_bytes=memory) as scratch:
-        return catalog_interactions.build_interactions(raw, data, scratch, more)
-
-
-def triples(found: SplitInteractions) -> dict[str, list[tuple]]:
-    """Each split as pairs of original ids, in its order."""
-    users, items = found.users.to_pylist(), found.items.to_pylist()
-    return {name: [(users[u], items[i]) for u, i in zip(*pair, strict=True)] for name, pair in found.splits.items()}
 
 
 def test_all_formats_together_through_ray(tmp_path, ray_local):
@@ -254,7 +223,6 @@ def test_ratings_are_filtered_before_duplicates_merge(tmp_path):
 
 GIVEN = [(1, 1), (1, 2), (2, 1), (2, 1), (1, 3), (2, 3), (2, 4)]
 
-
 GIVEN_CODES = [0, 0, 0, 0, 1, 2, 2]
 
 
@@ -275,13 +243,6 @@ def test_more_items_become_items_without_interactions(tmp_path):
     assert sorted(triples(found)["test"]) == [(2, 3), (2, 4)]
 
 
-def write_given(folder: Path, train=((1, 1), (1, 2)), valid=((1, 3),), test=((1, 4),)) -> DataConfig:
-    for name, rows in zip(SPLITS, (train, valid, test), strict=True):
-        columns = {"user_id": [r[0] for r in rows], "item_id": [r[1] for r in rows]}
-        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
-    return data_config(folder, split={"method": "given"})
-
-
 def test_given_files_through_ray(tmp_path, ray_local):
     data = write_given(tmp_path)
     found = build(read(interactions.inspect_interactions(data)), data)
@@ -292,29 +253,6 @@ def test_given_files_through_ray(tmp_path, ray_local):
     }
 
 
-def refused(data: DataConfig) -> str:
-    """The error message of inspecting, without Ray."""
-    with pytest.raises(InputError) as caught:
-        interactions.inspect_interactions(data)
-    return str(caught.value)
-
-
-def test_missing_files_are_named_with_their_key(tmp_path):
-    data = write_given(tmp_path)
-    (tmp_path / "valid.parquet").unlink()
-    assert "data.split.valid: " + str(tmp_path / "valid.parquet") + " does not exist" in refused(data)
-    message = refused(data_config(tmp_path, interactions={"files": ["part-*.csv"]}))
-    assert f"data.interactions.files: no file matches {tmp_path}/part-*.csv" in message
-    assert "data.interactions.files is empty" in refused(data_config(tmp_path))
-
-
-@pytest.mark.parametrize("method", ["global_time", "leave_last_out"])
-def test_splits_by_time_ask_for_the_time_column(tmp_path, method):
-    write_table_file(tmp_path / "a.csv", rows_table())
-    message = refused(data_config(tmp_path, interactions={"files": ["a.csv"]}, split={"method": method}))
-    assert "set data.interactions.time" in message
-
-
 @pytest.mark.parametrize("names", [["a.parquet", "b.csv"], ["a.csv", "b.parquet"], ["a.jsonl", "b.csv"]])
 def test_integers_are_text_where_one_file_has_text(tmp_path, ray_local, names):
     write_table_file(tmp_path / names[0], pa.table({"user_id": [1, 20], "item_id": [7, 8]}))
@@ -323,56 +261,3 @@ def test_integers_are_text_where_one_file_has_text(tmp_path, ray_local, names):
     assert raw.user_ids.to_pylist() == ["01", "1", "20", "x"]
     found = {(raw.user_ids[u].as_py(), str(raw.item_ids[i])) for u, i in zip(raw.user, raw.item, strict=True)}
     assert found == {("1", "7"), ("20", "8"), ("x", "9"), ("01", "8")}
-
-
-def test_files_that_disagree_on_time_are_both_named(tmp_path, ray_local):
-    write_table_file(tmp_path / "a.csv", pa.table({"user_id": [1], "item_id": [3], "time": [5]}))
-    write_table_file(tmp_path / "b.csv", pa.table({"user_id": [1], "item_id": [3], "time": ["2024-05-01 10:00:00"]}))
-    data = data_config(tmp_path, interactions={"files": ["*.csv"], "time": "time"})
-    with pytest.raises(InputError, match=r"timestamps in .*b\.csv but numbers in .*a\.csv"):
-        read(interactions.inspect_interactions(data))
-
-
-def test_an_error_in_a_ray_task_arrives_as_itself(tmp_path, ray_local):
-    for name in ("a", "b", "c"):
-        table = rows_table()
-        if name != "a":
-            last = pa.array([*table["user_id"].to_pylist()[:-1], None])
-            table = table.set_column(table.column_names.index("user_id"), "user_id", last)
-        write_table_file(tmp_path / f"{name}.parquet", table)
-    files = interactions.inspect_interactions(data_config(tmp_path, interactions={"files": ["*.parquet"]}))
-    with pytest.raises(InputError) as caught:
-        read(files)
-    assert str(caught.value).startswith(f"{tmp_path}/b.parquet: row 60: column 'user_id' (user) is null. Correct them")
-
-
-def test_files_without_rows_are_refused(tmp_path, ray_local):
-    write_table_file(tmp_path / "a.csv", rows_table(0))
-    with pytest.raises(InputError, match=r"no interactions in .*a\.csv"):
-        read(interactions.inspect_interactions(data_config(tmp_path, interactions={"files": ["a.csv"]})))
-
-
-@pytest.mark.parametrize("which", range(3))
-def test_an_empty_split_is_named(tmp_path, which):
-    codes = [c for c in range(3) if c != which]
-    raw = raw_of([(1, c) for c in codes], split_codes=codes)
-    with pytest.raises(InputError, match=f"the {SPLITS[which]} split is empty"):
-        build(raw, data_config(tmp_path, split={"method": "given"}))
-
-
-@pytest.mark.parametrize(("code", "name"), [(1, "valid"), (2, "test")])
-@pytest.mark.parametrize("method", ["given", "label"])
-def test_rows_repeated_in_train_are_counted_with_an_example(tmp_path, code, name, method):
-    rows = [("a", 1), ("b", 1), ("a", 2), ("a", 3), ("a", 1), ("b", 1)]
-    raw = raw_of(rows, split_codes=[0, 0, 1, 2, code, code])
-    data = data_config(tmp_path, interactions={"files": ["x.csv"]}, split={"method": method})
-    with pytest.raises(InputError, match=f"{name} .* repeats 2 interactions of train, such as user_id='a', item_id=1"):
-        build(raw, data)
-
-
-@pytest.mark.parametrize(("key", "value"), [("k_core", 50), ("min_rating", 99.0)])
-def test_filters_that_leave_nothing_are_named(tmp_path, key, value):
-    raw = raw_of([(1, 1), (2, 2)])
-    raw = RawInteractions(raw.user_ids, raw.item_ids, raw.user, raw.item, rating=np.ones(2))
-    with pytest.raises(InputError, match=f"data.interactions.{key}={value:g} leaves no interaction"):
-        build(raw, data_config(tmp_path, interactions={key: value, "rating": "r"}))

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from measure_formats import measure_formats
+from measure_lists import measure_lists
 from measure_training import measure_checkpoints, measure_resume, measure_step
 from watching import peak_mib, run_watched
 
@@ -25,6 +27,7 @@ from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup
 from gtc_dist.evaluation.ranking import RankingOptions, top_k_items
 from gtc_dist.graph.csc import both_directions, load_graphs
+from gtc_dist.graph.device_sampler import DeviceSampler
 from gtc_dist.inference.embedding_files import FILE_ROWS, write_catalog_rows
 from gtc_dist.inference.layerwise import embed_catalog
 from gtc_dist.launch.rank_memory import keep_memory
@@ -62,11 +65,13 @@ def measure_sampling(case: dict, comm: Communicator) -> dict:
     from gtc_dist.graph.neighbor_sampler import NeighborSampler  # slow to import
 
     graph = zipf_graph(case["nodes"], case["interactions"])
-    sampler, rng = NeighborSampler(graph, case["threads"]), np.random.default_rng(comm.rank)
+    rng = np.random.default_rng(comm.rank)
+    by_dgl = case["sampler"] == "dgl"
+    sampler = NeighborSampler(graph, case["threads"]) if by_dgl else DeviceSampler(graph, comm.device)
     times, edges = [], 0
     for repeat in range(case["repeats"] + 2):
         sampler.seed(repeat)
-        frontier, edges = rng.permutation(len(graph.indptr) - 1)[: case["seeds"]], 0
+        frontier, edges = torch.from_numpy(rng.permutation(len(graph.indptr) - 1)[: case["seeds"]]), 0
         comm.barrier()
         start = time.perf_counter()
         for fanout in case["fanout"]:
@@ -197,6 +202,8 @@ KINDS = {
     "resume": measure_resume,
     "inference": measure_inference,
     "ranking": measure_ranking,
+    "lists": measure_lists,
+    "formats": measure_formats,
     "ingest": measure_ingest,
     "command": measure_command,
 }

@@ -14,8 +14,10 @@ from pathlib import Path
 from gtc_dist.errors import InputError, Unreachable
 
 TCP_SECONDS = 5.0
-CLIENT_SECONDS = 20.0  # of `ray health-check`, which needs one on an idle machine; Ray itself would wait for 40
-START_SECONDS = 60.0  # of a start that needs five on an idle machine; Ray itself waits for 30 for a part of it
+CLIENT_SECONDS = 30.0  # of `ray health-check`, which needs one on an idle machine; Ray itself would wait for 40
+# Of a start, which needs 5 on an idle machine, and 29 beside 30 busy processes on two cores: until a line says that
+# it is slow, and until it is given up.
+SLOW_SECONDS, START_SECONDS = 20.0, 60.0
 SOCKET_PATH_BYTES = 107  # of a Unix socket (sun_path of sockaddr_un without its closing zero)
 # Ray's longest socket path below its temporary folder: a session's name has its start and its process
 SESSION_PATH = "ray/session_2000-01-01_00-00-00_000000_{pid}/sockets/"
@@ -24,9 +26,11 @@ LONGEST_SOCKET, LONGEST_DASHBOARD_SOCKET = "plasma_store", "dash_TaskEventsHead"
 _LIMIT = """
 import os, select, sys
 parent = os.getppid()
-if not select.select([sys.stdin], [], [], float(sys.argv[1]))[0] and os.getppid() == parent:
-    print(sys.argv[2], file=sys.stderr, flush=True)
-    os.kill(parent, 9)
+for seconds, line in zip(sys.argv[1::2], sys.argv[2::2]):
+    if select.select([sys.stdin], [], [], float(seconds))[0] or os.getppid() != parent:
+        sys.exit()
+    print(line, file=sys.stderr, flush=True)
+os.kill(parent, 9)
 """
 NEW_TOKEN = "`ray get-auth-token --generate` writes one (docs/cluster.md, Tokens)"
 
@@ -105,8 +109,9 @@ def check_cluster(address: str) -> None:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=CLIENT_SECONDS)
     except subprocess.TimeoutExpired:
         raise Unreachable(
-            f"RAY_ADDRESS={address}: no Ray cluster answered within {CLIENT_SECONDS:g} seconds; name the port of its "
-            "GCS (`ray start --head` prints it, 6379 by default), or unset RAY_ADDRESS to start a local cluster"
+            f"RAY_ADDRESS={address}: no Ray cluster answered within {CLIENT_SECONDS:g} seconds. If its head is busy or "
+            "still starting, run the command again; otherwise name the port of its GCS (`ray start --head` prints it, "
+            "6379 by default), or unset RAY_ADDRESS to start a local cluster"
         ) from None
     if done.returncode == 0:
         return
@@ -142,8 +147,8 @@ def _check_port(address: str) -> None:
 
 @contextmanager
 def one_line_errors(what: str) -> Iterator[None]:
-    """Turn whatever Ray raises while it starts into an InputError. If Ray is not ready after START_SECONDS, end this
-    process with the same line and SIGKILL; Ray's processes of a local cluster end with it.
+    """Turn whatever Ray raises while it starts into an InputError. If Ray is not ready after SLOW_SECONDS, say so;
+    after START_SECONDS, end this process with a line and SIGKILL. Ray's processes of a local cluster end with it.
 
     Args:
         what: what starts, for the message.
@@ -155,8 +160,10 @@ def one_line_errors(what: str) -> Iterator[None]:
             "(`ray stop`), and rerun; Ray's logs are in ray/session_latest/logs of RAY_TMPDIR or TMPDIR (/tmp)"
         )
 
+    more = START_SECONDS - SLOW_SECONDS
+    slow = f"{what} is not ready after {SLOW_SECONDS:g} seconds; waiting for up to {more:g} more"
     late = f"error: {message(f'it is not ready after {START_SECONDS:g} seconds')}"
-    command = [sys.executable, "-I", "-S", "-c", _LIMIT, f"{START_SECONDS}", late]
+    command = [sys.executable, "-I", "-S", "-c", _LIMIT, f"{SLOW_SECONDS}", slow, f"{more}", late]
     try:
         with subprocess.Popen(command, stdin=subprocess.PIPE):  # leaving the block closes its stdin, which ends it
             yield
