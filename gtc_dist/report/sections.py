@@ -7,10 +7,10 @@ import yaml
 
 from gtc_dist.config_upgrade import flatten_keys
 from gtc_dist.evaluation.metrics import flat_metrics, metric_value
+from gtc_dist.progress import duration
 from gtc_dist.report.page import chart_grid, html_section, html_table, paragraph, side_by_side, tiles
 from gtc_dist.report.run_data import Points, RunData
 from gtc_dist.report.svg_charts import bar_chart, four_digits, line_chart
-from gtc_dist.training.run_log import duration
 
 REPORTED_METRICS = ("recall@20", "ndcg@20", "recall@10", "ndcg@10", "recall@5", "ndcg@5")
 NEGLIGIBLE = 1e-3  # of the time of a step; parts below it are not drawn

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -28,7 +28,7 @@ class RunLog:
         epochs, steps: for the progress line.
         lines: lines of metrics.jsonl so far, of a resumed run.
         done: steps so far.
-        loggers: get the curves.
+        loggers: get the curves. publish: gets the numbers of each step that is logged.
     """
 
     def __init__(
@@ -40,16 +40,19 @@ class RunLog:
         lines: list[str] | None = None,
         done: int = 0,
         loggers: Sequence[MetricLogger] = (),
+        publish: Callable[[dict[str, float]], None] = lambda scalars: None,
     ):
         self.run, self.epochs, self.steps, self.active = run, epochs, steps, active
-        self.lines, self.done, self.loggers = list(lines or []), done, loggers
+        self.lines, self.done, self.loggers, self.publish = list(lines or []), done, loggers, publish
         self.started = self.printed = time.monotonic()
 
     @staticmethod
-    def open(run: RunDescription, active: bool, lines: list[str]) -> "RunLog":
+    def open(
+        run: RunDescription, active: bool, lines: list[str], publish: Callable[[dict[str, float]], None]
+    ) -> "RunLog":
         """The log of a run, with the services of its configuration."""
         loggers = open_loggers(run) if active else []
-        return RunLog(run.uri, run.config.train.epochs, run.steps, active, lines, run.done, loggers)
+        return RunLog(run.uri, run.config.train.epochs, run.steps, active, lines, run.done, loggers, publish)
 
     def step(self, epoch: int, step: int, scalars: dict[str, float]) -> None:
         """A point on every curve, and a progress line every ten seconds and at the end of an epoch.
@@ -62,6 +65,7 @@ class RunLog:
         done = (epoch - 1) * self.steps + step
         for logger in self.loggers:
             logger.scalars({name: value for name, value in scalars.items() if math.isfinite(value)}, done)
+        self.publish(scalars)
         now = time.monotonic()
         if step == self.steps or now - self.printed > 10:
             self.printed = now
@@ -132,12 +136,20 @@ def loss_scalars(losses: dict[str, float], weights: dict[str, float], tc_rows: i
     return scalars
 
 
-def step_seconds(steps: int, stopwatches: Iterable[Stopwatch], comms: Iterable[Communicator]) -> dict[str, float]:
-    """Seconds of a step by part, from stopwatches and communicators that are set back; `steps`: since then."""
+def step_speed(
+    steps: int, seen: int, elapsed: float, stopwatches: Iterable[Stopwatch], comms: Iterable[Communicator]
+) -> dict[str, float]:
+    """Seconds of a step by part, from stopwatches and communicators that are set back; the share of the time that
+    waiting for batches took; interactions a second.
+
+    Args:
+        steps, seen, elapsed: steps, interactions of all ranks, and seconds since they were set back last.
+    """
     seconds = dict.fromkeys(PARTS, 0.0)
     for stopwatch in stopwatches:
         seconds |= stopwatch.take()
     for comm in comms:
         seconds["communication"] += comm.seconds
         comm.seconds = 0.0
-    return {f"seconds_per_step/{part}": value / steps for part, value in seconds.items()}
+    speed = {"waiting_for_data": seconds["data"] / elapsed, "interactions_per_second": seen / elapsed}
+    return speed | {f"seconds_per_step/{part}": value / steps for part, value in seconds.items()}

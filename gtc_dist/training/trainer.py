@@ -39,7 +39,7 @@ from gtc_dist.training.checkpointing import Checkpointer
 from gtc_dist.training.control_variate import HistoricalEmbeddings
 from gtc_dist.training.data_loader import build_loader
 from gtc_dist.training.gradient_guard import GradientGuard, Rows
-from gtc_dist.training.run_log import RunLog, loss_scalars, step_seconds
+from gtc_dist.training.run_log import RunLog, loss_scalars, step_speed
 from gtc_dist.training.train_state import LossMeter, TrainProgress, TrainState
 from gtc_dist.training.validation import Validator
 from gtc_dist.training.weight_averaging import WeightAverage
@@ -136,7 +136,7 @@ class Trainer:
         self.started, self.guard.skipped = started - progress.seconds, progress.skipped
         manifest, steps = self.validator.catalog.manifest, self.loader.steps
         description = RunDescription(self.run, config, manifest, steps, progress.steps)
-        self.log = RunLog.open(description, self.comm.rank == 0, progress.lines)
+        self.log = RunLog.open(description, self.comm.rank == 0, progress.lines, self.publish)
         self.validation_seconds = math.inf  # of the last validation; a long one is announced
         if not resumed:
             self.start()
@@ -302,16 +302,11 @@ class Trainer:
         losses = dict(zip(meter.sums, means.tolist(), strict=True))
         scalars = loss_scalars(losses, self.network.term_weights, sum(batch.tc_counts))
         stopwatches = self.stopwatch, self.loader.subgraph_builder.stopwatch
-        seconds = step_seconds(meter.steps, stopwatches, (self.comm, self.loader_comm))
-        scalars |= seconds | {"waiting_for_data": seconds["seconds_per_step/data"] * meter.steps / elapsed}
+        scalars |= step_speed(meter.steps, meter.seen, elapsed, stopwatches, (self.comm, self.loader_comm))
         scalars |= over_ranks(machine) | {"gradient_norm": square.sqrt().item()}
         if self.guard.skip:
             scalars["skipped_steps"] = float(self.guard.skipped)
-        rate = meter.seen / elapsed
-        scalars |= {"lr/dense": config.lr, "lr/tables": config.table_lr, "interactions_per_second": rate}
-        self.log.step(epoch, step, scalars)
-        if self.comm.rank == 0:
-            self.publish(scalars)
+        self.log.step(epoch, step, scalars | {"lr/dense": config.lr, "lr/tables": config.table_lr})
 
     def _update_progress(self) -> None:
         """Local. Copy into the progress what a training state keeps of the log, the clock and the guard."""
