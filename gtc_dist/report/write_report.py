@@ -28,6 +28,7 @@ from gtc_dist.report.model_facts import ListQuestion, model_facts
 from gtc_dist.report.model_sections import lists_section, parts_section
 from gtc_dist.report.page import REPORT_MARKER, html_page
 from gtc_dist.report.run_data import RunData, read_run
+from gtc_dist.report.search_section import search_section
 from gtc_dist.report.sections import (
     config_section,
     curves_section,
@@ -93,6 +94,7 @@ def report_page(run: RunData, other: RunData | None, facts: dict | None) -> str:
         curves_section(run, other),
         lists_section(facts),
         parts_section(run, facts),
+        search_section(run),
         data_section(run),
         time_section(run),
         files_section(run),
