@@ -24,21 +24,17 @@ from gtc_dist.warm_start.matched_rows import earlier_rows, has_interactions
 LOOKUP_ROWS = 1 << 16  # rows that a rank asks for at once
 
 
-def initial_weights(
-    config: Config, catalog: Catalog, graphs: Graphs, network: GTC, tables: Tables
-) -> tuple[dict, str] | None:
-    """Start a training from the run `train.init_from`; None where it is not set. Collective: every rank must call it.
-
-    Returns:
-        The record of what it started from, and the same in words.
-    """
+def initial_weights(config: Config, catalog: Catalog, graphs: Graphs, network: GTC, tables: Tables) -> dict:
+    """Start a training from the run `train.init_from`; returns the record of what it started from, which is empty where
+    the key is not set. Collective: every rank must call it."""
     if config.train.init_from is None:
-        return None
+        return {}
     earlier = find_run(config.train.init_from, verify="none")
     _, counts = carry_over(earlier, catalog, graphs, network, tables, config.eval.block_rows)
     shown = "; ".join(f"{kind}: {describe_counts(n)}" for kind, n in counts.items())
-    record = {"run": earlier.uri, "checkpoint": earlier.checkpoint, **counts}
-    return record, f"starting from {earlier.uri}, {earlier.checkpoint}: {shown}"
+    if tables.user.comm.rank == 0:
+        print(f"starting from {earlier.uri}, {earlier.checkpoint}: {shown}", flush=True)
+    return {"run": earlier.uri, "checkpoint": earlier.checkpoint, **counts}
 
 
 @torch.no_grad()
