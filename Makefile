@@ -3,7 +3,8 @@
 # make test-long   the tests that take minutes each
 # make lint        set up and check the style
 # make docs        write docs/configuration.md from gtc_dist/config.py
-# make lock        pin the packages of pyproject.toml in constraints.txt; pins that still fit are kept
+# make lock        pin the packages of pyproject.toml in constraints.txt; pins that still fit are kept. Then write
+#                  cluster/docker/requirements-*.txt, with hashes
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -39,6 +40,7 @@ lock: setup
 	$(BIN)/pip-compile --quiet --extra=test --strip-extras --allow-unsafe --no-annotate --no-emit-index-url \
 		--no-emit-find-links --output-file=constraints.txt pyproject.toml
 	sed -i 's/+cpu$$//' constraints.txt  # torch without the name of its CPU build, which not every index has
+	$(BIN)/python cluster/docker/lock.py
 
 clean:
 	rm -rf .venv demo .pytest_cache .ruff_cache .hypothesis

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("gtc_dist.train", "train on a catalog, or go on with an interrupted training"),
     "tune": ("gtc_dist.tune.search_settings", "train many settings, and find the best"),
     "evaluate": ("gtc_dist.evaluate", "metrics of a run, alone or against another one"),
+    "report": ("gtc_dist.report.write_report", "a page on a run: data, quality, curves, parts, lists"),
     "recommend": ("gtc_dist.recommend.lists", "lists of items for users, or similar items"),
     "refresh": ("gtc_dist.refresh.refresh_run", "today's embeddings of a run, on grown data, without training"),
     "export": ("gtc_dist.export", "embeddings of a run under your own ids"),

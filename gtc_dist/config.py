@@ -38,6 +38,11 @@ class RunConfig(Section):
 
     storage: Name = Field(description="Folder or URI that holds runs.")
     name: str = Field(description="The run lives at storage/name.")
+    loggers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
+        ["tensorboard"],
+        description="Services that show the curves: TensorBoard's files in the run folder; MLflow and Weights & Biases "
+        "need the extras [mlflow] and [wandb] and their environment variables (docs/quickstart.md).",
+    )
 
     @model_validator(mode="after")
     def _plain_name(self):

@@ -7,7 +7,7 @@ Joins the Ray cluster of RAY_ADDRESS or of its own Ray job; otherwise starts a l
 run.storage/run.name gets the resolved config.yaml, metrics.jsonl, metrics.json, checkpoints/ and tensorboard/.
 
 Rerun the same command to resume an interrupted run, on any number of ranks. On SIGTERM the training state is saved and
-the command exits with status 143.
+the command exits with status 143, on Ctrl-C with 130.
 
     python -m gtc_dist.train --replay RUN/not-finite-....npz
 
@@ -39,6 +39,7 @@ from gtc_dist.final_fit.selection import with_selection
 from gtc_dist.graph.csc import Graphs, load_graphs
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.run_lock import hold_run_lock
+from gtc_dist.tracking.loggers import check_loggers
 from gtc_dist.warm_start.earlier_run import find_earlier_run, refuse_trained_interactions
 
 OTHER_RUNS = ("init_from", "final_fit")  # keys of train that name a run
@@ -99,6 +100,7 @@ def _open(config: Config) -> tuple[Config, Catalog, str]:
     """The configuration with absolute paths, its catalog, and the run folder. Raises InputError."""
     paths = {"data.catalog": config.data.catalog, "run.storage": config.run.storage}
     refuse_relative_paths(paths | {f"train.{key}": getattr(config.train, key) for key in OTHER_RUNS})
+    check_loggers(config.run.loggers)
     config = with_absolute_uris(config)
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
     check_modalities(config, catalog)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "cluster"))  # scripts, not packages
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "cluster" / "local"))  # scripts, not packages
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "cluster"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 from seaweed import SeaweedServer
@@ -38,7 +39,7 @@ OBJECT_STORE_BYTES = 400 << 20
 def pytest_collection_modifyitems(items):
     """Run the slowest files first: two processes share the tests by file, so the last file should be short."""
     slow = ["test_train.py", "test_faults.py", "test_job.py", "test_build_catalog.py", "test_tools.py"]
-    slow += ["test_refusals.py", "test_cluster.py"]
+    slow += ["test_refusals.py"]
     items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))
 
 

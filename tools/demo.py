@@ -23,6 +23,7 @@ DEMO = Path("demo")  # relative to ROOT, where all commands run
 MARKER = DEMO / ".made-by-make-demo"
 RUN = DEMO / "runs" / "demo"
 PARTS = (DEMO / "raw", DEMO / "catalog", RUN, DEMO / "embeddings")
+TITLES = f"'{DEMO}/raw/items/*.parquet'"
 SHOWN = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
 STEPS = (
     ("raw tables with planted structure", f"tools/make_dataset.py --out {DEMO}/raw --seed 0"),
@@ -30,26 +31,31 @@ STEPS = (
     ("catalog to a trained run", "-m gtc_dist.train --config configs/demo.yaml"),
     ("test metrics of the best checkpoint", f"-m gtc_dist.evaluate --run {RUN} --split test"),
     ("embeddings under the original ids", f"-m gtc_dist.export --run {RUN} --out {DEMO}/embeddings"),
+    ("a page on the run", f"-m gtc_dist.report --run {RUN} --titles {TITLES}"),
+    ("lists for three users", f"-m gtc_dist.recommend --run {RUN} {{users}} --top 5 --titles {TITLES}"),
 )
 CLOSING = """
+report            {run}/report.html (open it in a browser)
 run               {run} (config.yaml, metrics.jsonl, metrics.json, checkpoints)
                   cat {run}/metrics.json
 TensorBoard logs  {run}/tensorboard
                   {bin}tensorboard --logdir {run}/tensorboard
 embeddings        {demo}/embeddings (Parquet with columns id and embedding, score by dot product)
-lists             {bin}gtc recommend --run {run} --user {user}
+more lists        {bin}gtc recommend --run {run} --user {user} --titles {titles}
 """
 
 
 def main() -> None:
     argparse.ArgumentParser(
         description=__doc__,
-        epilog="commands:\n" + "\n".join(f"  python {command}" for _, command in STEPS),
+        epilog="commands:\n" + "\n".join(f"  python {command}".format(users="--user ID ...") for _, command in STEPS),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     started = time.monotonic()
     make_room()
-    printed = [step(number, *entry) for number, entry in enumerate(STEPS, 1)]
+    *before, (title, command) = STEPS
+    printed = [step(number, *entry) for number, entry in enumerate(before, 1)]
+    users = pq.read_table(ROOT / DEMO / "embeddings" / "users", columns=["id"])["id"][:3].to_pylist()
     test = json.loads(printed[3].splitlines()[-1])
     popularity = json.loads((ROOT / RUN / METRICS_FILE).read_text())["popularity"]
     print(f"\nTest metrics of {test['users']:,} users, all items ranked\n")
@@ -57,9 +63,9 @@ def main() -> None:
     for name in SHOWN:
         if name in popularity:
             print(f"{name:12}{test['overall'][name]:12.4f}{popularity[name]:12.4f}")
+    step(len(STEPS), title, command.format(users=" ".join(f"--user {user}" for user in users)))
     bin = f"{Path(sys.executable).parent.relative_to(ROOT)}/" if Path(sys.executable).is_relative_to(ROOT) else ""
-    user = pq.read_table(ROOT / DEMO / "embeddings" / "users", columns=["id"])["id"][0].as_py()
-    print(CLOSING.format(run=RUN, demo=DEMO, bin=bin, user=user))
+    print(CLOSING.format(run=RUN, demo=DEMO, bin=bin, user=users[0], titles=TITLES))
     print(f"{time.monotonic() - started:.0f} seconds in total")
 
 

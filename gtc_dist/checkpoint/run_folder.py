@@ -4,6 +4,7 @@
 <run>/metrics.jsonl                        validation metrics, one line per validation
 <run>/metrics.json                         final result; exists once the run is finished
 <run>/tensorboard/                         event files
+<run>/report.html                          page of `gtc report`
 <run>/checkpoints/epoch-00012/             best checkpoint: the weights of the best validation so far
 <run>/checkpoints/step-000000001234/       training state after that many steps: weights, optimizer, progress
 <run>/checkpoints/<name>/manifest.json     written last: a checkpoint without it is incomplete
@@ -19,6 +20,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
 METRICS_LOG = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+REPORT_FILE = "report.html"
 
 CHECKPOINT_FOLDER = "checkpoints"
 CHECKPOINT_MANIFEST = "manifest.json"

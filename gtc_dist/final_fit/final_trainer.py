@@ -1,10 +1,9 @@
 """Training of one rank of a final fit: nothing is validated, and the weights of the last epoch are kept."""
 
-import time
 from contextlib import nullcontext
 
 from gtc_dist.checkpoint import checkpoint_files
-from gtc_dist.checkpoint.run_folder import CHECKPOINT_FOLDER, METRICS_FILE, epoch_name
+from gtc_dist.checkpoint.run_folder import METRICS_FILE
 from gtc_dist.data import storage
 from gtc_dist.final_fit.selection import find_selection
 from gtc_dist.training.trainer import Trainer
@@ -34,16 +33,9 @@ class FinalTrainer(Trainer):
         at.best_epoch = last
         self.writer.finalize_best()
         selected = storage.read_json(storage.join(selection.uri, METRICS_FILE))
-        result = selected | {
-            "best_epoch": last,
-            "last_epoch": last,
-            "checkpoint": f"{CHECKPOINT_FOLDER}/{epoch_name(last)}",
-            "seconds": round(time.monotonic() - self.started, 2),
-            "seconds_per_epoch": round(at.trained / max(last, 1), 3),
-            "workers": self.comm.size,
-            "skipped_steps": self.guard.skipped,
-            "final_fit": {"selection": selection.uri, "checkpoint": selection.checkpoint},
-        }
+        self._update_progress()
+        final_fit = {"selection": selection.uri, "checkpoint": selection.checkpoint}
+        result = selected | at.record(last, self.comm.size) | {"final_fit": final_fit}
         if self.comm.rank == 0:
             storage.write_json(storage.join(self.run, METRICS_FILE), result)
         self.log.close()

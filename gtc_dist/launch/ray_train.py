@@ -48,7 +48,8 @@ def share_graphs(graphs: Graphs) -> ray.ObjectRef:
 def train_on_ray(
     config: Config, catalog: Catalog, graphs: ray.ObjectRef, run: str, resources: dict[str, float]
 ) -> dict | None:
-    """Train on the ranks; returns the content of metrics.json, or None if SIGTERM stopped the training early.
+    """Train on the ranks; returns the content of metrics.json, or None if SIGTERM stopped the training early. If Ctrl-C
+    did, KeyboardInterrupt is raised after the state was saved.
 
     After a rank or its node is lost, all ranks restart from the last checkpoint: at most `cluster.retries` times,
     preempted nodes not counted.
@@ -61,7 +62,7 @@ def train_on_ray(
     datasets = {"datasets": {"train": rows}, "dataset_config": EveryRow()}
     for name in (RAY_FOLDER, STOP_FILE, FAILURE_FILE):  # left by an earlier command
         storage.remove_tree(storage.join(run, name))
-    with stop_file_on_sigterm(run):
+    with stop_file_on_signals(run) as received:
         _ray_trainer(
             train_rank, settings, config.cluster, run, RAY_FOLDER, resources, config.cluster.retries, **datasets
         ).fit()
@@ -70,24 +71,32 @@ def train_on_ray(
         problem = storage.read_json(failed)
         storage.remove_tree(failed)
         raise FATAL[problem["kind"]](problem["message"])
-    return storage.read_json(metrics) if storage.exists(metrics) else None
+    if storage.exists(metrics):
+        return storage.read_json(metrics)
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt
+    return None
 
 
 @contextmanager
-def stop_file_on_sigterm(run: str) -> Iterator[None]:
-    """Turn SIGTERM into a stop file in the run folder, which the ranks poll. A second SIGTERM ends the process."""
-    stop = storage.join(run, STOP_FILE)
+def stop_file_on_signals(run: str) -> Iterator[list[int]]:
+    """Turn SIGTERM and Ctrl-C into a stop file in the run folder, which the ranks poll; yields the signals received.
+    The second of a kind does what it did before."""
+    stop, received = storage.join(run, STOP_FILE), []
 
     def request_stop(number, frame) -> None:
-        signal.signal(signal.SIGTERM, before)
-        print("SIGTERM received: saving the training state before exit", flush=True)
+        signal.signal(number, before[number])
+        received.append(number)
+        name = signal.Signals(number).name
+        print(f"{name} received: saving the training state before exit (a second one ends at once)", flush=True)
         storage.write_bytes(stop, b"")
 
-    before = signal.signal(signal.SIGTERM, request_stop)
+    before = {number: signal.signal(number, request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         storage.remove_tree(stop)
 
 
@@ -112,6 +121,13 @@ def run_on_ranks(
         storage.remove_tree(storage.join(run, name))
 
 
+class _SignalsLeftAlone(TorchTrainer):
+    """Ray Train's trainer, which would end all ranks at Ctrl-C."""
+
+    def _register_sigint_handler(self, controller) -> None:
+        pass
+
+
 def _ray_trainer(
     function, settings: dict, cluster: ClusterConfig, run: str, name: str, resources: dict, retries: int = 0, **datasets
 ):
@@ -123,7 +139,7 @@ def _ray_trainer(
     watchdog = actor.remote(seconds) if cluster.workers > 1 else None
     backend = "nccl" if cluster.gpu else "gloo"
     workers = (cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers
-    return TorchTrainer(
+    return _SignalsLeftAlone(
         function,
         train_loop_config={**settings, "watchdog": watchdog, "versions": node_checks.installed_versions()},
         # longer than the watchdog's limit: the watchdog names the rank that hangs, a time-out does not

@@ -165,7 +165,8 @@ def one_line_errors(what: str) -> Iterator[None]:
     late = f"error: {message(f'it is not ready after {START_SECONDS:g} seconds')}"
     command = [sys.executable, "-I", "-S", "-c", _LIMIT, f"{SLOW_SECONDS}", slow, f"{more}", late]
     try:
-        with subprocess.Popen(command, stdin=subprocess.PIPE):  # leaving the block closes its stdin, which ends it
+        # leaving the block closes its stdin, which ends it; Ctrl-C does not reach it
+        with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
             yield
     except Exception as error:
         raise InputError(message(" ".join(str(error).split()) or type(error).__name__)) from error

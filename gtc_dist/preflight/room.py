@@ -56,6 +56,11 @@ def started_here() -> bool:
     return node is not None and node.is_head()
 
 
+def _sees_others() -> bool:
+    """Whether others may use the cluster, and this process can ask for its state: one of Ray Client cannot."""
+    return ray._private.worker._global_node is not None and not started_here()
+
+
 def room_for_ranks(cluster: ClusterConfig) -> dict[str, float]:
     """Ray resources of one rank, as soon as the nodes, or those that an autoscaler adds, have room for the ranks.
 
@@ -66,13 +71,13 @@ def room_for_ranks(cluster: ClusterConfig) -> dict[str, float]:
     try:
         resources = worker_resources(cluster, nodes)
     except InputError as error:
-        if started_here() or not has_autoscaler(nodes):
+        if not _sees_others() or not has_autoscaler(nodes):
             raise
         _say(f"{error} The cluster's autoscaler may add nodes: waiting for them, until this command is stopped")
         resources = _wait_for_nodes(cluster)
         _say(f"nodes were added; the cluster has {_by_node(alive_nodes())}")
         return resources
-    if not started_here():
+    if _sees_others():
         _say_if_taken(cluster, nodes, resources)
     return resources
 

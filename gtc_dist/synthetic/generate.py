@@ -17,6 +17,7 @@ it:
     features/<modality>/part-*.parquet  item_id, vector: fixed_size_list<float16>
     features/<modality>.npy             the last of several modalities, for up to 65,536 items: float32 rows; their
                                         item ids are in <modality>_ids.parquet
+    items/part-*.parquet                item_id, title: a word for each of the item's two strongest factors, a number
     truth/items/part-*.parquet          item_id, popularity, cold, factors
     truth/users/part-*.parquet          user_id, group, taste
     truth/{masks,tastes}.npy            [groups, factors]
@@ -42,6 +43,7 @@ from gtc_dist.data import formats, storage
 from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.errors import InputError
 from gtc_dist.synthetic.choice import ChoicePool
+from gtc_dist.synthetic.planted_titles import planted_titles
 from gtc_dist.synthetic.planted_world import PlantedWorld, chunk_slice, chunk_slices, draw_features, random_generator
 from gtc_dist.synthetic.spec import Spec
 
@@ -78,6 +80,8 @@ def write_part(world: PlantedWorld, uri: str, kind: str, chunk: int) -> dict[str
             }
         )
         formats.write_table(storage.join(uri, f"truth/items/part-{chunk:05d}.parquet"), table)
+        names = pa.table({"item_id": world.item_ids[rows], "title": planted_titles(world.factors[rows], rows.start)})
+        formats.write_table(storage.join(uri, f"items/part-{chunk:05d}.parquet"), names)
         return {}
     modality = kind.removeprefix("features/")
     if modality == spec.npy_modality:
@@ -166,7 +170,7 @@ def dataset_folder(spec: Spec, uri: str) -> OutputFolder:
         uri,
         title="output folder",
         kind="a dataset",
-        own_files="(interactions|cold|features|truth)/.*",
+        own_files="(interactions|cold|features|items|truth)/.*",
         manifest=DATASET,
         marker=DATASET_MARKER,
         marker_content=spec.parameters,

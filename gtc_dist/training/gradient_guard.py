@@ -9,6 +9,7 @@ ranks leave the step out and count it, which costs a collective, and a wait for 
 """
 
 import io
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -49,9 +50,12 @@ class GradientGuard:
         self.network, self.tables, self.comm, self.run = network, tables, comm, run
         self.skip, self.clip = train.not_finite == "skip", train.clip_norm
         self.skipped = 0  # steps left out so far
+        self.norm_share = torch.full((), math.nan, device=comm.device)  # of `measure`
         self.unread: UnreadCheck | None = None
 
-    def check(self, terms: dict[str, torch.Tensor], batch: Batch, rows: Rows, place: str) -> torch.Tensor | None:
+    def check(
+        self, terms: dict[str, torch.Tensor], batch: Batch, rows: Rows, place: str, measure: bool = False
+    ) -> torch.Tensor | None:
         """Check the gradients of a step and clip them; settle the check of the step before.
 
         A collective if steps are skipped or gradients are clipped.
@@ -60,6 +64,8 @@ class GradientGuard:
             terms: loss terms of this rank.
             rows: looked-up rows of the tables.
             place: of the step, for the message: "epoch 3, step 14".
+            measure: set `norm_share` to the step's: this rank's share, float32 [] on the device, of the squared norm of
+                all gradients before clipping, whose sum over the ranks is that square.
 
         Returns:
             Whether any is not finite, bool [] on the device, for the optimizers, which then must not change the
@@ -69,6 +75,8 @@ class GradientGuard:
             NotFinite: if the step before was not finite, unless such steps are skipped.
         """
         self.settle()
+        if measure:
+            self.norm_share = self._norm_share()
         names, values = self._sums(terms)
         not_finite = (values * 0).sum().isnan()
         if self.skip:
@@ -127,6 +135,14 @@ class GradientGuard:
         plans = [batch.subgraph.user_lookup, batch.subgraph.item_lookup]
         plans += [] if batch.masked is None else [batch.masked.item_lookup]
         return tuple(table.lookup(plan) for table, plan in zip(self.tables, plans, strict=True))
+
+    def _norm_share(self) -> torch.Tensor:
+        """Local. Ranks have the same gradients of dense parameters, and each those of its own rows of the tables."""
+        dense = [p.grad for p in self.network.parameters() if p.grad is not None]
+        own = [gradient[1] for table in self.tables if (gradient := table.gradient()) is not None]
+        norms = [torch.stack(torch._foreach_norm(each)) for each in (dense, own) if each]
+        of_dense, *of_tables = (each.square().sum() for each in norms)
+        return sum(of_tables, of_dense / self.comm.size)
 
     def _clip(self) -> torch.Tensor:
         """Scale all gradients so that their norm over all ranks is at most `clip`; returns the squared norm."""

@@ -39,6 +39,22 @@ class TrainProgress:
         """Steps since the start of training."""
         return max(self.epoch - 1, 0) * self.epoch_steps + self.step
 
+    def record(self, last: int, workers: int) -> dict:
+        """What metrics.json says of a training that ended.
+
+        Args:
+            last: the last epoch; workers: number of ranks.
+        """
+        return {
+            "best_epoch": self.best_epoch,
+            "last_epoch": last,
+            "checkpoint": f"{CHECKPOINT_FOLDER}/{epoch_name(self.best_epoch)}",
+            "seconds": round(self.seconds, 2),
+            "seconds_per_epoch": round(self.trained / max(last, 1), 3),
+            "workers": workers,
+            "skipped_steps": self.skipped,
+        } | ({"init_from": self.init_from} if self.init_from else {})
+
 
 @dataclass
 class LossMeter:

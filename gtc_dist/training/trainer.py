@@ -19,7 +19,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from gtc_dist.checkpoint.async_writer import AsyncCheckpointWriter
-from gtc_dist.checkpoint.run_folder import CHECKPOINT_FOLDER, METRICS_FILE, epoch_name
+from gtc_dist.checkpoint.run_folder import METRICS_FILE
 from gtc_dist.config import Config
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
@@ -33,18 +33,18 @@ from gtc_dist.hybrid.scorer import HybridScorer
 from gtc_dist.inference.masked_content import fit_projection, masked_content
 from gtc_dist.model.batch import Batch
 from gtc_dist.model.build import build_network, compile_step, load_features, with_communicator
+from gtc_dist.tracking.machine import MachineMonitor, over_ranks
+from gtc_dist.tracking.metric_logger import RunDescription
 from gtc_dist.training.checkpointing import Checkpointer
 from gtc_dist.training.control_variate import HistoricalEmbeddings
 from gtc_dist.training.data_loader import build_loader
 from gtc_dist.training.gradient_guard import GradientGuard, Rows
-from gtc_dist.training.run_log import RunLog
+from gtc_dist.training.run_log import RunLog, loss_scalars, step_speed
 from gtc_dist.training.train_state import LossMeter, TrainProgress, TrainState
 from gtc_dist.training.validation import Validator
 from gtc_dist.training.weight_averaging import WeightAverage
 from gtc_dist.warm_start.carry_over import initial_weights
 
-# parts of a step in TensorBoard; sampling and features run in the prefetch thread, communication is part of others
-PARTS = ("data", "sampling", "features", "history", "lookup", "forward", "backward", "optimizer", "communication")
 ANNOUNCED_SECONDS = 5.0  # a validation is announced if the one before took longer
 KEEP_STATES = 2  # complete training states that are retained beside the best checkpoint
 
@@ -117,6 +117,7 @@ class Trainer:
         self.state = TrainState(run, catalog.manifest.fingerprint, comm, *trained, self.writer, progress)
         self.checkpointer = Checkpointer(self.state, stop_request, self._update_progress)
         self.guard = GradientGuard(config.train, self.network, self.tables.all(), comm, run)
+        self.machine = MachineMonitor(comm.device)
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
@@ -133,8 +134,9 @@ class Trainer:
         if resumed:
             self._print(f"resuming at epoch {progress.epoch}, step {progress.step} of {self.loader.steps}")
         self.started, self.guard.skipped = started - progress.seconds, progress.skipped
-        active = self.comm.rank == 0
-        self.log = RunLog(self.run, config.train.epochs, self.loader.steps, active, progress.lines, progress.steps)
+        manifest, steps = self.validator.catalog.manifest, self.loader.steps
+        description = RunDescription(self.run, config, manifest, steps, progress.steps)
+        self.log = RunLog.open(description, self.comm.rank == 0, progress.lines, self.publish)
         self.validation_seconds = math.inf  # of the last validation; a long one is announced
         if not resumed:
             self.start()
@@ -202,7 +204,7 @@ class Trainer:
                 terms = self.train_step(batch)
                 self.state.meter.add(terms, sum(batch.counts))
                 self.state.progress.step = step
-                if step % self.config.train.log_every == 0 or step == self.loader.steps:
+                if self._logs(step):
                     self._log_and_poll(epoch, step, batch)
                     self.state.meter = LossMeter()
                 if self.checkpointer.wanted:
@@ -223,7 +225,8 @@ class Trainer:
         terms = self.forward_backward(batch, rows)
         self.stopwatch.part("optimizer")
         at = self.state.progress
-        not_finite = self.guard.check(terms, batch, rows, f"epoch {at.epoch}, step {at.step + 1}")
+        place, logs = f"epoch {at.epoch}, step {at.step + 1}", self._logs(at.step + 1)
+        not_finite = self.guard.check(terms, batch, rows, place, measure=logs)
         if not_finite is not None:
             self.optimizer.found_inf = not_finite.float()  # the fused optimizer then changes nothing
             self.optimizer.step()
@@ -258,6 +261,10 @@ class Trainer:
 
     # --- validation, logs and the end -------------------------------------------------------------------------------
 
+    def _logs(self, step: int) -> bool:
+        """Local. Whether a step of an epoch ends with a point in the logs."""
+        return step % self.config.train.log_every == 0 or step == self.loader.steps
+
     def _validates(self, epoch: int) -> bool:
         """Local. Whether an epoch ends with a validation."""
         return epoch % self.config.eval.every == 0 or epoch == self.config.train.epochs
@@ -276,7 +283,7 @@ class Trainer:
                 self.state.save_best(epoch, metrics["overall"])
                 at.best, at.best_epoch = value, epoch
             note = f"best so far ({metric})" if better else f"best was epoch {at.best_epoch}"
-            self.log.evaluation(epoch, metrics, note, diagnostics)
+            self.log.evaluation(epoch, metrics, note, diagnostics, self.validator.row_norms())
             with self.comm.tracked():
                 self.report({"epoch": epoch, "best": at.best, **metrics["overall"]})
         self.validation_seconds = time.monotonic() - started
@@ -288,26 +295,18 @@ class Trainer:
         meter, config = self.state.meter, self.config.train
         elapsed = time.perf_counter() - meter.since
         means = torch.stack(list(meter.sums.values())) / meter.steps
-        together = self.comm.all_reduce(torch.cat([means, self.checkpointer.signals()])).tolist()
-        values, signals = together[: len(means)], together[len(means) :]
-        self.checkpointer.handle_signals(*signals)
-        losses = dict(zip(meter.sums, values, strict=True))
-        scalars = {f"loss/{name}": value for name, value in losses.items()}
-        if "tc" in losses:
-            scalars["total_correlation/bound_nats"] = math.log(max(sum(batch.tc_counts), 1)) - losses["tc"]
-        seconds = dict.fromkeys(PARTS, 0.0) | self.stopwatch.take() | self.loader.subgraph_builder.stopwatch.take()
-        seconds["communication"] = self.comm.seconds + self.loader_comm.seconds
-        self.comm.seconds = self.loader_comm.seconds = 0.0
-        scalars |= {f"seconds_per_step/{part}": value / meter.steps for part, value in seconds.items()}
+        own = [means, self.guard.norm_share[None], self.machine.readings(self.comm), self.checkpointer.signals()]
+        together = self.comm.all_reduce(torch.cat(own)).cpu()
+        means, square, machine, signals = together.split([len(each) for each in own])
+        self.checkpointer.handle_signals(*signals.tolist())
+        losses = dict(zip(meter.sums, means.tolist(), strict=True))
+        scalars = loss_scalars(losses, self.network.term_weights, sum(batch.tc_counts))
+        stopwatches = self.stopwatch, self.loader.subgraph_builder.stopwatch
+        scalars |= step_speed(meter.steps, meter.seen, elapsed, stopwatches, (self.comm, self.loader_comm))
+        scalars |= over_ranks(machine) | {"gradient_norm": square.sqrt().item()}
         if self.guard.skip:
             scalars["skipped_steps"] = float(self.guard.skipped)
-        scalars |= {"lr/dense": config.lr, "lr/tables": config.table_lr}
-        scalars["interactions_per_second"] = meter.seen / elapsed
-        self.log.step(epoch, step, scalars, meter.seen / elapsed)
-        if self.comm.rank == 0:
-            weights = self.network.term_weights
-            total = sum(value * weights.get(name, 1.0) for name, value in losses.items())
-            self.publish(scalars | {"loss/total": total})
+        self.log.step(epoch, step, scalars | {"lr/dense": config.lr, "lr/tables": config.table_lr})
 
     def _update_progress(self) -> None:
         """Local. Copy into the progress what a training state keeps of the log, the clock and the guard."""
@@ -327,18 +326,10 @@ class Trainer:
         self._print(f"ranking valid and test with epoch {at.best_epoch}")
         self.state.load_best()
         scores, items = self.validator.final_metrics()
-        result = {
-            "best_epoch": at.best_epoch,
-            "last_epoch": last,
-            "checkpoint": f"{CHECKPOINT_FOLDER}/{epoch_name(at.best_epoch)}",
-            **scores,
-            "seconds": round(time.monotonic() - self.started, 2),
-            "seconds_per_epoch": round(at.trained / max(last, 1), 3),
-            "workers": self.comm.size,
-            "skipped_steps": self.guard.skipped,
-        } | ({"init_from": at.init_from} if at.init_from else {})
+        self._update_progress()
+        result = at.record(last, self.comm.size) | scores
         if self.comm.rank == 0:
-            self.log.projector(*self.validator.projector_points(items), at.best_epoch)
+            self.log.result(result, *self.validator.projector_points(items))
             storage.write_json(storage.join(self.run, METRICS_FILE), result)
         self.log.close()
         self.comm.barrier()

@@ -21,9 +21,11 @@ from gtc_dist.hybrid.scorer import HybridScorer
 from gtc_dist.inference.layerwise import embed_catalog
 from gtc_dist.inference.masked_embeddings import embed_masked
 from gtc_dist.model.gtc import GTC, Tables
+from gtc_dist.tracking.metric_logger import Histogram
 from gtc_dist.training.control_variate import HistoricalEmbeddings
 
 TUNING_USERS = 4096  # valid users, about, that the hybrid weights are tuned on
+NORM_OCTAVES = (-10, 7)  # powers of two between which row norms are counted in quarter octaves
 PROJECTED = 1000  # most popular items whose embeddings TensorBoard's projector shows
 
 
@@ -141,6 +143,16 @@ class Validator:
         options = RankingOptions.of(self.config)
         baseline = ranking.evaluate_on_items(*popularity, self.graphs, self.truth["test"], options, None)
         return scores | {"popularity": baseline}, embeddings[1]
+
+    def row_norms(self) -> dict[str, Histogram]:
+        """Distributions of the norms of each table's rows, over all ranks."""
+        edges = torch.cat([torch.zeros(1), 2.0 ** torch.arange(*NORM_OCTAVES, 1 / 4)])  # the last is far above any norm
+        found = {}
+        for table in self.tables.all():
+            place = torch.bucketize(table.weight.norm(dim=1), edges.to(table.weight.device)[1:-1], right=True)
+            counts = table.comm.all_reduce(torch.bincount(place, minlength=len(edges) - 1))
+            found[f"norms/{table.name}"] = Histogram(edges.double().numpy(), counts.double().cpu().numpy())
+        return found
 
     def projector_points(self, items: ShardedTable) -> tuple[np.ndarray, list[str]]:
         """Local. Embeddings and original ids of the most popular of this rank's items."""

@@ -27,6 +27,7 @@ from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs, load_graphs
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.run_lock import hold_run_lock
+from gtc_dist.tracking.loggers import check_loggers
 from gtc_dist.train import check_metric, check_modalities, check_rows, with_absolute_uris
 from gtc_dist.tune.search_space import SearchSpace, read_space, with_settings
 
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     space = read_space(args.space, config)
     check_search(config, space)
     refuse_relative_paths({"data.catalog": config.data.catalog, "run.storage": config.run.storage})
+    check_loggers(config.run.loggers)
     config = with_absolute_uris(config)
     catalog = Catalog(config.data.catalog, verify=config.data.verify)
     graphs = graphs_of_trials(config, space, catalog)

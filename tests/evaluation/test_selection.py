@@ -18,6 +18,7 @@ from gtc_dist.evaluation.bootstrap import paired_bootstrap
 from gtc_dist.evaluation.metrics import flat_metrics, metric_value
 from gtc_dist.graph.csc import load_graphs
 from gtc_dist.inference.trained_run import load_run
+from gtc_dist.tracking.charts import chart_tag, quality_metrics
 
 METRIC = "head_free/ndcg@10"
 OVERRIDES = ["model.hybrid.graph_filter=4", "model.hybrid.content_profile=4", "train.epochs=2", "cluster.threads=1"]
@@ -55,15 +56,17 @@ def test_tensorboard_has_the_curves(run):
     events.Reload()
     names = {"recall@5", "head_free/ndcg@20", "cold/recall@20", "strata/tail/ndcg@20", "mean_list/recall@20"}
     names |= {"personal_gain/ndcg@20", "coverage@20", "head_share@20", METRIC}
-    assert {f"valid/{name}" for name in names} <= set(events.Tags()["scalars"])
-    for name in names:
-        assert [event.step for event in events.Scalars(f"valid/{name}")] == sorted(
-            {event.step for event in events.Scalars("valid/recall@20")}
+    tags = {name: chart_tag(f"valid/{name}", quality_metrics(METRIC)) for name in names}
+    assert set(tags.values()) <= set(events.Tags()["scalars"])
+    assert tags[METRIC] == f"1_quality/{METRIC}"
+    for tag in tags.values():
+        assert [event.step for event in events.Scalars(tag)] == sorted(
+            {event.step for event in events.Scalars("1_quality/recall@20")}
         )
     best = storage.read_json(f"{run}/metrics.json")["best_epoch"]
     for name, value in flat_metrics(storage.read_json(f"{run}/metrics.json")["valid"]).items():
-        if f"valid/{name}" in events.Tags()["scalars"]:
-            assert events.Scalars(f"valid/{name}")[best].value == pytest.approx(value, abs=1e-5)
+        if (tag := chart_tag(f"valid/{name}", quality_metrics(METRIC))) in events.Tags()["scalars"]:
+            assert events.Scalars(tag)[best].value == pytest.approx(value, abs=1e-5)
 
 
 @pytest.mark.parametrize("metric", [METRIC, "cold/recall@20", "coverage@20"])

@@ -3,6 +3,7 @@
 Those of a training: 143 after SIGTERM in test_faults.py, 137 for a start of Ray that hangs in test_ray_start.py.
 """
 
+import os
 import re
 import signal
 import subprocess
@@ -51,14 +52,21 @@ def test_the_documented_table_is_complete():
 @pytest.mark.long
 def test_ctrl_c_ends_a_training_with_130(tmp_path):
     catalog = small_catalog(tmp_path / "catalog")
-    words = ["--config", write_config(tmp_path, catalog.uri, str(tmp_path / "runs")), "train.epochs=10000"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "gtc_dist.train", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as command:
+    words = [
+        "--config",
+        write_config(tmp_path, catalog.uri, str(tmp_path / "runs")),
+        "train.epochs=10000",
+        "eval.patience=10000",
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-m", "gtc_dist.train", *words], start_new_session=True, **pipes) as command:
         for line in command.stdout:
             if "epoch 2/" in line:
-                command.send_signal(signal.SIGINT)
+                os.killpg(command.pid, signal.SIGINT)  # as a terminal does: to Ray's processes, too
                 break
-        out, err = command.communicate(timeout=60)
+        out, err = command.communicate(timeout=120)
         assert command.returncode == 130, out[-2000:] + err
+    assert "SIGINT received: saving the training state" in out
+    assert re.search(r"^stopped at epoch \d+, step \d+, state saved; rerun the same command to resume$", out, re.M)
+    assert list((tmp_path / "runs/r/checkpoints").glob("step-*/manifest.json"))
     assert "Traceback" not in err

@@ -31,8 +31,8 @@ def catalog(tmp_path_factory) -> str:
 def command(tmp_path: Path, catalog: str, workers: int, *overrides: str) -> list[str]:
     """Arguments of a training; one of a single rank is longer, so that it is still running when it is killed."""
     config = write_config(tmp_path, catalog, str(tmp_path / "runs"))
-    epochs = f"train.epochs={EPOCHS if workers > 1 else 4 * EPOCHS}"
-    return ["--config", config, f"cluster.workers={workers}", *LONG_OVERRIDES, epochs, *overrides]
+    longer = [f"train.epochs={4 * EPOCHS}", f"eval.patience={4 * EPOCHS}"] if workers == 1 else []
+    return ["--config", config, f"cluster.workers={workers}", *LONG_OVERRIDES, *longer, *overrides]
 
 
 @pytest.fixture(scope="module")

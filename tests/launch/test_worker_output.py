@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from gtc_dist.launch import worker_output
+
 COMMAND = """
 import sys
 import threading
@@ -48,6 +50,21 @@ for speaker in (SplitCoordinator, Speaker):
     ray.get(ray.remote(speaker).remote().speak.remote())
 assert sys.stdout.seen.wait(30) and sys.stderr.seen.wait(30)
 """
+
+
+WARNING = """Failed to send resource request for train-19696893. If this only happens transiently, it's safe to ignore.
+Traceback (most recent call last):
+  File "autoscaling_coordinator_client.py", line 58, in send_resource_request
+    ray.get(
+ray.exceptions.GetTimeoutError: Get timed out: some object(s) not ready."""
+
+
+def test_a_harmless_warning_of_ray_is_dropped_with_its_traceback(monkeypatch):
+    printed = []
+    monkeypatch.setattr(worker_output, "print_to_stdstream", lambda batch, **_: printed.extend(batch["lines"]))
+    mine = ["Traceback (most recent call last):", "  raise KeyError", "KeyError"]
+    worker_output.print_lines({"lines": ["before", *WARNING.splitlines(), "after", *mine]})
+    assert printed == ["before", "after", *mine]
 
 
 def test_lines_of_ranks_are_printed_plainly():

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from planted_dataset import SPEC, digests
@@ -163,3 +164,19 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
 def test_invalid_parameters_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         Spec(**changes)
+
+
+def test_titles_name_the_strongest_factors(data, folder):
+    names = pq.read_table(folder / "items")
+    assert names["item_id"].to_pylist() == data.items["item_id"].to_pylist()
+    factors = np.array(data.items["factors"].to_pylist())
+    first, second = (np.argsort(-np.abs(factors), axis=1)[:, place] for place in (0, 1))
+    words = {}
+    for title, *strongest in zip(names["title"].to_pylist(), first, second, range(len(factors)), strict=True):
+        adjective, noun, number = title.split()
+        a, b, item = strongest
+        assert int(number) == item
+        words.setdefault(("first", a, factors[item, a] > 0), set()).add(adjective)
+        words.setdefault(("second", b, factors[item, b] > 0), set()).add(noun)
+    assert {len(each) for each in words.values()} == {1}
+    assert len(words) == len({(key[0], *each) for key, each in words.items()}) == 2 * 2 * factors.shape[1]

@@ -278,10 +278,12 @@ def clipped(comm: Communicator, config, run: str, clip: float | None) -> dict:
     trainer.guard.clip = clip
     batch = trainer.loader.assemble(trainer.loader.draw(1, 0, trainer.loader._order(1)[trainer.loader._rows(0)]))
     rows = trainer.look_up(batch)
-    trainer.guard.check(trainer.forward_backward(batch, rows), batch, rows, "here")
+    trainer.guard.check(trainer.forward_backward(batch, rows), batch, rows, "here", measure=True)
+    measured = float(comm.all_reduce(trainer.guard.norm_share).sqrt())
     dense = sum(p.grad.square().sum() for p in trainer.network.parameters() if p.grad is not None)
     own = sum(table.gradient()[1].square().sum() for table in trainer.tables.all())
-    return {"norm": float((dense + comm.all_reduce(own)).sqrt()), "row": trainer.tables.user.gradient()[1][0].clone()}
+    norm, row = float((dense + comm.all_reduce(own)).sqrt()), trainer.tables.user.gradient()[1][0].clone()
+    return {"norm": norm, "measured": measured, "row": row}
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -292,6 +294,8 @@ def test_gradients_of_all_ranks_are_clipped_by_their_common_norm(catalog, tmp_pa
     cut = run_ranks(clipped, size, config, f"{tmp_path}/small", norm / 4)
     wide = run_ranks(clipped, size, config, f"{tmp_path}/small", norm * 4)
     for rank in range(size):
+        # measured before clipping
+        assert [each[rank]["measured"] for each in (free, cut, wide)] == pytest.approx([norm] * 3, rel=1e-5)
         assert cut[rank]["norm"] == pytest.approx(norm / 4, rel=1e-4)
         torch.testing.assert_close(cut[rank]["row"], free[rank]["row"] / 4)
         assert torch.equal(wide[rank]["row"], free[rank]["row"])

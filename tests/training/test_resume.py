@@ -19,6 +19,7 @@ from gtc_dist.checkpoint.run_folder import step_name
 from gtc_dist.data import formats, storage
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import Unreachable
+from gtc_dist.tracking.charts import TIMED
 from gtc_dist.training import checkpointing
 
 SAMPLED = {"propagation": "sampled", "fanout": [3, 3]}
@@ -95,9 +96,10 @@ def metrics(run) -> dict:
 
 
 def curves(run) -> dict[str, list]:
-    """TensorBoard's curves, without those that measure time."""
+    """TensorBoard's curves, without those that measure time or memory."""
     events = EventAccumulator(str(Path(run, "tensorboard")), size_guidance={"scalars": 0}).Reload()
-    tags = [t for t in events.Tags()["scalars"] if not t.startswith(("seconds", "interactions"))]
+    tags = [t for t in events.Tags()["scalars"] if not t.startswith(TIMED)]
+    assert {"1_quality/recall@20", "2_loss/total", "4_health/gradient_norm"} <= set(tags)
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
 
 
@@ -182,14 +184,14 @@ def test_resume_on_another_number_of_ranks(catalog, tmp_path, before, after, cap
         for result in results[1:]:
             assert all(torch.equal(result[name][k], results[0][name][k]) for k in result[name])
     assert metrics(run)["last_epoch"] == 3
-    steps = [step for step, _ in curves(run)["loss/bpr"]]
+    steps = [step for step, _ in curves(run)["2_loss/bpr"]]
     assert steps == sorted(set(steps))  # none lost, none twice
     assert len(steps) == len(curves_of_an_undisturbed_run(config, tmp_path))
 
 
 def curves_of_an_undisturbed_run(config, tmp_path) -> list:
     train(Communicator(), config, str(tmp_path / "undisturbed"))
-    return curves(tmp_path / "undisturbed")["loss/bpr"]
+    return curves(tmp_path / "undisturbed")["2_loss/bpr"]
 
 
 def test_a_stop_request_saves_the_state_and_ends_the_training(catalog, tmp_path, monkeypatch):

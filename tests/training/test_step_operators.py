@@ -32,8 +32,16 @@ GATED = {"variant": "gated", "members": 4, "masked_members": 0}
         (GATED, {"w_tc": 0.02}, 650),
         (SAMPLED, {}, 410),
         (SAMPLED, {"negatives": {"mode": "shared", "count": 64}, "loss": "softmax", "clip_norm": 1.0}, 460),
+        (MASKED, {"log_every": 1}, 370),
     ],
-    ids=["default", "network alone", "four members and total correlation", "sampled", "sampled softmax"],
+    ids=[
+        "default",
+        "network alone",
+        "four members and total correlation",
+        "sampled",
+        "sampled softmax",
+        "a logged step",
+    ],
 )
 def test_a_step_launches_few_operators_and_never_waits(catalog, tmp_path, model, train, most):
     operators = counted(catalog, str(tmp_path), model, train)

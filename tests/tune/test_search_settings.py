@@ -11,6 +11,8 @@ import yaml
 from small import ROOT, refused, small_catalog, write_config
 
 from gtc_dist.config_file import load_config
+from gtc_dist.report.run_data import read_run
+from gtc_dist.report.write_report import report_page
 
 SPACE = {
     "trials": 4,
@@ -69,6 +71,10 @@ def test_a_search_and_going_on_with_it(files, tmp_path):
     assert best.train.table_lr == trials[0]["settings"]["train.table_lr"]
     assert best.run.name == "r-best"
     assert f"{values[0]:.4f}  {trials[0]['name']}" in done.stdout
+
+    page = report_page(read_run(str(folder / name)), None, None)
+    assert f"{name} (this run)" in page
+    assert all(f"{trial['value']:.4f}" in page for trial in trials)
 
     third = subprocess.run(**command, capture_output=True, text=True, check=True)  # nothing is left to do
     assert third.stdout.splitlines()[0] == "recall@20 on valid, 4 trials:"

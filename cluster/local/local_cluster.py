@@ -1,19 +1,13 @@
-"""Start a Ray cluster of several nodes on this machine, with S3 object storage.
-
-    python cluster/local_cluster.py --nodes 2 --cpus 2
-
-runs until Ctrl-C (or SIGTERM) and prints the commands that submit a job. Every node is a separate raylet, started with
-`ray start` as on separate machines; token authentication is on. Other Ray clusters of the machine are not touched. On
-exit, all processes of the cluster are ended and the object storage is removed with its data. Linux only: processes of
-the cluster are recognised by a mark in their environment (/proc).
-
-The tests use it, too:
+"""Ray cluster of several nodes on this machine, with S3 object storage.
 
     with LocalCluster(nodes=2, cpus=1) as cluster:
         done = cluster.submit(["python", "-m", "gtc_dist.train", "--config", "configs/demo.yaml"], working_dir=".")
+
+Every node is a separate raylet, started with `ray start` as on separate machines; token authentication is on. Other
+Ray clusters of the machine are not touched. On exit, all processes of the cluster are ended and the object storage is
+removed with its data. Linux only: processes of the cluster are recognised by a mark in their environment (/proc).
 """
 
-import argparse
 import json
 import os
 import secrets
@@ -34,21 +28,6 @@ from seaweed import HOST, SeaweedServer, find_program, free_ports
 
 MARK = "GTC_LOCAL_CLUSTER"
 BUCKET = "gtc"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-WELCOME = f"""
-The cluster is up. In another shell, in the project's folder and its environment (.venv/bin/activate):
-
-    source {{env}}
-    python tools/make_dataset.py --out s3://{BUCKET}/demo/raw
-    python -m gtc_dist.prepare --config configs/demo.yaml \\
-        data.raw=s3://{BUCKET}/demo/raw data.catalog=s3://{BUCKET}/demo/catalog
-    ray job submit --address {{address}} --working-dir . -- \\
-        python -m gtc_dist.train --config configs/demo.yaml cluster.workers={{nodes}} \\
-        data.catalog=s3://{BUCKET}/demo/catalog run.storage=s3://{BUCKET}/demo/runs
-
-The sourced file holds the storage's credentials and the path of the token; only you can read it. Dashboard: {{address}}
-(it asks for the token: `ray get-auth-token` prints it). Ctrl-C ends the cluster and removes its data.
-"""
 
 
 class LocalCluster:
@@ -185,15 +164,21 @@ class LocalCluster:
             timeout=timeout,
         )
 
-    def write_env_file(self) -> Path:
-        """Write the environment of `env` as `export` lines for a shell; only the owner may read the file."""
+    def write_env_file(self, path: Path | None = None) -> Path:
+        """Write the environment of `env` as `export` lines for a shell; only the owner may read the file.
+
+        Args:
+            path: where to; by default a file in the cluster's own folder. It appears when it is complete.
+        """
         names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", *self.storage.env)
         exports = {name: self.env[name] for name in names} | {"RAY_API_SERVER_ADDRESS": self.address}
-        path = self.folder / "env"
-        path.touch(mode=0o600)
+        path = path or self.folder / "env"
+        partial = path.with_name(path.name + ".partial")
+        partial.unlink(missing_ok=True)
+        partial.touch(mode=0o600)
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in exports.items()]
-        path.write_text("unset RAY_ADDRESS RAY_AUTH_TOKEN\n" + "".join(lines))  # they would take precedence
-        return path
+        partial.write_text("unset RAY_ADDRESS RAY_AUTH_TOKEN\n" + "".join(lines))  # they would take precedence
+        return partial.replace(path)
 
     def _environment(self) -> dict[str, str]:
         env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_ID", MARK)}
@@ -309,40 +294,3 @@ class LocalCluster:
 
     def log_tails(self) -> str:
         return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-1500:]}" for log in self.folder.glob("*.log"))
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--nodes", type=int, default=2, help="number of nodes, including the head (default %(default)s)"
-    )
-    parser.add_argument("--cpus", type=int, default=2, help="logical CPUs of each node (default %(default)s)")
-    parser.add_argument(
-        "--object-store-mb", type=int, default=256, help="shared memory of each node, MiB (default %(default)s)"
-    )
-    args = parser.parse_args()
-    if args.nodes < 1 or args.cpus < 1:
-        parser.error("--nodes and --cpus must be at least 1")
-
-    def interrupt(*_) -> None:
-        for number in SIGNALS:  # a second signal must not interrupt the clean-up
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    for number in SIGNALS:
-        signal.signal(number, interrupt)
-    print(f"starting {args.nodes} Ray nodes with {args.cpus} CPUs each, and object storage ...", flush=True)
-    try:
-        with LocalCluster(args.nodes, args.cpus, object_store_mb=args.object_store_mb) as cluster:
-            print(WELCOME.format(env=cluster.write_env_file(), address=cluster.address, nodes=args.nodes), flush=True)
-            while (ended := cluster.dead()) is None:
-                time.sleep(1)
-            print(f"error: a node ended with status {ended.returncode}\n{cluster.log_tails()}", file=sys.stderr)
-            return 1
-    except KeyboardInterrupt:
-        print("the cluster has ended", flush=True)
-        return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
