@@ -16,14 +16,17 @@ def model_card(run_ref: RunRef, export: dict[str, Any]) -> str:
     """The text.
 
     Args:
-        export: entries of the export's manifest: users, items, new_items, dim, dtype and those of `write_formats`.
+        export: entries of the manifest: users, items, new_users, new_items, dim, dtype and those of `write_formats`.
     """
     data, path = Catalog(run_ref.config.data.catalog).manifest, storage.join(run_ref.uri, METRICS_FILE)
     result = storage.read_json(path) if storage.exists(path) else None
-    new = f" and {export['new_items']:,} new ones" if "new_items" in export else ""
+    users, items = (
+        f"{export[kind]:,} {kind}" + (f" and {export[f'new_{kind}']:,} new ones" if f"new_{kind}" in export else "")
+        for kind in ("users", "items")
+    )
     content = ", ".join(f"{name} {entry.dim}" for name, entry in data.modalities.items())
     interactions = ", ".join(f"{split} {rows:,}" for split, rows in data.interactions.items())
-    size = f"{export['users']:,} users and {export['items']:,} items{new}, {export['dim']} columns of {export['dtype']}"
+    size = f"{users} and {items}, {export['dim']} columns of {export['dtype']}"
     lines = [
         "# Embeddings of users and items",
         "",

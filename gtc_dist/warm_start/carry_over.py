@@ -22,15 +22,25 @@ from gtc_dist.warm_start.fold_in import fold_in_items, fold_in_users
 from gtc_dist.warm_start.matched_rows import earlier_rows, has_interactions
 
 LOOKUP_ROWS = 1 << 16  # rows that a rank asks for at once
+# Share of the earlier run's rows in those that a training starts from. Rows that fit the earlier interactions too well
+# generalise worse for good, as networks do that are trained on from a part of the data (shrink and perturb: Ash and
+# Adams, NeurIPS 2020; docs/log.md).
+EARLIER_SHARE = 0.5
 
 
 def initial_weights(config: Config, catalog: Catalog, graphs: Graphs, network: GTC, tables: Tables) -> dict:
     """Start a training from the run `train.init_from`; returns the record of what it started from, which is empty where
-    the key is not set. Collective: every rank must call it."""
+    the key is not set. Collective: every rank must call it.
+
+    The rows of the tables are mixed with the random ones that training anew begins with.
+    """
     if config.train.init_from is None:
         return {}
     earlier = find_run(config.train.init_from, verify="none")
+    initial = [table.weight.clone() for table in tables.all()]
     _, counts = carry_over(earlier, catalog, graphs, network, tables, config.eval.block_rows)
+    for table, random in zip(tables.all(), initial, strict=True):
+        _shrink_and_perturb(table, random)
     shown = "; ".join(f"{kind}: {describe_counts(n)}" for kind, n in counts.items())
     if tables.user.comm.rank == 0:
         print(f"starting from {earlier.uri}, {earlier.checkpoint}: {shown}", flush=True)
@@ -89,6 +99,13 @@ def _trained(row: np.ndarray, before: Catalog, kind: str, graphs: Graphs, table:
     counts = [stop - start for start, stop in (table.comm.row_range(table.rows, r) for r in range(table.comm.size))]
     gathered = table.comm.all_gather(torch.from_numpy(own).to(table.comm.device, torch.uint8), counts)
     return gathered.cpu().numpy().astype(bool)
+
+
+@torch.no_grad()
+def _shrink_and_perturb(table: ShardedTable, random: torch.Tensor) -> None:
+    """Local. Mix the rows with initial ones, in the columns that begin at random."""
+    mixed = torch.lerp(random, table.weight, EARLIER_SHARE)
+    table.weight.copy_(torch.where(random.any(dim=0), mixed, table.weight))
 
 
 def _load_rows(uri: str, table: ShardedTable, rows: int, wanted: np.ndarray) -> dict:

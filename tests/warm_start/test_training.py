@@ -15,6 +15,7 @@ from gtc_dist.checkpoint.existing_run import find_run, run_status
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.warm_start.carry_over import carry_over
 
 MODEL = {"user_hop": False, "masked_members": 1}
 
@@ -36,15 +37,19 @@ def test_it_begins_where_the_earlier_run_ended(days, tmp_path):
     begun = {}
 
     def first_step(batch):
-        begun["rows"] = trainer.tables.item.weight.clone()
+        begun.update({table.name: table.weight.clone() for table in trainer.tables.all()})
         raise KeyboardInterrupt
 
     trainer.train_step = first_step
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     cold = trainer_of(Communicator(), small_config(days[1].uri, model=MODEL), str(tmp_path / "cold"))
-    assert trainer.state.progress.best > cold.validator.validate(0, 0)[0]["overall"]["recall@20"]
-    assert not torch.equal(begun["rows"], cold.tables.item.weight)
+    random = {table.name: table.weight.clone() for table in cold.tables.all()}
+    carry_over(find_run(days[0]), days[1], cold.graphs, cold.network, cold.tables, 9)
+    for table in cold.tables.all():  # half of the earlier run's rows, half of new ones; what begins at zero is kept
+        want = torch.where(random[table.name].any(0), (table.weight + random[table.name]) / 2, table.weight)
+        torch.testing.assert_close(begun[table.name], want)
+    assert torch.equal(begun["masked_item"][:, 128:], cold.tables.masked_item.weight[:, 128:])  # biases
     assert trainer.state.progress.init_from["users"] == {"trained": 50, "folded_in": 10, "mean": 0}
 
 
