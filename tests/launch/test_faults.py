@@ -109,8 +109,13 @@ def test_an_interrupted_command_resumes_when_it_is_rerun(ray_local, undisturbed,
 
 
 @pytest.mark.long
-def test_a_job_that_is_stopped_and_submitted_again_has_the_same_result(undisturbed, catalog, tmp_path):
-    words = ["python", "-m", "gtc_dist.train", *command(tmp_path, catalog, 1)]
+def test_a_job_that_is_stopped_and_submitted_again_has_the_same_result(catalog, tmp_path):
+    """Long enough that it still runs when `ray job stop` has started."""
+    keys = ["train.epochs=150", "eval.patience=150", "eval.every=50"]
+    (tmp_path / "undisturbed").mkdir()
+    _, file, *overrides = command(tmp_path / "undisturbed", catalog, 1, *keys)
+    run_ranks(train_on, 1, file, overrides)
+    words = ["python", "-m", "gtc_dist.train", *command(tmp_path, catalog, 1, *keys)]
     run = tmp_path / "runs/r"
     with LocalCluster(nodes=1, cpus=2) as cluster, ThreadPoolExecutor(1) as pool:
         first = pool.submit(cluster.submit, words, job="first", timeout=200)
@@ -122,7 +127,7 @@ def test_a_job_that_is_stopped_and_submitted_again_has_the_same_result(undisturb
         again = cluster.submit(words, job="second", timeout=200)
         assert again.returncode == 0, again.stdout[-3000:]
         assert "resuming" in again.stdout
-    assert run_result(run) == run_result(undisturbed[1] / "runs/r")
+    assert run_result(run) == run_result(tmp_path / "undisturbed/runs/r")
     assert (
         checkpoint_files.list_checkpoints(str(run), "step-")[1],
         checkpoint_files.list_checkpoints(str(run), "epoch-")[1],
