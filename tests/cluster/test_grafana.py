@@ -69,13 +69,13 @@ def test_ray_exports_these_names(s3_server):
             stdout=subprocess.DEVNULL,
         )
         try:
-            targets = json.loads((cluster.folder / "head" / "prom_metrics_service_discovery.json").read_text())
-            deadline = time.monotonic() + 120
+            discovery = cluster.folder / "head" / "prom_metrics_service_discovery.json"
+            deadline = time.monotonic() + 240
             missing = {f"ray_{name}" for name in METRICS}
             while missing:
                 assert time.monotonic() < deadline, missing
                 time.sleep(1)
-                for target in (t for group in targets for t in group["targets"]):
+                for target in (t for group in json.loads(discovery.read_text()) for t in group["targets"]):
                     try:
                         with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
                             text = answer.read().decode()

@@ -123,7 +123,7 @@ def test_ray_up_launches_the_head(tmp_path, config):
     assert lifecycle == "None"  # not spot
 
 
-def wait_for(done, log: Path, seconds: float = 120) -> None:
+def wait_for(done, log: Path, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline, log.read_text()[-3000:]
