@@ -7,7 +7,7 @@ from gtc_dist.data import storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.preflight import ray_start
-from gtc_dist.training.run_log import duration
+from gtc_dist.progress import duration
 
 GIB = 2**30
 # A second on two cores, docs/scaling.md, From raw tables to a catalog, 1m
