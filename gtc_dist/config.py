@@ -105,8 +105,8 @@ class TrainConfig(Section):
     init_from: Name | None = Field(
         None,
         description="Start from the best weights of an earlier run, on a catalog of the grown data: rows by original "
-        "ids, new users from those who share items with them, new items from similar ones. A run that resumes goes on "
-        "from its own state. null: random values.",
+        "ids, new users from those who share items with them, new items from similar ones; half of each row is random, "
+        "which ends better. A run that resumes goes on from its own state. null: random values.",
     )
     final_fit: Name | None = Field(
         None,
