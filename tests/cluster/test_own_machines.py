@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,10 @@ def test_the_lines_of_readme(other_ray, s3, tmp_path):
     assert free(7379)
     assert not free(other_ray["port"])
     assert not free(other_ray["dashboard-port"])
+    # what the probes of Docker and Kubernetes ask, without a token
+    agent = other_ray["dashboard-agent-listen-port"]
+    with urllib.request.urlopen(f"http://{HOST}:{agent}/api/healthz", timeout=30) as answer:
+        assert answer.status == 200
 
 
 def test_the_lines_of_readme_name_options_of_ray():
