@@ -1,6 +1,7 @@
 """cluster/slurm/: the batch script, run by a real Slurm whose two nodes share this machine."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ def slurm():
     folder = Path(tempfile.mkdtemp(prefix="gtc-slurm-"))
     with SlurmCluster(folder) as cluster:
         yield cluster
+    shutil.rmtree(folder)
 
 
 def submit(slurm: SlurmCluster, folder: Path, *words: str) -> str:
