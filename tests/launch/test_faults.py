@@ -110,8 +110,9 @@ def test_an_interrupted_command_resumes_when_it_is_rerun(ray_local, undisturbed,
 
 @pytest.mark.long
 def test_a_job_that_is_stopped_and_submitted_again_has_the_same_result(catalog, tmp_path):
-    """Long enough that it still runs when `ray job stop` has started."""
-    keys = ["train.epochs=150", "eval.patience=150", "eval.every=50"]
+    """Long enough that it still runs when `ray job stop` has started. Without historical embeddings: with them, a state
+    saved on request is not exact (docs/faults.md)."""
+    keys = ["train.epochs=150", "eval.patience=150", "eval.every=50", "train.refresh=0"]
     (tmp_path / "undisturbed").mkdir()
     _, file, *overrides = command(tmp_path / "undisturbed", catalog, 1, *keys)
     run_ranks(train_on, 1, file, overrides)
