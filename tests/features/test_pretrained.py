@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from encoded_items import encode, nearest_is_alike, picture, picture_bytes, titles, vectors, write_titles
 from small import ROOT
-from test_encode_items import encode, nearest_is_alike, picture, picture_bytes, titles, vectors, write_titles
 
 from gtc_dist.errors import InputError
 from gtc_dist.features import pretrained
