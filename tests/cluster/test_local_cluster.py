@@ -109,8 +109,10 @@ def test_up_and_down(project, tmp_path):
         assert f"uploaded {['./' + name for name in UPLOADED]}" in done
 
         board = re.search(r"^TensorBoard: (\S+)$", printed, re.M)[1]
-        write = "from gtc_dist.training.run_log import RunLog; log = RunLog('s3://gtc/runs/a', 1, 1); "
-        write += "log.step(1, 1, {'loss/x': 0.5}, 1.0); log.close()"
+        write = "import glob, os, tempfile; from torch.utils.tensorboard import SummaryWriter; "
+        write += "from gtc_dist.data import storage; folder = tempfile.mkdtemp(); log = SummaryWriter(folder); "
+        write += "log.add_scalar('loss/x', 0.5, 1); log.close(); file = glob.glob(folder + '/*')[0]; "
+        write += "storage.copy_file(file, 's3://gtc/runs/a/tensorboard/' + os.path.basename(file))"
         run("bash", "-c", f"{source} && python -c {shlex.quote(write)}")
         wait_for_run(board, "runs/a/tensorboard")
     finally:

@@ -257,7 +257,7 @@ def measure_checkpoints(case: dict, comm: Communicator) -> dict:
                 steps(1)
                 count += 1
             written = time.perf_counter() - start
-            trainer.writer.finalize(0)
+            trainer.writer.finalize()
             with_state = time.perf_counter() - start
             for name, value in (("blocked", blocked), ("written", written), ("extra", with_state - steps(count))):
                 results[name].append(value)
