@@ -15,6 +15,7 @@ from gtc_dist.data.catalog import CSC
 from gtc_dist.graph.sampled_layer import CSCTensors, SampledLayer, starts
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: multiples of it are spread evenly (Knuth)
+_OF_OTHERS = 1 << 40  # added to a seed for draws that are not a sampler's
 
 
 class DeviceSampler:
@@ -30,16 +31,18 @@ class DeviceSampler:
         self._place = torch.full((len(graph.indptr) - 1,), -1, dtype=torch.int64, device=device)
         self.seed(0)
 
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # batches are sampled on another stream
+
     @staticmethod
     def uniform(seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """A source of random numbers in [0, 1): from node ids (int64 [n], any device) to float64 [n]. Each call is a
-        draw of its own."""
-        draws = iter(range(1 << 62))
-        return lambda ids: hashed_uniform(ids, seed, next(draws))
+        draw of its own, and independent of those of a sampler with the same seed."""
+        return _draws(seed + _OF_OTHERS)
 
     def seed(self, seed: int) -> None:
-        """Set the seed of the next draws of this sampler."""
-        self._uniform = self.uniform(seed)
+        """Set the seed (int in [0, 2^32)) of the next draws of this sampler."""
+        self._uniform = _draws(seed)
 
     def layer(self, destinations: torch.Tensor, fanout: int, keep_destinations: bool = True) -> SampledLayer:
         """Draw up to `fanout` (-1: all) in-neighbours of each destination.
@@ -66,6 +69,11 @@ class DeviceSampler:
         positions = place[neighbours]
         place[sources] = -1
         return SampledLayer(sources, indptr, positions, edges, step.float())
+
+
+def _draws(seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    numbers = iter(range(1 << 62))
+    return lambda ids: hashed_uniform(ids, seed, next(numbers))
 
 
 def hashed_uniform(ids: torch.Tensor, seed: int, draw: int) -> torch.Tensor:

@@ -82,6 +82,16 @@ def test_shared_read_only_arrays_are_wrapped(kind):
     assert len(sampler_of(kind, graph, 0).layer(torch.tensor([3]), -1).edges) == graph.degree[3]
 
 
+def test_draws_of_nodes_are_independent_of_the_samples():
+    """A node that was kept by its number gets another number when its neighbours are sampled."""
+    graph = CSC(np.arange(0, 10_001, 10), np.tile(np.arange(10, dtype=np.int32), 1000), np.ones(10_000, np.float32))
+    sampler, uniform, nodes = sampler_of(DeviceSampler, graph, 4), DeviceSampler.uniform(4), torch.arange(1000)
+    for _ in range(3):
+        kept = nodes[uniform(nodes) < 0.3]
+        place = sampler.layer(kept, 1).edges % 10
+        assert abs(place.float().mean() - 4.5) < 0.85  # five standard errors; 1 for the same numbers
+
+
 def test_hashed_numbers_are_uniform_and_independent():
     ids = torch.arange(200_000)
     numbers = torch.stack([hashed_uniform(ids, *key) for key in ((7, 0), (7, 1), (8, 0), (2**31 - 1, 0))])
