@@ -73,7 +73,7 @@ def train_or_resume(config: Config) -> dict | None:
     Raises:
         InputError: bad input, before any work.
     """
-    config, catalog, run = _open(config)
+    config, catalog, run = open_for_training(config)
     if run_status(config, run, catalog.manifest.fingerprint) == "finished":
         result = storage.read_json(storage.join(run, METRICS_FILE))
         stopped_early = result["last_epoch"] < config.train.epochs
@@ -88,7 +88,7 @@ def describe_without_training(config: Config) -> int:
     """Print what the training would take."""
     from gtc_dist.launch import dry_run  # slow to import
 
-    config, catalog, run = _open(config)
+    config, catalog, run = open_for_training(config)
     if run_status(config, run, catalog.manifest.fingerprint) == "finished":
         print(f"{run} is finished; there is nothing to train")
     else:
@@ -96,7 +96,7 @@ def describe_without_training(config: Config) -> int:
     return 0
 
 
-def _open(config: Config) -> tuple[Config, Catalog, str]:
+def open_for_training(config: Config) -> tuple[Config, Catalog, str]:
     """The configuration with absolute paths, its catalog, and the run folder. Raises InputError."""
     paths = {"data.catalog": config.data.catalog, "run.storage": config.run.storage}
     refuse_relative_paths(paths | {f"train.{key}": getattr(config.train, key) for key in OTHER_RUNS})

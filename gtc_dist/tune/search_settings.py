@@ -20,15 +20,13 @@ import yaml
 
 from gtc_dist.checkpoint.run_folder import LOCK_FILE
 from gtc_dist.config import Config
-from gtc_dist.config_file import load_config
+from gtc_dist.config_file import parse_command_line
 from gtc_dist.data import storage
 from gtc_dist.data.catalog import MANIFEST, Catalog
 from gtc_dist.errors import InputError
-from gtc_dist.graph.csc import Graphs, load_graphs
-from gtc_dist.launch.job_paths import refuse_relative_paths
+from gtc_dist.graph.csc import Graphs
 from gtc_dist.launch.run_lock import hold_run_lock
-from gtc_dist.tracking.loggers import check_loggers
-from gtc_dist.train import check_metric, check_modalities, check_rows, with_absolute_uris
+from gtc_dist.train import check_earlier_run, check_modalities, checked_graphs, open_for_training
 from gtc_dist.tune.search_space import SearchSpace, read_space, with_settings
 
 SEARCH_FILE = "search.json"  # what was asked for
@@ -39,19 +37,12 @@ LISTED_TRIALS = 5  # trials in the table
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("--space", required=True, help="YAML file of what varies, see configs/tune/")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="override of a configuration key")
-    args = parser.parse_intermixed_args(argv)
-    config = load_config(args.config, args.overrides)
+    config, args = parse_command_line(parser, argv)
     space = read_space(args.space, config)
     check_search(config, space)
-    refuse_relative_paths({"data.catalog": config.data.catalog, "run.storage": config.run.storage})
-    check_loggers(config.run.loggers)
-    config = with_absolute_uris(config)
-    catalog = Catalog(config.data.catalog, verify=config.data.verify)
-    graphs = graphs_of_trials(config, space, catalog)
-    folder = storage.join(config.run.storage, config.run.name)
+    config, catalog, folder = open_for_training(config)
+    graphs = graphs_of_trials(config, space, catalog, folder)
     begun, results = was_begun(folder, config, space, catalog), storage.join(folder, RESULTS_FILE)
     if not begun or not storage.exists(results):
         with hold_run_lock(folder):
@@ -71,16 +62,16 @@ def check_search(config: Config, space: SearchSpace) -> None:
         raise InputError(f"first_epochs is {space.first_epochs}, above train.epochs {config.train.epochs}")
 
 
-def graphs_of_trials(config: Config, space: SearchSpace, catalog: Catalog) -> Graphs:
-    """All graphs that a trial may use. Raises InputError where the catalog does not serve one."""
+def graphs_of_trials(config: Config, space: SearchSpace, catalog: Catalog, folder: str) -> Graphs:
+    """All graphs that a trial may use. Raises InputError where the catalog, or the run of train.init_from, does not
+    serve one."""
     trials = [config, *(with_settings(config, settings, "search space") for settings in space.extremes())]
     for trial in trials:
         check_modalities(trial, catalog)
+        check_earlier_run(trial, catalog, folder)
     hops = {name: any(getattr(trial.model, name) for trial in trials) for name in ("item_hop", "user_hop")}
-    graphs = load_graphs(with_settings(config, {f"model.{name}": used for name, used in hops.items()}, "it"), catalog)
-    check_rows(catalog, graphs)
-    check_metric(config, catalog, graphs)
-    return graphs
+    together = with_settings(config, {f"model.{name}": used for name, used in hops.items()}, "search space")
+    return checked_graphs(together, catalog)
 
 
 def asked_for(config: Config, space: SearchSpace, catalog: Catalog) -> dict:
@@ -108,7 +99,7 @@ def run_search(config: Config, space: SearchSpace, graphs: Graphs, folder: str, 
     """Run the trials, and write the configuration of the best one and all results.
 
     Raises:
-        InputError: a trial failed; the others are done, and the command goes on with the search.
+        InputError: a trial failed. The others are done; the same command tries the failed ones again.
     """
     print(
         f"{'going on with' if begun else 'starting'} a search of {space.trials} trials; starting Ray", file=sys.stderr

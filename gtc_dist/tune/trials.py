@@ -3,8 +3,8 @@
 Each is a run of one rank, which ASHA stops where others were better after as many epochs (Li et al. 2020, "A System for
 Massively Parallel Hyperparameter Tuning"). A trial's run folder is an ordinary one.
 
-The settings of the trials are drawn from the seed alone, in order. So a search that was interrupted goes on by
-beginning anew: a trial that had ended only repeats what it reported (trial.json, written when it ends), one that had
+The settings of the trials are drawn from the seed alone, in order, so the same command draws them again after an
+interruption. A trial that had ended then reports what trial.json holds, which is written when it ends; one that had
 begun resumes from its newest training state. Ray Tune's own state, which is pickled, is never read.
 """
 

@@ -85,6 +85,7 @@ def test_a_search_and_going_on_with_it(files, tmp_path):
 def test_refusals_before_ray(files, tmp_path):
     refused([*files, "cluster.workers=2"], "a trial trains on one rank")
     refused([*files, "train.epochs=0"], "first_epochs is 1, above train.epochs 0")
+    refused([*files, f"train.init_from={tmp_path}/none"], f"{tmp_path}/none")
     (tmp_path / "runs/r").mkdir(parents=True)
     (tmp_path / "runs/r/config.yaml").write_text("{}")
     refused(files, "holds other files, such as config.yaml; choose another run.name")
