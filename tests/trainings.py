@@ -32,6 +32,21 @@ def trainer_of(comm: Communicator, config, run: str, **options) -> Trainer:
     return Trainer(config, catalog, run, users[own], items[own], load_graphs(config, catalog), comm, **options)
 
 
+def interrupt_after(trainer: Trainer, steps: int) -> None:
+    """Make `fit` raise KeyboardInterrupt after so many steps, with every state that was begun on disk."""
+    step, done = trainer.train_step, []
+
+    def interrupted(batch):
+        if trainer.writer.pending is not None:
+            trainer.writer.pending.thread.join()
+        if len(done) == steps:
+            raise KeyboardInterrupt
+        done.append(1)
+        return step(batch)
+
+    trainer.train_step = interrupted
+
+
 def fit(comm: Communicator, run: str, config) -> dict:
     """Train to the end; returns the validated epochs, the interactions of each rank and the test metrics."""
     reported = []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from small import refused, small_catalog, write_config
-from trainings import train_without_ray
+from trainings import interrupt_after, train_without_ray
 
 from gtc_dist import evaluate, export, train
 from gtc_dist.checkpoint import checkpoint_files
@@ -82,17 +82,7 @@ def test_epochs_and_weights_of_the_scorers_are_those_of_the_selection(selection,
 
 def test_a_resumed_one_ends_with_the_same_weights(selection, final):
     trainer = final_trainer(selection, "cut")
-    step, done = trainer.train_step, []
-
-    def interrupted(batch):
-        if trainer.writer.pending is not None:
-            trainer.writer.pending.thread.join()
-        if len(done) == 8:
-            raise KeyboardInterrupt
-        done.append(1)
-        return step(batch)
-
-    trainer.train_step = interrupted
+    interrupt_after(trainer, 8)
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     with pytest.raises(InputError, match="is a final fit that has not ended"):

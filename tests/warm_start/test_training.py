@@ -8,7 +8,7 @@ import yaml
 from grown import two_days
 from ranks import run_ranks
 from small import small_config, write_config
-from trainings import run_result, train_without_ray, trainer_of
+from trainings import interrupt_after, run_result, train_without_ray, trainer_of
 
 from gtc_dist import train
 from gtc_dist.checkpoint.existing_run import find_run, run_status
@@ -59,17 +59,7 @@ def test_a_cut_run_resumes_from_its_own_state_though_the_earlier_one_is_gone(day
     shutil.copytree(days[0], tmp_path / "earlier")
     config = config_of(days, epochs=2, log_every=3, checkpoint_minutes=0.0, init_from=str(tmp_path / "earlier"))
     trainer = trainer_of(Communicator(), config, str(tmp_path / "cut"))
-    step, done = trainer.train_step, []
-
-    def interrupted(batch):
-        if trainer.writer.pending is not None:
-            trainer.writer.pending.thread.join()
-        if len(done) == 14:
-            raise KeyboardInterrupt
-        done.append(1)
-        return step(batch)
-
-    trainer.train_step = interrupted
+    interrupt_after(trainer, 14)
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     shutil.rmtree(tmp_path / "earlier")
