@@ -76,7 +76,7 @@ class MetricLogger(Protocol):
         """Everything so far can be read by others afterwards."""
 
     def close(self) -> None:
-        """End; a later start of the same run goes on with the same curves."""
+        """Close the service's files and connections. If the run resumes, a new logger appends to the same curves."""
 
 
 def result_summary(result: dict) -> str:

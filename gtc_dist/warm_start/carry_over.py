@@ -32,7 +32,7 @@ def initial_weights(config: Config, catalog: Catalog, graphs: Graphs, network: G
     """Start a training from the run `train.init_from`; returns the record of what it started from, which is empty where
     the key is not set. Collective: every rank must call it.
 
-    The rows of the tables are mixed with the random ones that training anew begins with.
+    A row is the weighted mean of the earlier run's (EARLIER_SHARE) and the random one of a training without the key.
     """
     if config.train.init_from is None:
         return {}

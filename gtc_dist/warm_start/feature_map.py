@@ -1,7 +1,7 @@
 """From the features of an earlier catalog to those of a grown one.
 
-prepare standardises features over the items of the catalog, and finds principal components anew, so the same vector has
-other features in a grown catalog. Both transforms are affine and stored, so weights that act on the earlier features
+prepare fits the standardisation of features, and their PCA, to the items of the catalog, so the same vector has other
+features in a grown catalog. Both transforms are affine and stored, so weights that act on the earlier features
 can be rewritten to give the same values on the new ones: exactly without PCA, with it up to what the components leave
 out.
 """
