@@ -67,7 +67,7 @@ class MetricLogger(Protocol):
         """Distributions at a step."""
 
     def projector(self, vectors: np.ndarray, labels: list[str], step: int) -> None:
-        """Item embeddings [n, W] with the items' ids."""
+        """Item embeddings in their principal directions, [n, W], with the items' ids."""
 
     def result(self, result: dict, step: int) -> None:
         """Content of metrics.json, at the step of the best epoch."""

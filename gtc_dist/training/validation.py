@@ -27,6 +27,7 @@ from gtc_dist.training.control_variate import HistoricalEmbeddings
 TUNING_USERS = 4096  # valid users, about, that the hybrid weights are tuned on
 NORM_OCTAVES = (-10, 7)  # powers of two between which row norms are counted in quarter octaves
 PROJECTED = 1000  # most popular items whose embeddings TensorBoard's projector shows
+PROJECTED_WIDTH = 50  # their principal directions that it gets: it takes numbers as text
 
 
 class Validator:
@@ -155,8 +156,11 @@ class Validator:
         return found
 
     def projector_points(self, items: ShardedTable) -> tuple[np.ndarray, list[str]]:
-        """Local. Embeddings and original ids of the most popular of this rank's items."""
+        """Local. Embeddings of the most popular of this rank's items, in their leading principal directions, and their
+        original ids."""
         degree = self.graphs.item_degree[items.start : items.stop]
         chosen = np.argsort(-degree, kind="stable")[:PROJECTED]
         labels = [str(i) for i in self.catalog.ids("items", items.start, items.stop).take(chosen).to_pylist()]
-        return items.weight[torch.from_numpy(chosen)].cpu().numpy(), labels
+        rows = items.weight[torch.from_numpy(chosen)].cpu().numpy()
+        left, size, _ = np.linalg.svd(rows - rows.mean(axis=0, keepdims=True), full_matrices=False)
+        return (left * size)[:, :PROJECTED_WIDTH], labels

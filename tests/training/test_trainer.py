@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from ranks import run_ranks
 from small import small_catalog, small_config
-from trainings import fit
+from trainings import fit, trainer_of
 
 from gtc_dist.checkpoint.existing_run import best_checkpoint
 from gtc_dist.distributed.collectives import Communicator
@@ -60,6 +62,18 @@ def test_validation_runs_at_its_interval_and_at_the_end(catalog, tmp_path):
     assert result["epochs"] == [0, 2, 4, 5]
     lines = [json.loads(line) for line in Path(tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 2, 4, 5]
+
+
+def test_the_projector_gets_the_most_popular_items_in_their_principal_directions(catalog, tmp_path):
+    trainer = trainer_of(Communicator(), small_config(catalog.uri, model={"width": 32}), str(tmp_path / "run"))
+    items = trainer.tables.item
+    rows = np.random.default_rng(0).standard_normal((items.rows, 60)).astype(np.float32)
+    points, labels = trainer.validator.projector_points(items.with_values(torch.from_numpy(rows)))
+    popular = np.argsort(-trainer.graphs.item_degree, kind="stable")
+    assert labels == [str(i) for i in catalog.ids("items").take(popular).to_pylist()]
+    assert points.shape[1] <= 50
+    centred = (rows - rows.mean(axis=0))[popular]
+    np.testing.assert_allclose(points @ points.T, centred @ centred.T, atol=1e-3)  # 40 items: no direction is left out
 
 
 def test_the_same_seed_gives_the_same_result_bit_for_bit(catalog, tmp_path):
