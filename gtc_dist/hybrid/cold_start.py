@@ -109,15 +109,15 @@ class ColdStart:
         if not self.cold.any():
             return embeddings
         users, items = embeddings
-        predicted = torch.zeros_like(items.weight, dtype=torch.float32)
+        rows = torch.from_numpy(np.flatnonzero(self.cold[items.start : items.stop])).to(items.comm.device)
+        predicted = items.weight.new_zeros((len(rows), items.width), dtype=torch.float32)
         if self.weights[REGRESSION]:
-            rows = self.regression.predict(self.regression.fit(items), self._rank_rows(self.cold, items))
-            predicted += self.weights[REGRESSION] * rows
+            predicted += self.weights[REGRESSION] * self.regression.predict(self.regression.fit(items), rows)
         if self.weights[NEIGHBOURS]:
             predicted += self.weights[NEIGHBOURS] * self.neighbours.of_cold(items)
-        predicted = self._set_profiles(predicted, columns)
+        self._set_profiles(predicted, columns, rows)
         scaled = scaled_rows(predicted, self.weights[NORM_SCALE], columns.constant)
-        return Embeddings(users, self._replace_rows(items, scaled, self.cold))
+        return Embeddings(users, items.with_values(items.weight.float().index_copy(0, rows, scaled)))
 
     def tune(
         self,
@@ -142,10 +142,13 @@ class ColdStart:
         candidates = Candidates.of_scores(shortlist_by(scorers))
         fitted = fit_weights(candidates, {name: self.initial_weights()[name] for name in scorers}, users.comm)
         self.weights |= {name: fitted[name] for name in scorers}
-        predictors = [name for name in scorers if name != CONTENT_WEIGHT]
-        predicted = sum(self.weights[name] * scorers[name].items.weight for name in predictors)
-        predicted = items.with_values(self._set_profiles(predicted, columns))
-        self._tune_norm_scale(objective(embeddings, predicted, self.simulated_cold))
+        predicted, *others = (
+            scorers[name].items.weight.mul_(self.weights[name]) for name in scorers if name != CONTENT_WEIGHT
+        )
+        for rows in others:
+            predicted += rows
+        self._set_profiles(predicted, columns)
+        self._tune_norm_scale(objective(embeddings, items.with_values(predicted), self.simulated_cold))
 
     def _tune_norm_scale(self, objective: Callable[[float], float]) -> None:
         """Largest scale within the allowed metric drop; starts from the previous value."""
@@ -163,22 +166,12 @@ class ColdStart:
             at += 1
         self.weights = {**self.weights, NORM_SCALE: NORM_SCALE_STEPS[at]}
 
-    def _set_profiles(self, predicted: torch.Tensor, columns: SpecialColumns) -> torch.Tensor:
-        """Local. Write the items' own weighted profiles into their columns, in place."""
+    def _set_profiles(
+        self, predicted: torch.Tensor, columns: SpecialColumns, rows: torch.Tensor | slice = slice(None)
+    ) -> None:
+        """Local. Write the weighted profiles of the items `rows` into their columns of `predicted`, in place."""
         for name, at in columns.profiles.items():
-            torch.mul(columns.own_profiles[name], self.weights[CONTENT_WEIGHT], out=predicted[:, at])
-        return predicted
-
-    def _replace_rows(self, items: ShardedTable, predicted: torch.Tensor, which: np.ndarray) -> ShardedTable:
-        """Local. The table with the rows `which`, bool [items], replaced by predictions."""
-        rows, replaced = items.weight.float().clone(), self._rank_rows(which, items)
-        rows[replaced] = predicted[replaced]
-        return items.with_values(rows)
-
-    @staticmethod
-    def _rank_rows(which: np.ndarray, items: ShardedTable) -> torch.Tensor:
-        """Local. Rows of this rank that are in bool [items], int64 [n]."""
-        return torch.from_numpy(np.flatnonzero(which[items.start : items.stop])).to(items.comm.device)
+            torch.mul(columns.own_profiles[name][rows], self.weights[CONTENT_WEIGHT], out=predicted[:, at])
 
 
 def scaled_rows(predicted: torch.Tensor, scale: float, constant: int | None) -> torch.Tensor:

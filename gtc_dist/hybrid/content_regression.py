@@ -62,17 +62,17 @@ class ContentRegression:
         return torch.cholesky_solve(torch.cat([total - moments, total[None]]), self.factors).float()
 
     def predict(self, coefficients: torch.Tensor, chosen: torch.Tensor | None = None) -> torch.Tensor:
-        """Local. Predicted rows of this rank's items, float32 [items, width]; out of fold for warm items.
+        """Local. Predicted rows of this rank's items, float32 [n, width]; out of fold for warm items.
 
         Args:
-            chosen: int64 [n], rows that are predicted, the others are zero; None: all.
+            chosen: int64 [n], the rows that are predicted; None: all.
         """
-        out = torch.zeros(len(self.fold), coefficients.shape[2], device=coefficients.device)
         chosen = torch.arange(len(self.fold), device=coefficients.device) if chosen is None else chosen
-        for rows in chosen.split(self.chunk):
+        out = torch.empty(len(chosen), coefficients.shape[2], device=coefficients.device)
+        for rows, predicted in zip(chosen.split(self.chunk), out.split(self.chunk), strict=True):
             x, fold = self._regressors(rows).float(), self.fold[rows]
             for k in fold.unique().tolist():
-                out[rows[fold == k]] = x[fold == k] @ coefficients[k]
+                predicted[fold == k] = x[fold == k] @ coefficients[k]
         return out
 
     def predict_new(self, coefficients: torch.Tensor, features: dict[str, torch.Tensor]) -> torch.Tensor:

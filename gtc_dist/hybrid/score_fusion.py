@@ -22,7 +22,14 @@ from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.evaluation.shortlist import Shortlist
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.conditional_logit import COMMON, MEAN_TERMS, Candidates, fit_weights
-from gtc_dist.hybrid.embeddings import Embeddings, SpecialColumns, inverse_score_std, item_covariance, unit_variance
+from gtc_dist.hybrid.embeddings import (
+    Embeddings,
+    SpecialColumns,
+    inverse_score_std,
+    item_covariance,
+    row_blocks,
+    unit_variance,
+)
 from gtc_dist.hybrid.graph_filter import CooccurrenceOperator
 from gtc_dist.hybrid.pair_features import (
     EXPONENT_TERMS,
@@ -126,26 +133,32 @@ class ScoreFusion:
     def _fuse(self, network: Embeddings, scorers: dict[str, Embeddings]) -> Embeddings:
         users, items = network
         popularity = self.popularity[items.start : items.stop]
-        user_parts, item_parts = [], []
+        used = {name: scorer for name, scorer in scorers.items() if self._is_used(name)}
+        at = self.user_features.shape[1] if self._is_fitted else 0
+        width = at + sum(scorer.items.width for scorer in used.values())
+        # written in place: lists of parts to join would need the memory twice
+        user_rows, item_rows = (
+            table.weight.new_empty((len(table.weight), width), dtype=torch.float32) for table in network
+        )
         if self._is_fitted:
             common = self._weights(COMMON).view(len(POPULARITY), -1)
-            user_parts.append(self.user_features)
-            item_parts.append(self._centred(popularity_powers(popularity) @ common, items))
-        for name, scorer in scorers.items():
-            if not self._is_used(name):
-                continue
+            user_rows[:, :at] = self.user_features
+            item_rows[:, :at] = popularity_powers(popularity) @ common
+            self._centre(item_rows[:, :at], items)
+        for name, scorer in used.items():
             own, mean, exponent = (
                 self._weights(name + term for term in terms) for terms in (USER_TERMS, MEAN_TERMS, EXPONENT_TERMS)
             )
-            rows = scorer.users.weight * (self.user_features @ own)[:, None]
+            columns = slice(at, at + scorer.items.width)
+            rows, at = user_rows[:, columns], columns.stop
+            torch.mul(scorer.users.weight, (self.user_features @ own)[:, None], out=rows)
             if mean.any():
                 rows += self._mean_user(scorer.users) * (self.user_features @ mean)[:, None]
-            user_parts.append(rows)
-            rows = scorer.items.weight * torch.exp(exponent_features(popularity) @ exponent)[:, None]
-            item_parts.append(self._centred(rows, items) if self._is_fitted and name not in self.profiles else rows)
-        return Embeddings(
-            users.with_values(torch.cat(user_parts, dim=1)), items.with_values(torch.cat(item_parts, dim=1))
-        )
+            rows = item_rows[:, columns]
+            torch.mul(scorer.items.weight, torch.exp(exponent_features(popularity) @ exponent)[:, None], out=rows)
+            if self._is_fitted and name not in self.profiles:
+                self._centre(rows, items)
+        return Embeddings(users.with_values(user_rows), items.with_values(item_rows))
 
     def column_groups(self, width: int, network: int) -> dict[str, slice]:
         """Local. Columns of each part of fused embeddings of this width: `POPULARITY_PART`, if there is one, then the
@@ -203,9 +216,9 @@ class ScoreFusion:
         ranges = (comm.row_range(items.rows, rank) for rank in range(comm.size))
         return comm.all_gather(scores, [stop - start for start, stop in ranges])
 
-    def _centred(self, rows: torch.Tensor, items: ShardedTable) -> torch.Tensor:
-        """Rows less their mean over warm items."""
-        return rows - _mean_over(items.with_values(rows), self.warm_items)
+    def _centre(self, rows: torch.Tensor, items: ShardedTable) -> None:
+        """Subtract the mean over warm items, in place."""
+        rows -= _mean_over(items.with_values(rows), self.warm_items)
 
     def _trained(self, network: Embeddings, masked: Embeddings | None) -> dict[str, Embeddings]:
         """The trained models' scorers, z-scored."""
@@ -228,6 +241,7 @@ class ScoreFusion:
 
 def _mean_over(table: ShardedTable, chosen: np.ndarray) -> torch.Tensor:
     """Mean of the rows of bool [rows], float32 [1, width]. Collective: every rank must call it."""
-    rows = table.weight[torch.from_numpy(chosen[table.start : table.stop]).to(table.comm.device)]
-    total = table.comm.all_reduce(rows.double().sum(0, keepdim=True))
-    return (total / max(int(chosen.sum()), 1)).float()
+    blocks = row_blocks(table.weight)
+    is_chosen = torch.from_numpy(chosen[table.start : table.stop]).to(table.comm.device).split(len(blocks[0]) or 1)
+    sums = (rows[which].double().sum(0, keepdim=True) for rows, which in zip(blocks, is_chosen, strict=True))
+    return (table.comm.all_reduce(sum(sums)) / max(int(chosen.sum()), 1)).float()

@@ -14,6 +14,8 @@ class WarmNeighbours:
     """Means over warm neighbours, weighted by content similarity, for this rank's rows. The constructor and the methods
     are collectives.
 
+    cold_rows: int64 [n], cold items among this rank's rows, ascending.
+
     Args:
         chunk: rows of a rank computed at once.
     """
@@ -21,29 +23,34 @@ class WarmNeighbours:
     def __init__(self, graphs: Graphs, comm: Communicator, chunk: int):
         self.graph, self.warm, self.chunk = graphs.item_item, graphs.item_degree > 0, chunk
         items = ShardedTable("items", graphs.items, 0, comm, trainable=False)
-        self.is_cold = torch.from_numpy(~self.warm[items.start : items.stop])[:, None].to(comm.device)
+        self.cold_rows = torch.from_numpy(np.flatnonzero(~self.warm[items.start : items.stop])).to(comm.device)
         self.edges_into_cold = self._edges_into(items, ~self.warm)
 
     def of_all(self, items: ShardedTable) -> torch.Tensor:
         """Mean of each item's warm neighbours, float32 [items, width]; zeros where no similar item is warm."""
-        return self._means(self._edges_into(items, np.ones_like(self.warm)), items)
+        means = items.weight.new_empty(items.weight.shape, dtype=torch.float32)
+        for low, high, values in self._edges_into(items, np.ones_like(self.warm)).sums(items):
+            means[low:high] = values
+        return means
 
     def of_cold(self, items: ShardedTable) -> torch.Tensor:
-        """Mean of each cold item's warm neighbours, float32 [items, width]; zeros for warm items."""
-        return self._means(self.edges_into_cold, items)
+        """Mean of the warm neighbours of each of this rank's cold items (`cold_rows`), float32 [n, width]; zeros where
+        no similar item is warm."""
+        rows = self.cold_rows
+        means = items.weight.new_empty((len(rows), items.width), dtype=torch.float32)
+        for low, high, values in self.edges_into_cold.sums(items):
+            first, last = torch.searchsorted(rows, rows.new_tensor([low, high])).tolist()
+            means[first:last] = values[rows[first:last] - low]
+        return means
 
     def impute(self, items: ShardedTable) -> ShardedTable:
-        """The table with the rows of cold items replaced by the means of their warm neighbours."""
-        return items.with_values(torch.where(self.is_cold, self.of_cold(items), items.weight.float()))
+        """A copy of the table with the rows of cold items replaced by the means of their warm neighbours."""
+        return items.with_values(items.weight.float().index_copy(0, self.cold_rows, self.of_cold(items)))
 
     def _edges_into(self, items: ShardedTable, wanted: np.ndarray) -> ShardedSpMM:
         """Edges from warm items into this rank's items of `wanted`, bool [items]."""
         kept = edges_from_warm(self.graph, self.warm, wanted[items.start : items.stop], items.start)
         return ShardedSpMM(kept.indptr, kept.indices, kept.weight, -items.start, items, items, self.chunk)
-
-    @staticmethod
-    def _means(edges: ShardedSpMM, items: ShardedTable) -> torch.Tensor:
-        return torch.cat([values for _, _, values in edges.sums(items)])
 
 
 def edges_from_warm(graph: CSC, warm: np.ndarray, wanted: np.ndarray, start: int = 0) -> CSC:

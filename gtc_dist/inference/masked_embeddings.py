@@ -22,16 +22,18 @@ def embed_masked(
     """
     if network.masked is None:
         return None
-    masked, table, comm = network.masked, tables.masked_item, tables.masked_item.comm
-    vectors = ShardedTable(table.name, table.rows, masked.columns, comm, trainable=False)
-    for low, high in row_chunks(vectors, chunk):
-        vectors.weight[low:high] = masked.vectors(table.weight[low:high, : masked.columns], content.weight[low:high])
-    users = ShardedTable(table.name, graphs.users, masked.columns + 1, comm, trainable=False)
+    masked, table, comm, width = network.masked, tables.masked_item, tables.masked_item.comm, network.masked.columns
+    users, items = (
+        ShardedTable(table.name, rows, width + 1, comm, trainable=False) for rows in (graphs.users, graphs.items)
+    )
+    for low, high in row_chunks(items, chunk):
+        ids, bias = table.weight[low:high].split([width, masked.members], dim=1)
+        items.weight[low:high, :width] = masked.vectors(ids, content.weight[low:high])
+        items.weight[low:high, width] = bias.sum(1)
     nodes = graphs.nodes
-    means = ShardedSpMM(nodes.indptr, nodes.indices, None, 0, users, vectors, chunk, base=graphs.users)
-    for low, high, values in means.sums(vectors):
-        known = torch.from_numpy(graphs.user_degree[users.start + low : users.start + high] > 0).to(comm.device)
-        own = masked.unit(values) * masked.log_scale.exp()
-        users.weight[low:high] = torch.cat([own, known[:, None].float()], dim=1)
-    bias = table.weight[:, masked.columns :].sum(1, keepdim=True)
-    return Embeddings(users, table.with_values(torch.cat([vectors.weight, bias], dim=1)))
+    means = ShardedSpMM(nodes.indptr, nodes.indices, None, 0, users, items, chunk, base=graphs.users)
+    for low, high, values in means.sums(items):
+        users.weight[low:high, :width] = masked.unit(values[:, :width]) * masked.log_scale.exp()
+        known = torch.from_numpy(graphs.user_degree[users.start + low : users.start + high] > 0)
+        users.weight[low:high, width] = known.to(comm.device).float()
+    return Embeddings(users, items)
