@@ -4,6 +4,7 @@
     python tools/benchmark.py lookup    --ranks 1,2                   a row-wise sharded table: lookup, gradient, Adam
     python tools/benchmark.py step      --config C.yaml [a.b=c ...]   training steps on a prepared catalog
     python tools/benchmark.py scale     --config C.yaml --config D.yaml --ranks 1,2 [a.b=c ...]   the same steps on each
+    python tools/benchmark.py peer      --config C.yaml [a.b=c ...]   an epoch beside one of LightGCN
     python tools/benchmark.py checkpoint --config C.yaml [a.b=c ...]  cost of saving the training state
     python tools/benchmark.py resume    --config C.yaml [a.b=c ...]   time to resume a killed training
     python tools/benchmark.py inference --config C.yaml               embeddings of the whole catalog and their export
@@ -32,7 +33,7 @@ import time
 from pathlib import Path
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-CONFIGURED = ("step", "scale", "checkpoint", "resume", "inference", "ranking", "lists", "ingest")
+CONFIGURED = ("step", "scale", "peer", "checkpoint", "resume", "inference", "ranking", "lists", "ingest")
 COMMANDS = ("ingest", "resume", "command")  # measured as whole commands, in one process
 MEASURE = Path(__file__).parent / "bench" / "measure.py"
 

@@ -1,15 +1,19 @@
 """Tools without a test file of their own: the benchmark and the demo."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from small import small_catalog, write_config
 
+from gtc_dist.config_file import load_config
 from gtc_dist.data.catalog import Catalog
+from gtc_dist.graph.csc import load_graphs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,6 +59,23 @@ def test_benchmark_steps_on_one_and_two_ranks(small, tmp_path):
     assert rows[0]["result"]["operators/waits"] == 0
     assert "seconds_per_step" in printed
     assert not Path(config).with_name("runs").exists()
+
+
+def test_benchmark_beside_lightgcn(small, tmp_path, monkeypatch):
+    config, catalog = small
+    rows, _ = benchmark(tmp_path, "peer", "--config", config, "--repeats", "1", "model.masked_members=2")
+    assert rows[0]["result"]["of_lightgcn/lightgcn"] == 1
+    assert rows[0]["result"]["processor_seconds/default"] > rows[0]["result"]["processor_seconds/network_alone"] > 0
+
+    monkeypatch.syspath_prepend(str(ROOT / "tools/bench"))
+    from measure_peer import LightGCN, lightgcn_epoch
+
+    torch.manual_seed(0)
+    users, items = catalog.interactions("train")
+    network = LightGCN(load_graphs(load_config(config), catalog))
+    losses = [lightgcn_epoch(network, users, items, 64, epoch) for epoch in range(100)]
+    assert losses[0] == pytest.approx(math.log(2), abs=0.03)
+    assert losses[-1] < 0.5
 
 
 def test_benchmark_of_lists_and_of_the_formats_of_an_export(small, tmp_path):

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from measure_formats import measure_formats
 from measure_lists import measure_lists
+from measure_peer import measure_peer
 from measure_training import measure_checkpoints, measure_resume, measure_step
 from watching import peak_mib, run_watched
 
@@ -198,6 +199,7 @@ KINDS = {
     "lookup": measure_lookup,
     "step": measure_step,
     "scale": measure_step,
+    "peer": measure_peer,
     "checkpoint": measure_checkpoints,
     "resume": measure_resume,
     "inference": measure_inference,
