@@ -8,9 +8,9 @@ of cold items among the 20; and ranks cold items alone and prints Recall@20 on t
     random     a random order
     content    mean cosine of an item's content with the content of the user's items, centred; per modality and for all
     nearest    the run's embeddings, with the mean embedding of the nearest warm items by content for cold items
-    as tuned   the run's final embeddings; then the same with the norm of cold embeddings scaled in steps of 10 %
-               (relative to the unscaled prediction if the tuned scale is 0). The scale was tuned on the valid split:
-               the largest one within the drop that eval.cold_loss allows for warm items.
+    as tuned   the run's final embeddings; then the same with other offsets of the cold items' scores. The offset was
+               tuned on the valid split: the largest one within the drop that eval.cold_loss allows for warm items.
+               Without score fusion: factors instead of offsets.
 """
 
 import argparse
@@ -25,13 +25,14 @@ from gtc_dist.distributed.sharded_spmm import ShardedSpMM
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.evaluation import ranking
 from gtc_dist.evaluation.metrics import K_VALUES, metrics_of_lists
-from gtc_dist.hybrid.cold_start import NORM_SCALE
+from gtc_dist.hybrid.cold_start import NORM_SCALE, OFFSET, WITHOUT
 from gtc_dist.hybrid.content_space import ContentSpace
 from gtc_dist.hybrid.embeddings import Embeddings
 from gtc_dist.inference.trained_run import TrainedRun, load_run
 
 TOP = 20
-STEPS = range(-2, 7)  # of the norm scale, 10 % each
+STEPS = range(-4, 9)
+OFFSET_STEP, FACTOR_STEP = 0.1, 1.1
 USER_BLOCK = 1024
 
 
@@ -58,16 +59,21 @@ def main(argv: list[str] | None = None) -> None:
     names = list(run.features)
     for chosen in [[name] for name in names] + ([names] if len(names) > 1 else []):
         print_row(f"content, {' and '.join(chosen)}", run, content_scores(run, chosen), truth, args.users)
-    tuned, fused = cold_start.weights[NORM_SCALE], run.fused_embeddings()
+    fused = run.fused_embeddings()
     if cold_start.neighbours is not None:
         users, items = fused
         print_row("nearest", run, Embeddings(users, cold_start.neighbours.impute(items)), truth, args.users)
-    scales = {"without cold items": 0.0, "**as tuned**": tuned}
+    tuned = cold_start.weights[NORM_SCALE], cold_start.weights[OFFSET]
+    factor, offset = tuned if tuned[0] else (1.0, 0.0)
+    places = {"without cold items": WITHOUT, "**as tuned**": tuned}
+    by_offset = run.scorer.special_columns(fused.items.width).constant is not None
     for step in STEPS:
-        if step or not tuned:
-            scales[f"norm of cold items x {1.1**step:.2f}"] = (tuned or 1.0) * 1.1**step
-    for name, scale in scales.items():
-        cold_start.weights[NORM_SCALE] = scale
+        if by_offset:
+            places[f"scores of cold items {OFFSET_STEP * step:+.1f}"] = factor, offset + OFFSET_STEP * step
+        else:
+            places[f"scores of cold items x {FACTOR_STEP**step:.2f}"] = factor * FACTOR_STEP**step, 0.0
+    for name, place in places.items():
+        cold_start.weights[NORM_SCALE], cold_start.weights[OFFSET] = place
         print_row(name, run, run.scorer.impute_cold(fused), truth, args.users)
 
 

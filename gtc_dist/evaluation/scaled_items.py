@@ -1,7 +1,7 @@
-"""Metrics of a split as a function of a factor on the scores of some items, from two rankings.
+"""Metrics of a split as a function of a factor and an offset on the scores of some items, from two rankings.
 
-The lists of every factor hold the best of the other items and the best of the scaled ones, in an order that the factor
-alone decides, so each kind is ranked once.
+All lists hold the best of the other items and the best of the scaled ones, in an order that factor and offset decide,
+so each kind is ranked once.
 """
 
 import numpy as np
@@ -42,11 +42,14 @@ class ScaledItems:
         self.others = top_k_items(users, items, graphs, rank_users, most, options, allowed=~which)
         self.scaled = top_k_items(users, scaled, graphs, rank_users, most, options, allowed=which)
 
-    def metrics(self, factor: float) -> dict[str, float]:
-        """Metrics with scores of the items times this factor; 0: without these items."""
+    def metrics(self, factor: float, offset: float = 0.0) -> dict[str, float]:
+        """Metrics with scores of the items times this factor plus the offset; factor 0: without these items."""
         (items, scores), (more, raw) = self.others, self.scaled
         if factor:
-            items, scores = np.concatenate([items, more], axis=1), np.concatenate([scores, raw * factor], axis=1)
+            items, scores = (
+                np.concatenate([items, more], axis=1),
+                np.concatenate([scores, raw * factor + offset], axis=1),
+            )
             order = np.lexsort((items, -scores), axis=1)[:, : max(K_VALUES)]  # of equal scores the lower index first
             items = np.take_along_axis(items, order, axis=1)
         return means_of_groups(items, self.rows, self.truth, {"": self.counted}, self.comm, self.block)[""][1]

@@ -11,11 +11,14 @@ the valid split by maximum likelihood (`conditional_logit.py`), with all warm it
 (predicted without their own row). This is slightly optimistic: the embeddings of an item's neighbours still contain it
 via the graph.
 
-Finally the norm of cold embeddings is tuned, which decides how many cold items enter the lists: the largest scale whose
-drop of the warm items' validation objective is at most `eval.cold_loss`, relative to lists without cold items. Where
-less than `SIMULATED_SHARE` of the items are cold (in small catalogs: fewer than `MIN_SIMULATED` items, or than
-`MAX_SIMULATED_SHARE`), randomly chosen warm items simulate the rest, so that the scale also suits a few items that
-arrive later. With a larger share fewer cold items are recommended than the allowed loss pays for (docs/log.md).
+Finally an offset to all their scores is tuned, which decides how many cold items enter the lists: the largest whose
+drop of the warm items' validation objective is at most `eval.cold_loss`, relative to lists without cold items. Added,
+it lists an item to the users who like it most; a factor, which runs before 0.9.0 have, narrows their differences
+(docs/log.md). Without score fusion embeddings have no column for an offset, so the factor is tuned.
+
+Where less than `SIMULATED_SHARE` of the items are cold (in small catalogs: fewer than `MIN_SIMULATED` items, or than
+`MAX_SIMULATED_SHARE`), randomly chosen warm items simulate the rest, so that the offset also suits a few items that
+arrive later. With a larger share fewer cold items are recommended than the allowed loss pays for.
 
 Tuning ranks the valid split some more times, so the trainer tunes only epochs that become the best checkpoint.
 """
@@ -36,16 +39,21 @@ from gtc_dist.hybrid.embeddings import Embeddings, SpecialColumns
 from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
 
 # From embeddings, predicted rows of the items and bool [items], the ones that get them: the validation objective,
-# higher is better, as a function of the predicted rows' factor; the other items count. Every rank must call both.
-ObjectiveByScale = Callable[[Embeddings, ShardedTable, np.ndarray], Callable[[float], float]]
+# higher is better, as a function of a factor and an offset of these items' scores, factor 0: without them; the other
+# items count. Every rank must call both.
+ObjectiveByPlace = Callable[[Embeddings, ShardedTable, np.ndarray], Callable[[float, float], float]]
 
 # weights of the predictors; runs before 0.5.0 have no `NEIGHBOURS`: regression 1 predicts alone, 0 neighbours alone
 REGRESSION, NEIGHBOURS = "regression", "neighbours"
 CONTENT_WEIGHT = "own"  # of an item's own content profile
-NORM_SCALE = "lift"  # factor of the whole predicted row
-NORM_SCALE_STEPS = (0.0, *(round(1.1**n, 3) for n in range(-12, 13)))
+NORM_SCALE = "lift"  # factor of the whole predicted row; 0: cold items are not recommended
+OFFSET = "offset"  # added to all scores of an item
+# (factor, offset) to choose from: each lists more cold items than the one before
+WITHOUT = (0.0, 0.0)
+BY_OFFSET = (WITHOUT, *((1.0, n / 10) for n in range(-200, 201)))
+BY_SCALE = (WITHOUT, *((round(1.1**n, 3), 0.0) for n in range(-12, 13)))
 
-# of the items that are cold, or simulate cold ones, when the norm is tuned
+# of the items that are cold, or simulate cold ones, when the offset is tuned
 SIMULATED_SHARE, MIN_SIMULATED, MAX_SIMULATED_SHARE = 0.01, 40, 0.1
 
 EXCLUDED = -1e3  # score that keeps an item out of all lists
@@ -70,7 +78,7 @@ class ColdStart:
     ):
         self.cold, self.neighbours, self.regression, self.allowed_loss = cold, neighbours, regression, allowed_loss
         self.weights = self.initial_weights()
-        # cold items, and warm ones that simulate them when the norm is tuned (chosen by a hash of the index)
+        # cold items, and warm ones that simulate them when the offset is tuned (chosen by a hash of the index)
         share = max(SIMULATED_SHARE, min(MIN_SIMULATED / len(cold), MAX_SIMULATED_SHARE))
         self.simulated_cold = cold | (index_bucket(0, len(cold), 10_000) < 10_000 * (share - cold.mean()))
 
@@ -93,7 +101,7 @@ class ColdStart:
         """Local. Weights before tuning."""
         present = {REGRESSION: self.regression is not None, NEIGHBOURS: self.neighbours is not None}
         shares = {name: is_present / max(sum(present.values()), 1) for name, is_present in present.items()}
-        return {**shares, CONTENT_WEIGHT: 1.0, NORM_SCALE: 1.0}
+        return {**shares, CONTENT_WEIGHT: 1.0, NORM_SCALE: 1.0, OFFSET: 0.0}
 
     def load(self, saved: dict[str, float]) -> None:
         """Local. Set the weights to those of a checkpoint; initial ones where it has none."""
@@ -116,17 +124,17 @@ class ColdStart:
         if self.weights[NEIGHBOURS]:
             predicted += self.weights[NEIGHBOURS] * self.neighbours.of_cold(items)
         self._set_profiles(predicted, columns, rows)
-        scaled = scaled_rows(predicted, self.weights[NORM_SCALE], columns.constant)
-        return Embeddings(users, items.with_values(items.weight.float().index_copy(0, rows, scaled)))
+        placed = placed_rows(predicted, self.weights, columns.constant)
+        return Embeddings(users, items.with_values(items.weight.float().index_copy(0, rows, placed)))
 
     def tune(
         self,
         embeddings: Embeddings,
         columns: SpecialColumns,
         shortlist_by: Callable[[dict[str, Embeddings]], Shortlist],
-        objective: ObjectiveByScale,
+        objective: ObjectiveByPlace,
     ) -> None:
-        """Fit the weights of the predictions, then tune the norm scale from its current value."""
+        """Fit the weights of the predictions, then tune how many cold items are listed."""
         users, items = embeddings
         scorers = {}
         if self.regression is not None:
@@ -148,23 +156,22 @@ class ColdStart:
         for rows in others:
             predicted += rows
         self._set_profiles(predicted, columns)
-        self._tune_norm_scale(objective(embeddings, items.with_values(predicted), self.simulated_cold))
+        places = BY_SCALE if columns.constant is None else BY_OFFSET
+        self._tune_place(objective(embeddings, items.with_values(predicted), self.simulated_cold), places)
 
-    def _tune_norm_scale(self, objective: Callable[[float], float]) -> None:
-        """Largest scale within the allowed metric drop; starts from the previous value."""
-
-        def value(at: int) -> float:
-            return objective(NORM_SCALE_STEPS[at])
-
-        least = (1 - self.allowed_loss) * value(0)
+    def _tune_place(self, objective: Callable[[float, float], float], places: tuple[tuple[float, float], ...]) -> None:
+        """The last of the places within the allowed metric drop, by bisection."""
+        least = (1 - self.allowed_loss) * objective(*places[0])
         if not least > 0:
             return  # no warm item is recommended correctly, so there is no drop to measure
-        at = nearest_step(NORM_SCALE_STEPS, self.weights[NORM_SCALE])
-        while value(at) < least:
-            at -= 1
-        while at + 1 < len(NORM_SCALE_STEPS) and value(at + 1) >= least:
-            at += 1
-        self.weights = {**self.weights, NORM_SCALE: NORM_SCALE_STEPS[at]}
+        within, beyond = 0, len(places)
+        while beyond - within > 1:
+            middle = (within + beyond) // 2
+            if objective(*places[middle]) >= least:
+                within = middle
+            else:
+                beyond = middle
+        self.weights |= dict(zip((NORM_SCALE, OFFSET), places[within], strict=True))
 
     def _set_profiles(
         self, predicted: torch.Tensor, columns: SpecialColumns, rows: torch.Tensor | slice = slice(None)
@@ -174,16 +181,16 @@ class ColdStart:
             torch.mul(columns.own_profiles[name][rows], self.weights[CONTENT_WEIGHT], out=predicted[:, at])
 
 
-def scaled_rows(predicted: torch.Tensor, scale: float, constant: int | None) -> torch.Tensor:
-    """Predicted rows times the norm scale. Scale 0 keeps the items out of the lists.
+def placed_rows(predicted: torch.Tensor, weights: dict[str, float], constant: int | None) -> torch.Tensor:
+    """Predicted rows times their factor, with their offset. Factor 0 keeps the items out of the lists.
 
     Args:
         constant: of `SpecialColumns`; None in runs before 0.5.0, whose lists hold positive scores.
     """
-    scaled = predicted * scale
-    if constant is not None and scale == 0:
-        scaled[:, constant] = EXCLUDED
-    return scaled
+    placed = predicted * weights[NORM_SCALE]
+    if constant is not None:
+        placed[:, constant] = placed[:, constant] + weights[OFFSET] if weights[NORM_SCALE] else EXCLUDED
+    return placed
 
 
 def _without_profiles(rows: torch.Tensor, columns: SpecialColumns) -> torch.Tensor:
@@ -191,8 +198,3 @@ def _without_profiles(rows: torch.Tensor, columns: SpecialColumns) -> torch.Tens
     for at in columns.profiles.values():
         rows[:, at] = 0
     return rows
-
-
-def nearest_step(grid: tuple[float, ...], value: float) -> int:
-    """Index of the grid value that is nearest to `value`."""
-    return min(range(len(grid)), key=lambda n: abs(grid[n] - value))

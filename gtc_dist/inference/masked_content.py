@@ -3,7 +3,7 @@ projection for inference."""
 
 import torch
 
-from gtc_dist.distributed.sharded_spmm import ShardedSpMM
+from gtc_dist.distributed.sharded_spmm import ShardedSpMM, row_chunks
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.content_space import ContentSpace, ModalityMap
@@ -35,16 +35,18 @@ def masked_content(
     """
     if masked is None:
         return None
-    comm = next(iter(features.values())).comm
-    content = ShardedTable("content", graphs.items, sum(masked.content_widths.values()), comm, trainable=False)
-    content.weight[:] = _space(masked).apply(
-        {name: table.weight for name, table in features.items()}, missing_as_zero=True
-    )
-    if (hop := graphs.item_item) is not None:
-        operator = ShardedSpMM(hop.indptr, hop.indices, hop.weight, 0, content, content, chunk)
-        neighbours = torch.cat([values for _, _, values in operator.sums(content)])
-        content = content.with_values(content.weight + NEIGHBOUR_WEIGHT * neighbours)
-    return content.with_values(content.weight.half())
+    comm, width, space = next(iter(features.values())).comm, sum(masked.content_widths.values()), _space(masked)
+    own = ShardedTable("content", graphs.items, width, comm, trainable=False)
+    for low, high in row_chunks(own, chunk):
+        rows = {name: table.weight[low:high] for name, table in features.items()}
+        own.weight[low:high] = space.apply(rows, missing_as_zero=True)
+    if (hop := graphs.item_item) is None:
+        return own.with_values(own.weight.half())
+    content = ShardedTable("content", graphs.items, width, comm, dtype=torch.float16, trainable=False)
+    operator = ShardedSpMM(hop.indptr, hop.indices, hop.weight, 0, own, own, chunk)
+    for low, high, neighbours in operator.sums(own):
+        content.weight[low:high] = own.weight[low:high] + NEIGHBOUR_WEIGHT * neighbours
+    return content
 
 
 def _space(masked: MaskedDiffusion) -> ContentSpace:

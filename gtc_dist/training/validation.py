@@ -96,7 +96,7 @@ class Validator:
 
     def _tune_cold_start(self, fused: Embeddings, metrics: dict) -> dict:
         before = self.scorer.state()
-        self.scorer.tune_cold_start(fused, self.shortlist, self.objective_by_scale)
+        self.scorer.tune_cold_start(fused, self.shortlist, self.objective_by_place)
         if self.scorer.state() == before:
             return metrics
         final = self.scorer.impute_cold(fused)
@@ -107,20 +107,20 @@ class Validator:
         options = RankingOptions.of(self.config)
         return ranking.evaluate_split(*embeddings, self.graphs, self.truth[split], options, self.head)
 
-    def objective_by_scale(
+    def objective_by_place(
         self, embeddings: Embeddings, predicted: ShardedTable, which: np.ndarray
-    ) -> Callable[[float], float]:
-        """Objective for tuning the norm of the items `which`, bool [items], as a function of the factor of their
-        `predicted` rows: geometric mean of `eval.metric` and NDCG@20 on a sample of the valid users, so that a relative
-        gain of one counts as much as the same gain of the other. Both count those of the other items that `eval.metric`
-        counts, such as "head_free" (`tuning_positives`).
+    ) -> Callable[[float, float], float]:
+        """Objective for tuning how many of the items `which`, bool [items], are listed, as a function of a factor and
+        an offset of the scores by their `predicted` rows: geometric mean of `eval.metric` and NDCG@20 on a sample of
+        the valid users, so that a relative gain of one counts as much as the same gain of the other. Both count those
+        of the other items that `eval.metric` counts, such as "head_free" (`tuning_positives`).
         """
         metric, positives = tuning_positives(self.config.eval.metric, self.groups, ~which)
         options, truth = self._tuning_options(), self.truth["valid"]
         lists = ScaledItems(*embeddings, predicted, which, self.graphs, truth, options, positives)
 
-        def objective(factor: float) -> float:
-            values = lists.metrics(factor)
+        def objective(factor: float, offset: float) -> float:
+            values = lists.metrics(factor, offset)
             return (values[metric] * values["ndcg@20"]) ** 0.5
 
         return objective

@@ -14,13 +14,15 @@ from gtc_dist.evaluation.shortlist import Shortlist
 from gtc_dist.graph.csc import Graphs, by_destination
 from gtc_dist.hybrid import content_regression, content_space
 from gtc_dist.hybrid.cold_start import (
+    BY_SCALE,
     CONTENT_WEIGHT,
+    EXCLUDED,
     NEIGHBOURS,
     NORM_SCALE,
-    NORM_SCALE_STEPS,
+    OFFSET,
     REGRESSION,
     ColdStart,
-    scaled_rows,
+    placed_rows,
 )
 from gtc_dist.hybrid.content_regression import FOLDS, ContentRegression
 from gtc_dist.hybrid.embeddings import Embeddings, SpecialColumns, unit_variance
@@ -166,8 +168,8 @@ def taste(users: ShardedTable, wanted: torch.Tensor):
 
 
 def indifferent(pair: Embeddings, predicted: ShardedTable, which: np.ndarray):
-    """Objective that does not fall, whatever the norm of cold items."""
-    return lambda factor: 1.0
+    """Objective that does not fall, however many cold items are listed."""
+    return lambda factor, offset: 1.0
 
 
 def test_weights_are_those_of_the_predictors_that_rank_like_the_users(catalog):
@@ -193,8 +195,8 @@ def test_weights_are_those_of_the_predictors_that_rank_like_the_users(catalog):
     assert abs(cold.weights[CONTENT_WEIGHT]) < high / 3
 
 
-def test_norm_scale_is_the_largest_within_the_allowed_loss(catalog):
-    """The objective falls with the norm of cold items and of warm ones that simulate them; only others count."""
+def test_factor_and_offset_are_the_largest_within_the_allowed_loss(catalog):
+    """The objective falls with the scores of cold items and of warm ones that simulate them; only others count."""
     cold = cold_items(catalog, Communicator())
     users, items = table(catalog, Communicator(), "users"), table(catalog, Communicator())
     by_neighbours, by_regression = cold.neighbours.of_all(items), cold.regression.predict(cold.regression.fit(items))
@@ -207,28 +209,37 @@ def test_norm_scale_is_the_largest_within_the_allowed_loss(catalog):
             assert pair[1] is items
             wanted = cold.weights[REGRESSION] * by_regression + cold.weights[NEIGHBOURS] * by_neighbours
             torch.testing.assert_close(predicted.weight, wanted)
-            return lambda factor: 1 - each * factor
+            return lambda factor, offset: 1 - each * factor * np.exp(offset)
 
         return of
 
-    for each, scale in ((0.0071, 1.331), (0.012, 0.826), (0.0099, 1.0), (0.0, NORM_SCALE_STEPS[-1]), (5.0, 0.0)):
-        cold.tune((users, items), SpecialColumns(), taste(users, by_neighbours), objective(each))
-        assert cold.weights[NORM_SCALE] == scale
+    def placed(each, columns) -> tuple[float, float]:
+        cold.tune((users, items), columns, taste(users, by_neighbours), objective(each))
+        return cold.weights[NORM_SCALE], cold.weights[OFFSET]
+
+    constant = SpecialColumns(constant=0)
+    for each, offset in ((0.0071, 0.3), (0.012, -0.2), (0.0099, 0.0), (0.0, 20.0)):
+        assert placed(each, constant) == (1.0, offset)
+    assert placed(1e8, constant) == (0.0, 0.0)
+    for each, scale in ((0.0071, 1.331), (0.012, 0.826), (0.0099, 1.0), (0.0, BY_SCALE[-1][0]), (5.0, 0.0)):
+        assert placed(each, SpecialColumns()) == (scale, 0.0)
     imputed = cold.impute((users, items), SpecialColumns())[1].weight
     assert (imputed[cold.cold] == 0).all()
     cold.tune(
-        (users, items), SpecialColumns(), taste(users, by_neighbours), lambda *_: lambda factor: 0.0
+        (users, items), SpecialColumns(), taste(users, by_neighbours), lambda *_: lambda factor, offset: 0.0
     )  # no warm item is found: no drop to measure
     assert cold.weights[NORM_SCALE] == 0
     assert torch.equal(imputed[~cold.cold], items.weight[~cold.cold])
 
 
-def test_scale_zero_excludes_items_by_the_constant_column():
+def test_offset_and_exclusion_use_the_constant_column():
     rows = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     users = torch.cat([torch.ones(5, 1), torch.randn(5, 3, generator=torch.Generator().manual_seed(1))], dim=1)
-    assert torch.equal(scaled_rows(rows, 1.5, 0), 1.5 * rows)
-    assert (users @ scaled_rows(rows, 0.0, 0).T < -100).all()
-    assert (scaled_rows(rows, 0.0, None) == 0).all()
+    place = {NORM_SCALE: 1.5, OFFSET: -0.7}
+    torch.testing.assert_close(users @ placed_rows(rows, place, 0).T, 1.5 * users @ rows.T - 0.7)
+    assert (users @ placed_rows(rows, place | {NORM_SCALE: 0.0}, 0).T < EXCLUDED / 10).all()
+    assert torch.equal(placed_rows(rows, {NORM_SCALE: 1.5, OFFSET: 0.0}, None), 1.5 * rows)
+    assert (placed_rows(rows, {NORM_SCALE: 0.0, OFFSET: 0.0}, None) == 0).all()
 
 
 def test_weights_are_restored_from_a_checkpoint(catalog):
@@ -243,7 +254,7 @@ def test_weights_are_restored_from_a_checkpoint(catalog):
         cold_items(catalog, Communicator()),
     )
     saved.fusion.weights[MEMBERS] = 2.0
-    saved.cold_start.weights |= {REGRESSION: 0.0, NEIGHBOURS: 0.8, CONTENT_WEIGHT: 3.5, NORM_SCALE: 1.0}
+    saved.cold_start.weights |= {REGRESSION: 0.0, NEIGHBOURS: 0.8, CONTENT_WEIGHT: 3.5, OFFSET: -0.4}
     scorer = HybridScorer(
         ScoreFusion({"m0": members}, ["m0"], None, Graphs.load(catalog), Communicator()),
         cold_items(catalog, Communicator()),
@@ -264,6 +275,7 @@ def test_runs_before_0_5_chose_one_predictor(catalog):
             NEIGHBOURS: 1 - regression,
             CONTENT_WEIGHT: 2.0,
             NORM_SCALE: 1.1,
+            OFFSET: 0.0,
         }
 
 
