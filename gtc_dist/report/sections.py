@@ -184,20 +184,8 @@ def time_section(run: RunData) -> str:
             ("start, validation, final ranking", rest, duration(rest)),
         ]
     speed = {"interactions a second": {"interactions a second": run.curves.get("interactions_per_second", [])}}
-    memory = {
-        "memory, GiB": {
-            name: run.curves[key]
-            for name, key in (("host", "memory/host_gib"), ("GPU", "memory/gpu_gib"))
-            if key in run.curves
-        }
-    }
-    shares = {
-        "share of the time": {
-            name: run.curves[key]
-            for name, key in (("waiting for data", "waiting_for_data"), ("GPU busy", "gpu_busy"))
-            if key in run.curves
-        }
-    }
+    memory = _one_chart("memory, GiB", run, {"host": "memory/host_gib", "GPU": "memory/gpu_gib"})
+    shares = _one_chart("share of the time", run, {"waiting for data": "waiting_for_data", "GPU busy": "gpu_busy"})
     return html_section(
         "Where the time went",
         chart_grid(
@@ -207,6 +195,12 @@ def time_section(run: RunData) -> str:
             *_step_curves(speed | memory | shares),
         ),
     )
+
+
+def _one_chart(title: str, run: RunData, keys: dict[str, str]) -> dict[str, dict[str, Points]]:
+    """Those curves that the run has, by what they show; a single one is named in the title, as it has no legend."""
+    lines = {name: run.curves[key] for name, key in keys.items() if key in run.curves}
+    return {f"{title}: {next(iter(lines))}" if len(lines) == 1 else title: lines}
 
 
 def files_section(run: RunData) -> str:

@@ -88,7 +88,8 @@ def test_the_page_says_what_the_run_says_and_needs_no_network(folder, capsys):
     for said in (
         "loss: bpr",
         "gradient norm",
-        "memory, GiB",
+        "memory, GiB: host",
+        "share of the time: waiting for data",
         "train.seed",
         "weights, best epoch",
         "interactions a second",
