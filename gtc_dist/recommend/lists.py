@@ -38,6 +38,7 @@ from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import CSC, Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
+from gtc_dist.errors import InputError
 from gtc_dist.evaluation.beyond_accuracy import mean_user
 from gtc_dist.evaluation.ranking import top_k_items
 from gtc_dist.export import open_new_users
@@ -90,6 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     users, item = (None if ids is None else index_of_texts(catalog, kind, ids) for ids, kind in named)
     if args.users:
         users = np.unique(catalog.index_of("users", read_ids(args.users, "user_id")))
+        if not len(users):
+            raise InputError(f"--users {args.users} has no user")
     elif new is not None and users is None:
         users = np.arange(catalog.users - len(new), catalog.users)
     wanted = where_conditions(args.where or [])
