@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     out = None if args.out is None else storage.absolute(args.out)
     options |= {"users": users, "include_seen": args.include_seen, "explain": args.explain}
     if out is not None:
-        asked = options | {"new_users": None if new is None else vars(new), "ranks": max(args.workers, 1)}
+        asked = options | {"new_users": None if new is None else vars(new)}
+        asked |= {"ranks": max(args.workers, 1), "chunk": CHUNK_USERS}  # they divide the users among the files
         folder = lists_folder(out, args.out, lists_fingerprint(run_ref, **asked))
     work = functools.partial(recommend_rank, out=out, new_users=new, **options)
     result = run_on_ranks_or_here(args, run_ref, work)
@@ -182,18 +183,17 @@ def write_lists(run: TrainedRun, embeddings: Embeddings, out: str | None, *choic
     comm, first = embeddings.users.comm, embeddings.users.start
     found = set() if out is None else storage.listing(out).keys()
     files, lists, rows, listed, chunks = {}, [], 0, 0, users_in_chunks(embeddings, choice[0])
-    is_written = [part_name(first + number * CHUNK_USERS) in found for number in range(len(chunks))]
+    names = [part_name(first + number * CHUNK_USERS) for number in range(len(chunks))]
+    is_written = [name in found for name in names]
     for number in np.flatnonzero(is_written).tolist():
-        name = part_name(first + number * CHUNK_USERS)
-        count, files[name] = finished_part(storage.join(out, name))
+        count, files[names[number]] = finished_part(storage.join(out, names[number]))
         rows, listed = rows + count, listed + len(chunks[number])
     for number, table in lists_of(run, embeddings, *choice, without=is_written):
         rows, listed = rows + table.num_rows, listed + len(chunks[number])
         if out is None:
             lists += table.to_pylist()
         else:
-            name = part_name(first + number * CHUNK_USERS)
-            files[name] = asdict(formats.write_table(storage.join(out, name), table))
+            files[names[number]] = asdict(formats.write_table(storage.join(out, names[number]), table))
     gathered = comm.all_gather_json({"files": files, "rows": rows, "users": listed})
     merged = {name: entry for part in gathered for name, entry in part["files"].items()}
     totals = {name: sum(part[name] for part in gathered) for name in ("users", "rows")}
