@@ -60,8 +60,11 @@ def data_section(run: RunData) -> str:
         for name, each in data.modalities.items()
     ]
     rows += [(f"raw rows left out: {reason}", f"{count:,}") for reason, count in data.dropped.items() if count]
-    how = f"The catalog {config.data.catalog}, split by {config.data.split.method}."
-    return html_section("What it was trained on", paragraph(how), html_table(("", ""), rows))
+    splits = " and ".join(config.train_splits)
+    how = f"The {splits} interactions of the catalog {config.data.catalog}, split by {config.data.split.method}."
+    begun = (run.result or {}).get("init_from")
+    start = f"The weights started from those of the run {begun['run']}." if begun else ""
+    return html_section("What it was trained on", paragraph(how), paragraph(start), html_table(("", ""), rows))
 
 
 def quality_section(run: RunData, other: RunData | None) -> str:
@@ -91,6 +94,11 @@ def quality_section(run: RunData, other: RunData | None) -> str:
         spread = (
             f"The first 20 of all users' lists hold {result['coverage@20']:.0%} of the items; the most popular "
             f"hundredth of the items takes {result['head_share@20']:.0%} of the places."
+        )
+    if "final_fit" in run.result:
+        notes = (
+            f"This run was trained on train and valid, to be deployed. The metrics are those of the run that selected, "
+            f"{run.result['final_fit']['selection']}. {notes}"
         )
     hint = ""
     if other is not None and run.data and other.data and run.data.fingerprint != other.data.fingerprint:

@@ -18,6 +18,9 @@ from gtc_dist.final_fit.final_trainer import FinalTrainer
 from gtc_dist.final_fit.selection import with_selection
 from gtc_dist.graph.csc import load_graphs
 from gtc_dist.inference.trained_run import load_run
+from gtc_dist.report.model_facts import ListQuestion, model_facts
+from gtc_dist.report.run_data import read_run
+from gtc_dist.report.write_report import report_page
 
 KEYS = ["model.masked_members=1", "train.ema_decay=0.5", "model.user_hop=false"]
 KEYS += ["train.batch_size=32", "eval.metric=ndcg@20"]
@@ -96,6 +99,17 @@ def test_a_resumed_one_ends_with_the_same_weights(selection, final):
         files = [checkpoint_files.read_manifest(storage.join(ref.uri, ref.checkpoint))["files"] for ref in ends]
         same = [{file: entry["sha256"] for file, entry in each.items() if file.startswith(name)} for each in files]
         assert same[0] == same[1] != {}
+
+
+def test_its_report_says_what_its_metrics_are_of(selection, final):
+    """Valid was trained on, so parts are compared on test, where they have positives."""
+    facts = model_facts(Communicator(), None, find_run(final), ListQuestion(None, None))
+    assert facts["split"] == "test"
+    assert max(part["recall@20"] for part in facts["parts"]) > 0
+    page = report_page(read_run(final), None, facts)
+    assert f"The metrics are those of the run that selected, {selection[1]}." in page
+    assert "The train and valid interactions of the catalog" in page
+    assert "users of test; its first 20" in page
 
 
 def test_its_figures_are_refused_or_marked(selection, final, tmp_path, capsys):
