@@ -27,7 +27,7 @@ ITEM_GROUPS = {
 def overview(run: RunData, other: RunData | None) -> str:
     """The head of the page."""
     metric = run.config.eval.metric
-    values = [("state", "finished" if run.result else "not finished")]
+    values = [("state", "not finished" if run.refreshed is None else "refreshed")]
     if run.result:
         best, last = run.result["best_epoch"], run.result["last_epoch"]
         test = metric_value(run.result["test"], metric)
