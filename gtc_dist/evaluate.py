@@ -3,12 +3,13 @@
     python -m gtc_dist.evaluate --run RUN [--split valid|test] [--users N] [--head-items K] [--against OTHER]
         [--workers N]
 
-For each user of the split, all items that the user has no train interaction with are ranked. Prints one JSON object:
-Recall, NDCG, Precision, HitRate and MRR at 5, 10, 20 and 50, overall and for cold items (without a train interaction),
-and the number of users. The same without the most frequent items of valid ("head_free"), by popularity ("strata"), for
-one list that is the same for everyone ("mean_list"), and how the lists spread over the items (evaluation/ranking.py).
-Standard error has the most important of these in two lines. Runs in this process, without a cluster, or with --workers
-N on N ranks of the cluster, each of which loads only its share of everything that grows with the catalog.
+For each user of the split, all items that the user has no train interaction with are ranked. Prints a table of the most
+important metrics: on a terminal alone; otherwise on standard error, and standard output gets all metrics as one line of
+JSON: Recall, NDCG, Precision, HitRate and MRR at 5, 10, 20 and 50, overall and for cold items (without a train
+interaction), and the number of users. The same without the most frequent items of valid ("head_free"), by popularity
+("strata"), for one list that is the same for everyone ("mean_list"), and how the lists spread over the items
+(evaluation/ranking.py). Runs in this process, without a cluster, or with --workers N on N ranks of the cluster, each of
+which loads only its share of everything that grows with the catalog.
 
 --against OTHER, a run on the same catalog: adds the difference of each metric to that run over the same users, with its
 standard error and the 95 % confidence interval of a paired bootstrap (evaluation/bootstrap.py): "against" for overall,
@@ -25,8 +26,7 @@ from gtc_dist.data.catalog import Catalog
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.errors import InputError, run_command
 from gtc_dist.evaluation.bootstrap import paired_bootstrap
-from gtc_dist.evaluation.item_groups import HEAD_ITEMS
-from gtc_dist.evaluation.metrics import personalisation_lines
+from gtc_dist.evaluation.item_groups import HEAD_ITEMS, STRATA
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.inference.trained_run import load_run
 from gtc_dist.launch.job_paths import refuse_relative_paths
@@ -66,9 +66,11 @@ def main(argv: list[str] | None = None) -> None:
         work = functools.partial(compare_runs, other=other, **options)
     result = run_on_ranks_or_here(args, run_ref, work)
     more = {"trained_on": ["train", *run_ref.trained_on]} if run_ref.trained_on else {}
-    print(json.dumps({"split": args.split, **more, **result}))
-    for line in personalisation_lines(result) + difference_lines(result):
-        print(line, file=sys.stderr)
+    is_terminal = sys.stdout.isatty()
+    if not is_terminal:
+        print(json.dumps({"split": args.split, **more, **result}), flush=True)
+    for line in metric_table(args.split, result) + difference_lines(result):
+        print(line, file=sys.stdout if is_terminal else sys.stderr)
 
 
 def check_not_trained_on(run_ref: RunRef, split: str) -> None:
@@ -126,6 +128,24 @@ def compare_runs(
     difference = {group: paired_bootstrap(ours[group], theirs[group]) for group in ours}
     against = {"run": other.uri, **difference["overall"]}
     return {**metrics, "against": against, "against_head_free": difference["head_free"]}
+
+
+def metric_table(split: str, result: dict) -> list[str]:
+    """Lines for the terminal: metrics by group of items, and of one list that is the same for everyone."""
+    shown = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
+    strata = {f"{name} items": (result["strata"][name]["users"], result["strata"][name]) for name in STRATA}
+    rows = {
+        "overall": (result["users"], result["overall"]),
+        "head-free": (result["head_free_users"], result["head_free"]),
+        **strata,
+        "cold items": (result["cold_users"], result["cold"]),
+        "mean list": (result["users"], result["mean_list"]),
+    }
+    lines = [f"{split:<12}{'users':>11}" + "".join(f"{name:>11}" for name in shown)]
+    for name, (users, values) in rows.items():
+        cells = (f"{values[metric]:.4f}" if users else "-" for metric in shown)
+        lines.append(f"{name:<12}{users:>11,}" + "".join(f"{cell:>11}" for cell in cells))
+    return [*lines, "  ".join(f"{name} {result[name]:.4f}" for name in ("coverage@20", "head_share@20"))]
 
 
 def difference_lines(result: dict) -> list[str]:

@@ -47,10 +47,19 @@ def _merge(below: dict, above: dict) -> dict:
 
 
 def small_catalog(
-    uri: str | Path, users=60, items=40, modalities=2, seed=0, per_user=8, cold=3, weight: np.ndarray | None = None
+    uri: str | Path,
+    users=60,
+    items=40,
+    modalities=2,
+    seed=0,
+    per_user=8,
+    cold=3,
+    weight: np.ndarray | None = None,
+    final_weights: dict[str, np.ndarray] | None = None,
 ) -> Catalog:
     """Users and items in four groups that like each other; features encode an item's group. The last `cold` items have
-    no train interaction. `weight`: recency weights of train, float32 [at least its rows]."""
+    no train interaction. `weight`: recency weights of train, float32 [at least its rows]; `final_weights`: those of
+    train and valid for a final fit."""
     rng = np.random.default_rng(seed)
     user_group, item_group = rng.integers(0, 4, users), rng.integers(0, 4, items)
     taste = 1.0 + 8.0 * (user_group[:, None] == item_group[None, :])
@@ -74,7 +83,7 @@ def small_catalog(
     for m in range(modalities):
         centres = rng.normal(size=(4, 6 + m)) * 2
         vectors[f"m{m}"] = centres[item_group] + rng.normal(size=(items, 6 + m))
-    return write_catalog(uri, split, ids, vectors, f"small-{seed}", weight)
+    return write_catalog(uri, split, ids, vectors, f"small-{seed}", weight, final_weights=final_weights)
 
 
 def write_catalog(
@@ -85,13 +94,15 @@ def write_catalog(
     fingerprint: str,
     weight: np.ndarray | None = None,
     scale: float = 1.0,
+    final_weights: dict[str, np.ndarray] | None = None,
 ) -> Catalog:
     """A catalog of these interactions, original ids in the order of indexes, and raw vectors by item index, whose
     features are standardised, with standard deviation 1 / scale."""
     writer = CatalogWriter(str(uri))
     users, items = len(ids["users"]), len(ids["items"])
     for name, (user, item) in split.items():
-        writer.interactions(name, user, item)
+        final_weight = (final_weights or {}).get(name)
+        writer.interactions(name, user, item, None if final_weight is None else final_weight[: len(user)])
     writer.ids("users", ids["users"])
     writer.ids("items", ids["items"])
     weight = None if weight is None else weight[: len(split["train"][0])]

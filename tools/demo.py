@@ -5,7 +5,6 @@ make is refused.
 """
 
 import argparse
-import json
 import shlex
 import shutil
 import subprocess
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from gtc_dist.checkpoint.run_folder import METRICS_FILE
 from gtc_dist.errors import InputError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +22,6 @@ MARKER = DEMO / ".made-by-make-demo"
 RUN = DEMO / "runs" / "demo"
 PARTS = (DEMO / "raw", DEMO / "catalog", RUN, DEMO / "embeddings")
 TITLES = f"'{DEMO}/raw/items/*.parquet'"
-SHOWN = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
 STEPS = (
     ("raw tables with planted structure", f"tools/make_dataset.py --out {DEMO}/raw --seed 0"),
     ("raw tables to a catalog", "-m gtc_dist.prepare --config configs/demo.yaml"),
@@ -54,15 +51,9 @@ def main() -> None:
     started = time.monotonic()
     make_room()
     *before, (title, command) = STEPS
-    printed = [step(number, *entry) for number, entry in enumerate(before, 1)]
+    for number, entry in enumerate(before, 1):
+        step(number, *entry)
     users = pq.read_table(ROOT / DEMO / "embeddings" / "users", columns=["id"])["id"][:3].to_pylist()
-    test = json.loads(printed[3].splitlines()[-1])
-    popularity = json.loads((ROOT / RUN / METRICS_FILE).read_text())["popularity"]
-    print(f"\nTest metrics of {test['users']:,} users, all items ranked\n")
-    print(f"{'':12}{'this run':>12}{'popularity':>12}")
-    for name in SHOWN:
-        if name in popularity:
-            print(f"{name:12}{test['overall'][name]:12.4f}{popularity[name]:12.4f}")
     step(len(STEPS), title, command.format(users=" ".join(f"--user {user}" for user in users)))
     bin = f"{Path(sys.executable).parent.relative_to(ROOT)}/" if Path(sys.executable).is_relative_to(ROOT) else ""
     print(CLOSING.format(run=RUN, demo=DEMO, bin=bin, user=users[0], titles=TITLES))
@@ -80,20 +71,13 @@ def make_room() -> None:
         shutil.rmtree(ROOT / part, ignore_errors=True)
 
 
-def step(number: int, title: str, command: str) -> str:
-    """Print and run one command; returns its output. If it fails, the demo exits with its status."""
+def step(number: int, title: str, command: str) -> None:
+    """Print and run one command. If it fails, the demo exits with its status."""
     print(f"\n[{number}/{len(STEPS)}] {title}\n$ python {command}", flush=True)
-    lines = []
-    with subprocess.Popen(
-        [sys.executable, *shlex.split(command)], cwd=ROOT, stdout=subprocess.PIPE, text=True, errors="replace"
-    ) as process:  # stderr, with the progress, goes straight to the terminal
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
-    if process.returncode != 0:
-        print(f"the demo stopped: the command above ended with status {process.returncode}", file=sys.stderr)
-        sys.exit(process.returncode)
-    return "".join(lines)
+    status = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, check=False).returncode
+    if status != 0:
+        print(f"the demo stopped: the command above ended with status {status}", file=sys.stderr)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

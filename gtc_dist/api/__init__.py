@@ -147,12 +147,12 @@ class Run:
         """Lists: user_id, rank (from 1), item_id and score, the users in the order of the catalog.
 
         Args:
-            users: original ids; None: all.
+            users: original ids, or one text; None: all.
             include_seen: list what a user already has in train, valid or test, too.
             explain: add the parts of each score and the nearest items of the user's own, as `gtc recommend` does.
 
         Raises:
-            InputError: a user that the catalog lacks.
+            InputError: no user, or one that the catalog lacks.
         """
         chosen = None if users is None else np.unique(self._index("users", users))
         embeddings = lists.with_mean_user(self._loaded, self._final)
@@ -174,7 +174,10 @@ class Run:
         return self._loaded.final_embeddings()
 
     def _index(self, kind: str, ids: Iterable) -> np.ndarray:
-        return self._loaded.catalog.index_of(kind, pa.array(list(ids)))
+        named = [ids] if isinstance(ids, str) else list(ids)
+        if not named:
+            raise InputError(f"no id of {kind} is given")
+        return self._loaded.catalog.index_of(kind, pa.array(named))
 
 
 def _config(config: ConfigLike, overrides: tuple[str, ...]) -> Config:

@@ -2,7 +2,8 @@
 
     manifest.json                                    written last; without it the catalog is incomplete
     users/part-*.parquet  items/part-*.parquet       index:int64, id:<original type>, sorted by index
-    interactions/{train,valid,test}/part-*.parquet   user:int32, item:int32
+    interactions/{train,valid,test}/part-*.parquet   user:int32, item:int32; where interactions weigh differently, train
+                                                     and valid have final_weight:float32, too
     features/<modality>/part-*.parquet               item:int32, vector:fixed_size_list<float16>[d], sorted by item
     features/<modality>/{mean,std,components}.npy    transform from raw features, see feature_transform.py
     graph/<name>.{indptr,indices,weight}.npy         CSC: for destination c, sources indices[indptr[c]:indptr[c+1]]
@@ -17,6 +18,7 @@ counts). Graph from content: `item_item` (similarities, normalised to a sum of o
 An interaction may have a weight w: the product of 2^(-age / half-life) with `data.recency_half_life` and of what the
 keys weight, event_weights and repeats of `data.interactions` say. Degrees are then sums of weights, the user-item edges
 have the weights w/sqrt(degree * degree), and a common item of two users counts the product of their two weights.
+`final_weight` is w if train and valid are trained on together (`train.final_fit`).
 
 User and item indexes are a seeded random permutation of the sorted ids, so contiguous ranges are balanced.
 """
@@ -141,10 +143,14 @@ class CatalogWriter:
         if graph.weighted_degree is not None:
             self.array(f"graph/{name}.degree.npy", graph.weighted_degree)
 
-    def interactions(self, split: str, user: np.ndarray, item: np.ndarray) -> None:
+    def interactions(
+        self, split: str, user: np.ndarray, item: np.ndarray, final_weight: np.ndarray | None = None
+    ) -> None:
+        """Write a split; `final_weight`: float32 [E], None: all weigh one."""
         for part, start in enumerate(range(0, max(len(user), 1), INTERACTION_ROWS)):
             rows = slice(start, start + INTERACTION_ROWS)
             columns = {"user": user[rows].astype(np.int32), "item": item[rows].astype(np.int32)}
+            columns |= {} if final_weight is None else {"final_weight": final_weight[rows]}
             self.table(f"interactions/{split}/part-{part:05d}.parquet", pa.table(columns))
 
     def ids(self, kind: str, ids: pa.Array) -> None:
@@ -241,6 +247,20 @@ class Catalog:
         """Read all interactions of some splits: user int32 [E], item int32 [E], in file order."""
         users, items = zip(*(pair for split in splits for pair in self.interaction_files(split)), strict=True)
         return np.concatenate(users), np.concatenate(items)
+
+    def final_weights(self, *splits: str) -> np.ndarray:
+        """Read the weights of interactions of train and valid where both are trained on: float32 [E], in file order.
+
+        Raises:
+            InputError: a catalog of 0.8.0 or earlier, which lacks them.
+        """
+        tables = [formats.read_table(uri) for uri in self.interaction_uris(*splits)]
+        if not all("final_weight" in table.column_names for table in tables):
+            raise InputError(
+                f"train.final_fit needs the weights of valid, and the catalog {self.uri} was built by an earlier "
+                "version, without them; run python -m gtc_dist.prepare --force with this configuration"
+            )
+        return np.concatenate([table["final_weight"].to_numpy() for table in tables])
 
     def ids(self, kind: str, start: int = 0, stop: int | None = None) -> pa.Array:
         """Read the original ids of `users` or `items` [start, stop), in index order; reads only the files needed."""

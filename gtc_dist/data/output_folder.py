@@ -5,7 +5,8 @@ crash at any point leaves one of these states. A folder with other files is refu
 it writes itself.
 
 Order of use: `state` and `check_writable` before the work starts, `clear` and `mark` before the first file, `finish`.
-`start_empty` does the first three for commands that keep nothing of an earlier result.
+`start_empty` does the first three for commands that keep nothing of an earlier result; with `goes_on` a command keeps
+the files that it had finished when it was interrupted.
 """
 
 import re
@@ -82,6 +83,21 @@ class OutputFolder:
         if state == "incomplete":
             print(f"{named}: the command that wrote {self.kind} here was cut off: starting again", flush=True)
             self.clear()
+
+    def goes_on(self) -> bool:
+        """Whether an incomplete folder is of an interrupted command with the same `marker_content`. If so, files that
+        it left half-written are removed; finished ones stay.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        if storage.read_json(storage.join(self.uri, self.marker)) != self.marker_content:
+            return False
+        self.check_writable()
+        for name in storage.listing(self.uri):
+            if name.endswith(".partial"):
+                storage.remove_tree(storage.join(self.uri, name))
+        return True
 
     def mark(self) -> None:
         """Write the marker."""

@@ -176,12 +176,12 @@ def has_result(folder: OutputFolder, force: bool, progress: ProgressPrinter) -> 
                 f"the output folder {folder.uri} holds vectors of other content or of another encoder; name another "
                 "folder, or replace them with --force"
             )
-    folder.check_writable()
     if state == "incomplete" and not force:
-        if storage.read_json(storage.join(folder.uri, MARKER)) == folder.marker_content:
+        if folder.goes_on():
             progress("going on with what an earlier command has written")
             return False
         progress("an interrupted command had other content or another encoder: starting again")
+    folder.check_writable()
     folder.clear()
     folder.mark()
     return False

@@ -149,13 +149,11 @@ def load_graphs(config: Config, catalog: Catalog) -> Graphs:
         )
     if len(config.train_splits) == 1:
         return graphs
+    pairs, weight = catalog.interactions(*config.train_splits), None
     if graphs.nodes.weighted_degree is not None:
-        raise InputError(
-            f"train.final_fit needs the weights of valid, and the catalog {catalog.uri} has those of train alone; "
-            "train without weights of interactions, or deploy the run that selected"
-        )
-    pairs = catalog.interactions(*config.train_splits)
-    return replace(graphs, nodes=both_directions(*build_user_item_graph(*pairs, catalog.users, catalog.items)))
+        weight = catalog.final_weights(*config.train_splits)
+    both = build_user_item_graph(*pairs, catalog.users, catalog.items, weight=weight)
+    return replace(graphs, nodes=both_directions(*both))
 
 
 def both_directions(item_user: CSC, user_item: CSC) -> CSC:

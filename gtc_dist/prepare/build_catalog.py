@@ -211,7 +211,7 @@ def write_catalog(
     writer.ids("users", split.users)
     writer.ids("items", split.items)
     for name in SPLITS:
-        writer.interactions(name, *split.splits[name])
+        writer.interactions(name, *split.splits[name], split.final_weights.get(name))
     if split.rejected:
         writer.table(REJECTED_FILE, pa.concat_tables(split.rejected).drop_columns("count"))
     manifest = writer.finish(

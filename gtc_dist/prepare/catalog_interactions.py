@@ -10,7 +10,7 @@ and test whose pair is in train.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +38,8 @@ class SplitInteractions:
         splits: name -> (user int32 [E], item int32 [E]), shuffled, in scratch.
         dropped: reason -> number of rows.
         train_weight: float32 [E], weights of train, in scratch; None: all weigh one.
+        final_weights: `train` and `valid` -> float32 [E], weights if both are trained on, in scratch; empty: all weigh
+            one.
         rejected: bad rows that were left out (`RawInteractions.rejected`).
     """
 
@@ -47,6 +49,7 @@ class SplitInteractions:
     dropped: dict[str, int]
     train_weight: np.ndarray | None = None
     rejected: Sequence[pa.Table] = ()
+    final_weights: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -79,20 +82,31 @@ def build_interactions(
     users, user_index = _assign_indexes(raw.user_ids, rows.user_counts, np.random.default_rng([seed, 0]))
     items, item_index = _assign_indexes(raw.item_ids, rows.item_counts, np.random.default_rng([seed, 1]), more_items)
     weight = _train_weights(rows, codes, data, raw.time_unit, scratch)
-    splits, weights = {}, {}
+    final_codes, final_weight = None, None
+    if weight is not None:
+        final_codes = _with_valid_in_train(codes, scratch)
+        final_weight = _train_weights(rows, final_codes, data, raw.time_unit, scratch)
+    splits, train_weight, final_weights = {}, None, {}
     for which, name in enumerate(SPLITS):
         progress(f"shuffling interactions: {name}")
-        more = [weight] if weight is not None and which == split.TRAIN else []
+        more = [] if weight is None else {"train": [final_weight, weight], "valid": [final_weight]}.get(name, [])
         columns = _split_columns(rows, codes, which, user_index, item_index, more, scratch)
-        user, item, *weights[name] = _shuffle(
-            columns, counts[which], len(more), [seed, 4, which], [seed, 2, which], scratch
-        )
+        user, item, *weights = _shuffle(columns, counts[which], len(more), [seed, 4, which], [seed, 2, which], scratch)
         splits[name] = user, item
+        final_weights |= {name: weights[0]} if weights else {}
+        train_weight = weights[1] if len(weights) == 2 else train_weight
     unmerged = () if rows.unmerged is None else rows.unmerged[0].columns
-    scratch.discard(rows.user, rows.item, rows.time, rows.weight, codes, weight, *unmerged)
+    scratch.discard(rows.user, rows.item, rows.time, rows.weight, codes, weight, final_codes, final_weight, *unmerged)
     rejected = {"bad_rows": sum(sum(table["count"].to_pylist()) for table in raw.rejected)} if raw.rejected else {}
-    train_weight = weights["train"][0] if weights["train"] else None
-    return SplitInteractions(users, items, splits, rejected | dropped, train_weight, raw.rejected)
+    return SplitInteractions(users, items, splits, rejected | dropped, train_weight, raw.rejected, final_weights)
+
+
+def _with_valid_in_train(codes: np.ndarray, scratch: Scratch) -> np.ndarray:
+    """Split codes in which valid is a part of train, int8 [E] in scratch."""
+    merged = scratch.array(len(codes), np.int8)
+    for block in scratch.blocks(len(codes), 64):
+        merged[block] = np.where(codes[block] == split.VALID, split.TRAIN, codes[block])
+    return merged
 
 
 def _train_weights(

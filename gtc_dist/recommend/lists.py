@@ -17,13 +17,15 @@ items that have this text in a column of that table; of one column given twice, 
 content_MODALITY: together the score; in Parquet the columns score_PART), and the user's own train items that are most
 similar to the listed one, with the cosine (nearest_own). Lists are exact: every item is scored for every user.
 
+Rerun the same command to go on with lists that were interrupted: files of users that are finished stay.
+
 Similar items are those with the largest cosine, without the columns that hold an item's popularity. The dot product, by
 which users' lists are ranked, also rewards items that many people take.
 """
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -34,9 +36,9 @@ from torch.nn.functional import normalize
 from gtc_dist.checkpoint.existing_run import RunRef, find_run
 from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import CSC, Catalog
-from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
+from gtc_dist.errors import InputError
 from gtc_dist.evaluation.beyond_accuracy import mean_user
 from gtc_dist.evaluation.ranking import top_k_items
 from gtc_dist.export import open_new_users
@@ -55,6 +57,7 @@ from gtc_dist.recommend.item_choice import (
     item_titles,
     where_conditions,
 )
+from gtc_dist.recommend.list_parts import finished_part, lists_fingerprint, lists_folder, part_name
 from gtc_dist.recommend.list_table import list_table, show
 
 CHUNK_USERS = 1 << 15  # of a rank, whose lists are held at once
@@ -88,6 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     users, item = (None if ids is None else index_of_texts(catalog, kind, ids) for ids, kind in named)
     if args.users:
         users = np.unique(catalog.index_of("users", read_ids(args.users, "user_id")))
+        if not len(users):
+            raise InputError(f"--users {args.users} has no user")
     elif new is not None and users is None:
         users = np.arange(catalog.users - len(new), catalog.users)
     wanted = where_conditions(args.where or [])
@@ -102,11 +107,14 @@ def main(argv: list[str] | None = None) -> None:
         show(run_on_ranks_or_here(args, run_ref, work)["lists"], "item")
         return
     out = None if args.out is None else storage.absolute(args.out)
-    folder = None if out is None else lists_folder(out, args.out)
-    options |= {"include_seen": args.include_seen, "explain": args.explain, "new_users": new}
-    work = functools.partial(recommend_rank, users=users, out=out, **options)
+    options |= {"users": users, "include_seen": args.include_seen, "explain": args.explain}
+    if out is not None:
+        asked = options | {"new_users": None if new is None else vars(new)}
+        asked |= {"ranks": max(args.workers, 1), "chunk": CHUNK_USERS}  # they divide the users among the files
+        folder = lists_folder(out, args.out, lists_fingerprint(run_ref, **asked))
+    work = functools.partial(recommend_rank, out=out, new_users=new, **options)
     result = run_on_ranks_or_here(args, run_ref, work)
-    if folder is None:
+    if out is None:
         show(result["lists"], "user")
         return
     folder.finish({"run": run_ref.uri, "checkpoint": run_ref.checkpoint, "top": args.top, **result})
@@ -139,14 +147,6 @@ def index_of_texts(catalog: Catalog, kind: str, ids: list[str]) -> np.ndarray:
     return catalog.index_of(kind, pa.array(ids, pa.string()))
 
 
-def lists_folder(out: str, named: str) -> OutputFolder:
-    """The output folder, emptied of lists that were cut off. Raises InputError where it holds anything else."""
-    own = r"part-\d{12}\.parquet"
-    folder = OutputFolder(out, "the output folder", "lists", own_files=own, manifest="_manifest.json", marker=None)
-    folder.start_empty(named)
-    return folder
-
-
 def recommend_rank(
     comm: Communicator,
     graphs: Graphs | None,
@@ -173,21 +173,27 @@ def recommend_rank(
 
 
 def write_lists(run: TrainedRun, embeddings: Embeddings, out: str | None, *choice) -> dict:
-    """`recommend_rank` of a run that is loaded. Collective: every rank must call it.
+    """`recommend_rank` of a run that is loaded; parts that are in `out` already stay. Collective: every rank must call
+    it.
 
     Args:
         embeddings: final ones (`with_mean_user`).
         choice: arguments of `lists_of` after them.
     """
     comm, first = embeddings.users.comm, embeddings.users.start
-    files, lists, rows, listed = {}, [], 0, 0
-    for number, (count, table) in enumerate(lists_of(run, embeddings, *choice)):
-        rows, listed = rows + table.num_rows, listed + count
+    found = set() if out is None else storage.listing(out).keys()
+    files, lists, rows, listed, chunks = {}, [], 0, 0, users_in_chunks(embeddings, choice[0])
+    names = [part_name(first + number * CHUNK_USERS) for number in range(len(chunks))]
+    is_written = [name in found for name in names]
+    for number in np.flatnonzero(is_written).tolist():
+        count, files[names[number]] = finished_part(storage.join(out, names[number]))
+        rows, listed = rows + count, listed + len(chunks[number])
+    for number, table in lists_of(run, embeddings, *choice, without=is_written):
+        rows, listed = rows + table.num_rows, listed + len(chunks[number])
         if out is None:
             lists += table.to_pylist()
-        elif count:
-            name = f"part-{first + number * CHUNK_USERS:012d}.parquet"
-            files[name] = asdict(formats.write_table(storage.join(out, name), table))
+        else:
+            files[names[number]] = asdict(formats.write_table(storage.join(out, names[number]), table))
     gathered = comm.all_gather_json({"files": files, "rows": rows, "users": listed})
     merged = {name: entry for part in gathered for name, entry in part["files"].items()}
     totals = {name: sum(part[name] for part in gathered) for name in ("users", "rows")}
@@ -203,22 +209,25 @@ def lists_of(
     allowed: np.ndarray | None = None,
     titles: pa.Array | None = None,
     explain: bool = False,
+    without: Sequence[bool] = (),
 ) -> Iterator[tuple[int, pa.Table]]:
-    """Lists of this rank's users, some users at a time: their number, and a table as of `list_table`. Collective: every
-    rank must take all.
+    """Lists of this rank's users, chunk by chunk: the number of the chunk, and a table as of `list_table`. Collective:
+    every rank must take all.
 
     Args:
         embeddings: final ones (`with_mean_user`); others as of `recommend_rank`.
+        without: which chunks of `users_in_chunks` are left out; empty: none.
     """
     comm, first, last = embeddings.users.comm, embeddings.users.start, embeddings.users.stop
-    mine = np.arange(first, last) if users is None else users[(users >= first) & (users < last)]
     known = None if include_seen else later_interactions(run.catalog, first, last)
     options, width = run.ranking_options(None), embeddings.items.width
-    chunks = comm.all_reduce_max(-(-len(mine) // CHUNK_USERS))
-    report = users_done(len(mine), sum(comm.all_gather_int(len(mine))), comm.rank == 0)
-    for number in range(chunks):
-        chunk = mine[number * CHUNK_USERS : (number + 1) * CHUNK_USERS]
-        done = functools.partial(report, number * CHUNK_USERS, len(chunk))
+    chunks = dict(enumerate(users_in_chunks(embeddings, users)))
+    chunks = {number: chunk for number, chunk in chunks.items() if not (without and without[number])}
+    mine, before = sum(map(len, chunks.values())), 0
+    report = users_done(mine, sum(comm.all_gather_int(mine)), comm.rank == 0)
+    none = [(-1, np.empty(0, np.int64))] * (comm.all_reduce_max(len(chunks)) - len(chunks))
+    for number, chunk in [*chunks.items(), *none]:  # every rank takes part as often as the one with the most chunks
+        done = functools.partial(report, before, len(chunk))
         items, scores = top_k_items(
             *embeddings, run.graphs, chunk, top, options, allowed, known, mask_train=not include_seen, done=done
         )
@@ -226,7 +235,16 @@ def lists_of(
         if explain:
             parts, popularity = named_parts(run, width), run.scorer.special_columns(width).popularity
             reasons = explain_lists(embeddings, run.graphs, parts, popularity, chunk, items)
-        yield len(chunk), list_table(run.catalog, "user_id", chunk, items, scores, titles, reasons)
+        before += len(chunk)
+        if len(chunk):
+            yield number, list_table(run.catalog, "user_id", chunk, items, scores, titles, reasons)
+
+
+def users_in_chunks(embeddings: Embeddings, users: np.ndarray | None) -> list[np.ndarray]:
+    """Local. This rank's users among some (None: all), CHUNK_USERS at a time."""
+    first, last = embeddings.users.start, embeddings.users.stop
+    mine = np.arange(first, last) if users is None else users[(users >= first) & (users < last)]
+    return [mine[start : start + CHUNK_USERS] for start in range(0, len(mine), CHUNK_USERS)]
 
 
 def users_done(mine: int, users: int, is_shown: bool) -> Callable[[int, int, float], None]:

@@ -1,7 +1,7 @@
 """What the parts of a run's model do, and lists of a few users: from the best checkpoint, on its catalog.
 
 How far the lists of each part alone, and those without the content filter, differ from the final ones is measured over
-a seeded sample of the users of valid.
+a seeded sample of the users of valid; of test for a final fit, which is trained on valid, too.
 """
 
 from collections.abc import Iterator
@@ -51,8 +51,8 @@ def model_facts(comm: Communicator, graphs: Graphs | None, run_ref: RunRef, ques
     """Facts for the report. Collective: every rank must call it.
 
     Returns:
-        users: number of compared users; groups: [[name, users, least, most train interactions]]
-        parts: [{name, weight, recall@20 and ndcg@20 of valid, overlap: with the final lists, by_group: [overlap]}]
+        split: whose users are compared; users: their number; groups: [[name, users, least, most train interactions]]
+        parts: [{name, weight, recall@20 and ndcg@20 of the split, overlap: with the final lists, by_group: [overlap]}]
         filter: as a part, the lists without the content filter, or None
         most_different: [{user, train, overlap}], users whose final list differs most from that of the part `reference`,
             the untrained scorers or, without these, popularity; filter_most_different: from that without the filter
@@ -67,6 +67,7 @@ def model_facts(comm: Communicator, graphs: Graphs | None, run_ref: RunRef, ques
     one_untrained = 1 if run.scorer.has_untrained else 0  # the last but popularity
     reference = UNTRAINED if UNTRAINED in names else names[-1 - one_untrained]
     return {
+        "split": comparison.split,
         "users": comparison.users,
         "groups": comparison.groups,
         "parts": parts,
@@ -137,7 +138,8 @@ class _Comparison:
     def __init__(self, run: TrainedRun, final: Embeddings):
         self.run, self.comm = run, final.users.comm
         self.options = run.ranking_options(SAMPLE)
-        self.truth = ranking.load_ground_truth(run.catalog, "valid", final.users.start, final.users.stop)
+        self.split = "test" if "valid" in run.config.train_splits else "valid"
+        self.truth = ranking.load_ground_truth(run.catalog, self.split, final.users.start, final.users.stop)
         self.mine = ranking.ranked_users(final.users, run.graphs, self.truth, self.options)
         self.top = self._lists(final)
         self.indexes = self._all(self.mine)
@@ -154,7 +156,7 @@ class _Comparison:
         self.overlaps: dict[str, np.ndarray] = {}
 
     def part(self, name: str, weight: float | None, embeddings: Embeddings) -> dict:
-        """How the lists of other embeddings rank valid, and how many items they share with the final ones."""
+        """How the lists of other embeddings rank the split, and how many items they share with the final ones."""
         top = self._lists(embeddings)
         both = [
             len(np.intersect1d(a[a >= 0], b)) / COMPARED

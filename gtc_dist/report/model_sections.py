@@ -36,10 +36,10 @@ def _parts(facts: dict | None) -> str:
         for part in facts["parts"]
     ]
     how = (
-        f"Each part ranks alone, by its own scores, for {facts['users']:,} users of valid; its first {COMPARED} are "
-        "compared with those of the final list. The last columns: users with few, some and many train interactions "
-        "(numbers in brackets). Weights are those of the best epoch for a user of mean activity; one below 0 takes "
-        "away from what the other parts add."
+        f"Each part ranks alone, by its own scores, for {facts['users']:,} users of {facts['split']}; its first "
+        f"{COMPARED} are compared with those of the final list. The last columns: users with few, some and many train "
+        "interactions (numbers in brackets). Weights are those of the best epoch for a user of mean activity; one "
+        "below 0 takes away from what the other parts add."
     )
     differ = f"Users whose final list differs most from that of: {facts['reference']}"
     return paragraph(how) + html_table(head, rows) + paragraph(differ) + _users(facts["most_different"])
@@ -54,8 +54,9 @@ def _filter(run: RunData, facts: dict | None) -> str:
     found, groups = facts["filter"], _group_titles(facts)
     rows = [[f"lists share of {COMPARED}", f"{found['overlap']:.0%}", *(f"{share:.0%}" for share in found["by_group"])]]
     said = (
-        f"Without the filter, and with the same weights, valid recall@20 is {found['recall@20']:.4f} and ndcg@20 "
-        f"{found['ndcg@20']:.4f}. How much of the lists stays, for users with few, some and many train interactions:"
+        f"Without the filter, and with the same weights, {facts['split']} recall@20 is {found['recall@20']:.4f} and "
+        f"ndcg@20 {found['ndcg@20']:.4f}. How much of the lists stays, for users with few, some and many train "
+        "interactions:"
     )
     differ = paragraph("Users whose list the filter changes most:") + _users(facts["filter_most_different"])
     return title + paragraph(said) + html_table(("", "all users", *groups), rows) + differ

@@ -17,6 +17,7 @@ from gtc_dist.checkpoint.run_folder import (
     EPOCH_PREFIX,
     METRICS_FILE,
     METRICS_LOG,
+    REFRESH_FILES,
     STEP_PREFIX,
     TENSORBOARD_FOLDER,
 )
@@ -48,6 +49,7 @@ class RunData:
     epochs: lines of metrics.jsonl, one for each validation. result: metrics.json; None: not finished.
     curves: number of the trainer -> (step, value). starts: Unix times at which a start wrote its first log.
     data: manifest of the catalog; None: see `missing`. missing: what could not be read, a sentence each.
+    refreshed: the run that `gtc refresh` made this one of, without training; None: this one was trained.
     """
 
     uri: str
@@ -59,6 +61,7 @@ class RunData:
     checkpoints: list[CheckpointFacts]
     data: Manifest | None = None
     missing: list[str] = field(default_factory=list)
+    refreshed: str | None = None
 
     @property
     def name(self) -> str:
@@ -100,9 +103,16 @@ def read_run(uri: str, catalog: str | None = None) -> RunData:
         starts,
         _checkpoints(uri),
     )
-    if run.result is None:
+    manifest = storage.join(uri, REFRESH_FILES[0])
+    if storage.exists(manifest):
+        run.refreshed = storage.read_json(manifest)["run"]
+        run.missing.append(
+            f"gtc refresh made this run of {run.refreshed}, without training, so there are no curves and no metrics; "
+            "gtc evaluate --run RUN ranks the test split."
+        )
+    elif run.result is None:
         run.missing.append("The training is not finished: there are no metrics of the test split yet.")
-    if not curves:
+    if not curves and run.refreshed is None:
         run.missing.append("The run has no event files, so curves of losses, speed and memory are left out.")
     try:
         run.config = with_catalog(config, uri, catalog)

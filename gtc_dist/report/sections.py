@@ -27,7 +27,7 @@ ITEM_GROUPS = {
 def overview(run: RunData, other: RunData | None) -> str:
     """The head of the page."""
     metric = run.config.eval.metric
-    values = [("state", "finished" if run.result else "not finished")]
+    values = [("state", "not finished" if run.refreshed is None else "refreshed")]
     if run.result:
         best, last = run.result["best_epoch"], run.result["last_epoch"]
         test = metric_value(run.result["test"], metric)
@@ -60,8 +60,11 @@ def data_section(run: RunData) -> str:
         for name, each in data.modalities.items()
     ]
     rows += [(f"raw rows left out: {reason}", f"{count:,}") for reason, count in data.dropped.items() if count]
-    how = f"The catalog {config.data.catalog}, split by {config.data.split.method}."
-    return html_section("What it was trained on", paragraph(how), html_table(("", ""), rows))
+    splits = " and ".join(config.train_splits)
+    how = f"The {splits} interactions of the catalog {config.data.catalog}, split by {config.data.split.method}."
+    begun = (run.result or {}).get("init_from")
+    start = f"The weights started from those of the run {begun['run']}." if begun else ""
+    return html_section("What it was trained on", paragraph(how), paragraph(start), html_table(("", ""), rows))
 
 
 def quality_section(run: RunData, other: RunData | None) -> str:
@@ -91,6 +94,11 @@ def quality_section(run: RunData, other: RunData | None) -> str:
         spread = (
             f"The first 20 of all users' lists hold {result['coverage@20']:.0%} of the items; the most popular "
             f"hundredth of the items takes {result['head_share@20']:.0%} of the places."
+        )
+    if "final_fit" in run.result:
+        notes = (
+            f"This run was trained on train and valid, to be deployed. The metrics are those of the run that selected, "
+            f"{run.result['final_fit']['selection']}. {notes}"
         )
     hint = ""
     if other is not None and run.data and other.data and run.data.fingerprint != other.data.fingerprint:
@@ -184,20 +192,8 @@ def time_section(run: RunData) -> str:
             ("start, validation, final ranking", rest, duration(rest)),
         ]
     speed = {"interactions a second": {"interactions a second": run.curves.get("interactions_per_second", [])}}
-    memory = {
-        "memory, GiB": {
-            name: run.curves[key]
-            for name, key in (("host", "memory/host_gib"), ("GPU", "memory/gpu_gib"))
-            if key in run.curves
-        }
-    }
-    shares = {
-        "share of the time": {
-            name: run.curves[key]
-            for name, key in (("waiting for data", "waiting_for_data"), ("GPU busy", "gpu_busy"))
-            if key in run.curves
-        }
-    }
+    memory = _one_chart("memory, GiB", run, {"host": "memory/host_gib", "GPU": "memory/gpu_gib"})
+    shares = _one_chart("share of the time", run, {"waiting for data": "waiting_for_data", "GPU busy": "gpu_busy"})
     return html_section(
         "Where the time went",
         chart_grid(
@@ -207,6 +203,12 @@ def time_section(run: RunData) -> str:
             *_step_curves(speed | memory | shares),
         ),
     )
+
+
+def _one_chart(title: str, run: RunData, keys: dict[str, str]) -> dict[str, dict[str, Points]]:
+    """Those curves that the run has, by what they show; a single one is named in the title, as it has no legend."""
+    lines = {name: run.curves[key] for name, key in keys.items() if key in run.curves}
+    return {f"{title}: {next(iter(lines))}" if len(lines) == 1 else title: lines}
 
 
 def files_section(run: RunData) -> str:

@@ -32,6 +32,13 @@ class RunDescription:
         return {key: value for key, value in found.items() if isinstance(value, bool | int | float | str)}
 
     @property
+    def chosen(self) -> set[str]:
+        """Keys of `hyperparameters` that are not at their default."""
+        fields = Config.model_fields
+        defaults = flatten_keys({name: fields[name].default.model_dump() for name in ("train", "model", "eval")})
+        return {key for key, value in self.hyperparameters.items() if value != defaults.get(key, value)}
+
+    @property
     def data_summary(self) -> str:
         """The catalog as a table in Markdown."""
         data = self.data

@@ -7,6 +7,7 @@ valid.
 
 import os
 import tempfile
+from collections.abc import Iterable
 
 import numpy as np
 import yaml
@@ -15,6 +16,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from tensorboard.plugins.custom_scalar.metadata import create_summary_metadata as layout_metadata
 from tensorboard.plugins.histogram import metadata as histogram_metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.hparams.summary_v2 import HParam, Metric, hparams_config_pb, hparams_pb
 from tensorboard.plugins.scalar import metadata as scalar_metadata
 from tensorboard.plugins.text import metadata as text_metadata
@@ -53,7 +55,7 @@ class TensorBoardLogger:
         metrics = [Metric(f"1_quality/{name}", display_name=f"valid {name}") for name in self.quality]
         metrics += [Metric(f"1_quality/{name}", group=TEST_RUN, display_name=f"test {name}") for name in self.quality]
         values = run.hyperparameters
-        for summary in (hparams_config_pb([HParam(key) for key in values], metrics), hparams_pb(values)):
+        for summary in (_hyperparameter_table(values, run.chosen, metrics), hparams_pb(values)):
             self._add(summary, run.done)
         category, chart = layout_pb2.Category, layout_pb2.Chart
         sections = [
@@ -117,6 +119,18 @@ class TensorBoardLogger:
             return ""
         self._described.add(tag)
         return meaning(name)
+
+
+def _hyperparameter_table(keys: Iterable[str], first: set[str], metrics: list[Metric]) -> Summary:
+    """The columns of the table of hyperparameters. TensorBoard shows only a few at once; those in `first` are among
+    them, since it puts keys that differ between runs before the others."""
+    summary = hparams_config_pb([HParam(key) for key in keys], metrics)
+    plugin = summary.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(plugin.content)
+    for info in content.experiment.hparam_infos:
+        info.differs = info.name in first
+    plugin.content = content.SerializeToString()
+    return summary
 
 
 def _scalar(tag: str, value: float, description: str) -> Summary:

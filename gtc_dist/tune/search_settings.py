@@ -42,9 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     space = read_space(args.space, config)
     check_search(config, space)
     config, catalog, folder = open_for_training(config)
-    graphs = graphs_of_trials(config, space, catalog, folder)
     begun, results = was_begun(folder, config, space, catalog), storage.join(folder, RESULTS_FILE)
     if not begun or not storage.exists(results):
+        graphs = graphs_of_trials(config, space, catalog, folder)
         with hold_run_lock(folder):
             storage.write_json(storage.join(folder, SEARCH_FILE), asked_for(config, space, catalog))
             run_search(config, space, graphs, folder, begun)

@@ -125,3 +125,14 @@ def test_an_output_folder_in_object_storage(s3):
     assert output.state() == "complete"
     output.clear()
     assert list(storage.listing(output.uri)) == ["marker.json"]
+
+
+def test_a_command_goes_on_with_what_it_had_finished(tmp_path):
+    output = folder(tmp_path / "out")
+    output.mark()
+    write(output.uri, "parts/part-0.bin", "parts/part-1.bin.1a2b3c4d.partial")
+    assert output.goes_on()
+    assert sorted(storage.listing(output.uri)) == ["marker.json", "parts/part-0.bin"]
+    storage.write_json(f"{output.uri}/marker.json", {"version": 4})
+    assert not output.goes_on()
+    assert sorted(storage.listing(output.uri)) == ["marker.json", "parts/part-0.bin"]

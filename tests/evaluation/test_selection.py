@@ -1,12 +1,17 @@
 """A run that head-free NDCG selects: training, its logs, and what the commands print of it."""
 
 import json
+import os
+import pty
 import shutil
+import subprocess
+import sys
+from contextlib import suppress
 
 import pytest
 import torch
 from ranks import run_ranks
-from small import small_catalog, write_config
+from small import ROOT, small_catalog, write_config
 from trainings import train_on, train_without_ray
 
 from gtc_dist import evaluate, train
@@ -82,15 +87,54 @@ def test_ranks_train_and_select_alike(config, run, metric):
         assert flat_metrics(result[name]) == pytest.approx(alone, abs=1e-6)
 
 
-def test_evaluate_prints_json_and_a_summary(run, capsys):
+def cells_of(text: str) -> dict[str, list[str]]:
+    """Row of the table -> its cells; the names have one word or two."""
+    lines = [line for line in text.splitlines() if line.startswith(("overall", "head", "tail", "cold", "mean"))]
+    return {line[:12].strip(): line[12:].split() for line in lines if "@" not in line}
+
+
+def test_evaluate_prints_json_and_a_table(run, capsys):
     capsys.readouterr()
     evaluate.main(["--run", run])
     printed = capsys.readouterr()
     result, expected = json.loads(printed.out), storage.read_json(f"{run}/metrics.json")["test"]
+    assert printed.out.count("\n") == 1
     assert flat_metrics(result) == pytest.approx(flat_metrics(expected))
-    for line, value in zip(printed.err.splitlines()[-2:], (expected["head_free"], expected["mean_list"]), strict=True):
-        assert f"ndcg@20 {value['ndcg@20']:.4f}" in line
+    rows = cells_of(printed.err)
+    tail = expected["strata"]["tail"]
+    wanted = {"overall": (expected["users"], expected["overall"]), "tail items": (tail["users"], tail)}
+    wanted |= {"head-free": (expected["head_free_users"], expected["head_free"])}
+    wanted |= {"mean list": (expected["users"], expected["mean_list"])}
+    for name, (users, values) in wanted.items():
+        shown = [f"{values[metric]:.4f}" for metric in ("recall@10", "recall@20", "ndcg@10", "ndcg@20")]
+        assert rows[name] == [f"{users:,}", *shown]
     assert f"coverage@20 {expected['coverage@20']:.4f}" in printed.err
+
+
+def test_a_group_without_users_has_no_metrics():
+    zeros = {f"{metric}@{k}": 0.0 for metric in ("recall", "ndcg") for k in (10, 20)}
+    strata = {name: {"users": 2000, **zeros} for name in ("head", "middle", "tail")}
+    groups = {"overall": zeros, "head_free": zeros, "cold": zeros, "mean_list": zeros, "strata": strata}
+    counts = {"users": 2000, "head_free_users": 1990, "cold_users": 0, "coverage@20": 0.5, "head_share@20": 0.25}
+    rows = cells_of("\n".join(evaluate.metric_table("test", groups | counts)))
+    assert rows["cold items"] == ["0", "-", "-", "-", "-"]
+    assert rows["overall"] == ["2,000", "0.0000", "0.0000", "0.0000", "0.0000"]
+
+
+def test_on_a_terminal_evaluate_prints_the_table_alone(run):
+    """In a pseudo-terminal, as in a shell."""
+    parent, child = pty.openpty()
+    command = [sys.executable, "-m", "gtc_dist.evaluate", "--run", run]
+    with subprocess.Popen(command, stdout=child, stderr=child, cwd=ROOT) as process:
+        os.close(child)
+        shown = b""
+        with suppress(OSError):  # the end of a pseudo-terminal
+            while part := os.read(parent, 1 << 16):
+                shown += part
+    os.close(parent)
+    assert process.returncode == 0
+    assert b"overall" in shown
+    assert b"{" not in shown
 
 
 @pytest.mark.parametrize("head_items", [4, 9])

@@ -17,6 +17,10 @@ from gtc_dist.errors import InputError
 from gtc_dist.final_fit.final_trainer import FinalTrainer
 from gtc_dist.final_fit.selection import with_selection
 from gtc_dist.graph.csc import load_graphs
+from gtc_dist.inference.trained_run import load_run
+from gtc_dist.report.model_facts import ListQuestion, model_facts
+from gtc_dist.report.run_data import read_run
+from gtc_dist.report.write_report import report_page
 
 KEYS = ["model.masked_members=1", "train.ema_decay=0.5", "model.user_hop=false"]
 KEYS += ["train.batch_size=32", "eval.metric=ndcg@20"]
@@ -97,6 +101,17 @@ def test_a_resumed_one_ends_with_the_same_weights(selection, final):
         assert same[0] == same[1] != {}
 
 
+def test_its_report_says_what_its_metrics_are_of(selection, final):
+    """Valid was trained on, so parts are compared on test, where they have positives."""
+    facts = model_facts(Communicator(), None, find_run(final), ListQuestion(None, None))
+    assert facts["split"] == "test"
+    assert max(part["recall@20"] for part in facts["parts"]) > 0
+    page = report_page(read_run(final), None, facts)
+    assert f"The metrics are those of the run that selected, {selection[1]}." in page
+    assert "The train and valid interactions of the catalog" in page
+    assert "users of test; its first 20" in page
+
+
 def test_its_figures_are_refused_or_marked(selection, final, tmp_path, capsys):
     uri = selection[1]
     with pytest.raises(InputError, match=r"was trained on 60 interactions of valid, so metrics would be of what"):
@@ -138,9 +153,22 @@ def test_another_catalog_and_an_unfinished_selection_are_refused(selection, tmp_
         train.main(["--config", file, *KEYS, "run.name=other", f"train.final_fit={tmp_path}/unfinished"])
 
 
-def test_weights_of_interactions_are_refused(tmp_path):
+def test_a_catalog_without_the_weights_of_valid_is_refused(tmp_path):
     catalog = small_catalog(tmp_path / "c", weight=np.linspace(0.5, 1, 500).astype(np.float32))
     file = write_config(tmp_path, catalog.uri, str(tmp_path / "runs"), epochs=1)
     uri = train_without_ray(file)
-    with pytest.raises(InputError, match=r"train\.final_fit needs the weights of valid"):
+    with pytest.raises(InputError, match=r"was built by an earlier version, without them; run python -m gtc_dist\.pre"):
         train.main(["--config", file, "run.name=other", f"train.final_fit={uri}"])
+
+
+def test_weights_of_valid_reach_the_training(tmp_path):
+    rng = np.random.default_rng(0)
+    ones, heavy = rng.uniform(0.5, 1, 500).astype(np.float32), np.full(500, 9, np.float32)
+    catalog = small_catalog(tmp_path / "c", weight=ones, final_weights={"train": ones / 2, "valid": heavy})
+    file = write_config(tmp_path, catalog.uri, str(tmp_path / "runs"), epochs=1)
+    trainer = final_trainer((file, train_without_ray(file, *KEYS), catalog), "final")
+    trainer.fit()
+    graphs, pairs = load_run(find_run(trainer.run)).graphs, catalog.interactions("train", "valid")
+    trained = len(catalog.interactions("train")[0])
+    expected = np.concatenate([ones[:trained] / 2, heavy[: len(pairs[0]) - trained]])
+    np.testing.assert_allclose(graphs.relative_weights(*pairs), expected / expected.mean(), rtol=1e-4)

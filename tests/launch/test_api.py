@@ -69,10 +69,16 @@ def test_what_is_not_there_is_refused(run, tmp_path):
         Run(str(tmp_path))
     with pytest.raises(InputError, match="u999"):
         Run(run).recommend(["u999"])
+    with pytest.raises(InputError, match="no id of users is given"):
+        Run(run).recommend([])
     with pytest.raises(InputError, match="overrides go with a YAML file"):
         prepare({"data": {}}, "a.b=c")
     with pytest.raises(InputError, match=r"the configuration: key 'run' is missing"):
         train({"data": {"raw": "r", "catalog": "c"}})
+
+
+def test_one_user_may_be_a_text(run):
+    assert Run(run).recommend("u003", top=3) == Run(run).recommend(["u003"], top=3)
 
 
 def test_a_finished_run_is_opened(run, capsys):

@@ -112,6 +112,14 @@ def test_candidates_exclusions_and_users_of_files(run, expected, tmp_path):
         lists.main(["--run", run, "--user", "u003", "--exclude", str(tmp_path / "exclude.txt")])
 
 
+@pytest.mark.parametrize(("name", "text"), [("users.txt", "\n"), ("users.csv", "user_id\n")])
+def test_a_file_without_users_is_refused(run, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=rf"--users {tmp_path}/{name} has no user"):
+        lists.main(["--run", run, "--users", str(tmp_path / name), "--out", str(tmp_path / "lists")])
+    assert not (tmp_path / "lists").exists()
+
+
 def test_lists_on_the_terminal_have_titles(run, expected, tmp_path, capsys):
     scores, has = expected
     items = sorted(scores["u003"])

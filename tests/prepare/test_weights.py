@@ -80,20 +80,35 @@ def test_weights_reach_the_graphs_and_the_loss(ray_local, tmp_path, method, half
     user, item = catalog.interactions("train")
     users, items = catalog.ids("users").to_pylist(), catalog.ids("items").to_pylist()
     pairs = [(users[u], items[i]) for u, i in zip(user, item, strict=True)]
-    until = dict.fromkeys(users, max(first[pair] for pair in pairs))
-    if method == "leave_last_out":
-        until = {user: max((first[pair] for pair in pairs if pair[0] == user), default=0) for user in users}
-    elif method == "ratio":
-        until = dict.fromkeys(users, np.inf)
-    counted = {pair: sorted(w for time, w in weights[pair] if time <= until[pair[0]]) for pair in pairs}
-    assert method == "ratio" or sum(map(len, counted.values())) < sum(len(weights[pair]) for pair in pairs)
-    expected = np.array([sum(counted[pair][-2:]) for pair in pairs])
-    if half_life:
-        newest = max(first[pair] for pair in pairs)
-        expected = expected * 0.5 ** np.array([(newest - first[pair]) / 86_400 / half_life for pair in pairs])
+    expected = slow_weights(pairs, weights, first, method, half_life)
+    if method != "ratio":
+        assert not np.array_equal(expected, slow_weights(pairs, weights, first, "ratio", half_life))
     graphs = load_graphs(config, catalog)
     np.testing.assert_allclose(graphs.relative_weights(user, item), expected / expected.mean(), rtol=1e-4)
     np.testing.assert_allclose(graphs.weighted_user_degree, np.bincount(user, expected, catalog.users), rtol=1e-4)
+
+    final = config.model_copy(update={"train": config.train.model_copy(update={"final_fit": "selection"})})
+    graphs, (user, item) = load_graphs(final, catalog), catalog.interactions("train", "valid")
+    pairs = [(users[u], items[i]) for u, i in zip(user, item, strict=True)]
+    expected = slow_weights(pairs, weights, first, method, half_life)
+    np.testing.assert_allclose(graphs.relative_weights(user, item), expected / expected.mean(), rtol=1e-4)
+    np.testing.assert_allclose(graphs.weighted_user_degree, np.bincount(user, expected, catalog.users), rtol=1e-4)
+
+
+def slow_weights(pairs: list, weights: dict, first: dict, method: str, half_life: float | None) -> np.ndarray:
+    """Weights of the pairs that are trained on, of which the two heaviest rows count.
+
+    Args:
+        weights: pair -> (time, weight) of its rows.
+        first: pair -> time of its first row.
+    """
+    newest = max(first[pair] for pair in pairs)
+    until = dict.fromkeys((user for user, _ in pairs), np.inf if method == "ratio" else newest)
+    if method == "leave_last_out":
+        until = {user: max(first[pair] for pair in pairs if pair[0] == user) for user in until}
+    counted = [sorted(weight for time, weight in weights[pair] if time <= until[pair[0]]) for pair in pairs]
+    ages = np.array([newest - first[pair] for pair in pairs]) / 86_400
+    return np.array([sum(each[-2:]) for each in counted]) * (0.5 ** (ages / half_life) if half_life else 1)
 
 
 def test_a_catalog_without_weights_is_refused_where_they_are_configured(ray_local, tmp_path):

@@ -20,6 +20,7 @@ from gtc_dist.inference.trained_run import load_run
 from gtc_dist.recommend import lists
 from gtc_dist.refresh import refresh_run
 from gtc_dist.refresh.refresh_run import refresh_rank, run_on_catalog
+from gtc_dist.report import write_report
 from gtc_dist.warm_start.matched_rows import earlier_rows
 
 HYBRID = ["model.hybrid.graph_filter=3", "model.hybrid.content_profile=4", "model.masked_members=2"]
@@ -126,6 +127,14 @@ def test_object_storage_and_an_interrupted_refresh(days, refreshed, s3):
     refresh_run.main(words)
     np.testing.assert_array_equal(read_export(f"{s3}/today", "items")[1], read_export(refreshed, "items")[1])
     assert find_run(f"{s3}/today").config.train.init_from == f"{s3}/run"
+
+
+def test_its_report_says_that_nothing_was_trained(days, refreshed, tmp_path):
+    write_report.main(["--run", refreshed, "--out", str(tmp_path / "r.html")])
+    page = (tmp_path / "r.html").read_text()
+    assert f"gtc refresh made this run of {days[0]}, without training" in page
+    assert "not finished" not in page
+    assert "Lists of some users" in page
 
 
 def test_metrics_of_what_the_run_has_seen_are_refused(days, tmp_path):

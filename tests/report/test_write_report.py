@@ -1,6 +1,7 @@
 """The page on a run, by the command: what it says, what it leaves out, what it refuses."""
 
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from gtc_dist.report import write_report
 from gtc_dist.report.model_sections import lists_section, parts_section
 from gtc_dist.report.page import REPORT_MARKER
 from gtc_dist.report.run_data import read_events, read_run
+from gtc_dist.report.sections import data_section
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)> & \"q\""
 
@@ -88,7 +90,8 @@ def test_the_page_says_what_the_run_says_and_needs_no_network(folder, capsys):
     for said in (
         "loss: bpr",
         "gradient norm",
-        "memory, GiB",
+        "memory, GiB: host",
+        "share of the time: waiting for data",
         "train.seed",
         "weights, best epoch",
         "interactions a second",
@@ -104,6 +107,13 @@ def test_the_page_says_what_the_run_says_and_needs_no_network(folder, capsys):
     assert find_run(str(folder / "runs/one")).epoch == ours["best_epoch"]  # the page is no foreign file
 
 
+def test_the_page_says_from_what_the_weights_started(folder):
+    run = read_run(str(folder / "runs/one"))
+    started = replace(run, result={**run.result, "init_from": {"run": "/runs/before"}})
+    assert "started from those of the run /runs/before" in data_section(started)
+    assert "started from" not in data_section(run)
+
+
 def test_titles_and_ids_cannot_carry_html(folder, tmp_path):
     catalog = Catalog(str(folder / "catalog"))
     ids = catalog.ids("items").to_pylist()
@@ -117,7 +127,14 @@ def test_titles_and_ids_cannot_carry_html(folder, tmp_path):
     entry = {"user": EVIL, "train": 1, "has": [item], "gets": [item]}
     part = {"name": EVIL, "weight": None, "recall@20": 0.1, "ndcg@20": 0.1, "overlap": 0.5, "by_group": [0.5]}
     other = [{"user": EVIL, "train": 3, "overlap": 0.5}]
-    facts = {"users": 1, "groups": [[EVIL, 1, 1, 2]], "parts": [part], "filter": part, "reference": EVIL}
+    facts = {
+        "split": "valid",
+        "users": 1,
+        "groups": [[EVIL, 1, 1, 2]],
+        "parts": [part],
+        "filter": part,
+        "reference": EVIL,
+    }
     facts |= {"most_different": other, "filter_most_different": other, "lists": [entry]}
     data = read_run(str(folder / "runs/one"))
     data.epochs[0][f"blend/{EVIL}"] = 1.0

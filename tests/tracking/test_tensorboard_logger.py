@@ -65,6 +65,10 @@ def test_hyperparameters_and_the_page(events):
     values = hparams.parse_session_start_info_plugin_data(start).hparams
     assert values["train.batch_size"].number_value == 32
     assert values["model.variant"].string_value == "paper"
+    table = hparams.parse_experiment_plugin_data(events.SummaryMetadata("_hparams_/experiment").plugin_data.content)
+    first = {info.name for info in table.hparam_infos if info.differs}  # TensorBoard shows these before the others
+    assert {"train.batch_size", "model.width"} <= first
+    assert not first & {"model.variant", "train.lr", "eval.block_rows", "cluster.workers"}
     layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == list(PAGE)
 

@@ -11,8 +11,13 @@ import yaml
 from small import ROOT, refused, small_catalog, write_config
 
 from gtc_dist.config_file import load_config
+from gtc_dist.data import storage
+from gtc_dist.data.catalog import Catalog
 from gtc_dist.report.run_data import read_run
 from gtc_dist.report.write_report import report_page
+from gtc_dist.train import open_for_training
+from gtc_dist.tune import search_settings
+from gtc_dist.tune.search_space import read_space
 
 SPACE = {
     "trials": 4,
@@ -80,6 +85,18 @@ def test_a_search_and_going_on_with_it(files, tmp_path):
     assert third.stdout.splitlines()[0] == "recall@20 on valid, 4 trials:"
     assert "Ray" not in third.stderr
     refused([*files, "train.w_reg=0.5"], "is a search with another configuration, space or catalog")
+
+
+def test_a_finished_search_is_printed_without_its_graphs(files, monkeypatch, capsys):
+    """They may be large."""
+    config, catalog, folder = open_for_training(load_config(files[3]))
+    asked = search_settings.asked_for(config, read_space(files[5], config), catalog)
+    trial = {"name": "trial-00002", "value": 0.25, "status": "finished", "overrides": "model.layers=1"}
+    storage.write_json(f"{folder}/search.json", asked)
+    storage.write_json(f"{folder}/tune.json", {"metric": "recall@20", "trials": [trial]})
+    monkeypatch.setattr(Catalog, "graph", None)
+    assert search_settings.main(files[2:]) == 0
+    assert "0.2500  trial-00002  finished  model.layers=1" in capsys.readouterr().out
 
 
 def test_refusals_before_ray(files, tmp_path):
