@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from gtc_dist.config import Config
 from gtc_dist.data.catalog import Manifest
 from gtc_dist.distributed.collectives import Communicator
+from gtc_dist.hybrid.pair_features import POPULARITY
 from gtc_dist.model.gtc import GTC
 from gtc_dist.model.user_masks import FULL_SOFTMAX, MAX_ITEMS, NEGATIVES
 
@@ -55,7 +56,11 @@ def training_cost(config: Config, manifest: Manifest, modalities: dict[str, int]
 
     value_bytes = (8 if train.table_optimizer == "rowwise_adam" else 12) + (4 if train.ema_decay else 0)
     out_width = network.out_width + (0 if network.masked is None else network.masked.columns + 1)
-    inference = 4 * out_width * nodes
+    untrained = untrained_width(config, modalities)
+    fused = out_width + untrained + len(POPULARITY)
+    is_fused = untrained > 0 or network.masked is not None
+    # with score fusion the trained models' rows, their scaled copies and the fused rows are in memory together
+    inference = 4 * nodes * (2 * out_width + fused if is_fused else out_width)
     history = 2 * node_width * (3 * users + 2 * items) if config.has_historical_embeddings else 0
     hops = sum(manifest.graphs.get(name, 0) for name in network_graphs(config))
     graph = 8 * (2 * edges + hops) + 16 * nodes
@@ -63,6 +68,7 @@ def training_cost(config: Config, manifest: Manifest, modalities: dict[str, int]
         "tables": value_bytes * table_values / ranks,
         "features": 2 * features * items / ranks + (4 * features * items if full else 0),
         "masked content": 2 * content * items / ranks,
+        "untrained scorers": 4 * untrained * nodes / ranks,
         "embeddings": max(inference, history) / ranks + PASSING_BYTES * nodes / ranks,
         "whole graph": 2 * graph if full else 0,  # by destination and by source
         "interactions": 16 * edges / ranks,
@@ -97,6 +103,12 @@ def training_cost(config: Config, manifest: Manifest, modalities: dict[str, int]
     values += 4 * model.masked_members * masked_items * masked_users  # the softmax over all items
     steps = train.epoch_steps or max(1, math.ceil(edges / train.batch_size))
     return TrainingCost(steps, memory, graph, sent, multiply_adds, values)
+
+
+def untrained_width(config: Config, modalities: dict[str, int]) -> int:
+    """Columns of the untrained scorers."""
+    hybrid = config.model.hybrid
+    return hybrid.graph_filter + sum(min(hybrid.content_profile, width) for width in modalities.values())
 
 
 def network_graphs(config: Config) -> list[str]:
