@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     places = {"without cold items": WITHOUT, "**as tuned**": tuned}
     by_offset = run.scorer.special_columns(fused.items.width).constant is not None
     for step in STEPS:
+        if step == 0 and tuned[0]:
+            continue  # as tuned
         if by_offset:
             places[f"scores of cold items {OFFSET_STEP * step:+.1f}"] = factor, offset + OFFSET_STEP * step
         else:
