@@ -15,6 +15,12 @@ network that is on the machine (`sentence-transformers:MODEL`, `open_clip:MODEL/
 any `module:callable` (docs/quickstart.md shows them). Items that arrive later are encoded alike with `--like FOLDER`,
 the output of the first time.
 
+The options may be in a YAML file, `--config features.yaml`; a list of such mappings makes several sets in turn, and
+options on the command line override the file's:
+
+    - {texts: raw/items.csv, columns: [title, description], out: raw/features/text}
+    - {pictures: raw/pictures, out: raw/features/visual}
+
 Tasks on the Ray cluster encode parts of the items and write a file each. Rerun the same command, without --force, to
 continue an interrupted one. The driver holds ids, texts and pictures given as bytes in memory; named pictures are read
 by the tasks. A change of the tables, of the encoder or of its file is noticed, that of a picture that a table names is
@@ -35,6 +41,7 @@ import pyarrow as pa
 from gtc_dist.data import formats, storage
 from gtc_dist.data.output_folder import OutputFolder
 from gtc_dist.errors import InputError
+from gtc_dist.features.command_line import read_command_lines
 from gtc_dist.features.encoders import (
     BUILT_IN,
     FILE,
@@ -59,10 +66,19 @@ EXAMPLES = 3
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = read_command_line(argv)
-    refuse_relative_paths({"--texts": args.texts, "--pictures": args.pictures, "--out": args.out, "--like": args.like})
-    kind = "text" if args.texts else "picture"
-    encoder = check_encoder(args.encoder or BUILT_IN[kind], kind)
+    sets = read_command_lines(argv, __doc__)
+    for args in sets:
+        paths = {"--texts": args.texts, "--pictures": args.pictures, "--out": args.out, "--like": args.like}
+        refuse_relative_paths(paths)
+        args.kind = "text" if args.texts else "picture"
+        args.encoder = check_encoder(args.encoder or BUILT_IN[args.kind], args.kind)
+    for args in sets:
+        encode_set(args)
+
+
+def encode_set(args: argparse.Namespace) -> None:
+    """One set of vectors. Raises InputError."""
+    kind, encoder = args.kind, args.encoder
     out, progress = storage.absolute(args.out), ProgressPrinter()
     like, fitted = fitted_like(args.like, encoder, out) if args.like else (None, None)
     content = read_content(args)
@@ -85,29 +101,6 @@ def main(argv: list[str] | None = None) -> None:
     encoded = encode_parts(content, task, args.gpu, progress)
     folder.finish({**spec, "items": len(content.ids), "fingerprint": digest, **encoded})
     report(encoded, kind, out)
-
-
-def read_command_line(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m gtc_dist.features", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--texts", metavar="FILES", help="tables with texts")
-    source.add_argument("--pictures", metavar="FOLDER|FILES", help="folder of pictures, or tables that name them")
-    parser.add_argument("--out", required=True, help="folder for the vectors, new or of an interrupted command")
-    parser.add_argument("--id", default="item_id", help="column with the item's id (default: %(default)s)")
-    parser.add_argument("--columns", help="columns with the texts, comma-separated, or the one that names the picture")
-    parser.add_argument("--encoder", help="ngrams (texts), descriptor (pictures), FAMILY:MODEL or module:callable")
-    parser.add_argument("--width", type=int, default=256, help="dimensions of ngrams (default: %(default)s)")
-    parser.add_argument("--like", metavar="FOLDER", help="use the fitted encoder of this output")
-    parser.add_argument("--gpu", action="store_true", help="one GPU for each task")
-    parser.add_argument("--force", action="store_true", help="replace an existing output")
-    args = parser.parse_args(argv)
-    if args.texts and not args.columns:
-        parser.error("--texts needs --columns, the columns with the texts")
-    if args.width < 1:
-        parser.error("--width must be positive")
-    return args
 
 
 def read_content(args: argparse.Namespace) -> ItemContent:

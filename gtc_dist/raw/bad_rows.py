@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from gtc_dist.errors import InputError
+from gtc_dist.raw.csv_streams import RawStream
 from gtc_dist.raw.interaction_file import InteractionFile, open_stream
 
 SHOWN_ROWS = 5  # bad rows in a message
@@ -79,7 +80,7 @@ def located(file: InteractionFile, numbers: Iterable[int]) -> Iterator[tuple[int
 
 def json_lines(file: InteractionFile) -> Iterator[tuple[int, bytes]]:
     """Lines of a file that are not blank, and their numbers."""
-    for line, text in enumerate(io.BufferedReader(_Raw(open_stream(file))), start=1):
+    for line, text in enumerate(io.BufferedReader(RawStream(open_stream(file))), start=1):
         if text.strip():
             yield line, text
 
@@ -94,7 +95,7 @@ def _csv_rows(file: InteractionFile) -> Iterator[tuple[int, str]]:
     consumed: list[str] = []
 
     def lines() -> Iterator[str]:
-        for line in io.TextIOWrapper(io.BufferedReader(_Raw(open_stream(file))), errors="replace", newline=""):
+        for line in io.TextIOWrapper(io.BufferedReader(RawStream(open_stream(file))), errors="replace", newline=""):
             consumed.append(line)
             yield line
 
@@ -111,21 +112,6 @@ def _csv_rows(file: InteractionFile) -> Iterator[tuple[int, str]]:
 def first_line(file: InteractionFile) -> str:
     """The first line of CSV that is not blank."""
     return next(_csv_rows(file), (0, ""))[1]
-
-
-class _Raw(io.RawIOBase):
-    """An Arrow stream as a raw stream of Python."""
-
-    def __init__(self, stream: pa.NativeFile):
-        self.stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        data = self.stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
 
 def _quoted(row: str) -> str:

@@ -7,9 +7,10 @@ import codecs
 import io
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
+from gtc_dist.raw.csv_streams import UNIT, FittingRows, NotUtf8Error, OneByteSeparator, Utf8Stream
 
 FORMATS = {
     ".parquet": "parquet",
@@ -31,7 +33,6 @@ FORMATS = {
 }
 TEXT_BLOCK_BYTES = 8 << 20  # parsed at once
 PARQUET_BATCH_ROWS = 1 << 19  # read at once
-UNIT = b"\x1f"  # stands for a separator of several bytes
 NULL_LINE = re.compile(rb"\n(?:\xef\xbb\xbf)?[ \t\r]*null")
 
 
@@ -102,16 +103,15 @@ def read_schema(file: InteractionFile) -> pa.Schema:
             with pa.json.open_json(open_stream(file), read_options=_json_options()) as reader:
                 schema = reader.schema
         else:
-            with _open_csv(file, []) as reader:
-                schema = reader.schema
+            schema = _head_of_csv(file, lambda reader: reader.schema)
         schema.names  # noqa: B018 - raises for names that are not UTF-8
         return schema
 
 
 def read_first_block(file: InteractionFile) -> pa.RecordBatch:
     """The first block of a CSV or TSV file, with inferred types."""
-    with readable(file), _open_csv(file, []) as reader:
-        return reader.read_next_batch()
+    with readable(file):
+        return _head_of_csv(file, lambda reader: reader.read_next_batch())
 
 
 def read_batches(file: InteractionFile, misfits: list | None = None) -> Iterator[pa.Table]:
@@ -134,7 +134,7 @@ def read_batches(file: InteractionFile, misfits: list | None = None) -> Iterator
         batches = pa.json.open_json(open_stream(file), read_options=_json_options(), parse_options=options)
     else:
         types = types if misfits is None else dict.fromkeys(names, pa.binary())
-        batches = _open_csv(file, misfits, pa.csv.ConvertOptions(column_types=types, include_columns=names))
+        batches = _csv_batches(file, misfits, pa.csv.ConvertOptions(column_types=types, include_columns=names))
     for batch in batches:
         yield pa.Table.from_batches([batch])
 
@@ -210,13 +210,45 @@ def open_stream(file: InteractionFile) -> pa.NativeFile:
     return source
 
 
+def _head_of_csv(file: InteractionFile, look: Callable[[pa.csv.CSVStreamingReader], Any]) -> Any:
+    """What a look at a reader gives, misfits left out."""
+    try:
+        with _open_csv(file, []) as reader:
+            return look(reader)
+    except NotUtf8Error:
+        with _open_csv(file, [], any_bytes=True) as reader:
+            return look(reader)
+
+
+def _csv_batches(
+    file: InteractionFile, misfits: list | None, convert_options: pa.csv.ConvertOptions
+) -> Iterator[pa.RecordBatch]:
+    done = 0
+    try:
+        for batch in _open_csv(file, misfits, convert_options):
+            yield batch
+            done += batch.num_rows
+    except NotUtf8Error:
+        misfits.clear()
+        for batch in _open_csv(file, misfits, convert_options, any_bytes=True):
+            if batch.num_rows > done:
+                yield batch.slice(done)
+            done = max(done - batch.num_rows, 0)
+
+
 def _open_csv(
-    file: InteractionFile, misfits: list | None = None, convert_options: pa.csv.ConvertOptions | None = None
+    file: InteractionFile,
+    misfits: list | None = None,
+    convert_options: pa.csv.ConvertOptions | None = None,
+    any_bytes: bool = False,
 ) -> pa.csv.CSVStreamingReader:
-    """`misfits`: as in `read_batches`."""
+    """Args: misfits: as in `read_batches`. any_bytes: read with misfits what is not UTF-8, instead of NotUtf8Error."""
     delimiter, stream = file.delimiter, open_stream(file)
     if len(delimiter) > 1:
-        stream, delimiter = pa.PythonFile(_OneByteSeparator(stream, delimiter.encode()), mode="r"), UNIT.decode()
+        stream, delimiter = pa.PythonFile(OneByteSeparator(stream, delimiter.encode()), mode="r"), UNIT.decode()
+    if misfits is not None:
+        rows = FittingRows(stream, delimiter, len(file.names), misfits) if any_bytes else Utf8Stream(stream)
+        stream = pa.PythonFile(rows, mode="r")
     keep = None if misfits is None else lambda row: misfits.append(row) or "skip"
     return pa.csv.open_csv(
         stream,
@@ -231,29 +263,6 @@ def _open_csv(
         ),
         convert_options=convert_options,
     )
-
-
-class _OneByteSeparator:
-    """A stream in which a separator of several bytes is replaced by one, since Arrow reads no other."""
-
-    closed = False
-
-    def __init__(self, stream: pa.NativeFile, separator: bytes):
-        self.stream, self.separator, self.held = stream, separator, b""
-
-    def read(self, size: int = -1) -> bytes:
-        while True:
-            more = self.stream.read(size)
-            data, self.held = self.held + more, b""
-            if not more:
-                return data.replace(self.separator, UNIT)
-            # the start of a separator at the end waits for its rest
-            data = data.replace(self.separator, UNIT)
-            lengths = range(len(self.separator) - 1, 0, -1)
-            cut = next((n for n in lengths if data.endswith(self.separator[:n])), 0)
-            data, self.held = data[: len(data) - cut], data[len(data) - cut :]
-            if data:
-                return data
 
 
 def _json_options() -> pa.json.ReadOptions:

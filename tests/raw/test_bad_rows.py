@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_parse import read_alone, refused_file
 
 from gtc_dist.prepare import build_catalog
-from gtc_dist.raw import interaction_file, json_rows, parse
+from gtc_dist.raw import csv_streams, interaction_file, json_rows, parse
 from gtc_dist.raw.bad_rows import REJECTED
 
 ROLES = {"user": "user_id", "item": "item_id", "time": "time", "rating": "rating"}
@@ -161,7 +161,7 @@ def test_a_file_without_a_header_and_with_a_separator_of_two_characters(tmp_path
 @settings(max_examples=100, deadline=None)
 @given(st.text("ab:\n", max_size=30).map(str.encode), st.integers(1, 5))
 def test_a_separator_is_replaced_wherever_a_read_ends(text, size):
-    stream = interaction_file._OneByteSeparator(io.BytesIO(text), b"::")
+    stream = csv_streams.OneByteSeparator(io.BytesIO(text), b"::")
     parts = list(iter(lambda: stream.read(size), b""))
     assert b"".join(parts) == text.replace(b"::", b"\x1f")
 
@@ -171,6 +171,27 @@ def test_semicolons(tmp_path):
     roles = {"user": "user_id", "item": "item_id"}
     assert "set data.interactions.separator=';'" in refused_file(str(tmp_path / "a.csv"), roles)
     assert read_alone(str(tmp_path / "a.csv"), roles, separator=";").to_pydict() == {"user": ["a;b"], "item": [1]}
+
+
+@pytest.mark.parametrize("block", [8 << 20, 120])
+@pytest.mark.parametrize("sep", [",", "::"])
+def test_rows_with_other_columns_that_are_not_utf8(tmp_path, monkeypatch, capfd, block, sep):
+    """They are bad rows like others; text that is not UTF-8 in a column that is not read does no harm."""
+    monkeypatch.setattr(interaction_file, "TEXT_BLOCK_BYTES", block)
+    good = [f"u{n},i{n},\xe9t\xe9" for n in range(20)]
+    lines = ["user_id,item_id,note", *good, "u\xe9,i1", "", "u\xe9,i2,x", "u1,i3", *good, "\xfc,,,"]
+    (tmp_path / "a.csv").write_text("\n".join(lines).replace(",", sep), encoding="latin-1")
+    roles = {"user": "user_id", "item": "item_id"}
+    kept, rejected = kept_and_rejected(str(tmp_path / "a.csv"), roles, separator=sep)
+    assert [row["user"] for row in kept] == 2 * [f"u{n}" for n in range(20)]
+    assert {place: problem.partition("; ")[0] for place, (_, problem) in rejected.items()} == {
+        "line 22": "has 2 columns, expected 3",
+        "line 24": "column 'user_id' (user): 'u\ufffd' is not UTF-8 text (write the file as UTF-8)",
+        "line 25": "has 2 columns, expected 3",
+        "line 46": "has 4 columns, expected 3",
+    }
+    assert "a.csv: 4 bad rows: line 22: has 2 columns" in refused_file(str(tmp_path / "a.csv"), roles, separator=sep)
+    assert capfd.readouterr().err == ""
 
 
 def test_headers_that_are_missing_or_too_many(tmp_path):
