@@ -159,7 +159,7 @@ def is_comparable(config: Config, base: Config) -> bool:
 def prepare(file: str, overrides: list[str], uri: str, log: Path) -> None:
     """Build the catalog of a configuration if it does not exist."""
     if not storage.exists(storage.join(uri, MANIFEST)):
-        print(f"preparing {uri}", file=sys.stderr)
+        print(f"preparing {uri}, see {log}", file=sys.stderr)
         execute(["gtc_dist.prepare", "--config", file, *overrides], log, [])
 
 
@@ -174,6 +174,7 @@ def train_all(runs: list[Run], jobs: int, after_each: Callable[[], None]) -> lis
 
     def work(run: Run) -> None:
         log = run.folder.with_name(f"{run.folder.name}.log")
+        print(f"{run.name}: training, see {log}", file=sys.stderr)
         try:
             execute(["gtc_dist.train", "--config", run.file, *run.overrides], log, children)
         except InputError as error:  # the other runs continue
@@ -271,6 +272,7 @@ def stored_references(file: Path, run: Run, compute: bool) -> dict:
         return stored["methods"]
     if not compute:
         return {}
+    print(f"{run.catalog}: computing the closed-form references", file=sys.stderr)
     methods = closed_form_references(catalog, HEAD_ITEMS)
     storage.write_json(str(file.absolute()), {"of": key, "methods": methods})
     return methods

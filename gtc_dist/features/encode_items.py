@@ -262,7 +262,7 @@ def encode_parts(content: ItemContent, task: EncodingTask, gpu: bool, progress: 
             tables.append(pa.table({"part": [number], "ids": _one_list(ids), "content": _one_list(values)}))
         else:
             totals.update(without=len(ids))
-    for result in run_tasks(tables, functools.partial(encode_rows, task=task), gpu):
+    for result in run_tasks(tables, functools.partial(encode_rows, task=task), gpu, progress):
         if "error" in result:
             raise InputError(result["error"])
         totals.update({name: result[name] for name in ("rows", "without", "unread")})
@@ -276,10 +276,13 @@ def encode_parts(content: ItemContent, task: EncodingTask, gpu: bool, progress: 
     return {"width": width, **counts, "examples": sorted(examples)[:EXAMPLES]}
 
 
-def run_tasks(tables: list[pa.Table], work: Callable[[pa.Table], pa.Table], gpu: bool) -> Iterator[dict]:
+def run_tasks(
+    tables: list[pa.Table], work: Callable[[pa.Table], pa.Table], gpu: bool, progress: ProgressPrinter
+) -> Iterator[dict]:
     """Results of a task for each table, in any order."""
     if not tables:
         return
+    progress("starting Ray")
     from gtc_dist.launch import ray_cluster  # slow to import: all checks are done
     from gtc_dist.preflight import node_checks
 
@@ -287,6 +290,7 @@ def run_tasks(tables: list[pa.Table], work: Callable[[pa.Table], pa.Table], gpu:
     node_checks.check_nodes({})
     if gpu and not any(node.get("GPU") for node in ray_cluster.node_resources()):
         raise InputError("--gpu is given, but no node of the cluster has a GPU")
+    progress("Ray started; encoding")
     from gtc_dist.data import ray_tasks
 
     for row in ray_tasks.map_blocks(work, tables, gpu):

@@ -25,7 +25,15 @@ def test_texts_of_every_format_become_vectors_by_id(tmp_path, ray_local, small_p
     found = vectors(tmp_path / "out")
     assert list(found) == [row[0] for row in rows]
     assert nearest_is_alike(found, lambda item: int(item[1:]) % 4) == 1.0
-    assert "60 items with a vector of width" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "60 items with a vector of width" in shown.out
+    lines = [line.partition("] ")[2] for line in shown.err.splitlines() if line.startswith("[")]
+    assert lines[:4] == [
+        "60 items, 60 with a text; encoder ngrams",
+        "encoder fitted",
+        "starting Ray",
+        "Ray started; encoding",
+    ]
     assert pq.read_table(tmp_path / "out").num_rows == 60  # the folder reads as one table
     encode("--texts", tmp_path / f"items.{format}", "--columns", "title,description", "--out", tmp_path / "out")
     assert "is up to date" in capsys.readouterr().out

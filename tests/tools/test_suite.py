@@ -106,7 +106,9 @@ def test_finished_runs_are_kept_and_those_with_another_configuration_refused(fin
     out, words, summary = finished
     stamps = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
     main(words)
-    assert "4 runs, 4 of them finished" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "4 runs, 4 of them finished" in shown
+    assert "references" not in shown
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert json.loads((out / "suite.json").read_text()) == summary
     with pytest.raises(InputError, match="default-3 holds a run with another configuration"):
