@@ -151,9 +151,10 @@ class ScoreFusion:
             )
             columns = slice(at, at + scorer.items.width)
             rows, at = user_rows[:, columns], columns.stop
-            torch.mul(scorer.users.weight, (self.user_features @ own)[:, None], out=rows)
+            # not a matrix product, which rounds a user's factor by how many users there are
+            torch.mul(scorer.users.weight, (self.user_features * own).sum(1, keepdim=True), out=rows)
             if mean.any():
-                rows += self._mean_user(scorer.users) * (self.user_features @ mean)[:, None]
+                rows += self._mean_user(scorer.users) * (self.user_features * mean).sum(1, keepdim=True)
             rows = item_rows[:, columns]
             torch.mul(scorer.items.weight, torch.exp(exponent_features(popularity) @ exponent)[:, None], out=rows)
             if self._is_fitted and name not in self.profiles:
