@@ -110,7 +110,8 @@ def whole_gradient(table: ShardedTable) -> torch.Tensor:
     )
 
 
-def assert_same_step(got: dict, want: dict, rtol: float = 2e-4, atol: float = 2e-6) -> None:
+def assert_same_step(got: dict, want: dict, rtol: float = 2e-4, atol: float = 4e-6) -> None:
+    """atol: the gradient of a factor of all content sums terms that cancel, which processors round otherwise."""
     assert got["parts"] == {name: pytest.approx(value, rel=1e-4) for name, value in want["parts"].items()}
     for kind in ("dense", "tables"):
         assert got[kind].keys() == want[kind].keys()

@@ -35,8 +35,12 @@ def stored(request, tmp_path) -> tuple[str, Path]:
 def test_it_opens_and_evaluates(stored):
     name, run = stored
     trained = load_run(find_run(str(run)))
-    for kind, table in zip(("users", "items"), trained.final_embeddings(), strict=True):
-        np.testing.assert_allclose(table.weight.numpy(), np.load(STORED / f"{name}.npz")[kind], rtol=1e-5, atol=1e-6)
+    users, items = (table.weight.numpy() for table in trained.final_embeddings())
+    want = np.load(STORED / f"{name}.npz")
+    signs = column_signs(items, want["items"])
+    for kind, got in (("users", users), ("items", items)):
+        rounding = max(1e-6, 1e-7 * np.abs(want[kind]).max())  # float32; users have values of some hundreds
+        np.testing.assert_allclose(got * signs, want[kind], rtol=1e-5, atol=rounding)
     for split in ("valid", "test"):
         assert trained.evaluate(split, None)["overall"] == pytest.approx(EXPECTED[name][split], abs=1e-6)
 
@@ -48,7 +52,13 @@ def test_it_exports(stored, tmp_path):
     ids = Catalog(str(run.parent / "catalog")).ids("items").to_pylist()
     rows = dict(zip(table["id"].to_pylist(), table["embedding"].to_pylist(), strict=True))
     got = np.array([rows[item] for item in ids])
-    np.testing.assert_allclose(got, np.load(STORED / f"{name}.npz")["items"], rtol=1e-5, atol=1e-6)
+    want = np.load(STORED / f"{name}.npz")["items"]
+    np.testing.assert_allclose(got * column_signs(got, want), want, rtol=1e-5, atol=1e-6)
+
+
+def column_signs(got: np.ndarray, want: np.ndarray) -> np.ndarray:
+    """1 or -1 for each column: the sign of an eigenvector depends on the processor, and users' columns share it."""
+    return np.sign((got * want).sum(axis=0))
 
 
 def resumed(name: str, run: Path) -> Trainer:
@@ -74,8 +84,9 @@ def test_it_resumes_as_if_nothing_had_changed(stored):
         assert result[split]["overall"] == pytest.approx(expected[split], abs=1e-6)
     epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(epochs) == len(EXPECTED[name]["epochs"])
+    later = {"cold/neighbours", "cold/offset"}  # came with 0.5.0 and 0.9.0
     for got, want in zip(epochs, EXPECTED[name]["epochs"], strict=True):
-        assert got.keys() - {"cold/neighbours"} == want.keys()  # which came with 0.5.0
+        assert got.keys() - later == want.keys()
         assert got["valid"] == pytest.approx(want["valid"], abs=1e-6)
         assert {k: got[k] for k in want if k != "valid"} == pytest.approx({k: want[k] for k in want if k != "valid"})
 
