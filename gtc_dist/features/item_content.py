@@ -4,13 +4,17 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
 from gtc_dist.raw import ids as id_columns
+from gtc_dist.raw.bad_rows import BadRows
 from gtc_dist.raw.interaction_file import InteractionFile, format_of, numbered_batches, read_schema
+from gtc_dist.raw.parse import tables_of_fitting_rows
+from gtc_dist.raw.row_checks import NOT_UTF8
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -120,15 +124,38 @@ def _read(
         if not any(fits(plain) for fits in accepted) and not pa.types.is_null(plain):
             raise InputError(f"{uri}: column {name!r} has type {types[name]}; expected a {kind}")
     file = InteractionFile(uri, file.format, file.gzipped, {name: name for name in types}, types)
+    if file.is_csv:
+        yield from _read_csv(file, id_column, columns)
+        return
     for first_row, table in numbered_batches(file):
         plain = id_columns.plain_type(types[id_column])
         found = pa.concat_arrays([pa.array([], plain), *(chunk.cast(plain) for chunk in table[id_column].chunks)])
         bad, problem = id_columns.first_bad(found)
         if bad is not None:
             raise InputError(f"{uri}: column {id_column!r} {problem} in row {first_row + bad}")
-        found = found if file.has_typed_ids else id_columns.from_text(found)
-        values = [_large(table[name]) for name in columns]
-        yield pa.chunked_array([found]), values
+        yield pa.chunked_array([found]), [_large(table[name]) for name in columns]
+
+
+def _read_csv(
+    file: InteractionFile, id_column: str, columns: list[str]
+) -> Iterator[tuple[pa.ChunkedArray, list[pa.ChunkedArray]]]:
+    """The same of CSV and TSV, all whose bad rows are named at the end."""
+    bad = BadRows(file)
+    for _, numbers, table in tables_of_fitting_rows(file, bad):
+        problems: dict[int, str] = {}
+        found = table[id_column].combine_chunks()
+        masks = {"is empty": pc.equal(found, b""), "holds a NUL byte": pc.match_substring(found, "\0")}
+        for problem, wrong in masks.items():
+            problems |= dict.fromkeys(np.flatnonzero(wrong).tolist(), f"column {id_column!r} {problem}")
+        for name in table.column_names:
+            wrong = id_columns.refused_positions(table[name].combine_chunks(), lambda part: part.cast(pa.string()))
+            problems |= dict.fromkeys(wrong.tolist(), f"column {name!r} {NOT_UTF8}")
+        for place, problem in sorted(problems.items()):
+            bad.add(int(numbers[place]), problem)
+        if not bad.count:
+            ids = pa.chunked_array([id_columns.from_text(found.cast(pa.string()))])
+            yield ids, [table[name].cast(pa.large_string()) for name in columns]
+    bad.refuse("")
 
 
 def _large(column: pa.ChunkedArray) -> pa.ChunkedArray:

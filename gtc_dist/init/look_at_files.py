@@ -49,7 +49,8 @@ class Found:
 
     interactions: pattern -> role -> column. vectors: pattern -> id column, vector column or None (.npy). texts: pattern
     -> id column, text columns. pictures: folder -> number of pictures. unknown: files that were not understood.
-    hints: pattern of interactions -> further lines of data.interactions, most of them comments.
+    broken: what is wrong with those that cannot be read. hints: pattern of interactions -> further lines of
+    data.interactions, most of them comments.
     """
 
     interactions: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class Found:
     texts: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
     pictures: dict[str, int] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
     hints: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -124,8 +126,13 @@ def _look_at_saved(folder: str, name: str, found: Found) -> None:
 
 def _look_at_table(folder: str, name: str, found: Found) -> None:
     uri = storage.join(folder, name)
-    table = text_table(uri, pa.schema([]))
-    schema, pattern = read_schema(table), _pattern(name)
+    table, pattern = text_table(uri, pa.schema([])), _pattern(name)
+    try:
+        schema = read_schema(table)
+    except InputError as error:
+        found.unknown.append(name)
+        found.broken.append(str(error))
+        return
     mark = re.search(r"::|[;|\t,]", schema.names[0]) if table.is_csv and len(schema) == 1 else None
     if mark is not None:
         schema = read_schema(replace(table, separator=mark[0]))

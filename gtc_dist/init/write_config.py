@@ -32,7 +32,11 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     if out.exists():
         raise InputError(f"{out} exists; name another file, or remove it")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"there is no folder {out.absolute().parent} for {out.name}; make it, or name another one")
     found = look_at_folder(args.folder)
+    if not found.interactions and found.broken:
+        raise InputError(found.broken[0])
     if not found.interactions:
         looked = [*found.vectors, *found.texts, *found.unknown]
         raise InputError(
@@ -57,7 +61,7 @@ def yaml_text(folder: str, found: Found, name: str) -> str:
     if "rating" in roles:
         lines.append("    # min_rating: 4   # drops lower ratings; now all count alike")
     lines += [f"    {line}" for line in found.hints.get(pattern, [])]
-    lines += [f"    # not used: {other} has other columns" for other, _ in others if other not in same]
+    lines += [f"    # not used: {quoted(other)} has other columns" for other, _ in others if other not in same]
     lines.append("  split:")
     if given:
         lines.append("    method: given   # by files")
@@ -72,7 +76,7 @@ def yaml_text(folder: str, found: Found, name: str) -> str:
         lines += [f"    # made by: {command}", f"    {entry}"]
     lines += ["run:", f"  storage: {quoted(f'work/{name}/runs')}", "  name: first", ""]
     if found.unknown:
-        lines.insert(0, f"# not understood: {', '.join(found.unknown[:10])}")
+        lines.insert(0, f"# not understood: {', '.join(map(quoted, found.unknown[:10]))}")
     return "\n".join(lines)
 
 
@@ -145,6 +149,7 @@ def next_steps(folder: str, found: Found, out: str) -> str:
     columns = ", ".join(f"{role} {column}" for role, column in roles.items())
     more = f" and {len(found.interactions) - 1} more" if len(found.interactions) > 1 else ""
     lines = [f"{out}: interactions {pattern}{more} ({columns}); {len(found.vectors)} sets of vectors"]
+    lines += [f"left out: {problem}" for problem in found.broken]
     commands = feature_commands(folder, found)
     if commands:
         lines += ["make vectors of the texts and pictures:"]

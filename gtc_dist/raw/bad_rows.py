@@ -17,6 +17,7 @@ from gtc_dist.raw.interaction_file import InteractionFile, open_stream
 SHOWN_ROWS = 5  # bad rows in a message
 SHOWN_TEXT = 80  # characters of a row there
 KEPT = 10_000  # bad rows of a file of which more than the number is known
+SKIP = ", or leave them out with data.interactions.on_bad_rows=skip"
 REJECTED = pa.schema([("place", pa.string()), ("row", pa.string()), ("problem", pa.string()), ("count", pa.int64())])
 
 
@@ -42,7 +43,7 @@ class BadRows:
         """Whether a file that is refused need not be read further."""
         return self.count >= KEPT
 
-    def refuse(self) -> None:
+    def refuse(self, remedy: str = SKIP) -> None:
         """Raises InputError, which shows the first of the rows, if there are any."""
         if not self.count:
             return
@@ -50,10 +51,7 @@ class BadRows:
         shown = "; ".join(f"{place}: {first[number]}{_quoted(row)}" for number, place, row in located(self.file, first))
         more = f" and {self.count - len(first):,} more" if self.count > len(first) else ""
         number = f"{self.count:,}{' or more' if self.are_enough else ''} bad rows: " if self.count > 1 else ""
-        raise InputError(
-            f"{self.file.uri}: {number}{shown}{more}. Correct them, or leave them out with "
-            "data.interactions.on_bad_rows=skip"
-        )
+        raise InputError(f"{self.file.uri}: {number}{shown}{more}. Correct them{remedy}")
 
     def table(self) -> pa.Table:
         """The rows as a table (`REJECTED`), whose first row has the number of all bad rows."""

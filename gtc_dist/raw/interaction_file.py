@@ -33,6 +33,7 @@ FORMATS = {
 }
 TEXT_BLOCK_BYTES = 8 << 20  # parsed at once
 PARQUET_BATCH_ROWS = 1 << 19  # read at once
+JSON_ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{")
 NULL_LINE = re.compile(rb"\n(?:\xef\xbb\xbf)?[ \t\r]*null")
 
 
@@ -109,9 +110,9 @@ def read_schema(file: InteractionFile) -> pa.Schema:
 
 
 def read_first_block(file: InteractionFile) -> pa.RecordBatch:
-    """The first block of a CSV or TSV file, with inferred types."""
+    """The first block of a CSV or TSV file, with inferred types; without rows if the file has none."""
     with readable(file):
-        return _head_of_csv(file, lambda reader: reader.read_next_batch())
+        return _head_of_csv(file, lambda reader: next(reader, pa.RecordBatch.from_pylist([], reader.schema)))
 
 
 def read_batches(file: InteractionFile, misfits: list | None = None) -> Iterator[pa.Table]:
@@ -174,6 +175,8 @@ def _check_encoding(file: InteractionFile) -> None:
     head = open_stream(file).read(1 << 12)
     if head.startswith(b"\x1f\x8b"):
         raise InputError(f"{file.uri} is gzipped{' twice' if file.gzipped else ', but its name does not end in .gz'}")
+    if file.format == "jsonl" and JSON_ARRAY.match(head):
+        raise InputError(f"{file.uri} is one JSON array; write one object per line (JSON lines), without the brackets")
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
         raise InputError(f"{file.uri} has NUL bytes, as UTF-16 or a broken file has; write it as UTF-8")
 

@@ -15,7 +15,7 @@ import pyarrow.json
 
 from gtc_dist.errors import InputError
 from gtc_dist.raw.bad_rows import BadRows, json_lines
-from gtc_dist.raw.interaction_file import InteractionFile, numbered_batches, readable
+from gtc_dist.raw.interaction_file import JSON_ARRAY, InteractionFile, numbered_batches, readable
 from gtc_dist.raw.row_checks import NOT_UTF8, is_number
 
 LINES = 1 << 16  # of a table
@@ -56,7 +56,9 @@ def schema_of_most_lines(file: InteractionFile, names: list[str]) -> pa.Schema |
     most others'; None if no line is a JSON object."""
     groups: dict[tuple, list[bytes]] = {}
     with readable(file):
-        for _, text in islice(json_lines(file), SAMPLE_LINES):
+        for number, text in islice(json_lines(file), SAMPLE_LINES):
+            if number == 1 and JSON_ARRAY.match(text.rstrip() + b"{"):  # its last line may be an object
+                return None
             found, problem = _parse(text)
             if not problem:
                 groups.setdefault(tuple(type(found.get(name)) for name in names), []).append(text.strip())

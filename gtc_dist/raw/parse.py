@@ -89,6 +89,16 @@ def checked_tables(file: InteractionFile, bad: BadRows) -> Iterator[pa.Table]:
     if file.format == "jsonl":
         yield from checked_json_tables(file, bad, functools.partial(_normalise, file))
         return
+    for first_row, numbers, table in tables_of_fitting_rows(file, bad):
+        with readable(file, first_row):
+            rows = _normalise(file, table, numbers, bad)
+        yield rows
+
+
+def tables_of_fitting_rows(file: InteractionFile, bad: BadRows) -> Iterator[tuple[int, np.ndarray, pa.Table]]:
+    """Tables of CSV, TSV or Parquet, each after the number of its first row and the numbers of all as in `BadRows`,
+    int64 [rows]. Rows of CSV and TSV with another number of columns go to `bad`; the values of the others are bytes.
+    Raises InputError for a broken file."""
     misfits, drained = [] if file.is_csv else None, 0
     header = int(file.is_csv and not file.names)
     for first_row, table in itertools.chain(numbered_batches(file, misfits), [(0, None)]):
@@ -101,9 +111,7 @@ def checked_tables(file: InteractionFile, bad: BadRows) -> Iterator[pa.Table]:
             if misfits:
                 before = np.array([row.number for row in misfits]) - header - 1 - np.arange(len(misfits))
                 numbers += np.searchsorted(before, numbers - header - 1, side="right")
-            with readable(file, first_row):
-                rows = _normalise(file, table, numbers, bad)
-            yield rows
+            yield first_row, numbers, table
 
 
 def _schema(file: InteractionFile, names: list[str]) -> pa.Schema:
@@ -162,9 +170,15 @@ def _read_type(file: InteractionFile, role: str, name: str, found: pa.DataType) 
 
 
 def _type_of_times(file: InteractionFile, name: str) -> pa.DataType:
-    """The type that most values at the head of a text column have, where some are no times."""
+    """The type that most values at the head of a text column have, where some are no times. Raises InputError if none
+    is a time."""
     column = read_first_block(file).column(name).slice(0, SAMPLE_VALUES).cast(pa.string()).drop_null()
     failures = [len(refused(time_converter(type))(column)) for type in TIME_TYPES]
+    if len(column) and min(failures) == len(column) and not file.skip:
+        raise InputError(
+            f"{file.uri}: column {name!r} (time): {column[0].as_py()!r} is not a time that can be read; write times as "
+            "numbers, such as seconds since 1970, or as 2024-05-31 10:00:00 or 2024-05-31T10:00:00Z"
+        )
     return TIME_TYPES[int(np.argmin(failures))]
 
 

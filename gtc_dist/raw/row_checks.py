@@ -72,6 +72,11 @@ def _checks(file: InteractionFile, role: str, type: pa.DataType) -> list[tuple[s
         problem = f"is not in {key} ({', '.join(known.to_pylist())})"
         return [*checks, (problem, unknown, lambda text: meaning.take(pc.index_in(_label_text(text), known)))]
     convert = time_converter(file.types["time"]) if role == "time" else _to_float
+    if is_text and role == "time" and not is_number(file.types["time"]):
+        has_zone = file.types["time"].tz is not None
+        problem = f"has {'no' if has_zone else 'a'} time zone, other times have {'one' if has_zone else 'none'}"
+        other = time_converter(pa.timestamp("us", None if has_zone else "UTC"))
+        checks.append((problem, _refused_but_accepted(convert, other), _unchanged))
     what = "a timestamp" if role == "time" and not is_number(file.types["time"]) else "a number"
     checks += [
         (f"is not {what}" if is_text else "is out of range", refused(convert), convert),
@@ -86,6 +91,16 @@ def _checks(file: InteractionFile, role: str, type: pa.DataType) -> list[tuple[s
 def refused(convert: Convert) -> Callable[[pa.Array], np.ndarray]:
     """Function that finds the values for which `convert` raises ArrowInvalid: positions int64."""
     return lambda column: ids.refused_positions(column, convert)
+
+
+def _refused_but_accepted(convert: Convert, other: Convert) -> Callable[[pa.Array], np.ndarray]:
+    """Function that finds the values for which `convert` raises ArrowInvalid, and `other` does not."""
+
+    def find(column: pa.Array) -> np.ndarray:
+        positions = refused(convert)(column)
+        return np.delete(positions, refused(other)(column.take(pa.array(positions))))
+
+    return find
 
 
 def time_converter(type: pa.DataType) -> Convert:

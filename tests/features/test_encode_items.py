@@ -184,6 +184,19 @@ def test_tables_without_a_row(tmp_path, text):
         encode(kind, tmp_path / "items.csv", "--columns", text.strip().rpartition(",")[2], "--out", tmp_path / "out")
 
 
+def test_all_bad_rows_of_a_table_are_named_with_their_lines(tmp_path):
+    (tmp_path / "items.csv").write_bytes(b'item_id,title\n1,"two\nlines"\n\n,none\n3\n4,caf\xe9\n5,a,b\n')
+    with pytest.raises(InputError) as caught:
+        encode("--texts", tmp_path / "items.csv", "--columns", "title", "--out", tmp_path / "out")
+    rows = [
+        "line 5: column 'item_id' is empty: ',none'",
+        "line 6: has 1 column, expected 2: '3'",
+        "line 7: column 'title' is not UTF-8 text (write the file as UTF-8): '4,caf\ufffd'",
+        "line 8: has 3 columns, expected 2: '5,a,b'",
+    ]
+    assert str(caught.value) == f"{tmp_path}/items.csv: 4 bad rows: {'; '.join(rows)}. Correct them"
+
+
 def test_a_folder_that_is_being_emptied_is_not_gone_on_with(tmp_path, ray_local, small_parts, monkeypatch, capsys):
     items, out = write_titles(tmp_path), tmp_path / "out"
     encode("--texts", items, "--columns", "title", "--out", out)

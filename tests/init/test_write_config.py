@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from PIL import Image
 from raw_files import write_raw
 
@@ -173,3 +174,29 @@ def test_folders_that_it_does_not_understand(tmp_path):
     (tmp_path / "a.yaml").write_text("mine: true\n")
     with pytest.raises(InputError, match=r"a.yaml exists; name another file"):
         init(tmp_path / "raw", tmp_path / "a.yaml")
+
+
+def test_files_that_cannot_be_read_are_left_out_and_named(tmp_path, capsys):
+    """Whatever their names are, the configuration is that of the others."""
+    write_shop(tmp_path / "shop")
+    init(tmp_path / "shop", tmp_path / "a.yaml")
+    expected = yaml.safe_load((tmp_path / "a.yaml").read_text().replace("work/a/", "work/b/"))
+    capsys.readouterr()
+    for name, text in {
+        "settings.json": "[{}]",
+        "empty.csv": "",
+        "x\ndata: y.foo": "",
+        "y\ndata: 1.csv": "a,b\n1,2\n",
+    }.items():
+        (tmp_path / "shop" / name).write_text(text)
+    init(tmp_path / "shop", tmp_path / "b.yaml")
+    assert yaml.safe_load((tmp_path / "b.yaml").read_text()) == expected
+    shown = capsys.readouterr().out
+    assert f"left out: {tmp_path}/shop/settings.json is one JSON array; " in shown
+    assert f"left out: {tmp_path}/shop/empty.csv is not readable as csv" in shown
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.json").write_text("[{}]")
+    with pytest.raises(InputError, match=r"a\.json is one JSON array"):
+        init(tmp_path / "broken", tmp_path / "c.yaml")
+    with pytest.raises(InputError, match=r"there is no folder .*/nowhere for c\.yaml; make it"):
+        init(tmp_path / "shop", tmp_path / "nowhere" / "c.yaml")

@@ -67,6 +67,24 @@ INTERACTIONS = {  # found before Ray starts
         "line 19: column 'time' (time): 'soon' is not a number: '",
         overrides=BY_TIME,
     ),
+    "times of one day in words": one(
+        "a.csv",
+        text(time=["31/05/2024"] * ROWS),
+        "'31/05/2024' is not a time that can be read; write",
+        overrides=BY_TIME,
+    ),
+    "times of which one has a time zone": one(
+        "a.csv",
+        text(time=["2024-05-31 10:00:00", "2024-05-31 10:00:00Z", *["2024-05-31 10:00:00"] * (ROWS - 2)]),
+        "line 3: column 'time' (time): '2024-05-31 10:00:00Z' has a time zone, other times have none: '",
+        overrides=BY_TIME,
+    ),
+    "csv with a comma more in every row but the header's": one(
+        "a.csv", CSV.replace(b"\n", b",\n").replace(b",\n", b"\n", 1), "36 bad rows: line 2: has ", overrides=BY_TIME
+    ),
+    "csv with a short row that is not UTF-8": one(
+        "a.csv", b"user_id,item_id\n1,2\n\xe9\n", "line 3: has 1 column, expected 2: '\ufffd'"
+    ),
     "ratings of words": one("a.parquet", parquet(rating=["good"] * ROWS), "'rating' (rating) has", overrides=[RATING]),
     "one rating of words in tsv": one(
         "a.tsv",
@@ -119,7 +137,9 @@ INTERACTIONS = {  # found before Ray starts
     ),
     "jsonl of arrays": one("a.jsonl", b"[1, 2]\n", "from object to array in row 1"),
     "jsonl with one array": one("a.jsonl", JSON + b"[1, 2]\n", "line 2: is a list; expected a JSON object"),
-    "json that is one array": one("a.json", b'[{"user_id": 1, "item_id": 2}]', "from object to array in row 1"),
+    "json that is one array": one(
+        "a.json", b'[{"user_id": 1, "item_id": 2}]', "is one JSON array; write one object per line"
+    ),
     "jsonl of null": one("a.jsonl", b"null\n", "line 1 is null; expected one JSON object per line"),
     "jsonl with a null line": one(
         "a.jsonl.gz", gzip.compress(JSON * 3 + b" null\n"), "line 4 is null; expected one JSON object"

@@ -82,7 +82,7 @@ EARLY = {  # found before Ray starts
     ),
     "jsonl without an id in a row": broken("v.jsonl", LISTS + b'{"vector": [1, 2, 3]}\n', "item id of row 9 is null"),
     "jsonl with an id twice": broken("v.jsonl", LISTS + LISTS.partition(b"\n")[0], "item 0 has 2 vectors"),
-    "json that is one array": broken("v.json", b'[{"item_id": 1}]', "from object to array in row 1"),
+    "json that is one array": broken("v.json", b'[{"item_id": 1}]', "is one JSON array; write one object per line"),
     "jsonl with a null line": broken("v.jsonl", LISTS + b"null\n", "line 9 is null; expected one JSON object"),
     "npz without a byte": broken("v.npz", b"", "is not a readable .npz file (repair it or write it again)"),
     "npz that is npy": broken("v.npz", NPY, "is not a readable .npz file", "File is not a zip file"),

@@ -194,6 +194,43 @@ def test_rows_with_other_columns_that_are_not_utf8(tmp_path, monkeypatch, capfd,
     assert capfd.readouterr().err == ""
 
 
+def test_times_that_cannot_be_read(tmp_path):
+    uri, roles = str(tmp_path / "a.csv"), {"user": "user_id", "item": "item_id", "time": "time"}
+    for text in ("31/05/2024", "May 31 2024", "true"):
+        (tmp_path / "a.csv").write_text("user_id,item_id,time\n" + f"u,i,{text}\n" * 3)
+        message = refused_file(uri, roles)
+        assert f"column 'time' (time): '{text}' is not a time that can be read; write times as numbers, " in message
+    plain, zoned = "2024-05-31T10:00:00", "2024-05-31T10:00:00Z"
+    for most, other, problem in (
+        (plain, zoned, "has a time zone, other times have none"),
+        (zoned, plain, "has no time zone, other times have one"),
+    ):
+        (tmp_path / "a.csv").write_text(f"user_id,item_id,time\nu,i,{most}\nu,j,{other}\nu,k,{most}\nu,l,x\n")
+        _, rejected = kept_and_rejected(uri, roles)
+        assert {place: found for place, (_, found) in rejected.items()} == {
+            "line 3": f"column 'time' (time): '{other}' {problem}",
+            "line 5": "column 'time' (time): 'x' is not a timestamp",
+        }
+
+
+def test_a_json_array_is_refused(tmp_path):
+    for text in (
+        '[{"user_id": 1, "item_id": 2}]',
+        '[\n  {"user_id": 1, "item_id": 2},\n{"user_id": 1, "item_id": 3}\n]',
+    ):
+        (tmp_path / "a.json").write_text(text)
+        assert "a.json is one JSON array; write one object per line" in refused_file(str(tmp_path / "a.json"))
+
+
+def test_files_in_which_no_row_fits(tmp_path):
+    uri, roles = str(tmp_path / "a.csv"), {"user": "user_id", "item": "item_id", "time": "time"}
+    (tmp_path / "a.csv").write_text("user_id,item_id,time\n")
+    assert kept_and_rejected(uri, roles) == ([], {})
+    assert not list(parse.read_table_file(parse.inspect_table(uri, roles)))
+    (tmp_path / "a.csv").write_text("user_id,item_id,time\nu,i,2024-05-31,\n")
+    assert "line 2: has 4 columns, expected 3" in refused_file(uri, roles)
+
+
 def test_headers_that_are_missing_or_too_many(tmp_path):
     (tmp_path / "a.csv").write_text("196,242,3,881250949\n186,302,3,891717742\n")
     uri, roles = str(tmp_path / "a.csv"), {"user": "user_id", "item": "item_id"}
