@@ -3,7 +3,6 @@
 YAML is read with the safe loader, which makes nothing but plain values.
 """
 
-import difflib
 import re
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from pydantic import ValidationError
 from gtc_dist.config import Config
 from gtc_dist.config_data import ModalityConfig, Section
 from gtc_dist.config_upgrade import old_keys, upgrade
-from gtc_dist.errors import InputError
+from gtc_dist.errors import InputError, hint_at_known
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -153,8 +152,7 @@ def _explain(error: dict, origin: str) -> str:
     if error["type"] == "extra_forbidden":
         section = _section_at(error["loc"][:-1])
         known = list(section.model_fields) if section else []
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+        hint = hint_at_known(error["loc"][-1], known, "known keys here")
         return f"{origin}: unknown key {location!r}; {hint}"
     if error["type"] == "missing":
         return f"{origin}: key {location!r} is missing"

@@ -1,7 +1,8 @@
 """Errors that a command shows as one line instead of a traceback, with their exit status."""
 
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 
 class InputError(ValueError):
@@ -17,6 +18,12 @@ class NotFinite(FloatingPointError):
 
 class Unreachable(ConnectionError):
     """Object store or Ray cluster that could not be reached. Running the command again later may succeed."""
+
+
+def hint_at_known(name: object, known: Collection[str], title: str = "known keys") -> str:
+    """What to write instead of an unknown name: the nearest known one, or all."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"{title}: {', '.join(known)}"
 
 
 STATUS = {InputError: 2, NotFinite: 3, Unreachable: 2}  # exit status of the command

@@ -110,12 +110,13 @@ def whole_gradient(table: ShardedTable) -> torch.Tensor:
     )
 
 
-def assert_same_step(got: dict, want: dict, rtol: float = 2e-4, atol: float = 4e-6) -> None:
-    """atol: the gradient of a factor of all content sums terms that cancel, which processors round otherwise."""
+def assert_same_step(got: dict, want: dict, rtol: float = 2e-4, atol: float = 2e-6) -> None:
     assert got["parts"] == {name: pytest.approx(value, rel=1e-4) for name, value in want["parts"].items()}
     for kind in ("dense", "tables"):
         assert got[kind].keys() == want[kind].keys()
         for name, gradient in want[kind].items():
+            # the gradient of one factor of all content sums terms that cancel; processors round them differently
+            atol_here = max(atol, 4e-6) if name.endswith("content_length") else atol
             torch.testing.assert_close(
-                got[kind][name], gradient, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+                got[kind][name], gradient, rtol=rtol, atol=atol_here, msg=lambda m, n=name: f"{n}: {m}"
             )

@@ -64,6 +64,9 @@ def parse() -> argparse.Namespace:
         sub.add_argument("--compare", help="JSON file of an earlier measurement, to print ratios to")
         if name not in COMMANDS:
             sub.add_argument("--threads", default="1", help="comma-separated")
+        if name == "peer":
+            sub.set_defaults(ranks="1")
+        elif name not in COMMANDS:
             sub.add_argument("--ranks", default="1", help="comma-separated")
         if name in CONFIGURED:
             sub.add_argument("--config", action="append", required=True, help="YAML file; may be repeated")

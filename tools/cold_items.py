@@ -65,17 +65,17 @@ def main(argv: list[str] | None = None) -> None:
         print_row("nearest", run, Embeddings(users, cold_start.neighbours.impute(items)), truth, args.users)
     tuned = cold_start.weights[NORM_SCALE], cold_start.weights[OFFSET]
     factor, offset = tuned if tuned[0] else (1.0, 0.0)
-    places = {"without cold items": WITHOUT, "**as tuned**": tuned}
+    adjustments = {"without cold items": WITHOUT, "**as tuned**": tuned}
     by_offset = run.scorer.special_columns(fused.items.width).constant is not None
     for step in STEPS:
         if step == 0 and tuned[0]:
             continue  # as tuned
         if by_offset:
-            places[f"scores of cold items {OFFSET_STEP * step:+.1f}"] = factor, offset + OFFSET_STEP * step
+            adjustments[f"scores of cold items {OFFSET_STEP * step:+.1f}"] = factor, offset + OFFSET_STEP * step
         else:
-            places[f"scores of cold items x {FACTOR_STEP**step:.2f}"] = factor * FACTOR_STEP**step, 0.0
-    for name, place in places.items():
-        cold_start.weights[NORM_SCALE], cold_start.weights[OFFSET] = place
+            adjustments[f"scores of cold items x {FACTOR_STEP**step:.2f}"] = factor * FACTOR_STEP**step, 0.0
+    for name, adjustment in adjustments.items():
+        cold_start.weights[NORM_SCALE], cold_start.weights[OFFSET] = adjustment
         print_row(name, run, run.scorer.impute_cold(fused), truth, args.users)
 
 

@@ -1,11 +1,10 @@
 """Options of `gtc features`, from the command line or from a YAML file: a mapping for each set of vectors."""
 
 import argparse
-import difflib
 
 from gtc_dist.config_file import parse_yaml
 from gtc_dist.data import formats, storage
-from gtc_dist.errors import InputError
+from gtc_dist.errors import InputError, hint_at_known
 
 
 def read_command_lines(argv: list[str] | None, description: str) -> list[argparse.Namespace]:
@@ -75,9 +74,7 @@ def _words_of_sets(uri: str, parser: argparse.ArgumentParser) -> list[list[str]]
 
 def _words(uri: str, known: dict[str, argparse.Action], key: str, value) -> list[str]:
     if key not in known:
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        raise InputError(f"{uri}: unknown key {key!r}; {hint}")
+        raise InputError(f"{uri}: unknown key {key!r}; {hint_at_known(key, known)}")
     if known[key].nargs == 0:
         if not isinstance(value, bool):
             raise InputError(f"{uri}: key {key!r}: expected true or false, found {value!r}")

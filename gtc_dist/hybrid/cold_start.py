@@ -12,9 +12,10 @@ the valid split by maximum likelihood (`conditional_logit.py`), with all warm it
 via the graph.
 
 Finally an offset to all their scores is tuned, which decides how many cold items enter the lists: the largest whose
-drop of the warm items' validation objective is at most `eval.cold_loss`, relative to lists without cold items. Added,
-it lists an item to the users who like it most; a factor, which runs before 0.9.0 have, narrows their differences
-(docs/log.md). Without score fusion embeddings have no column for an offset, so the factor is tuned.
+drop of the warm items' validation objective is at most `eval.cold_loss`, relative to lists without cold items. An
+offset keeps the differences between the users' scores of an item, so that those who like it most get it. Runs before
+0.9.0 have a factor instead (docs/log.md), and so have runs without score fusion, whose embeddings have no column for an
+offset.
 
 Where less than `SIMULATED_SHARE` of the items are cold (in small catalogs: fewer than `MIN_SIMULATED` items, or than
 `MAX_SIMULATED_SHARE`), randomly chosen warm items simulate the rest, so that the offset also suits a few items that
@@ -41,14 +42,14 @@ from gtc_dist.hybrid.warm_neighbours import WarmNeighbours
 # From embeddings, predicted rows of the items and bool [items], the ones that get them: the validation objective,
 # higher is better, as a function of a factor and an offset of these items' scores, factor 0: without them; the other
 # items count. Every rank must call both.
-ObjectiveByPlace = Callable[[Embeddings, ShardedTable, np.ndarray], Callable[[float, float], float]]
+ObjectiveByAdjustment = Callable[[Embeddings, ShardedTable, np.ndarray], Callable[[float, float], float]]
 
 # weights of the predictors; runs before 0.5.0 have no `NEIGHBOURS`: regression 1 predicts alone, 0 neighbours alone
 REGRESSION, NEIGHBOURS = "regression", "neighbours"
 CONTENT_WEIGHT = "own"  # of an item's own content profile
 NORM_SCALE = "lift"  # factor of the whole predicted row; 0: cold items are not recommended
 OFFSET = "offset"  # added to all scores of an item
-# (factor, offset) to choose from: each lists more cold items than the one before
+# adjustments of the scores of cold items to choose from, (factor, offset): each lists more of them than the one before
 WITHOUT = (0.0, 0.0)
 BY_OFFSET = (WITHOUT, *((1.0, n / 10) for n in range(-200, 201)))
 BY_SCALE = (WITHOUT, *((round(1.1**n, 3), 0.0) for n in range(-12, 13)))
@@ -124,15 +125,15 @@ class ColdStart:
         if self.weights[NEIGHBOURS]:
             predicted += self.weights[NEIGHBOURS] * self.neighbours.of_cold(items)
         self._set_profiles(predicted, columns, rows)
-        placed = placed_rows(predicted, self.weights, columns.constant)
-        return Embeddings(users, items.with_values(items.weight.float().index_copy(0, rows, placed)))
+        adjusted = adjusted_rows(predicted, self.weights, columns.constant)
+        return Embeddings(users, items.with_values(items.weight.float().index_copy(0, rows, adjusted)))
 
     def tune(
         self,
         embeddings: Embeddings,
         columns: SpecialColumns,
         shortlist_by: Callable[[dict[str, Embeddings]], Shortlist],
-        objective: ObjectiveByPlace,
+        objective: ObjectiveByAdjustment,
     ) -> None:
         """Fit the weights of the predictions, then tune how many cold items are listed."""
         users, items = embeddings
@@ -156,22 +157,24 @@ class ColdStart:
         for rows in others:
             predicted += rows
         self._set_profiles(predicted, columns)
-        places = BY_SCALE if columns.constant is None else BY_OFFSET
-        self._tune_place(objective(embeddings, items.with_values(predicted), self.simulated_cold), places)
+        adjustments = BY_SCALE if columns.constant is None else BY_OFFSET
+        self._tune_adjustment(objective(embeddings, items.with_values(predicted), self.simulated_cold), adjustments)
 
-    def _tune_place(self, objective: Callable[[float, float], float], places: tuple[tuple[float, float], ...]) -> None:
-        """The last of the places within the allowed metric drop, by bisection."""
-        least = (1 - self.allowed_loss) * objective(*places[0])
+    def _tune_adjustment(
+        self, objective: Callable[[float, float], float], adjustments: tuple[tuple[float, float], ...]
+    ) -> None:
+        """Take the last of the adjustments within the allowed metric drop, by bisection."""
+        least = (1 - self.allowed_loss) * objective(*adjustments[0])
         if not least > 0:
             return  # no warm item is recommended correctly, so there is no drop to measure
-        within, beyond = 0, len(places)
+        within, beyond = 0, len(adjustments)
         while beyond - within > 1:
             middle = (within + beyond) // 2
-            if objective(*places[middle]) >= least:
+            if objective(*adjustments[middle]) >= least:
                 within = middle
             else:
                 beyond = middle
-        self.weights |= dict(zip((NORM_SCALE, OFFSET), places[within], strict=True))
+        self.weights |= dict(zip((NORM_SCALE, OFFSET), adjustments[within], strict=True))
 
     def _set_profiles(
         self, predicted: torch.Tensor, columns: SpecialColumns, rows: torch.Tensor | slice = slice(None)
@@ -181,16 +184,16 @@ class ColdStart:
             torch.mul(columns.own_profiles[name][rows], self.weights[CONTENT_WEIGHT], out=predicted[:, at])
 
 
-def placed_rows(predicted: torch.Tensor, weights: dict[str, float], constant: int | None) -> torch.Tensor:
+def adjusted_rows(predicted: torch.Tensor, weights: dict[str, float], constant: int | None) -> torch.Tensor:
     """Predicted rows times their factor, with their offset. Factor 0 keeps the items out of the lists.
 
     Args:
         constant: of `SpecialColumns`; None in runs before 0.5.0, whose lists hold positive scores.
     """
-    placed = predicted * weights[NORM_SCALE]
+    adjusted = predicted * weights[NORM_SCALE]
     if constant is not None:
-        placed[:, constant] = placed[:, constant] + weights[OFFSET] if weights[NORM_SCALE] else EXCLUDED
-    return placed
+        adjusted[:, constant] = adjusted[:, constant] + weights[OFFSET] if weights[NORM_SCALE] else EXCLUDED
+    return adjusted
 
 
 def _without_profiles(rows: torch.Tensor, columns: SpecialColumns) -> torch.Tensor:

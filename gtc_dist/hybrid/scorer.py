@@ -11,7 +11,7 @@ from gtc_dist.config import Config
 from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.hybrid.cold_start import ColdStart, ObjectiveByPlace
+from gtc_dist.hybrid.cold_start import ColdStart, ObjectiveByAdjustment
 from gtc_dist.hybrid.content_profile import content_profile_scores
 from gtc_dist.hybrid.embeddings import Embeddings, SpecialColumns
 from gtc_dist.hybrid.graph_filter import CooccurrenceOperator, graph_filter_scores
@@ -63,7 +63,7 @@ class HybridScorer:
         """
         return network if self.fusion is None else self.fusion.tune(network, shortlist_by, masked)
 
-    def tune_cold_start(self, fused: Embeddings, shortlist_by: Shortlister, objective: ObjectiveByPlace) -> None:
+    def tune_cold_start(self, fused: Embeddings, shortlist_by: Shortlister, objective: ObjectiveByAdjustment) -> None:
         """Fit the weights of the cold-start predictions and tune how many cold items are listed."""
         if self.cold_start is not None:
             self.cold_start.tune(fused, self.special_columns(fused[1].width), shortlist_by, objective)

@@ -20,7 +20,7 @@ from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import similarity_weights
 from gtc_dist.graph.item_knn_graph import ITEM_NEIGHBOURS
-from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, NEIGHBOURS, REGRESSION, placed_rows
+from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, NEIGHBOURS, REGRESSION, adjusted_rows
 from gtc_dist.hybrid.content_space import ContentSpace, weighted_unit_rows
 from gtc_dist.inference.trained_run import TrainedRun
 
@@ -121,7 +121,7 @@ def embed_new_items(run: TrainedRun, items: ShardedTable, new_features: dict[str
         space = ContentSpace.fit({name: run.features[name]}, run.config.model.hybrid.content_profile)
         profiles = space.apply({name: features[name]}, missing_as_zero=False)  # like those of the catalog's items
         rows[:, columns] = profiles * cold_start.weights[CONTENT_WEIGHT]
-    return placed_rows(rows, cold_start.weights, special.constant)
+    return adjusted_rows(rows, cold_start.weights, special.constant)
 
 
 def nearest_warm_items(

@@ -46,12 +46,11 @@ def lists_folder(out: str, named: str, fingerprint: str) -> OutputFolder:
     return folder
 
 
-def lists_fingerprint(run_ref: RunRef, **asked: Any) -> str:
+def lists_fingerprint(run_ref: RunRef, catalog: Catalog, **asked: Any) -> str:
     """SHA-256 of what the lists and their files depend on: the weights, the catalog, and what was asked for (values of
     JSON, arrays)."""
     weights = checkpoint_files.read_manifest(storage.join(run_ref.uri, run_ref.checkpoint))["files"]
-    catalog = Catalog(run_ref.config.data.catalog).manifest.fingerprint
-    return _digest({"weights": weights, "catalog": catalog, **asked})
+    return _digest({"weights": weights, "catalog": catalog.manifest.fingerprint, **asked})
 
 
 def _digest(value: Any) -> str:

@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     if out is not None:
         asked = options | {"new_users": None if new is None else vars(new)}
         asked |= {"ranks": max(args.workers, 1), "chunk": CHUNK_USERS}  # they divide the users among the files
-        folder = lists_folder(out, args.out, lists_fingerprint(run_ref, **asked))
+        folder = lists_folder(out, args.out, lists_fingerprint(run_ref, catalog, **asked))
     work = functools.partial(recommend_rank, out=out, new_users=new, **options)
     result = run_on_ranks_or_here(args, run_ref, work)
     if out is None:

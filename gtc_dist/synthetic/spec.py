@@ -1,12 +1,11 @@
 """Parameters of a synthetic dataset: sizes, exponents and planted structure, checked on construction."""
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from gtc_dist.errors import InputError
+from gtc_dist.errors import InputError, hint_at_known
 
 MATRIX_ITEMS = 1 << 16  # up to this many items, the last of several modalities is written as one .npy matrix
 
@@ -99,9 +98,7 @@ def check_spec(values: dict[str, Any], origin: str) -> None:
     known = {"out": str} | {known.name: known.type for known in dataclasses.fields(Spec)}
     for name, value in values.items():
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            raise InputError(f"{origin}: unknown key {name!r}; {hint}")
+            raise InputError(f"{origin}: unknown key {name!r}; {hint_at_known(name, known)}")
         try:
             _check_type(name, known[name], value)
         except InputError as error:

@@ -96,7 +96,7 @@ class Validator:
 
     def _tune_cold_start(self, fused: Embeddings, metrics: dict) -> dict:
         before = self.scorer.state()
-        self.scorer.tune_cold_start(fused, self.shortlist, self.objective_by_place)
+        self.scorer.tune_cold_start(fused, self.shortlist, self.objective_by_adjustment)
         if self.scorer.state() == before:
             return metrics
         final = self.scorer.impute_cold(fused)
@@ -107,7 +107,7 @@ class Validator:
         options = RankingOptions.of(self.config)
         return ranking.evaluate_split(*embeddings, self.graphs, self.truth[split], options, self.head)
 
-    def objective_by_place(
+    def objective_by_adjustment(
         self, embeddings: Embeddings, predicted: ShardedTable, which: np.ndarray
     ) -> Callable[[float, float], float]:
         """Objective for tuning how many of the items `which`, bool [items], are listed, as a function of a factor and

@@ -12,7 +12,7 @@ from gtc_dist.evaluation.ranking import RankingOptions, evaluate_on_items, load_
 from gtc_dist.evaluation.scaled_items import ScaledItems
 from gtc_dist.graph.csc import Graphs
 
-PLACES = ((0.0, 0.0), (0.4, 0.0), (1.0, 0.0), (2.5, 0.0), (1.0, -1.5), (0.4, 0.8))  # factor, offset
+ADJUSTMENTS = ((0.0, 0.0), (0.4, 0.0), (1.0, 0.0), (2.5, 0.0), (1.0, -1.5), (0.4, 0.8))  # factor, offset
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,8 @@ def table(name: str, rows: int, comm: Communicator) -> ShardedTable:
     return ShardedTable(name, rows, 6, comm, init_std=1.0, trainable=False)
 
 
-def by_place(comm: Communicator, uri: str, counts_all: bool) -> dict:
-    """Metrics of each place: from one object, and of embeddings with other rows, where factor 0 excludes the items."""
+def by_adjustment(comm: Communicator, uri: str, counts_all: bool) -> dict:
+    """Metrics of each adjustment: from one object, and of embeddings with other rows; factor 0 excludes the items."""
     catalog = Catalog(uri)
     graphs, options = Graphs.load(catalog), RankingOptions(item_block=50, user_block=7)
     users, items, other = (table(n, r, comm) for n, r in (("u", 90), ("i", 120), ("other", 120)))
@@ -36,7 +36,7 @@ def by_place(comm: Communicator, uri: str, counts_all: bool) -> dict:
     lists = ScaledItems(users, items, other, which, graphs, truth, options, counted)
     own = which[items.start : items.stop]
     out = {}
-    for factor, offset in PLACES:
+    for factor, offset in ADJUSTMENTS:
         rows = items.weight.clone()
         rows[own] = other.weight[own] * factor
         rows[own, 5] += -1e3 if factor == 0 else offset
@@ -49,11 +49,11 @@ def by_place(comm: Communicator, uri: str, counts_all: bool) -> dict:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("counts_all", [True, False])
-def test_one_pair_of_rankings_serves_all_places(catalog, ranks, counts_all):
-    for found in run_ranks(by_place, ranks, catalog.uri, counts_all):
+def test_one_pair_of_rankings_serves_all_adjustments(catalog, ranks, counts_all):
+    for found in run_ranks(by_adjustment, ranks, catalog.uri, counts_all):
         recalls = set()
-        for place, (got, want) in found.items():
-            assert got == pytest.approx(want), place
+        for adjustment, (got, want) in found.items():
+            assert got == pytest.approx(want), adjustment
             recalls.add(round(got["recall@20"], 6))
         assert len(recalls) > 1
 

@@ -22,7 +22,7 @@ from gtc_dist.hybrid.cold_start import (
     OFFSET,
     REGRESSION,
     ColdStart,
-    placed_rows,
+    adjusted_rows,
 )
 from gtc_dist.hybrid.content_regression import FOLDS, ContentRegression
 from gtc_dist.hybrid.embeddings import Embeddings, SpecialColumns, unit_variance
@@ -213,16 +213,16 @@ def test_factor_and_offset_are_the_largest_within_the_allowed_loss(catalog):
 
         return of
 
-    def placed(each, columns) -> tuple[float, float]:
+    def tuned(each, columns) -> tuple[float, float]:
         cold.tune((users, items), columns, taste(users, by_neighbours), objective(each))
         return cold.weights[NORM_SCALE], cold.weights[OFFSET]
 
     constant = SpecialColumns(constant=0)
     for each, offset in ((0.0071, 0.3), (0.012, -0.2), (0.0099, 0.0), (0.0, 20.0)):
-        assert placed(each, constant) == (1.0, offset)
-    assert placed(1e8, constant) == (0.0, 0.0)
+        assert tuned(each, constant) == (1.0, offset)
+    assert tuned(1e8, constant) == (0.0, 0.0)
     for each, scale in ((0.0071, 1.331), (0.012, 0.826), (0.0099, 1.0), (0.0, BY_SCALE[-1][0]), (5.0, 0.0)):
-        assert placed(each, SpecialColumns()) == (scale, 0.0)
+        assert tuned(each, SpecialColumns()) == (scale, 0.0)
     imputed = cold.impute((users, items), SpecialColumns())[1].weight
     assert (imputed[cold.cold] == 0).all()
     cold.tune(
@@ -235,11 +235,11 @@ def test_factor_and_offset_are_the_largest_within_the_allowed_loss(catalog):
 def test_offset_and_exclusion_use_the_constant_column():
     rows = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     users = torch.cat([torch.ones(5, 1), torch.randn(5, 3, generator=torch.Generator().manual_seed(1))], dim=1)
-    place = {NORM_SCALE: 1.5, OFFSET: -0.7}
-    torch.testing.assert_close(users @ placed_rows(rows, place, 0).T, 1.5 * users @ rows.T - 0.7)
-    assert (users @ placed_rows(rows, place | {NORM_SCALE: 0.0}, 0).T < EXCLUDED / 10).all()
-    assert torch.equal(placed_rows(rows, {NORM_SCALE: 1.5, OFFSET: 0.0}, None), 1.5 * rows)
-    assert (placed_rows(rows, {NORM_SCALE: 0.0, OFFSET: 0.0}, None) == 0).all()
+    adjustment = {NORM_SCALE: 1.5, OFFSET: -0.7}
+    torch.testing.assert_close(users @ adjusted_rows(rows, adjustment, 0).T, 1.5 * users @ rows.T - 0.7)
+    assert (users @ adjusted_rows(rows, adjustment | {NORM_SCALE: 0.0}, 0).T < EXCLUDED / 10).all()
+    assert torch.equal(adjusted_rows(rows, {NORM_SCALE: 1.5, OFFSET: 0.0}, None), 1.5 * rows)
+    assert (adjusted_rows(rows, {NORM_SCALE: 0.0, OFFSET: 0.0}, None) == 0).all()
 
 
 def test_weights_are_restored_from_a_checkpoint(catalog):

@@ -27,14 +27,19 @@ NETWORK_ALONE = ["model.masked_members=0", "model.hybrid.graph_filter=0", "model
 
 
 class LightGCN(nn.Module):
-    """Args:
-    graphs: of the catalog; users are the first nodes, items the others.
+    """The model, and Adam for its table.
+
+    Args:
+        graphs: of the catalog; users are the first nodes, items the others.
     """
 
     def __init__(self, graphs: Graphs):
         super().__init__()
         self.users, self.items = graphs.users, graphs.items
         nodes = self.users + self.items
+        user_items = graphs.nodes.indices[: graphs.nodes.indptr[self.users]].astype(np.int64) - self.users
+        degree = np.diff(graphs.nodes.indptr[: self.users + 1])
+        self.known = np.sort(np.repeat(np.arange(self.users), degree) * self.items + user_items)
         self.table = nn.Parameter(nn.init.xavier_uniform_(torch.empty(nodes, WIDTH)))
         csc = graphs.nodes
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
@@ -44,6 +49,12 @@ class LightGCN(nn.Module):
             check_invariants=False,
         )
         self.optimizer = torch.optim.Adam([self.table], lr=LR)
+
+    def knows(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Whether each pair is an interaction of train, bool [B]."""
+        pairs = users * self.items + items
+        at = np.minimum(np.searchsorted(self.known, pairs), len(self.known) - 1)
+        return self.known[at] == pairs
 
     def step(self, users: torch.Tensor, items: torch.Tensor, negatives: torch.Tensor) -> float:
         """One step on pairs and their negatives, int64 [B] each; returns the loss."""
@@ -66,12 +77,11 @@ def lightgcn_epoch(network: LightGCN, users: np.ndarray, items: np.ndarray, batc
     """One pass over the interactions, each with a negative that the user does not have; returns the mean loss."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(users))
-    known = np.unique(users.astype(np.int64) * network.items + items)
     losses = []
     for first in range(0, len(order), batch):
         user, item = (each[order[first : first + batch]].astype(np.int64) for each in (users, items))
         negative = rng.integers(0, network.items, len(user))
-        while (taken := np.isin(user * network.items + negative, known)).any():
+        while (taken := network.knows(user, negative)).any():
             negative[taken] = rng.integers(0, network.items, taken.sum())
         losses.append(network.step(*(torch.from_numpy(each) for each in (user, item, negative))))
     return statistics.fmean(losses)
