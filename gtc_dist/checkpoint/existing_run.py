@@ -92,8 +92,8 @@ def run_status(config: Config, run: str, fingerprint: str) -> Literal["new", "be
             manifest = checkpoint_files.read_manifest(storage.join(run, CHECKPOINT_FOLDER, name))
             if manifest.get("catalog") != fingerprint:
                 raise InputError(
-                    f"{config.data.catalog} is not the catalog that the run {run} was started on, or was rebuilt since; "
-                    "name its own in data.catalog, or choose another run.name"
+                    f"{config.data.catalog} is not the catalog that the run {run} was started on, or was rebuilt "
+                    "since; name its own in data.catalog, or choose another run.name"
                 )
     same_length = (before.train.epochs, before.eval.patience) == (config.train.epochs, config.eval.patience)
     return "finished" if METRICS_FILE in found and same_length else "begun"
@@ -126,8 +126,8 @@ def find_run(uri: str, catalog_uri: str | None = None, verify: str | None = None
     catalog = Catalog(config.data.catalog, verify=verify or config.data.verify)
     if catalog.manifest.fingerprint != manifest["catalog"]:
         raise InputError(
-            f"{config.data.catalog} is not the catalog that the run {uri} was trained on, or was rebuilt since; name its "
-            "own with --catalog, or train again"
+            f"{config.data.catalog} is not the catalog that the run {uri} was trained on, or was rebuilt since; name "
+            "its own with --catalog, or train again"
         )
     if config.train.final_fit is not None and not storage.exists(storage.join(uri, METRICS_FILE)):
         raise InputError(f"{uri} is a final fit that has not ended; train it to its end first")

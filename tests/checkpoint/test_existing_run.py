@@ -36,10 +36,7 @@ def test_a_run_without_its_catalog_takes_the_one_it_is_given(moved, capsys):
     evaluate.main(["--run", f"{moved}/new/runs/r", "--catalog", f"{moved}/elsewhere"])
     assert '"overall"' in capsys.readouterr().out
     small_catalog(moved / "other", seed=1)
-    with pytest.raises(
-        InputError,
-        match=r"other is not the catalog that the run .* was trained on, or was rebuilt since; name its own with --catalog",
-    ):
+    with pytest.raises(InputError, match=r"other is not the catalog .*; name its own with --catalog"):
         find_run(f"{moved}/new/runs/r", f"{moved}/other")
 
 
