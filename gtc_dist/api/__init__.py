@@ -1,15 +1,15 @@
 """The commands as functions of Python:
 
-    from gtc_dist.api import Run, prepare, train
+    import gtc_dist
 
-    prepare("shop.yaml")
-    run = train("shop.yaml", "train.epochs=30")
+    gtc_dist.prepare("shop.yaml")
+    run = gtc_dist.train("shop.yaml", "train.epochs=30")
     run.metrics["test"]["overall"]["ndcg@20"]
     run.recommend(["C-00007"], top=10).to_pandas()
 
-A `Run` also opens a training of earlier, by the URI of its folder: `Run("s3://bucket/runs/first")`. Errors that a user
-can mend are `gtc_dist.errors.InputError`, with one line of text. All of a run is loaded into this process, when it is
-needed first; the commands' `--workers` share that among ranks.
+A `Run` also opens a training of earlier, by the URI of its folder: `gtc_dist.Run("s3://bucket/runs/first")`. Errors
+that a user can mend are `gtc_dist.errors.InputError`, with one line of text. All of a run is loaded into this process,
+when it is needed first; the commands' `--workers` share that among ranks.
 """
 
 from collections.abc import Iterable

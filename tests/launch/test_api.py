@@ -1,6 +1,8 @@
 """The commands as functions of Python, against the commands; and the notebook of the docs, cell by cell."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -8,6 +10,7 @@ import pytest
 from small import ROOT, small_catalog, write_config
 from trainings import train_without_ray
 
+import gtc_dist
 from gtc_dist import evaluate
 from gtc_dist.api import Run, prepare, train
 from gtc_dist.config_file import load_config
@@ -85,6 +88,24 @@ def test_a_finished_run_is_opened(run, capsys):
     config = load_config(f"{run}/config.yaml")
     assert train(config).metrics == Run(run).metrics
     assert "is finished" in capsys.readouterr().err
+
+
+def test_the_package_has_the_functions_and_loads_torch_when_they_are_used(run):
+    """Whatever was imported before: prepare and train are modules as well as functions."""
+    assert gtc_dist.Run is Run
+    assert gtc_dist.train(load_config(f"{run}/config.yaml")).uri == run
+    with pytest.raises(InputError, match="overrides go with a YAML file"):
+        gtc_dist.prepare({"data": {}}, "a.b=c")
+    assert {"Run", "prepare", "train"} <= set(dir(gtc_dist))
+    with pytest.raises(AttributeError, match="module 'gtc_dist' has no attribute 'Runs'"):
+        _ = gtc_dist.Runs
+    code = (
+        "import sys, gtc_dist; loaded = 'torch' in sys.modules or 'ray' in sys.modules\n"
+        "import gtc_dist.prepare.clean, gtc_dist.train\n"
+        "print(loaded, gtc_dist.Run.__name__, *map(callable, (gtc_dist.prepare, gtc_dist.train)), gtc_dist.train.main)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("False Run True True <function main")
 
 
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, ray_local):
