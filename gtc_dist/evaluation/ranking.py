@@ -27,6 +27,8 @@ from gtc_dist.evaluation.metrics import K_VALUES, means_of_groups, metrics_of_gr
 from gtc_dist.graph.csc import Graphs, by_destination, take_edges
 from gtc_dist.progress import ShareDone
 
+GROUP = 8  # columns whose maximum `top_of_rows` looks at first
+
 
 @dataclass(frozen=True)
 class RankingOptions:
@@ -216,7 +218,7 @@ def top_k_items(
             if seen:
                 value, at = _above_running_best(scores, best[part, -1], k)
             else:  # no running top k yet
-                value, at = scores.topk(min(k, scores.shape[1]), dim=1)
+                value, at = top_of_rows(scores, k)
             best[part], order = torch.cat([best[part], value], dim=1).topk(k, dim=1)
             index[part] = torch.cat([index[part], ids[at]], dim=1).gather(1, order)
         seen = True
@@ -249,13 +251,30 @@ def _above_running_best(scores: torch.Tensor, least: torch.Tensor, k: int) -> tu
     counts = above.sum(dim=1)
     most = int(counts.max()) if len(counts) else 0
     if most > k:
-        return scores.topk(min(k, scores.shape[1]), dim=1)
+        return top_of_rows(scores, k)
     row, column = above.nonzero(as_tuple=True)
     place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
     value = scores.new_full((len(scores), most), float("-inf"))
     at = column.new_zeros((len(scores), most))
     value[row, place], at[row, place] = scores[row, column], column
     return value, at
+
+
+def top_of_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best scores of each row, best first, and their columns: `topk` of [n, m], each [n, at most k].
+
+    On a CPU a long row's best are looked for among the columns of the k groups with the largest maxima: one pass finds
+    these, and `topk` reads an eighth of the row.
+    """
+    n, m = scores.shape
+    size = m // GROUP
+    if scores.device.type != "cpu" or size < 4 * k:
+        return scores.topk(min(k, m), dim=1)
+    groups = scores[:, : GROUP * size].unflatten(1, (GROUP, size)).amax(1).topk(k, dim=1, sorted=False).indices
+    columns = (groups[:, :, None] + torch.arange(GROUP) * size).flatten(1)
+    columns = torch.cat([columns, torch.arange(GROUP * size, m).expand(n, -1)], dim=1)
+    best, at = scores.gather(1, columns).topk(k, dim=1)
+    return best, columns.gather(1, at)
 
 
 def train_positives(graphs: Graphs, users: np.ndarray, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from gtc_dist.data.catalog import CSC
 from gtc_dist.distributed.sharded_table import ShardedTable, plan_lookup
 from gtc_dist.evaluation.metrics import count_positives, hits
-from gtc_dist.evaluation.ranking import RankingOptions, ranked_users, train_positives
+from gtc_dist.evaluation.ranking import RankingOptions, ranked_users, top_of_rows, train_positives
 from gtc_dist.graph.csc import Graphs
 
 ITEMS = 50  # of each scorer
@@ -89,7 +89,7 @@ def _best_items(
             for each in scores:
                 each[row.to(device), column.to(device)] = float("-inf")
             for by, each in enumerate(scores):
-                at = each.topk(min(ITEMS, last - first), dim=1).indices
+                _, at = top_of_rows(each, ITEMS)
                 found = torch.cat([best[by, :, part], torch.stack([other.gather(1, at) for other in scores])], dim=2)
                 order = found[by].topk(ITEMS, dim=1).indices
                 best[by, :, part] = found.gather(2, order.expand(len(tables), -1, -1))

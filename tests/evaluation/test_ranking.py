@@ -195,3 +195,18 @@ def test_perfect_and_worst_lists():
     assert metrics["ndcg@5"].tolist() == pytest.approx([1.0, 0.0])
     assert metrics["mrr@10"].tolist() == [1.0, 0.0]
     assert metrics["precision@5"].tolist() == [0.6, 0.0]
+
+
+@pytest.mark.parametrize("columns", [5, 320, 327, 1000])
+def test_the_best_of_long_rows(columns):
+    """Also of rows with equal scores, and with fewer scores than are wanted."""
+    generator = torch.Generator().manual_seed(columns)
+    for scores in (
+        torch.randn(40, columns, generator=generator),
+        torch.randint(0, 30, (40, columns), generator=generator).float(),
+        torch.full((40, columns), float("-inf")).index_fill(1, torch.tensor([0, columns // 2, columns - 1]), 2.0),
+    ):
+        best, at = ranking.top_of_rows(scores, 10)
+        np.testing.assert_array_equal(best, scores.topk(min(10, columns), dim=1).values)
+        np.testing.assert_array_equal(best, scores.gather(1, at))
+        assert all(len(set(row)) == len(row) for row in at.tolist())
