@@ -1,7 +1,6 @@
 """`train.compile` and `train.precision`: one graph, the same step."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -67,7 +66,7 @@ def test_forward_and_backward_are_one_graph(catalog, tmp_path, model, train):
         trainer.history.every = trainer.history.steps = 10**9
     dynamic = True if "propagation" in model else None
     compiled = torch.compile(trainer.network, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for batch in batches_of(trainer, 3):  # other shapes
+    for batch in batches_of(trainer, 2):  # other shapes
         loss, found = gradients(trainer, compiled, batch)
         want_loss, want = gradients(trainer, trainer.network, batch)
         assert loss == pytest.approx(want_loss, rel=1e-5)
@@ -93,9 +92,10 @@ def test_bfloat16_changes_a_step_little(catalog, tmp_path, model):
             assert float(torch.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0)) > 0.98, name
 
 
-def test_a_compiled_training_in_bfloat16_runs_to_its_end(catalog, tmp_path, monkeypatch):
-    if shutil.which("g++") is None:  # the graphs without generated code
-        monkeypatch.setattr(trainer, "compile_step", lambda network: build.compile_step(network, "aot_eager"))
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_a_compiled_training_in_bfloat16_runs_to_its_end(catalog, tmp_path, monkeypatch, backend):
+    """Without generated code, which `g++` needs a minute for, and with it."""
+    monkeypatch.setattr(trainer, "compile_step", lambda network: build.compile_step(network, backend))
     train = {"epochs": 2, "precision": "bf16", "w_tc": 0, "w_diff": 0}
     valid = {}
     for compile in (False, True):
