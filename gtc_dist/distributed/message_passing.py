@@ -107,10 +107,12 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, blocks, targets):
         ctx.blocks = blocks
-        total = x[:targets].clone()
+        layers = [x]
         for block in blocks:
-            x = _bag(block.indices, x, block.indptr, block.weight)
-            total += x[:targets]
+            layers.append(_bag(block.indices, layers[-1], block.indptr, block.weight))
+        total = layers.pop()
+        for layer in reversed(layers):
+            total += layer[:targets]
         return total
 
     @staticmethod

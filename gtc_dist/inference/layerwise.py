@@ -82,7 +82,7 @@ def graph_inputs(
     width = network.n_node_views * network.dim
     users, items = _empty_like(tables.user, width, dtype), _empty_like(tables.item, width, dtype)
     for low, high in row_chunks(users, chunk):
-        users.weight[low:high] = network.encode_users(tables.user.weight[low:high])[0]
+        users.weight[low:high] = network.encode_users(tables.user.weight[low:high, : network.user_widths[0]])
     sums: dict[str, torch.Tensor] = {}
     audiences = audience_spmm(graphs, users, items, chunk) if network.has_filter else None
     for low, high, audience in audiences.sums(users) if audiences else _chunks_without_audience(items, chunk):

@@ -18,6 +18,22 @@ def unit_rows(x: torch.Tensor) -> torch.Tensor:
     return _UnitRows.apply(x)
 
 
+def inner_products(x: torch.Tensor) -> torch.Tensor:
+    """Inner products of the rows of each matrix of x [n, v, D]: float32 [n, v, v], also under autocast."""
+    if torch.compiler.is_compiling():
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.bmm(x, x.transpose(1, 2))
+    return _InnerProducts.apply(x)
+
+
+def mix_rows(mix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Matrix products mix [n, w, v] with x [n, v, D]: float32 [n, w, D], also under autocast."""
+    if torch.compiler.is_compiling():
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.bmm(mix, x)
+    return _MixRows.apply(mix.contiguous(), x)
+
+
 def log_partition(
     users: torch.Tensor,
     items: torch.Tensor,
@@ -48,6 +64,35 @@ class _UnitRows(torch.autograd.Function):
         unit, norm = ctx.saved_tensors
         along = (grad * unit).sum(-1, keepdim=True)
         return torch.addcmul(grad, unit, along, value=-1).div_(norm)
+
+
+# Autocast leaves operators that are told where to write alone. Products of small matrices are fast while these are
+# contiguous, which gradients of permuted ones are not.
+class _InnerProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.bmm(x, x.transpose(1, 2), out=x.new_empty(len(x), x.shape[1], x.shape[1]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        [x] = ctx.saved_tensors
+        return torch.bmm((grad + grad.transpose(1, 2)).contiguous(), x)
+
+
+class _MixRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mix, x):
+        ctx.save_for_backward(mix, x)
+        return torch.bmm(mix, x, out=x.new_empty(len(x), mix.shape[1], x.shape[2]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        mix, x = ctx.saved_tensors
+        grad = grad.contiguous()
+        return torch.bmm(grad, x.transpose(1, 2)), torch.bmm(mix.transpose(1, 2), grad)
 
 
 class _LogPartition(torch.autograd.Function):

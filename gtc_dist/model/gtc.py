@@ -178,24 +178,23 @@ class GTC(nn.Module):
 
     # --- embeddings -------------------------------------------------------------------------------------------------
 
-    def encode_users(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """User rows -> what enters the graph [n, node views * D], and view weights [n, node views] with mean one.
+    def encode_users(self, preference: torch.Tensor) -> torch.Tensor:
+        """What enters the graph, [n, node views * D], from the first columns of users' rows (`user_widths`).
 
         Preferences are L2-normalised, or, without unit rows, a shared preference plus the user's own, which starts
         small and grows with the user's interactions. Where content gates the id, users have no preference of their own
         in the content view: it comes from their items.
         """
-        preference, weight = rows.split(self.user_widths, dim=1)
         if self.variant.gated_content:
             preference = F.pad(preference.reshape(-1, self.n_members, 1, self.dim), (0, 0, 0, self.n_graph_views - 1))
         elif self.variant.unit_rows:
             preference = unit_rows(preference.reshape(-1, self.n_node_views, self.dim))
         else:
             preference = preference + self.common
-        return preference.reshape(-1, self.n_node_views * self.dim), self.view_weights(weight)
+        return preference.reshape(-1, self.n_node_views * self.dim)
 
     def view_weights(self, weight: torch.Tensor) -> torch.Tensor:
-        """View weights [n, node views], mean one over a member's views, from the columns of the user table."""
+        """View weights [n, node views], mean one over a member's views, from the last columns of users' rows."""
         shares = torch.softmax(weight.reshape(-1, self.n_members, self.n_graph_views), dim=2)
         return (shares * self.n_graph_views).view(-1, self.n_node_views)
 
@@ -262,7 +261,8 @@ class GTC(nn.Module):
             user_rows: [input users, sum(user_widths)], item_rows: [input items, members * D], from the tables.
             history: historical embeddings; the blocks then carry the change since, to which they are added.
         """
-        preference, weights = self.encode_users(user_rows)
+        preference, weight = user_rows.split(self.user_widths, dim=1)
+        preference = self.encode_users(preference)
         blocks, audience = graph.without_excluded()
         if audience is not None:
             audience = weighted_sum(audience, preference)
@@ -277,14 +277,14 @@ class GTC(nn.Module):
             nodes = nodes.index_select(0, graph.input_nodes)
         seeds = convolve(blocks, nodes, graph.n_seed_users + graph.n_seed_items)
         users, items = seeds.split([graph.n_seed_users, graph.n_seed_items])
-        weights = weights[: graph.n_seed_users]  # seed users are the first input users
         out_users, out_items = users.index_select(0, graph.users_in_seeds), items.index_select(0, graph.items_in_seeds)
         if graph.item_hop is not None:
             out_items = out_items + weighted_sum(graph.item_hop, items)
         if history is not None:
             out_users, out_items = out_users + history.users, out_items + history.items
-        out_users = self.weigh_views(out_users, weights.index_select(0, graph.users_in_seeds))
+        out_users = self.weigh_views(out_users, self.view_weights(weight.index_select(0, graph.users_in_inputs)))
         if graph.user_hop is not None:
+            weights = self.view_weights(weight[: graph.n_seed_users])  # seed users are the first input users
             out_users = out_users + weighted_sum(graph.user_hop, self.weigh_views(users, weights))
             if history is not None:
                 out_users = out_users + history.user_hop

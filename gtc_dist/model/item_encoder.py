@@ -14,7 +14,7 @@ from torch import nn
 
 from gtc_dist.config import ModelConfig, TrainConfig
 from gtc_dist.model.diffusion import ContentFilter, NoiseSchedule
-from gtc_dist.model.functions import unit_rows
+from gtc_dist.model.functions import SMALLEST_NORM, inner_products, mix_rows, unit_rows
 from gtc_dist.model.variant import Variant
 
 CONTENT_NORM = 0.3  # initial norm of a content view without unit rows
@@ -31,7 +31,7 @@ class EncodedItems:
     audience: torch.Tensor | None  # [n, graph views * D] mean preference of the item's users
     content: dict[str, torch.Tensor]  # modality -> [n, D] projected content
     filtered: dict[str, torch.Tensor]  # modality -> [n, D] content after the filter
-    views: torch.Tensor  # [n, views, D]
+    views: torch.Tensor  # [n, views, D], not normalised
 
     def detached(self, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
         """Id embeddings, content and audience of some rows, without gradient."""
@@ -71,13 +71,15 @@ class ItemEncoder(nn.Module):
             self.log_scale = nn.Parameter(torch.tensor(1 / TC_TEMPERATURE).log().clamp(max=MAX_LOG_SCALE))
 
     def content(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Projected content of each modality, [n, D] with unit mean square, so that the noise schedule fits it."""
+        """Projected content of each modality, [n, D]; with unit mean square, so that the noise schedule and the gates
+        fit it, unless its direction alone counts."""
         if not self.modalities:
             return {}
         named = zip(self.modalities, self.project, strict=True)
-        projected = [project(features[name].to(project.weight.dtype)) for name, project in named]
-        scaled = F.rms_norm(torch.stack(projected, dim=1).float(), (self.dim,))
-        return dict(zip(self.modalities, scaled.unbind(1), strict=True))
+        projected = [project(features[name].to(project.weight.dtype)).float() for name, project in named]
+        if not self.variant.unit_rows or self.filters:
+            projected = F.rms_norm(torch.stack(projected, dim=1), (self.dim,)).unbind(1)
+        return dict(zip(self.modalities, projected, strict=True))
 
     def condition(self, ids: torch.Tensor, audience: torch.Tensor, view: int) -> torch.Tensor:
         """Condition of a view's filter, [n, 2 * D]: the item's id embedding, the mean preference of its users.
@@ -111,40 +113,49 @@ class ItemEncoder(nn.Module):
         }
 
     def views(self, ids: torch.Tensor, filtered: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Id and content views, [n, views, D]: L2-normalised, or with their norms where content gates the id."""
+        """Id and content views, [n, views, D], not normalised."""
         if self.variant.gated_content:
             return torch.stack([ids, *(ids * torch.sigmoid(x) for x in filtered.values())], dim=1)
-        return unit_rows(torch.stack([ids, *filtered.values()], dim=1))
+        return torch.stack([ids, *filtered.values()], dim=1)
 
     def view_attention(self, views: torch.Tensor) -> torch.Tensor:
         """Weight of each view, [n, views], summing to one: softmax over its mean cosine with the other views."""
+        return self._attention(_cosines(views)[0]).T
+
+    def _attention(self, cosines: torch.Tensor) -> torch.Tensor:
+        """The same by views, [views, n], from their cosines [views, views, n]."""
         if not hasattr(self, "gate_scale"):
-            return views.new_full(views.shape[:2], 1 / self.n_views)
-        unit = unit_rows(views) if self.variant.gated_content else views
-        total = unit.sum(dim=1, keepdim=True)
-        agreement = (unit * (total - unit)).sum(dim=2) / (self.n_views - 1)
-        return torch.softmax(self.gate_scale * agreement, dim=1)
+            return cosines.new_full(cosines.shape[1:], 1 / self.n_views)
+        agreement = (cosines.sum(dim=1) - cosines.diagonal().T) / (self.n_views - 1)
+        return torch.softmax(self.gate_scale * agreement, dim=0)
 
     def graph_input(self, views: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Rows that enter the graph, [n, graph views * D]: the id view plus the attention-weighted fusion of all views,
-        and each content view times its attention weight (mean one over views).
+        and each content view times its attention weight (mean one over views); all of unit views, and the first with
+        norm one before its weight.
 
         Without unit rows the id view is the row `ids` [n, D] itself, and content has a learned norm. Where content
         gates the id: that row, and the mean of the content views by their attention weights.
         """
-        weights = self.view_attention(views)
         if self.variant.gated_content:
+            weights = self.view_attention(views)
             share = weights[:, 1:] / weights[:, 1:].sum(dim=1, keepdim=True)
             content = (views[:, 1:] * share[:, :, None]).sum(dim=1) * self.content_length
             return torch.cat([ids, content], dim=1)
         if not self.variant.unit_rows:
-            content = views[:, 1:] * self.content_length[:, None]
+            weights = self.view_attention(views)
+            content = unit_rows(views[:, 1:]) * self.content_length[:, None]
             fused = ids + (weights[:, 1:, None] * content).sum(dim=1)
             return torch.cat([fused[:, None], content * (self.n_views * weights)[:, 1:, None]], dim=1).flatten(1)
-        fused = (weights[:, :, None] * views).sum(dim=1)
-        ids = unit_rows(views[:, 0] + fused)
-        parts = torch.cat([ids[:, None], views[:, 1:]], dim=1) * (self.n_views * weights)[:, :, None]
-        return parts.flatten(1)
+        # All rows are sums of an item's views, and their norms follow from the views' inner products: numbers by item,
+        # where the rows themselves would pass through memory at every operator.
+        cosines, inverse_norms = _cosines(views)
+        weights = self._attention(cosines)
+        shares = torch.cat([weights[:1] + 1, weights[1:]])  # of the unit views in the id view plus the fusion
+        norm = ((cosines * shares).sum(dim=1) * shares).sum(dim=0).clamp_min(SMALLEST_NORM**2).sqrt()
+        first = shares * inverse_norms * (self.n_views * weights[0] / norm)
+        others = torch.diag_embed((self.n_views * weights * inverse_norms).T)[:, 1:]
+        return mix_rows(torch.cat([first.T[:, None], others], dim=1), views).flatten(1)
 
     @torch.no_grad()
     def diagnostics(self, encoded: EncodedItems) -> dict[str, torch.Tensor]:
@@ -156,3 +167,11 @@ class ItemEncoder(nn.Module):
             removed = (x0 - encoded.filtered[name]).square().sum(1)
             out[f"kept_energy/{name}"] = (1 - removed / x0.square().sum(1).clamp(min=1e-12)).clamp(min=0)
         return out
+
+
+def _cosines(views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines of the views [n, v, D] of each item, float32 [v, v, n], 0 for views of zeros; and one over the views'
+    norms, [v, n]. With items last, since operators are slow where the last dimension has a few numbers."""
+    products = inner_products(views).permute(1, 2, 0).contiguous()
+    inverse_norms = products.diagonal().T.clamp_min(SMALLEST_NORM**2).rsqrt()
+    return products * inverse_norms * inverse_norms[:, None], inverse_norms

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gtc_dist.model.functions import log_partition, unit_rows
+from gtc_dist.model.functions import inner_products, log_partition, mix_rows, unit_rows
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -59,3 +59,18 @@ def test_log_partition_in_bfloat16_is_that_of_rounded_inputs():
     torch.testing.assert_close(value, torch.logsumexp(scores, dim=2), atol=1e-2, rtol=1e-2)
     found, expected = (gradients(each, [*inputs, bias]) for each in (value, torch.logsumexp(scores, dim=2)))
     torch.testing.assert_close(found, expected, atol=3e-2, rtol=3e-2)
+
+
+def test_products_of_small_matrices_have_their_gradients_and_stay_float32():
+    """Also with gradients that are not contiguous, and under autocast."""
+    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+    mix = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(inner_products(x), torch.einsum("nvd,nwd->nvw", x, x))
+    torch.testing.assert_close(mix_rows(mix, x), torch.einsum("nwv,nvd->nwd", mix, x))
+    assert torch.autograd.gradcheck(lambda x: inner_products(x).permute(1, 2, 0), x)
+    assert torch.autograd.gradcheck(lambda mix, x: mix_rows(mix, x).permute(2, 0, 1), (mix, x))
+    rows, weights = torch.randn(50, 3, 8), torch.randn(50, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = inner_products(rows), mix_rows(weights, rows)
+    for values, want in zip(found, (inner_products(rows), mix_rows(weights, rows)), strict=True):
+        assert torch.equal(values, want)
