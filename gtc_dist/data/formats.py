@@ -44,6 +44,19 @@ def parsing(uri: str, expected: str) -> Iterator[None]:
         raise InputError(f"{uri} is not {expected} (repair it or write it again): {message}") from error
 
 
+def read_lines(uri: str) -> list[str]:
+    r"""Lines of a UTF-8 text file, as an editor counts them: they end in \n, \r\n or \r. Other characters that
+    str.splitlines takes for ends stay in a line, since an id or a title may have them. Raises InputError."""
+    with parsing(uri, "UTF-8 text"):
+        return lines_of(storage.read_bytes(uri).decode("utf-8-sig"))
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, as `read_lines`."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def write_table(uri: str, table: pa.Table) -> storage.WrittenFile:
     """Write a Parquet file.
 

@@ -4,7 +4,8 @@
     python -m gtc_dist.features --pictures raw/pictures --out raw/features/visual
     python -m gtc_dist.features --pictures raw/items.csv --columns picture --out raw/features/visual
 
-Tables are CSV, TSV, JSON lines or Parquet, a file or a glob; --id names the column with the item's id (item_id).
+Tables are CSV, TSV, JSON lines or Parquet, a file or a glob; the header line of CSV shows what separates its columns
+(`,`, `;`, `|`, tab or `::`). --id names the column with the item's id (item_id).
 Pictures are the files of a folder, whose names without extension are the ids, or are named by a column: URIs, paths
 relative to the table, or bytes. The configuration then has
 

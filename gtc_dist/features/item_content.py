@@ -2,7 +2,7 @@
 
 import posixpath
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,7 @@ from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
 from gtc_dist.raw import ids as id_columns
 from gtc_dist.raw.bad_rows import BadRows
-from gtc_dist.raw.interaction_file import InteractionFile, format_of, numbered_batches, read_schema
+from gtc_dist.raw.interaction_file import InteractionFile, format_of, numbered_batches, read_schema, with_separator
 from gtc_dist.raw.parse import tables_of_fitting_rows
 from gtc_dist.raw.row_checks import NOT_UTF8
 
@@ -78,9 +78,8 @@ def read_picture_column(pattern: str, id_column: str, column: str) -> ItemConten
 def read_ids(uri: str, column: str) -> pa.Array:
     """Ids of a file: its lines (.txt), or a column of a table. Raises InputError."""
     if uri.endswith(".txt"):
-        with formats.parsing(uri, "UTF-8 text"):
-            lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
-        return id_columns.from_text(pa.array([line for line in lines if line.strip()], pa.large_string()))
+        lines = [line for line in formats.read_lines(uri) if line.strip()]
+        return id_columns.from_text(pa.array(lines, pa.large_string()))
     parts = [ids for ids, _ in _read(uri, column, [], "", ())]
     type = id_columns.common_type(part.type for part in parts) if parts else pa.int64()
     return pa.concat_arrays([pa.array([], type), *(chunk.cast(type) for part in parts for chunk in part.chunks)])
@@ -105,7 +104,7 @@ def _read(
     uri: str, id_column: str, columns: list[str], kind: str, accepted: tuple
 ) -> Iterator[tuple[pa.ChunkedArray, list[pa.ChunkedArray]]]:
     """Ids and the columns of a table, block by block; strings as large strings."""
-    file = InteractionFile(uri, format_of(uri), uri.endswith(".gz"), {}, {})
+    file = with_separator(InteractionFile(uri, format_of(uri), uri.endswith(".gz"), {}, {}))
     schema = read_schema(file)
     for name in (id_column, *columns):
         if name not in schema.names:
@@ -123,7 +122,7 @@ def _read(
         plain = pa.binary() if pa.types.is_large_binary(plain) else plain
         if not any(fits(plain) for fits in accepted) and not pa.types.is_null(plain):
             raise InputError(f"{uri}: column {name!r} has type {types[name]}; expected a {kind}")
-    file = InteractionFile(uri, file.format, file.gzipped, {name: name for name in types}, types)
+    file = replace(file, columns={name: name for name in types}, types=types)
     if file.is_csv:
         yield from _read_csv(file, id_column, columns)
         return

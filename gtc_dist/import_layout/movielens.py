@@ -10,7 +10,7 @@ from functools import partial
 
 import pyarrow as pa
 
-from gtc_dist.data import storage
+from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
 from gtc_dist.import_layout.tables import (
     INTERACTIONS,
@@ -93,9 +93,9 @@ def read_movies(uri: str) -> Iterator[pa.Table]:
         return
     data = storage.read_bytes(uri)
     try:
-        lines = data.decode().splitlines()
+        lines = formats.lines_of(data.decode())
     except UnicodeDecodeError:
-        lines = data.decode("latin-1").split("\n")
+        lines = formats.lines_of(data.decode("latin-1"))
     columns: dict[str, list] = {"item_id": [], "title": [], "genres": []}
     for number, line in enumerate(lines, 1):
         if line.strip():

@@ -4,7 +4,7 @@ import json
 import posixpath
 import re
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -126,24 +126,20 @@ def _look_at_saved(folder: str, name: str, found: Found) -> None:
 
 def _look_at_table(folder: str, name: str, found: Found) -> None:
     uri = storage.join(folder, name)
-    table, pattern = text_table(uri, pa.schema([])), _pattern(name)
+    pattern = _pattern(name)
     try:
+        table = text_table(uri, pa.schema([]))
         schema = read_schema(table)
     except InputError as error:
         found.unknown.append(name)
         found.broken.append(str(error))
         return
-    mark = re.search(r"::|[;|\t,]", schema.names[0]) if table.is_csv and len(schema) == 1 else None
-    if mark is not None:
-        schema = read_schema(replace(table, separator=mark[0]))
     roles = columns_by_role(schema)
     texts = [c.name for c in schema if re.fullmatch(TEXT, c.name.lower()) and _is_text(c.type)]
     if "user" in roles and "item" in roles:
         found.interactions[pattern] = roles
-        found.hints[pattern] = [f"separator: {json.dumps(mark[0])}"] if mark is not None else []
+        found.hints[pattern] = [f"separator: {json.dumps(table.separator)}"] if table.separator else []
         found.hints[pattern] += _weight_hints(schema)
-    elif mark is not None:
-        found.unknown.append(name)
     elif "item" in roles and (vectors := _vector_columns(uri, schema)):
         found.vectors[pattern] = (roles["item"], "vector" if "vector" in vectors else vectors[0])
     elif "item" in roles and texts:

@@ -1,5 +1,7 @@
 """What `--dry-run` prints: what a training or the preparation of a catalog would take. Nothing starts Ray or writes."""
 
+import zlib
+
 import pyarrow.parquet as pq
 
 from gtc_dist.config import Config
@@ -12,7 +14,7 @@ from gtc_dist.progress import duration
 GIB = 2**30
 # A second on two cores, docs/scaling.md, From raw tables to a catalog, 1m
 PREPARED_INTERACTIONS, PREPARED_VALUES, SEARCHED_ITEMS = 1.7e6, 1.6e7, 3_800
-TEXT_ROW_BYTES = 30  # of a row of text, such as two ids and a time
+COUNTED_BYTES = 1 << 16  # of a file of text, whose lines are counted
 
 
 def describe_training(config: Config, catalog: Catalog, graphs: Graphs) -> str:
@@ -69,8 +71,7 @@ def describe_preparation(
     for uri in parquet:
         with storage.open_input(uri) as file:
             rows += pq.ParquetFile(file).metadata.num_rows
-    text_bytes = sum(size for _, size, _ in storage.file_signatures(texts))
-    rows += text_bytes // TEXT_ROW_BYTES
+    rows += sum(_estimated_rows(uri, size) for uri, size, _ in storage.file_signatures(texts))
     read = f"about {rows:,} rows" if texts else f"{rows:,} rows"
     values = sum(count * width for count, width in features.values())
     items = max(count for count, _ in features.values())
@@ -85,3 +86,12 @@ def describe_preparation(
         "Ray           " + (f"joins {address}, which answers" if address else "starts a local cluster"),
     ]
     return "\n".join(lines)
+
+
+def _estimated_rows(uri: str, size: int) -> int:
+    """Rows of a file of text, if its other lines are as long as those at its head; packed ones shrink by its head's
+    ratio."""
+    with storage.open_input(uri) as file:
+        packed = file.read(COUNTED_BYTES)
+    head = zlib.decompressobj(wbits=31).decompress(packed) if packed.startswith(b"\x1f\x8b") else packed
+    return round(size * head.count(b"\n") / max(len(packed), 1))

@@ -137,6 +137,11 @@ def inspect_raw_data(config: Config) -> tuple[list[InteractionFile], dict[str, F
     sources = {
         name: feature_files.inspect_features(name, modality, config.data.raw) for name, modality in modalities.items()
     }
+    text = [name for name, source in sources.items() if features.has_text_ids({name: source})]
+    if text and config.data.ids == "integer":
+        raise InputError(
+            f"data.ids is integer, but the item ids of data.features.{text[0]} are text; set data.ids=text"
+        )
     folder = posixpath.normpath(storage.absolute(config.data.catalog))
     inside = [uri for uri in raw_uris(files, sources) if posixpath.normpath(uri).startswith(f"{folder}/")]
     if inside:
@@ -190,11 +195,7 @@ def write_catalog(
 ) -> Manifest:
     """Read and validate all raw data, then write the catalog; `inputs`: `catalog_inputs`."""
     data, uri = config.data, config.data.catalog
-    text_items = features.has_text_ids(sources)
-    if text_items and data.ids == "integer":
-        named = next(name for name, source in sources.items() if features.has_text_ids({name: source}))
-        raise InputError(f"data.ids is integer, but the item ids of data.features.{named} are text; set data.ids=text")
-    raw = interactions.read_interactions(files, scratch, progress.often, text_items, data.ids)
+    raw = interactions.read_interactions(files, scratch, progress.often, features.has_text_ids(sources), data.ids)
     progress(f"interactions read: {len(raw.user):,}")
     more_items = features.item_ids(sources, raw.item_ids.type) if data.items == "all" else None
     split = catalog_interactions.build_interactions(raw, data, scratch, more_items, progress.often)

@@ -195,9 +195,7 @@ def _read_ids(uri: str, column: str, key: str) -> pa.Array:
             return read_id_column(uri, column)
         if extension != ".txt":
             raise InputError(f"{uri} is not a .npy, .txt or .parquet file")
-        return pa.array(storage.read_bytes(uri).decode("utf-8-sig").splitlines(), pa.string())
-    except UnicodeDecodeError as error:
-        raise InputError(f"{key}: {uri} is not UTF-8 text: {error}") from error
+        return pa.array(formats.read_lines(uri), pa.string())
     except InputError as error:
         raise InputError(f"{key}: {error}") from error
 

@@ -21,7 +21,7 @@ from gtc_dist.errors import InputError
 from gtc_dist.prepare.clean import RawInteractions
 from gtc_dist.progress import ProgressCallback, no_progress
 from gtc_dist.raw import ids, parse
-from gtc_dist.raw.bad_rows import REJECTED
+from gtc_dist.raw.bad_rows import REJECTED, BadRows
 from gtc_dist.raw.interaction_file import InteractionFile
 
 COLUMN_TYPES = {"rating": np.float64, "weight": np.float32, "split": np.int8}
@@ -66,7 +66,18 @@ def inspect_interactions(data: DataConfig) -> list[InteractionFile]:
             pool.submit(parse.inspect_table, uri, roles, columns.format, split=code, **options) for uri, code in wanted
         ]
         files = [job.result() for job in jobs]
+        if data.ids == "integer":
+            list(pool.map(_refuse_text_ids, files))
     return files
+
+
+def _refuse_text_ids(file: InteractionFile) -> None:
+    """Refuse a file whose first rows have ids of text: a start of Ray is not needed to find them. Raises InputError."""
+    table = next(parse.checked_tables(file, BadRows(file)), None)
+    for role in ("user", "item") if table is not None and table.num_rows else ():
+        vocabulary = ids.Vocabulary(f"{role} ids")
+        vocabulary.add([(file.uri, table[role])])
+        vocabulary.finish(as_integer=True)
 
 
 def read_interactions(

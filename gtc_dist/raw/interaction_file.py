@@ -9,7 +9,7 @@ import posixpath
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -107,6 +107,18 @@ def read_schema(file: InteractionFile) -> pa.Schema:
             schema = _head_of_csv(file, lambda reader: reader.schema)
         schema.names  # noqa: B018 - raises for names that are not UTF-8
         return schema
+
+
+def guessed_separator(names: list[str]) -> str:
+    """What separates the columns where a reader found but one: a mark in its name, such as `;`; empty without one."""
+    mark = re.search(r"::|[;|\t,]", names[0]) if len(names) == 1 else None
+    return mark[0] if mark else ""
+
+
+def with_separator(file: InteractionFile) -> InteractionFile:
+    """The file with the separator that its header line shows, where that of its format gives but one column. Raises
+    InputError."""
+    return replace(file, separator=guessed_separator(read_schema(file).names)) if file.is_csv else file
 
 
 def read_first_block(file: InteractionFile) -> pa.RecordBatch:

@@ -22,6 +22,7 @@ from gtc_dist.raw.bad_rows import BadRows, first_line
 from gtc_dist.raw.interaction_file import (
     InteractionFile,
     format_of,
+    guessed_separator,
     numbered_batches,
     read_first_block,
     read_schema,
@@ -131,9 +132,9 @@ def _find_column(file: InteractionFile, wanted: str, found: list[str]) -> str:
         return matches[0]
     problem = "has no column" if not matches else f"has {len(matches)} columns named"
     hint = "name it under data.interactions"
-    if len(found) == 1 and (mark := re.search(r"::|[;|\t,]", found[0])):
-        hint = f"one column that holds {mark[0]!r}: CSV is separated by commas, TSV by tabs; set "
-        hint += f"data.interactions.separator={mark[0]!r}"
+    if mark := guessed_separator(found):
+        hint = f"one column that holds {mark!r}: CSV is separated by commas, TSV by tabs; set "
+        hint += f"data.interactions.separator={mark!r}"
     elif file.is_csv and not file.names and any(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in found):
         hint = "looks like a file without a header line; name its columns: data.interactions.columns=[user_id, item_id"
         hint += ", ...]"

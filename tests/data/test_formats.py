@@ -7,6 +7,8 @@ import re
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
@@ -22,6 +24,20 @@ def test_tables_and_arrays_are_read_back(folder):
     formats.write_table(storage.join(folder, "t.parquet"), table)
     assert formats.read_table(storage.join(folder, "t.parquet")).equals(table)
     assert formats.read_table(storage.join(folder, "t.parquet"), ["n"]).column_names == ["n"]
+
+
+ENDS = st.sampled_from(["\n", "\r\n", "\r"])
+LINE = st.text("ab 0\v\f\x1c\x1d\x1e\x85\u2028\u2029", max_size=4)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(LINE, ENDS)), st.sampled_from(["", "last"]), st.booleans())
+def test_lines_end_as_in_an_editor_alone(tmp_path_factory, lines, last, mark):
+    path = tmp_path_factory.mktemp("lines") / "ids.txt"
+    lines = [(text or "x", end) for text, end in lines]  # an empty line between "\r" and "\n" is none
+    text = "".join(text + end for text, end in lines) + last
+    path.write_bytes(text.encode("utf-8-sig" if mark else "utf-8"))
+    assert formats.read_lines(str(path)) == [text for text, _ in lines] + [last] * bool(last)
 
 
 def test_other_files_are_refused(folder):

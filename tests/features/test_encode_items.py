@@ -11,6 +11,7 @@ from encoded_items import encode, nearest_is_alike, picture_bytes, titles, vecto
 from gtc_dist.data import formats, storage
 from gtc_dist.errors import InputError
 from gtc_dist.features import encode_items
+from gtc_dist.features.item_content import read_ids, read_texts
 from gtc_dist.features.text_ngrams import NgramEncoder
 
 
@@ -182,6 +183,23 @@ def test_tables_without_a_row(tmp_path, text):
     kind = "--texts" if text.endswith("title\n") else "--pictures"
     with pytest.raises(InputError, match="has no item"):
         encode(kind, tmp_path / "items.csv", "--columns", text.strip().rpartition(",")[2], "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("separator", [";", "|", "\t", "::"])
+def test_the_header_shows_the_separator(tmp_path, separator):
+    rows = [["sku", "title", "note"], ["007", "a shoe, red", "x"], ["7", "a hat", ""]]
+    (tmp_path / "items.csv").write_text("".join(separator.join(row) + "\n" for row in rows))
+    found = read_texts(f"{tmp_path}/items.csv", "sku", ["title", "note"])
+    assert (found.ids.to_pylist(), found.content.to_pylist()) == (["007", "7"], ["a shoe, red x", "a hat"])
+    assert read_ids(f"{tmp_path}/items.csv", "sku").to_pylist() == ["007", "7"]
+    (tmp_path / "items.csv").write_text("".join(separator.join(row) + "\n" for row in [*rows, ["8", "a"]]))
+    with pytest.raises(InputError, match=r"line 4: has 2 columns, expected 3: '8"):
+        read_texts(f"{tmp_path}/items.csv", "sku", ["title"])
+
+
+def test_ids_of_a_text_file_may_have_any_character_but_a_line_end(tmp_path):
+    (tmp_path / "ids.txt").write_bytes("a\x85b\r\n\n007\n7\u2028 \n".encode())
+    assert read_ids(f"{tmp_path}/ids.txt", "").to_pylist() == ["a\x85b", "007", "7\u2028 "]
 
 
 def test_all_bad_rows_of_a_table_are_named_with_their_lines(tmp_path):

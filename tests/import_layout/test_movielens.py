@@ -7,7 +7,7 @@ from imports import inspected, refusal, rows, run_import
 
 from gtc_dist.import_layout.movielens import GENRES
 
-MOVIES = [(1, 'Toy "Story" (1995)', ["Animation", "Children's"]), (20, "Les Misérables, The (1995)", ["Drama"])]
+MOVIES = [(1, 'Toy "Story" (1995)', ["Animation", "Children's"]), (20, "Les Misérables,\x85 The (1995)", ["Drama"])]
 RATINGS = [(196, 20, 3, 881250949), (186, 1, 4, 891717742), (186, 20, 5, 891717743)]
 
 

@@ -90,13 +90,15 @@ def test_separators_are_seen_and_weights_suggested(tmp_path):
     rows = "\n".join(f"c{n};S{n % 3};{'view' if n % 2 else 'buy'};{n}" for n in range(9))
     (tmp_path / "raw" / "log.csv").write_text(f"customer;sku;event_type;quantity\n{rows}\n")
     (tmp_path / "raw" / "other.csv").write_text("a;b\n1;2\n")
+    (tmp_path / "raw" / "items.csv").write_text("sku;title\nS1;a shoe, red\n")
     np.save(tmp_path / "raw" / "v.npy", np.ones((3, 4), np.float32))
     init(tmp_path / "raw", tmp_path / "mine.yaml")
     text = (tmp_path / "mine.yaml").read_text()
     assert load_config(str(tmp_path / "mine.yaml"), []).data.interactions.separator == ";"
     assert '    # event: "event_type"   # with event_weights: {' in text
     assert '    # weight: "quantity"   #' in text
-    assert text.startswith("# not understood: other.csv")
+    assert text.startswith("# not understood: other.csv\n")
+    assert "/items.csv --id sku --columns title --out" in text
     suggested = re.sub(r"# (event|weight|repeats): ", r"\1: ", text)
     suggested = suggested.replace("    weight:", "    event_weights: {view: 1, buy: 5}\n    weight:")
     (tmp_path / "mine.yaml").write_text(suggested)

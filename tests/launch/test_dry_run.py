@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import yaml
-from raw_files import catalog_config, write_raw
+from raw_files import catalog_config, write_raw, write_table_file
 from small import small_catalog, write_config
 
 from gtc_dist import train
@@ -77,3 +79,17 @@ def test_preparation_of_bad_data(tmp_path, preparation):
     (tmp_path / "raw" / "train.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"train\.parquet"):
         build_catalog.main(preparation)
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.csv.gz", "short.jsonl"])
+def test_rows_of_text_are_estimated_from_the_head(tmp_path, preparation, capsys, name):
+    """Within 5 %, however long a row is."""
+    rng, rows = np.random.default_rng(0), 3 if name == "short.jsonl" else 20_000
+    table = pa.table(
+        {"user_id": rng.integers(0, 9, rows), "item_id": rng.integers(0, 9, rows), "note": ["x" * 90] * rows}
+    )
+    write_table_file(tmp_path / "raw" / name, table)
+    files = ["data.split.method=ratio", f"data.interactions.files=[{name}]"]
+    build_catalog.main([*preparation, *files])
+    found = int(re.search(r"about ([\d,]+) rows", capsys.readouterr().out)[1].replace(",", ""))
+    assert abs(found / rows - 1) <= 0.05

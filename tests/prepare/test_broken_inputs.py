@@ -9,6 +9,7 @@ import pytest
 from broken import (
     AS_PARQUET,
     BY_TIME,
+    COLUMNS,
     CSV,
     EIGHT,
     FOLDER,
@@ -56,6 +57,24 @@ INTERACTIONS = {  # found before Ray starts
     ),
     "a missing column": Case(
         {}, ["{raw}/a.parquet has no column 'asin'; columns found:"], ["data.interactions.item=asin"]
+    ),
+    "parquet with users of text": one(
+        "a.parquet",
+        parquet(user_id=[f"u{n}" for n in COLUMNS["user_id"]]),
+        "data.ids is integer, but user ids of {raw}/a.parquet are text, such as 'u",
+        overrides=["data.ids=integer"],
+    ),
+    "csv with an item of text": one(
+        "a.csv",
+        text(item_id=replaced("item_id", 20, "007")),
+        "data.ids is integer, but item ids of {raw}/a.csv are text, such as '007'; set data.ids=text",
+        overrides=["data.ids=integer"],
+    ),
+    "jsonl with items of text": one(
+        "a.jsonl",
+        JSON.replace(b"2", b'"2X"'),
+        "data.ids is integer, but item ids of {raw}/a.jsonl are text, such as '2X'; set data.ids=text",
+        overrides=["data.ids=integer"],
     ),
     "ids of floats": one("a.parquet", parquet(user_id=[0.5] * ROWS), "'user_id' (user) has type double; expected"),
     "times of words": one(
@@ -239,6 +258,11 @@ FEATURES = {  # found before Ray starts
         vectors(pa.array([b"a", b"\xe9"]).view(pa.string()), [[1]] * 2),
         "row 2 is not UTF-8 text",
         overrides=[AS_PARQUET],
+    ),
+    "vectors with ids of text": Case(
+        {"v.parquet": vectors(["1", "2"], [[1], [2]])},
+        ["data.ids is integer, but the item ids of data.features.v are text; set data.ids=text"],
+        [AS_PARQUET, "data.ids=integer"],
     ),
     "vectors of two formats": Case(
         {"v.parquet": EIGHT},

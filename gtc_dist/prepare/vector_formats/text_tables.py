@@ -13,7 +13,7 @@ from gtc_dist.config_data import ModalityConfig
 from gtc_dist.errors import InputError
 from gtc_dist.prepare.vector_formats import vector_columns
 from gtc_dist.prepare.vector_formats.feature_chunk import BadRow, FeatureChunk, FeatureHead
-from gtc_dist.raw.interaction_file import InteractionFile, format_of, numbered_batches, read_schema
+from gtc_dist.raw.interaction_file import InteractionFile, format_of, numbered_batches, read_schema, with_separator
 from gtc_dist.raw.row_checks import is_number
 
 
@@ -42,9 +42,10 @@ def read_text_table(chunk: FeatureChunk) -> Iterator[tuple[np.ndarray, np.ndarra
 
 
 def text_table(uri: str, columns: pa.Schema) -> InteractionFile:
-    """How to read columns of a table as their types."""
+    """How to read columns of a table as their types. Raises InputError: a broken file."""
     types = dict(zip(columns.names, columns.types, strict=True))
-    return InteractionFile(uri, format_of(uri), uri.endswith(".gz"), {name: name for name in types}, types)
+    file = InteractionFile(uri, format_of(uri), uri.endswith(".gz"), {name: name for name in types}, types)
+    return with_separator(file)
 
 
 def _is_text(type: pa.DataType) -> bool:
