@@ -42,6 +42,8 @@ class SlurmCluster:
         return self
 
     def __exit__(self, *_) -> None:
+        if any(process.poll() is None for process in self.processes):
+            self._cancel_jobs()
         for process in reversed(self.processes):
             process.terminate()
             try:
@@ -120,6 +122,16 @@ SlurmdParameters=config_overrides
         for name in names:
             self._daemon("slurmd", "-D", "-N", name, "-f", self.env["SLURM_CONF"])
         self._until(lambda: self._sinfo().split() == ["idle"], "a node")
+
+    def _cancel_jobs(self, seconds: float = 60) -> None:
+        """End the jobs that a failed test has left: their processes outlive the daemons."""
+        deadline = time.monotonic() + seconds
+        subprocess.run(["scancel", f"--user={os.getuid()}"], env=self.env, capture_output=True)
+        while time.monotonic() < deadline and self._queue():
+            time.sleep(0.5)
+
+    def _queue(self) -> str:
+        return subprocess.run(["squeue", "-h"], env=self.env, capture_output=True, text=True).stdout
 
     def _sinfo(self) -> str:
         return subprocess.run(["sinfo", "-h", "-o", "%T"], env=self.env, capture_output=True, text=True).stdout

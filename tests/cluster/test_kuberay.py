@@ -22,6 +22,8 @@ from gtc_dist.data import storage
 FOLDER = ROOT / "cluster" / "kuberay"
 OVERLAYS = ("prepare", "raycluster", "train", "export", "tensorboard")
 VERSIONS = ("v1.5.1", "v1.7.0")  # the oldest that knows authOptions, and the newest
+# with runAsNonRoot and seccompProfile of the pods, what Kubernetes' standard `restricted` asks of a container
+RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 MAX_NAME = 47  # of a RayJob: KubeRay appends to it (utils/constant.go, MaxRayJobNameLength)
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
@@ -134,6 +136,7 @@ def test_kueue_starts_all_ranks_at_once(edited):
     assert job["spec"]["shutdownAfterJobFinishes"] is True  # KubeRay and Kueue ask for it
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["enableInTreeAutoscaling"] is False
+    assert "automountServiceAccountToken" not in cluster["headGroupSpec"]["template"]["spec"]
     gpu = cluster["workerGroupSpecs"][0]
     assert (gpu["replicas"], gpu["minReplicas"], gpu["maxReplicas"]) == (6, 6, 6)
 
@@ -173,8 +176,13 @@ def test_pods_are_as_a_cluster_asks():
         assert pod["securityContext"]["runAsNonRoot"] is True
         for container in pod["containers"]:
             assert container["resources"]["requests"] == container["resources"]["limits"]
+            assert container["securityContext"] == RESTRICTED
+    assert cluster["autoscalerOptions"]["securityContext"] == RESTRICTED
+    # the pods' account has no token; the autoscaler, a container that KubeRay adds to the head, needs it
+    assert documents["ServiceAccount/gtc"]["automountServiceAccountToken"] is False
     for name, group in groups.items():
         pod = group["template"]["spec"]
+        assert pod.get("automountServiceAccountToken", False) == (name == "head")
         (container,) = pod["containers"]
         assert {"configMapRef": {"name": "gtc-settings"}} in container["envFrom"]
         assert {"secretRef": {"name": "gtc-s3", "optional": True}} in container["envFrom"]

@@ -49,9 +49,10 @@ def submit(slurm: SlurmCluster, folder: Path, *words: str) -> str:
     return slurm.run("sbatch", *options, str(SCRIPT), *words).strip()
 
 
-def left(job: str) -> list[int]:
-    """Processes of a job that are still there."""
-    return [pid for pid in process_ids() if f"SLURM_JOB_ID={job}".encode() in environment_of(pid).split(b"\0")]
+def left(job: str, home: Path) -> list:
+    """Processes and files of a job that are still there."""
+    processes = [pid for pid in process_ids() if f"SLURM_JOB_ID={job}".encode() in environment_of(pid).split(b"\0")]
+    return [*processes, *Path("/tmp").glob(f"gtc-{job}-*"), *home.glob(".gtc-slurm-*")]
 
 
 @needs_slurm
@@ -71,24 +72,25 @@ def test_a_job_trains_and_one_at_its_time_limit_is_gone_on_with(slurm, tmp_path)
     assert "the same sbatch command goes on from it" in printed
     (saved,) = checkpoint_files.list_checkpoints(run, "step-")[0]
     epoch = checkpoint_files.read_manifest(f"{run}/checkpoints/{saved}")["epoch"]
-    assert left(job) == []
-    assert list(tmp_path.glob(".gtc-slurm-*")) == []  # the token is gone
+    assert left(job, tmp_path) == []
 
     job = submit(slurm, tmp_path, "--config", config, *epochs, f"train.epochs={epoch + 2}")
     assert slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED", log.read_text()[-3000:]
     metrics = storage.read_json(f"{run}/metrics.json")
     assert (metrics["last_epoch"], metrics["workers"]) == (epoch + 2, 2)
-    assert left(job) == []
+    assert left(job, tmp_path) == []
 
 
 @needs_slurm
 @pytest.mark.long
 def test_a_job_that_fails_ends_its_cluster(slurm, tmp_path):
+    (tmp_path / ".gtc-slurm-1").mkdir()  # as an attempt leaves it that was killed before Slurm requeued the job
     job = submit(slurm, tmp_path, "--config", str(tmp_path / "missing.yaml"))
+    assert job == "1"
     assert slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED") == "FAILED"
     assert "missing.yaml" in (tmp_path / "log").read_text()
     assert "ExitCode=2:0" in slurm.run("scontrol", "show", "job", job)
-    assert left(job) == []
+    assert left(job, tmp_path) == []
 
 
 def wait_for(slurm: SlurmCluster, job: str, log: Path, text: str, seconds: float = 300) -> None:
