@@ -30,7 +30,7 @@ def read_command_lines(argv: list[str] | None, description: str) -> list[argpars
 
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m gtc_dist.features",
+        prog="gtc features",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -39,6 +39,7 @@ ROLES = {
 }
 EVENT = r"event(_?(type|name|kind))?|action|behaviou?r(_?type)?|interaction(_?type)?"
 COUNT = r"quantity|qty|count|amount|times|plays|play_?count|listens|weight"
+SHOWN_KINDS = 10  # of events
 MIN_DIMENSIONS = 8  # columns that are called a vector, such as v0 to v7
 TEXT = r"title|name|description|brand|category|categories|text|features?"
 
@@ -139,7 +140,7 @@ def _look_at_table(folder: str, name: str, found: Found) -> None:
     if "user" in roles and "item" in roles:
         found.interactions[pattern] = roles
         found.hints[pattern] = [f"separator: {json.dumps(table.separator)}"] if table.separator else []
-        found.hints[pattern] += _weight_hints(schema)
+        found.hints[pattern] += _weight_hints(uri, schema)
     elif "item" in roles and (vectors := _vector_columns(uri, schema)):
         found.vectors[pattern] = (roles["item"], "vector" if "vector" in vectors else vectors[0])
     elif "item" in roles and texts:
@@ -148,16 +149,24 @@ def _look_at_table(folder: str, name: str, found: Found) -> None:
         found.unknown.append(name)
 
 
-def _weight_hints(schema: pa.Schema) -> list[str]:
+def _weight_hints(uri: str, schema: pa.Schema) -> list[str]:
     """Comments on columns by which interactions could weigh differently."""
     hints = []
     for column in schema:
         name = column.name.partition(":")[0].lower()
         if re.fullmatch(EVENT, name) and _is_text(column.type):
-            hints.append(f"# event: {json.dumps(column.name)}   # with event_weights: {{view: 1, buy: 5}}")
+            weights = json.dumps(dict.fromkeys(_first_kinds(uri, column), 1), ensure_ascii=False)
+            hints.append(f"# event: {json.dumps(column.name)}   # with, and weights of yours: event_weights: {weights}")
         elif re.fullmatch(COUNT, name) and (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
             hints.append(f"# weight: {json.dumps(column.name)}   # heavier interactions count more")
     return [*hints, "# repeats: 3   # several interactions with an item count, up to three; now one"]
+
+
+def _first_kinds(uri: str, column: pa.Field) -> list[str]:
+    """The most frequent texts of a column at the head of a file, at most `SHOWN_KINDS`."""
+    head = next(numbered_batches(text_table(uri, pa.schema([column.with_type(pa.string())]))), None)
+    kinds = Counter(text for text in head[1][column.name].to_pylist() if text) if head else Counter()
+    return [kind for kind, _ in kinds.most_common(SHOWN_KINDS)]
 
 
 def _vector_columns(uri: str, schema: pa.Schema) -> list[str]:

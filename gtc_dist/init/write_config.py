@@ -24,7 +24,7 @@ from gtc_dist.init.look_at_files import Found, look_at_folder
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m gtc_dist.init", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="gtc init", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", help="folder of the files, local or s3://")
     parser.add_argument("--out", required=True, help="YAML file to write")

@@ -62,7 +62,7 @@ DROPPED = {  # reasons in the manifest, in words
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m gtc_dist.prepare",
+        prog="gtc prepare",
         description="Build a catalog from raw tables.",
         epilog=help_text("prepare"),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -95,12 +95,13 @@ def test_separators_are_seen_and_weights_suggested(tmp_path):
     init(tmp_path / "raw", tmp_path / "mine.yaml")
     text = (tmp_path / "mine.yaml").read_text()
     assert load_config(str(tmp_path / "mine.yaml"), []).data.interactions.separator == ";"
-    assert '    # event: "event_type"   # with event_weights: {' in text
+    weights = 'event_weights: {"buy": 1, "view": 1}'
+    assert f'    # event: "event_type"   # with, and weights of yours: {weights}\n' in text
     assert '    # weight: "quantity"   #' in text
     assert text.startswith("# not understood: other.csv\n")
     assert "/items.csv --id sku --columns title --out" in text
     suggested = re.sub(r"# (event|weight|repeats): ", r"\1: ", text)
-    suggested = suggested.replace("    weight:", "    event_weights: {view: 1, buy: 5}\n    weight:")
+    suggested = suggested.replace("    weight:", f"    {weights}\n    weight:")
     (tmp_path / "mine.yaml").write_text(suggested)
     chosen = load_config(str(tmp_path / "mine.yaml"), []).data.interactions
     assert (chosen.event, chosen.weight, chosen.repeats) == ("event_type", "quantity", 3)
