@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -90,6 +91,18 @@ def test_a_job_that_fails_ends_its_cluster(slurm, tmp_path):
     assert slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED") == "FAILED"
     assert "missing.yaml" in (tmp_path / "log").read_text()
     assert "ExitCode=2:0" in slurm.run("scontrol", "show", "job", job)
+    assert left(job, tmp_path) == []
+
+
+@needs_slurm
+@pytest.mark.long
+def test_a_head_that_cannot_start_ends_the_job(slurm, tmp_path):
+    """Before the five minutes that a slow start may take: the port of the first job's head is taken."""
+    with socket.create_server(("", 20010)):
+        job = submit(slurm, tmp_path, "--config", str(tmp_path / "c.yaml"))
+        assert job == "1"
+        assert slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED", seconds=200) == "FAILED"
+    assert "error: the Ray cluster of 2 nodes has not started" in (tmp_path / "log").read_text()
     assert left(job, tmp_path) == []
 
 
