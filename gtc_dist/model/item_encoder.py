@@ -120,14 +120,16 @@ class ItemEncoder(nn.Module):
 
     def view_attention(self, views: torch.Tensor) -> torch.Tensor:
         """Weight of each view, [n, views], summing to one: softmax over its mean cosine with the other views."""
-        return self._attention(_cosines(views)[0]).T
+        return self._attention(_cosines(views)[0])
 
     def _attention(self, cosines: torch.Tensor) -> torch.Tensor:
-        """The same by views, [views, n], from their cosines [views, views, n]."""
+        """The same from the views' cosines [views, views, n]."""
         if not hasattr(self, "gate_scale"):
-            return cosines.new_full(cosines.shape[1:], 1 / self.n_views)
+            return cosines.new_full((cosines.shape[2], self.n_views), 1 / self.n_views)
         agreement = (cosines.sum(dim=1) - cosines.diagonal().T) / (self.n_views - 1)
-        return torch.softmax(self.gate_scale * agreement, dim=0)
+        # an item's weights do not depend on its place among the items, as they would in a softmax over the first
+        # dimension, whose last items are computed otherwise
+        return torch.softmax((self.gate_scale * agreement).T.contiguous(), dim=1)
 
     def graph_input(self, views: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Rows that enter the graph, [n, graph views * D]: the id view plus the attention-weighted fusion of all views,
@@ -150,7 +152,7 @@ class ItemEncoder(nn.Module):
         # All rows are sums of an item's views, and their norms follow from the views' inner products: numbers by item,
         # where the rows themselves would pass through memory at every operator.
         cosines, inverse_norms = _cosines(views)
-        weights = self._attention(cosines)
+        weights = self._attention(cosines).T
         shares = torch.cat([weights[:1] + 1, weights[1:]])  # of the unit views in the id view plus the fusion
         norm = ((cosines * shares).sum(dim=1) * shares).sum(dim=0).clamp_min(SMALLEST_NORM**2).sqrt()
         first = shares * inverse_norms * (self.n_views * weights[0] / norm)
