@@ -66,7 +66,7 @@ def test_forward_and_backward_are_one_graph(catalog, tmp_path, model, train):
         trainer.history.every = trainer.history.steps = 10**9
     dynamic = True if "propagation" in model else None
     compiled = torch.compile(trainer.network, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for batch in batches_of(trainer, 2):  # other shapes
+    for batch in batches_of(trainer, 3):  # other shapes
         loss, found = gradients(trainer, compiled, batch)
         want_loss, want = gradients(trainer, trainer.network, batch)
         assert loss == pytest.approx(want_loss, rel=1e-5)
