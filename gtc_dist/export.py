@@ -10,7 +10,8 @@ their embeddings. RUN and DIR are local or in object storage. The same run and n
 every time.
 
 --new-items FILE adds items that arrived after training, from their content alone: a Parquet file with the column `id`
-and one column of raw vectors for each modality, named as in data.features, null where an item has none. They are
+and one column of raw vectors for each modality, named as in data.features, null where an item has none. Or, for each
+modality, MODALITY=FOLDER with what `gtc features --like` wrote: --new-items text=new/text visual=new/visual. They are
 written to items/part-new-*.parquet.
 
 --new-users FILE adds users who are not in the catalog, from their interactions: a file in the format of the catalog's
@@ -42,6 +43,7 @@ from gtc_dist.embedding_formats.write_formats import EXPORT_FORMATS, OWN_FILES, 
 from gtc_dist.errors import run_command
 from gtc_dist.inference.embedding_files import export_rank
 from gtc_dist.inference.model_card import CARD, model_card
+from gtc_dist.inference.new_items import NewItems, read_new_items
 from gtc_dist.inference.new_users import NewUsers
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
@@ -57,7 +59,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--format", nargs="+", choices=EXPORT_FORMATS, default=["parquet"], help="default: parquet")
     parser.add_argument("--faiss", action="store_true", help="add faiss to --format")
     parser.add_argument("--index", choices=INDEX_KINDS, help="kind of items.faiss (default: by the number of items)")
-    parser.add_argument("--new-items", metavar="FILE", help="URI of a Parquet file with items that arrived since")
+    parser.add_argument(
+        "--new-items",
+        nargs="+",
+        metavar="FILE",
+        help="items that arrived since: URI of a Parquet file, or MODALITY=FOLDER for each modality",
+    )
     parser.add_argument("--new-users", metavar="FILE", help="URI of a file with users who are not in the catalog")
     args = parse_run_command(parser, argv)
     if (args.new_items or args.new_users) and args.workers:
@@ -66,11 +73,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.index and "faiss" not in chosen:
         parser.error("--index goes with --format faiss")
 
-    paths = ("run", "out", "new_items", "new_users", "catalog")
-    refuse_relative_paths({f"--{name.replace('_', '-')}": getattr(args, name) for name in paths})
+    paths = {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("run", "out", "new_users", "catalog")}
+    paths |= {f"--new-items {source}": source.rpartition("=")[2] for source in args.new_items or []}
+    refuse_relative_paths(paths)
     out = storage.absolute(args.out)
     run_ref = find_run(args.run, args.catalog)
-    new = {"new_items": args.new_items, "new_users": args.new_users and open_new_users(run_ref, args.new_users)}
+    new = {
+        "new_items": args.new_items and open_new_items(run_ref, args.new_items),
+        "new_users": args.new_users and open_new_users(run_ref, args.new_users),
+    }
     folder = empty_folder(out, args.out)
     export = run_on_ranks_or_here(args, run_ref, functools.partial(export_rank, out=out, dtype=args.dtype, **new))
     export = {"dtype": args.dtype, "metric": "dot product"} | write_formats(out, export, chosen, args.dtype, args.index)
@@ -88,6 +99,12 @@ def main(argv: list[str] | None = None) -> None:
         for kind in ("users", "items")
     ]
     print(f"{counts[0]} and {counts[1]} of width {export['dim']} are in {out}")
+
+
+def open_new_items(run_ref: RunRef, sources: list[str]) -> NewItems:
+    """The items of a file, or of a folder for each modality. Raises InputError."""
+    catalog = Catalog(run_ref.config.data.catalog)
+    return read_new_items(catalog, catalog.modalities(run_ref.config.model.modalities), sources)
 
 
 def open_new_users(run_ref: RunRef, uri: str) -> NewUsers:

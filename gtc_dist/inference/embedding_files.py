@@ -12,7 +12,7 @@ from gtc_dist.distributed.collectives import Communicator
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
-from gtc_dist.inference.new_items import embed_new_items, read_new_items
+from gtc_dist.inference.new_items import NewItems, embed_new_items
 from gtc_dist.inference.new_users import NewUsers, load_run_with_new_users, without_new_users
 from gtc_dist.inference.trained_run import load_run
 
@@ -25,13 +25,13 @@ def export_rank(
     run_ref: RunRef,
     out: str,
     dtype: str,
-    new_items: str | None = None,
+    new_items: NewItems | None = None,
     new_users: NewUsers | None = None,
 ) -> dict:
     """Compute and write this rank's rows. Collective: every rank must call it.
 
     Args:
-        new_items: URI of a file with items that arrived after training (`read_new_items`); on a single rank only.
+        new_items: items that arrived after training; on a single rank only.
         new_users: users who are not in the catalog; on a single rank only.
 
     Returns:
@@ -41,12 +41,11 @@ def export_rank(
         run, new_user_rows = load_run(run_ref, comm, graphs), None
     else:
         run = load_run_with_new_users(run_ref, new_users, comm, graphs)
-    ids, new_features = read_new_items(run, new_items) if new_items else (None, None)
     final = run.final_embeddings()
     if new_users is not None:
         final, new_user_rows = without_new_users(run, final)
     tables = final._asdict()
-    new_rows = embed_new_items(run, tables["items"], new_features) if new_items else None
+    new_rows = embed_new_items(run, tables["items"], new_items.features) if new_items else None
     new = [("new items", new_rows), ("new users", new_user_rows)]
     for kind, rows in [(kind, table.weight) for kind, table in tables.items()] + new:
         if comm.all_reduce_max(int(rows is not None and not _fits(rows, dtype))):
@@ -56,7 +55,7 @@ def export_rank(
         for first in range(table.start, table.stop, FILE_ROWS):
             name = f"{kind}/part-{first:012d}.parquet"
             files[name] = write_catalog_rows(run.catalog, kind, table, first, storage.join(out, name), dtype)
-    of_new = {"items": (ids, new_rows), "users": (new_users and new_users.ids, new_user_rows)}
+    of_new = {"items": (new_items and new_items.ids, new_rows), "users": (new_users and new_users.ids, new_user_rows)}
     for kind, (names, embeddings) in of_new.items():
         for first in range(0, 0 if names is None else len(names), FILE_ROWS):
             name = f"{kind}/part-new-{first:012d}.parquet"
@@ -66,8 +65,8 @@ def export_rank(
     for rank_files in comm.all_gather_json(files):
         merged |= rank_files
     sizes = {kind: table.rows for kind, table in tables.items()}
-    if ids is not None:
-        sizes["new_items"] = len(ids)
+    if new_items is not None:
+        sizes["new_items"] = len(new_items.ids)
     if new_users is not None:
         sizes["new_users"] = len(new_users)
     return {**sizes, "dim": tables["items"].width, "streams": run.network.view_names, "files": merged}

@@ -6,6 +6,9 @@ has neighbours. Similarity is that of the item-item graph, with the modality wei
 config.yaml (1 for modalities that it does not list). Their content profiles are their own.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import faiss
 import numpy as np
 import pyarrow as pa
@@ -27,45 +30,109 @@ from gtc_dist.inference.trained_run import TrainedRun
 WARM_BLOCK = 1 << 16  # warm items compared at once
 
 
-def read_new_items(run: TrainedRun, uri: str) -> tuple[pa.Array, dict[str, np.ndarray]]:
-    """Ids in the catalog's type, and each modality's features float16 [n, width], transformed like the catalog's.
+@dataclass
+class NewItems:
+    """Items that the catalog lacks."""
+
+    ids: pa.Array  # in the catalog's type
+    features: dict[str, np.ndarray]  # modality -> float16 [n, width], transformed like the catalog's
+
+
+def read_new_items(catalog: Catalog, modalities: Iterable[str], sources: list[str]) -> NewItems:
+    """Read and check items that arrived after training.
 
     Args:
-        uri: Parquet file with the column `id` and one column of raw vectors for each modality of the run; null where an
-            item has none of a modality, whose features are then zeros, as those of the catalog's items are.
+        modalities: names of those that the run uses.
+        sources: URI of a Parquet file with the column `id` and one column of raw vectors for each modality, null where
+            an item has none; or MODALITY=PLACE for each modality, where PLACE is a folder that `gtc features` wrote, or
+            a file or glob of Parquet files with the columns `item_id` (or `id`) and `vector`. An item's features are
+            zeros where it has no vector, as those of the catalog's items are.
 
     Raises:
-        InputError: not a Parquet file, a column that is missing or of another type or width, an item without any
-            vector, a value that is not finite, an id that is given twice or that the catalog has. Rows are counted
-            from 1.
+        InputError: not a Parquet file, a column that is missing or of another type or width, a modality that is not
+            given or unknown, an item without any vector, a value that is not finite, an id that is given twice or that
+            the catalog has. Rows are counted from 1.
     """
-    modalities = ", ".join(run.features)
-    needed = f"--new-items needs a Parquet file with `id` and one column of vectors per modality ({modalities})"
+    names = list(modalities)
+    by_modality = dict(source.split("=", 1) for source in sources if source.partition("=")[0] in names)
+    if len(by_modality) == len(sources):
+        table, given = _join_modalities(catalog, names, by_modality), ", ".join(sources)
+    else:
+        table, given = _one_table(names, sources), sources[0]
+        _check_new_ids(catalog, table, given)
+    ids = catalog.cast_ids("items", table["id"].combine_chunks())
+    features = {name: _new_features(catalog, given, table, name) for name in names}
+    empty = np.all([table[name].is_null().to_numpy() for name in names], axis=0)
+    if empty.any():
+        row = int(empty.argmax())
+        raise InputError(
+            f"{given}: item {ids[row].as_py()!r} in row {row + 1} has no vector of any modality; leave it out"
+        )
+    return NewItems(ids, features)
+
+
+def _one_table(modalities: list[str], sources: list[str]) -> pa.Table:
+    """The table that has all modalities. Raises InputError."""
+    joined = ", ".join(modalities)
+    needed = (
+        f"--new-items needs a Parquet file with `id` and one column of vectors per modality ({joined}), or "
+        f"{' '.join(f'{name}=FOLDER' for name in modalities)}"
+    )
+    if len(sources) > 1:
+        raise InputError(f"{needed}; not {' '.join(sources)}")
+    uri = sources[0]
     try:
         table = formats.read_table(uri)
     except InputError as error:
         raise InputError(f"{needed}; {error}") from error
-    missing = [name for name in ("id", *run.features) if name not in table.column_names]
+    missing = [name for name in ("id", *modalities) if name not in table.column_names]
     if missing:
         found = ", ".join(table.column_names)
         raise InputError(f"{needed}; {uri} has no column {missing[0]!r}; columns found: {found}")
-    ids = _new_ids(run.catalog, table, uri)
-    features = {name: _new_features(run, uri, table, name) for name in run.features}
-    empty = np.all([table[name].is_null().to_numpy() for name in run.features], axis=0)
-    if empty.any():
-        row = int(empty.argmax())
-        raise InputError(
-            f"{uri}: item {ids[row].as_py()!r} in row {row + 1} has no vector of any modality; leave it out"
-        )
-    return ids, features
+    return table
 
 
-def _new_ids(catalog: Catalog, table: pa.Table, uri: str) -> pa.Array:
+def _join_modalities(catalog: Catalog, modalities: list[str], places: dict[str, str]) -> pa.Table:
+    """A table of all items of the places: `id` and a column for each modality, null where a place lacks the item."""
+    missing = [name for name in modalities if name not in places]
+    if missing:
+        raise InputError(f"--new-items gives no {missing[0]}; the run needs {', '.join(modalities)}")
+    tables = {name: _vectors_of(places[name]) for name in modalities}
+    for name, table in tables.items():
+        _check_new_ids(catalog, table, places[name])
+    of_items = {name: catalog.cast_ids("items", table["id"].combine_chunks()) for name, table in tables.items()}
+    ids = pc.unique(pa.concat_arrays(list(of_items.values())))
+    columns = {
+        name: table["vector"].combine_chunks().take(pc.index_in(ids, value_set=of_items[name]))
+        for name, table in tables.items()
+    }
+    return pa.table({"id": ids, **columns})
+
+
+def _vectors_of(place: str) -> pa.Table:
+    """The columns `id` and `vector` of a folder's, a glob's or one Parquet file."""
+    pattern = storage.join(place, "*.parquet") if storage.listing(place) else place
+    tables = []
+    for uri in storage.glob(pattern):
+        table = formats.read_table(uri)
+        column = next((name for name in ("item_id", "id") if name in table.column_names), None)
+        if column is None or "vector" not in table.column_names:
+            found = ", ".join(table.column_names)
+            raise InputError(f"{uri} needs the columns `item_id` and `vector`, not {found}")
+        tables.append(table.select([column, "vector"]).rename_columns(["id", "vector"]))
+    try:
+        return pa.concat_tables(tables)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"the files of {place} have columns of different types: {error}") from None
+
+
+def _check_new_ids(catalog: Catalog, table: pa.Table, uri: str) -> None:
+    """Raises InputError for ids of another type, null, given twice, or that the catalog has."""
     try:
         index = catalog.index_of("items", table["id"], allow_unknown=True)
     except InputError as error:
         raise InputError(f"{uri}: column 'id': {error}") from None
-    ids = catalog.cast_ids("items", table["id"].combine_chunks())
+    ids = table["id"]
     if ids.null_count:
         raise InputError(f"{uri}: column 'id' has {ids.null_count} nulls")
     if len(ids.unique()) < len(ids):
@@ -73,12 +140,11 @@ def _new_ids(catalog: Catalog, table: pa.Table, uri: str) -> pa.Array:
     known = np.flatnonzero(index >= 0)
     if len(known):
         raise InputError(f"{uri}: the catalog has item {ids[int(known[0])].as_py()!r} already; leave it out")
-    return ids
 
 
-def _new_features(run: TrainedRun, uri: str, table: pa.Table, name: str) -> np.ndarray:
+def _new_features(catalog: Catalog, uri: str, table: pa.Table, name: str) -> np.ndarray:
     column = table[name].combine_chunks()
-    width = run.catalog.manifest.modalities[name].raw_dim
+    width = catalog.manifest.modalities[name].raw_dim
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if not any(kind(column.type) for kind in kinds):
         raise InputError(f"{uri}: column {name!r} is {column.type}; it must hold vectors (lists of numbers)")
@@ -92,8 +158,8 @@ def _new_features(run: TrainedRun, uri: str, table: pa.Table, name: str) -> np.n
     if not np.isfinite(raw).all():
         row = int(rows[np.flatnonzero(~np.isfinite(raw).all(axis=1))[0]])
         raise InputError(f"{uri}: column {name!r}, row {row + 1}: the vector has a value that is not finite")
-    transform = FeatureTransform.load(run.catalog.uri, name)
-    features = np.zeros((len(present), run.catalog.manifest.modalities[name].dim), np.float16)
+    transform = FeatureTransform.load(catalog.uri, name)
+    features = np.zeros((len(present), catalog.manifest.modalities[name].dim), np.float16)
     features[rows] = transform.apply(raw)
     return features
 

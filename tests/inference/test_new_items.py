@@ -1,5 +1,7 @@
 """New items get the embedding of a cold item of the catalog with the same content."""
 
+import re
+
 import cold_items
 import numpy as np
 import pyarrow as pa
@@ -104,7 +106,7 @@ M0, M1 = (pa.array([[1.0] * width, None]) for width in (6, 7))  # the second ite
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.drop_columns(["m1"]), "per modality (m0, m1); "),
+        (lambda t: t.drop_columns(["m1"]), "per modality (m0, m1), or m0=FOLDER m1=FOLDER; "),
         (lambda t: t.drop_columns(["m1"]), "has no column 'm1'; columns found: id, m0"),
         (lambda t: t.set_column(0, "id", pa.array(["x", "y"])), "column 'id': the items of"),
         (lambda t: t.set_column(0, "id", pa.array(["5", "0002554789"])), "'0002554789' (row 2) would become 2554789"),
@@ -141,7 +143,8 @@ def test_the_file_must_be_parquet(run, tmp_path, content):
     if content:
         storage.write_bytes(file, content)
     problem = "is not a readable Parquet file" if content else "does not exist"
-    with pytest.raises(InputError, match=rf"--new-items needs a Parquet file .* \(m0, m1\); .*a\.csv {problem}"):
+    message = rf"--new-items needs a Parquet file .* \(m0, m1\), or m0=FOLDER m1=FOLDER; .*a\.csv {problem}"
+    with pytest.raises(InputError, match=message):
         export.main(["--run", run[0], "--out", str(tmp_path / "e"), "--new-items", file])
 
 
@@ -152,15 +155,50 @@ def test_a_new_item_may_lack_a_modality(run, tmp_path):
     file = write_items(
         str(tmp_path / "a.parquet"), [1, 2], {n: np.ones((2, w)) for n, w in catalog.modalities().items()}
     )
-    whole = read_new_items(opened, file)[1]
+    whole = read_new_items(catalog, catalog.modalities(), [file]).features
     table = formats.read_table(file)
     formats.write_table(file, table.set_column(1, "m0", pa.array([None, [1.0] * 6])))
-    found = read_new_items(opened, file)[1]
+    found = read_new_items(catalog, catalog.modalities(), [file]).features
     assert not found["m0"][0].any()
     np.testing.assert_array_equal(found["m0"][1], whole["m0"][1])
     np.testing.assert_array_equal(found["m1"], whole["m1"])
     rows = embed_new_items(opened, opened.final_embeddings()[1], found)
     assert rows.isfinite().all()
+
+
+def test_new_items_of_a_folder_for_each_modality(run, tmp_path, capsys):
+    """As `gtc features` writes them, in several files; an item may be in one folder alone."""
+    uri, catalog = run
+    rng = np.random.default_rng(0)
+    of = {"m0": [3, 1, 2], "m1": [2, 4, 1]}
+    rows = {name: {i: rng.normal(size=width) for i in of[name]} for name, width in catalog.modalities().items()}
+    for name, items in of.items():
+        for n, some in enumerate((items[:2], items[2:])):
+            vectors = pa.array([rows[name][i] for i in some], pa.list_(pa.float64()))
+            formats.write_table(
+                f"{tmp_path}/{name}/part-{n}.parquet", pa.table({"item_id": pa.array(some), "vector": vectors})
+            )
+    columns = {name: pa.array([rows[name].get(i) for i in (3, 1, 2, 4)], pa.list_(pa.float64())) for name in of}
+    file = f"{tmp_path}/one.parquet"
+    formats.write_table(file, pa.table({"id": [3, 1, 2, 4], **columns}))
+    words = [f"m0={tmp_path}/m0", f"m1={tmp_path}/m1/*.parquet"]
+    for out, sources in (("a", [file]), ("b", words)):
+        export.main(["--run", uri, "--out", str(tmp_path / out), "--new-items", *sources])
+    one, two = (read_export(str(tmp_path / out), "items") for out in ("a", "b"))
+    assert two[0] == one[0]
+    assert two[0][catalog.items :] == [3, 1, 2, 4]
+    np.testing.assert_array_equal(two[1], one[1])
+
+    for sources, message in (
+        (words[:1], "--new-items gives no m1; the run needs m0, m1"),
+        ([*words, "smell=x"], "or m0=FOLDER m1=FOLDER; not m0="),
+        ([words[0], f"m1={tmp_path}/none"], "none does not exist"),
+        ([words[0], f"m1={file}"], "needs the columns `item_id` and `vector`"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(InputError, match=re.escape(message)):
+            export.main(["--run", uri, "--out", str(tmp_path / "e"), "--new-items", *sources])
+        assert "computing embeddings" not in capsys.readouterr().err
 
 
 def test_modalities_without_weight_give_no_nearest_items(run):
