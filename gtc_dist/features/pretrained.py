@@ -197,7 +197,9 @@ def _cached_weights(name: str, weights: dict) -> Path:
 
 def _load_sentences(files: ModelFiles, device: str) -> Callable[[list], np.ndarray]:
     from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of the weights, in every process that loads them
     model = SentenceTransformer(str(files.path), device=device, local_files_only=True)
     return lambda texts: model.encode(texts, show_progress_bar=False)
 
