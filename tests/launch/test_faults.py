@@ -31,7 +31,7 @@ def catalog(tmp_path_factory) -> str:
 def command(tmp_path: Path, catalog: str, workers: int, *overrides: str) -> list[str]:
     """Arguments of a training; one of a single rank is longer, so that it is still running when it is killed."""
     config = write_config(tmp_path, catalog, str(tmp_path / "runs"))
-    longer = [f"train.epochs={4 * EPOCHS}", f"eval.patience={4 * EPOCHS}"] if workers == 1 else []
+    longer = [f"train.epochs={2 * EPOCHS}", f"eval.patience={2 * EPOCHS}"] if workers == 1 else []
     return ["--config", config, f"cluster.workers={workers}", *LONG_OVERRIDES, *longer, *overrides]
 
 
@@ -153,6 +153,11 @@ def test_rerun_a_finished_run_is_reported_and_another_configuration_is_refused(u
     with pytest.raises(InputError, match=r"another configuration \(train\.lr: 0\.001 there, 0\.5 here\)"):
         train.main([*same, "train.lr=0.5"])
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == written
+
+
+@pytest.mark.long
+def test_a_finished_run_goes_on_with_more_epochs_on_fewer_ranks(undisturbed, catalog):
+    run, same = undisturbed[2] / "runs/r", command(undisturbed[2], catalog, 2)
     longer = EPOCHS + 1
     assert train.main([*same, f"train.epochs={longer}", "cluster.workers=1"]) == 0
     assert (run_result(run)["last_epoch"], run_result(run)["workers"]) == (longer, 1)

@@ -54,7 +54,7 @@ def batches_of(trainer, count: int) -> list:
     [
         ({"masked_members": 2}, {"w_tc": 0, "w_diff": 0}),
         ({}, {}),  # the filter and total correlation
-        ({**SAMPLED, "masked_members": 2}, SHARED),
+        ({**SAMPLED, "masked_members": 1}, {**SHARED, "w_tc": 0, "w_diff": 0}),
         ({"variant": "gated", "members": 2, "user_hop": True}, {"w_diff": 0}),
     ],
     ids=["default", "filter", "sampled", "gated"],

@@ -20,7 +20,7 @@ from gtc_dist.tune import search_settings
 from gtc_dist.tune.search_space import read_space
 
 SPACE = {
-    "trials": 4,
+    "trials": 3,
     "first_epochs": 1,
     "factor": 2,
     "parameters": {"train.table_lr": {"log_uniform": [1e-3, 1e-1]}, "model.layers": {"choice": [1, 2]}},
@@ -48,7 +48,7 @@ def test_a_search_and_going_on_with_it(files, tmp_path):
         first = running.stdout.readline()  # a trial ended
         running.send_signal(signal.SIGKILL)
         running.communicate()
-    assert first.startswith("[1/4] trial-0000")
+    assert first.startswith("[1/3] trial-0000")
     name = first.split()[1]
     ended = json.loads((folder / name / "trial.json").read_text())
     assert ended["status"] in ("finished", "stopped")
@@ -56,9 +56,9 @@ def test_a_search_and_going_on_with_it(files, tmp_path):
     before = sorted(path.stat().st_mtime_ns for path in (folder / name / "checkpoints").rglob("*"))
 
     done = subprocess.run(**command, capture_output=True, text=True, check=True)
-    assert "going on with a search of 4 trials" in done.stderr
+    assert "going on with a search of 3 trials" in done.stderr
     trials = results_of(folder)["trials"]
-    assert sorted(trial["name"] for trial in trials) == [f"trial-{n:05d}" for n in range(4)]
+    assert sorted(trial["name"] for trial in trials) == [f"trial-{n:05d}" for n in range(3)]
     again = next(trial for trial in trials if trial["name"] == name)
     assert {key: again[key] for key in ended} == ended
     assert sorted(path.stat().st_mtime_ns for path in (folder / name / "checkpoints").rglob("*")) == before
@@ -82,7 +82,7 @@ def test_a_search_and_going_on_with_it(files, tmp_path):
     assert all(f"{trial['value']:.4f}" in page for trial in trials)
 
     third = subprocess.run(**command, capture_output=True, text=True, check=True)  # nothing is left to do
-    assert third.stdout.splitlines()[0] == "recall@20 on valid, 4 trials:"
+    assert third.stdout.splitlines()[0] == "recall@20 on valid, 3 trials:"
     assert "Ray" not in third.stderr
     refused([*files, "train.w_reg=0.5"], "is a search with another configuration, space or catalog")
 
