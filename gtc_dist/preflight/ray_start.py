@@ -15,9 +15,9 @@ from gtc_dist.errors import InputError, Unreachable
 
 TCP_SECONDS = 5.0
 CLIENT_SECONDS = 30.0  # of `ray health-check`, which needs one on an idle machine; Ray itself would wait for 40
-# Of a start, which needs 5 on an idle machine, and 29 beside 30 busy processes on two cores: until a line says that
-# it is slow, and until it is given up.
-SLOW_SECONDS, START_SECONDS = 20.0, 60.0
+# Of a start, which needs 5 on an idle machine, and 29 to 48 beside 30 busy processes on two cores: until a line says
+# that it is slow, until it is given up, and until then on a machine whose cores have more to do than they can.
+SLOW_SECONDS, START_SECONDS, BUSY_START_SECONDS = 20.0, 30.0, 60.0
 SOCKET_PATH_BYTES = 107  # of a Unix socket (sun_path of sockaddr_un without its closing zero)
 # Ray's longest socket path below its temporary folder: a session's name has its start and its process
 SESSION_PATH = "ray/session_2000-01-01_00-00-00_000000_{pid}/sockets/"
@@ -26,10 +26,22 @@ LONGEST_SOCKET, LONGEST_DASHBOARD_SOCKET = "plasma_store", "dash_TaskEventsHead"
 _LIMIT = """
 import os, select, sys
 parent = os.getppid()
-for seconds, line in zip(sys.argv[1::2], sys.argv[2::2]):
-    if select.select([sys.stdin], [], [], float(seconds))[0] or os.getppid() != parent:
+slow_seconds, start_seconds, busy_start_seconds = map(float, sys.argv[1:4])
+slow, late, late_and_busy = sys.argv[4:]
+
+
+def wait(seconds):
+    if select.select([sys.stdin], [], [], seconds)[0] or os.getppid() != parent:
         sys.exit()
-    print(line, file=sys.stderr, flush=True)
+
+
+wait(slow_seconds)
+print(slow, file=sys.stderr, flush=True)
+wait(start_seconds - slow_seconds)
+if os.getloadavg()[0] > 2 * (os.cpu_count() or 1):
+    wait(busy_start_seconds - start_seconds)
+    late = late_and_busy
+print(late, file=sys.stderr, flush=True)
 os.kill(parent, 9)
 """
 NEW_TOKEN = "`ray get-auth-token --generate` writes one (docs/cluster.md, Tokens)"
@@ -147,8 +159,10 @@ def _check_port(address: str) -> None:
 
 @contextmanager
 def one_line_errors(what: str) -> Iterator[None]:
-    """Turn whatever Ray raises while it starts into an InputError. If Ray is not ready after SLOW_SECONDS, say so;
-    after START_SECONDS, end this process with a line and SIGKILL. Ray's processes of a local cluster end with it.
+    """Turn whatever Ray raises while it starts into an InputError. If Ray is not ready after SLOW_SECONDS, say so.
+
+    After START_SECONDS, or BUSY_START_SECONDS where the load is more than two processes a core, end this process with a
+    line and SIGKILL; Ray's processes of a local cluster end with it.
 
     Args:
         what: what starts, for the message.
@@ -160,10 +174,13 @@ def one_line_errors(what: str) -> Iterator[None]:
             "(`ray stop`), and rerun; Ray's logs are in ray/session_latest/logs of RAY_TMPDIR or TMPDIR (/tmp)"
         )
 
-    more = START_SECONDS - SLOW_SECONDS
-    slow = f"{what} is not ready after {SLOW_SECONDS:g} seconds; waiting for up to {more:g} more"
-    late = f"error: {message(f'it is not ready after {START_SECONDS:g} seconds')}"
-    command = [sys.executable, "-I", "-S", "-c", _LIMIT, f"{SLOW_SECONDS}", slow, f"{more}", late]
+    limits = [SLOW_SECONDS, START_SECONDS, BUSY_START_SECONDS]
+    slow = (
+        f"{what} is not ready after {SLOW_SECONDS:g} seconds; waiting until {START_SECONDS:g}, on a busy machine until "
+        f"{BUSY_START_SECONDS:g}"
+    )
+    late = [f"error: {message(f'it is not ready after {seconds:g} seconds')}" for seconds in limits[1:]]
+    command = [sys.executable, "-I", "-S", "-c", _LIMIT, *map(str, limits), slow, *late]
     try:
         # leaving the block closes its stdin, which ends it; Ctrl-C does not reach it
         with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):

@@ -23,7 +23,8 @@ HANG = """
 import ctypes
 from gtc_dist.preflight import ray_start
 
-ray_start.SLOW_SECONDS, ray_start.START_SECONDS = 0.25, 0.5
+ray_start.SLOW_SECONDS, ray_start.START_SECONDS, ray_start.BUSY_START_SECONDS = 0.25, 0.5, 0.75
+ray_start._LIMIT = ray_start._LIMIT.replace("os.getloadavg()[0]", "{load}")
 with ray_start.one_line_errors("a local Ray cluster"):
     ctypes.PyDLL(None).pause()
 """
@@ -122,13 +123,17 @@ def test_local_cluster_that_fails():
     assert "a local Ray cluster did not start: Timed out waiting for file" in text
 
 
-def test_start_that_hangs():
+@pytest.mark.parametrize(("load", "seconds"), [(0, 0.5), (1000, 0.75)])
+def test_start_that_hangs(load, seconds):
     """C code that never returns and lets no other Python thread run, as Ray's does while it waits for its node."""
-    done = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", HANG.format(load=load)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL
     slow, late = done.stderr.splitlines()
-    assert slow == "a local Ray cluster is not ready after 0.25 seconds; waiting for up to 0.25 more"
-    assert late.startswith("error: a local Ray cluster did not start: it is not ready after 0.5 seconds. Free")
+    assert (
+        slow == "a local Ray cluster is not ready after 0.25 seconds; waiting until 0.5, on a busy machine until 0.75"
+    )
+    assert late.startswith(f"error: a local Ray cluster did not start: it is not ready after {seconds} seconds. Free")
 
 
 @pytest.fixture
