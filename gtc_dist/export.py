@@ -43,7 +43,7 @@ from gtc_dist.embedding_formats.write_formats import EXPORT_FORMATS, OWN_FILES, 
 from gtc_dist.errors import run_command
 from gtc_dist.inference.embedding_files import export_rank
 from gtc_dist.inference.model_card import CARD, model_card
-from gtc_dist.inference.new_items import NewItems, read_new_items
+from gtc_dist.inference.new_items import NewItems, place_of, read_new_items
 from gtc_dist.inference.new_users import NewUsers
 from gtc_dist.launch.job_paths import refuse_relative_paths
 from gtc_dist.launch.offline_job import parse_run_command, run_on_ranks_or_here
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--index goes with --format faiss")
 
     paths = {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("run", "out", "new_users", "catalog")}
-    paths |= {f"--new-items {source}": source.rpartition("=")[2] for source in args.new_items or []}
+    paths |= {f"--new-items ({n})": place_of(source) for n, source in enumerate(args.new_items or [], 1)}
     refuse_relative_paths(paths)
     out = storage.absolute(args.out)
     run_ref = find_run(args.run, args.catalog)

@@ -71,6 +71,12 @@ def read_new_items(catalog: Catalog, modalities: Iterable[str], sources: list[st
     return NewItems(ids, features)
 
 
+def place_of(source: str) -> str:
+    """The path or URI in FILE or MODALITY=PLACE; folders may have a `=` in their names, modalities no slash."""
+    name, _, place = source.partition("=")
+    return place if place and "/" not in name else source
+
+
 def _one_table(modalities: list[str], sources: list[str]) -> pa.Table:
     """The table that has all modalities. Raises InputError."""
     joined = ", ".join(modalities)

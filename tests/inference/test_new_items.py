@@ -18,7 +18,7 @@ from gtc_dist.data.feature_transform import FeatureTransform
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import Graphs
 from gtc_dist.hybrid.cold_start import CONTENT_WEIGHT, NEIGHBOURS, NORM_SCALE, OFFSET, REGRESSION
-from gtc_dist.inference.new_items import embed_new_items, read_new_items
+from gtc_dist.inference.new_items import embed_new_items, place_of, read_new_items
 from gtc_dist.inference.trained_run import load_run
 
 HYBRID = ["model.hybrid.graph_filter=3", "model.hybrid.content_profile=4"]
@@ -199,6 +199,19 @@ def test_new_items_of_a_folder_for_each_modality(run, tmp_path, capsys):
         with pytest.raises(InputError, match=re.escape(message)):
             export.main(["--run", uri, "--out", str(tmp_path / "e"), "--new-items", *sources])
         assert "computing embeddings" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [
+        ("new/text", "new/text"),
+        ("text=new/text", "new/text"),
+        ("s3://b/day=3/new.parquet", "s3://b/day=3/new.parquet"),
+        ("text=s3://b/day=3", "s3://b/day=3"),
+    ],
+)
+def test_the_place_of_new_items(source, place):
+    assert place_of(source) == place
 
 
 def test_modalities_without_weight_give_no_nearest_items(run):

@@ -29,8 +29,9 @@ def test_relative_paths_are_refused_in_a_job_alone(monkeypatch):
         ["train", "--config", "configs/demo.yaml", "data.catalog=s3://bucket/catalog"],
         ["evaluate", "--run", "runs/demo"],
         ["export", "--run", "/shared/run", "--out", "embeddings"],
+        ["export", "--run", "/shared/run", "--out", "/shared/out", "--new-items", "text=new/text"],
     ],
-    ids=lambda words: words[0],
+    ids=lambda words: "-".join(words[:1] + words[6:]).replace("/", "."),
 )
 def test_every_command_refuses_them_first(words, monkeypatch):
     monkeypatch.setenv(JOB_VARIABLE, "{}")
