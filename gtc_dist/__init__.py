@@ -15,7 +15,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-__version__ = "0.9.1"
+__version__ = "0.9.2"
 
 
 class _CallableModule(ModuleType):

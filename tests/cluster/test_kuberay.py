@@ -123,7 +123,7 @@ def test_numbers_and_image_are_written_once(edited):
         assert "RayCluster/gtc" in documents or overlay != "raycluster"
         assert "RayCluster/gtc" not in documents or overlay == "raycluster"
         for pod in (pod for document in documents.values() for pod in pods(document)):
-            assert {container["image"] for container in pod["containers"]} == {"registry.example/gtc-dist:0.9.1-cuda"}
+            assert {container["image"] for container in pod["containers"]} == {"registry.example/gtc-dist:0.9.2-cuda"}
 
 
 @needs_kubectl
