@@ -167,6 +167,59 @@ def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, ids, package):
         assert np.array_equal(np.asarray(space["vectors"]), items)
 
 
+def qdrant_lists(code: dict[str, str], queries: list) -> list[list]:
+    from qdrant_client import QdrantClient
+
+    space: dict = {}
+    exec(code["rows"] + code["Qdrant"].replace('"http://localhost:6333"', '":memory:"'), space)
+    assert isinstance(space["client"], QdrantClient)
+    points = [space["client"].query_points("items", query=query, limit=20).points for query in queries]
+    return [[point.payload["id"] if point.payload else point.id for point in found] for found in points]
+
+
+def milvus_lists(code: dict[str, str], queries: list) -> list[list]:
+    space: dict = {}
+    exec(code["rows"] + code["Milvus"].replace("http://localhost:19530", "milvus.db"), space)
+    found = space["client"].search("items", data=queries, limit=20, search_params={"metric_type": "IP"})
+    space["client"].close()
+    return [[row["id"] for row in rows] for rows in found]
+
+
+def pgvector_lists(code: dict[str, str], queries: list) -> list[list]:
+    import pgserver
+    import psycopg
+
+    server = pgserver.get_server("postgres", cleanup_mode="delete")
+    try:
+        server.psql(code["pgvector"])
+        with psycopg.connect(server.get_uri()) as connection:
+            search = "select id from items order by vector <#> %s::vector limit 20"
+            return [[row[0] for row in connection.execute(search, [json.dumps(query)])] for query in queries]
+    finally:
+        server.cleanup()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ids", ["integers", "texts"])
+@pytest.mark.parametrize(
+    ("package", "lists"),
+    [("qdrant_client", qdrant_lists), ("pymilvus", milvus_lists), ("pgserver", pgvector_lists)],
+)
+def test_the_lines_of_the_readme_fill_a_database(tmp_path, monkeypatch, package, lists, ids):
+    """Databases that Python starts, where they are installed: pip install qdrant-client pymilvus milvus-lite pgserver
+    psycopg[binary]. The lines are the README's but for the address of the server."""
+    pytest.importorskip(package)
+    out = str(tmp_path)
+    export = write_formats(out, write_parts(out, IDS[ids]), {"parquet", "jsonl"}, "float32")
+    text = loading_text(export)
+    blocks = re.findall(r"```(?:python|sql)\n(.*?)```", text[text.index("## JSON lines") :], re.DOTALL)
+    code = dict(zip(("rows", "Qdrant", "Milvus", "pgvector"), blocks, strict=True))
+    monkeypatch.chdir(tmp_path)
+    with open("users.jsonl") as file:
+        queries = [json.loads(line)["vector"] for line in file]
+    assert lists(code, queries) == expected_lists(out)
+
+
 def test_the_readme_says_what_the_index_is():
     about = {"kind": "ivf", "metric": "inner product", "ids": "original", "nprobe": 12, "recall@20": 0.957}
     manifest = {"formats": ["faiss"], "dim": 9, "dtype": "float32", "id_types": {"users": "text", "items": "integer"}}
