@@ -166,15 +166,17 @@ def test_a_new_item_may_lack_a_modality(run, tmp_path):
     assert rows.isfinite().all()
 
 
-def test_new_items_of_a_folder_for_each_modality(run, tmp_path, capsys):
-    """As `gtc features` writes them, in several files; an item may be in one folder alone."""
+@pytest.mark.parametrize("fixed", [True, False])  # lists of a fixed size, as `gtc features` writes, or of any
+def test_new_items_of_a_folder_for_each_modality(run, tmp_path, capsys, fixed):
+    """In several files; an item may be in one folder alone."""
     uri, catalog = run
     rng = np.random.default_rng(0)
     of = {"m0": [3, 1, 2], "m1": [2, 4, 1]}
     rows = {name: {i: rng.normal(size=width) for i in of[name]} for name, width in catalog.modalities().items()}
     for name, items in of.items():
         for n, some in enumerate((items[:2], items[2:])):
-            vectors = pa.array([rows[name][i] for i in some], pa.list_(pa.float64()))
+            width = catalog.modalities()[name] if fixed else -1
+            vectors = pa.array([rows[name][i] for i in some], pa.list_(pa.float64(), width))
             formats.write_table(
                 f"{tmp_path}/{name}/part-{n}.parquet", pa.table({"item_id": pa.array(some), "vector": vectors})
             )
