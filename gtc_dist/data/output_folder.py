@@ -10,12 +10,39 @@ the files that it had finished when it was interrupted.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from gtc_dist.data import storage
 from gtc_dist.errors import InputError
+
+
+class StateFiles(NamedTuple):
+    """Files that say how far a command came with a folder."""
+
+    marker: str  # until the folder is complete
+    manifest: str  # from then on
+    command: str  # for messages
+
+
+# What `prepare` reads; readers of Parquet folders leave out names that begin with _.
+FEATURES_FILES = StateFiles("_encoding.json", "_manifest.json", "gtc features")
+IMPORT_FILES = StateFiles("_importing.json", "_import.json", "gtc import")
+DATASET_FILES = StateFiles("dataset.building.json", "dataset.json", "tools/make_dataset.py")
+
+
+def refuse_unfinished(folders: Iterable[str]) -> None:
+    """Raises InputError for a folder whose command still runs or was interrupted; others are not looked into."""
+    for folder in sorted(set(folders)):
+        for files in (FEATURES_FILES, IMPORT_FILES, DATASET_FILES):
+            marker, manifest = (storage.join(folder, name) for name in (files.marker, files.manifest))
+            if storage.exists(marker) and not storage.exists(manifest):
+                raise InputError(
+                    f"{folder} is not complete: {files.command} is writing it, or was interrupted; run that command "
+                    "again, to its end"
+                )
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ import numpy as np
 import pyarrow as pa
 
 from gtc_dist.data import formats, storage
-from gtc_dist.data.output_folder import OutputFolder
+from gtc_dist.data.output_folder import FEATURES_FILES, OutputFolder
 from gtc_dist.errors import InputError
 from gtc_dist.features.command_line import read_command_lines
 from gtc_dist.features.encoders import (
@@ -62,7 +62,6 @@ VERSION = 1  # of the built-in encoders: another version makes other vectors
 PART_ITEMS = {"text": 8192, "picture": 512}  # of a file
 BATCH = {"text": 256, "picture": 32}  # items given to an encoder at once
 DESCRIPTOR_SIDE = 256  # pixels that the built-in descriptor needs at most
-FEATURES_MANIFEST, MARKER = "_manifest.json", "_encoding.json"  # readers of Parquet folders leave out names with _
 EXAMPLES = 3
 
 
@@ -125,7 +124,7 @@ def fitted_like(uri: str, encoder: str, out: str) -> tuple[str, str]:
     uri = storage.absolute(uri)
     if uri == out:
         raise InputError(f"--like and --out are the same folder, {out}; name another one for the new items")
-    path = storage.join(uri, FEATURES_MANIFEST)
+    path = storage.join(uri, FEATURES_FILES.manifest)
     if not storage.exists(path):
         raise InputError(f"--like {uri} is no finished output of this command (there is no {path})")
     earlier = storage.read_json(path)
@@ -146,8 +145,8 @@ def output_folder(out: str, digest: str) -> OutputFolder:
         title="the output folder",
         kind="feature vectors",
         own_files=r"part-\d{6}\.parquet|_encoder\.npz",
-        manifest=FEATURES_MANIFEST,
-        marker=MARKER,
+        manifest=FEATURES_FILES.manifest,
+        marker=FEATURES_FILES.marker,
         marker_content={"fingerprint": digest},
     )
 
@@ -161,7 +160,7 @@ def has_result(folder: OutputFolder, force: bool, progress: ProgressPrinter) -> 
     """
     state, wanted = folder.state(), folder.marker_content["fingerprint"]
     if state == "complete":
-        same = storage.read_json(storage.join(folder.uri, FEATURES_MANIFEST))["fingerprint"] == wanted
+        same = storage.read_json(storage.join(folder.uri, FEATURES_FILES.manifest))["fingerprint"] == wanted
         if same and not force:
             print(f"{folder.uri} is up to date (--force makes it again)")
             return True

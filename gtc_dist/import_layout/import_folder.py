@@ -23,7 +23,7 @@ import yaml
 
 from gtc_dist.config_file import build_config
 from gtc_dist.data import storage
-from gtc_dist.data.output_folder import OutputFolder
+from gtc_dist.data.output_folder import IMPORT_FILES, OutputFolder
 from gtc_dist.errors import InputError
 from gtc_dist.import_layout.amazon import find_amazon
 from gtc_dist.import_layout.atomic_files import find_mmrec, find_recbole
@@ -40,7 +40,6 @@ LAYOUTS = {
     "amazon": find_amazon,
     "movielens": find_movielens,
 }
-IMPORT_MANIFEST, IMPORT_MARKER = "_import.json", "_importing.json"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         storage.write_bytes(storage.join(out, CONFIG_NAME), text.encode())
     except InputError:
         target.clear()
-        storage.remove_tree(storage.join(out, IMPORT_MARKER))
+        storage.remove_tree(storage.join(out, IMPORT_FILES.marker))
         raise
     target.finish({"layout": args.layout, "folder": folder, "rows": tables.rows, "items_with_texts": tables.items})
     print(next_commands(out, tables))
@@ -79,8 +78,8 @@ def new_folder(out: str, named: str) -> OutputFolder:
         title="the output folder",
         kind="an import",
         own_files=r"(interactions|train|valid|test|texts)\.parquet|(visual|textual|acoustic)\.npy|config\.yaml",
-        manifest=IMPORT_MANIFEST,
-        marker=IMPORT_MARKER,
+        manifest=IMPORT_FILES.manifest,
+        marker=IMPORT_FILES.marker,
     )
     folder.start_empty(named)
     return folder

@@ -6,6 +6,7 @@ has neighbours. Similarity is that of the item-item graph, with the modality wei
 config.yaml (1 for modalities that it does not list). Their content profiles are their own.
 """
 
+import posixpath
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from gtc_dist.checkpoint.run_folder import CONFIG_FILE
 from gtc_dist.data import formats, storage
 from gtc_dist.data.catalog import Catalog
 from gtc_dist.data.feature_transform import FeatureTransform
+from gtc_dist.data.output_folder import refuse_unfinished
 from gtc_dist.distributed.sharded_table import ShardedTable
 from gtc_dist.errors import InputError
 from gtc_dist.graph.csc import similarity_weights
@@ -118,8 +120,9 @@ def _join_modalities(catalog: Catalog, modalities: list[str], places: dict[str, 
 def _vectors_of(place: str) -> pa.Table:
     """The columns `id` and `vector` of a folder's, a glob's or one Parquet file."""
     pattern = storage.join(place, "*.parquet") if storage.listing(place) else place
-    tables = []
-    for uri in storage.glob(pattern):
+    uris, tables = storage.glob(pattern), []
+    refuse_unfinished(posixpath.dirname(uri) for uri in uris)
+    for uri in uris:
         table = formats.read_table(uri)
         column = next((name for name in ("item_id", "id") if name in table.column_names), None)
         if column is None or "vector" not in table.column_names:

@@ -28,7 +28,7 @@ from gtc_dist.data.catalog import (
     Manifest,
     catalog_folder,
 )
-from gtc_dist.data.output_folder import OutputFolder
+from gtc_dist.data.output_folder import OutputFolder, refuse_unfinished
 from gtc_dist.data.scratch import Scratch
 from gtc_dist.errors import InputError
 from gtc_dist.graph import item_knn_graph, user_cooccurrence_graph, user_item_graph
@@ -137,6 +137,7 @@ def inspect_raw_data(config: Config) -> tuple[list[InteractionFile], dict[str, F
     sources = {
         name: feature_files.inspect_features(name, modality, config.data.raw) for name, modality in modalities.items()
     }
+    refuse_unfinished({config.data.raw, *(posixpath.dirname(uri) for each in sources.values() for uri in each.files)})
     text = [name for name, source in sources.items() if features.has_text_ids({name: source})]
     if text and config.data.ids == "integer":
         raise InputError(

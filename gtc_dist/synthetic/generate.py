@@ -40,15 +40,15 @@ import numpy as np
 import pyarrow as pa
 
 from gtc_dist.data import formats, storage
-from gtc_dist.data.output_folder import OutputFolder
+from gtc_dist.data.output_folder import DATASET_FILES, OutputFolder
 from gtc_dist.errors import InputError
 from gtc_dist.synthetic.choice import ChoicePool
 from gtc_dist.synthetic.planted_titles import planted_titles
 from gtc_dist.synthetic.planted_world import PlantedWorld, chunk_slice, chunk_slices, draw_features, random_generator
 from gtc_dist.synthetic.spec import Spec
 
-DATASET = "dataset.json"  # written last
-DATASET_MARKER = "dataset.building.json"  # in the folder until then
+DATASET = DATASET_FILES.manifest  # written last
+DATASET_MARKER = DATASET_FILES.marker  # in the folder until then
 START, SPAN = 1_600_000_000, 2 * 365 * 86_400  # timestamps are in [START, START + SPAN), seconds
 
 

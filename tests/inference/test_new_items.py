@@ -1,6 +1,7 @@
 """New items get the embedding of a cold item of the catalog with the same content."""
 
 import re
+import shutil
 
 import cold_items
 import numpy as np
@@ -187,6 +188,8 @@ def test_new_items_of_a_folder_for_each_modality(run, tmp_path, capsys, fixed):
     for out, sources in (("a", [file]), ("b", words)):
         export.main(["--run", uri, "--out", str(tmp_path / out), "--new-items", *sources])
     one, two = (read_export(str(tmp_path / out), "items") for out in ("a", "b"))
+    shutil.copytree(tmp_path / "m0", tmp_path / "half")
+    (tmp_path / "half/_encoding.json").write_text("{}")
     assert two[0] == one[0]
     assert two[0][catalog.items :] == [3, 1, 2, 4]
     np.testing.assert_array_equal(two[1], one[1])
@@ -196,6 +199,7 @@ def test_new_items_of_a_folder_for_each_modality(run, tmp_path, capsys, fixed):
         ([*words, "smell=x"], "or m0=FOLDER m1=FOLDER; not m0="),
         ([words[0], f"m1={tmp_path}/none"], "none does not exist"),
         ([words[0], f"m1={file}"], "needs the columns `item_id` and `vector`"),
+        ([f"m0={tmp_path}/half", words[1]], "half is not complete: gtc features is writing it, or was interrupted"),
     ):
         capsys.readouterr()
         with pytest.raises(InputError, match=re.escape(message)):

@@ -5,11 +5,20 @@ import tempfile
 import numpy as np
 import pyarrow as pa
 import pytest
-from raw_files import ROWS, WIDTH, feature_matrix, inspect_visual, write_feature_parquet
+from raw_files import (
+    ROWS,
+    WIDTH,
+    catalog_config,
+    feature_matrix,
+    inspect_visual,
+    write_feature_parquet,
+    write_raw,
+)
 
 from gtc_dist.data import storage
+from gtc_dist.data.output_folder import DATASET_FILES, FEATURES_FILES, IMPORT_FILES
 from gtc_dist.errors import InputError
-from gtc_dist.prepare import feature_files
+from gtc_dist.prepare import build_catalog, feature_files
 from gtc_dist.prepare.vector_formats import feature_chunk
 
 
@@ -143,3 +152,21 @@ def test_ids_that_are_null_repeated_or_too_few(tmp_path):
 def test_pca_wider_than_the_vectors(tmp_path):
     np.save(tmp_path / "v.npy", feature_matrix())
     assert "data.features.visual.pca is 7, but the vectors have only 6" in refused(tmp_path, pca=7)
+
+
+@pytest.mark.parametrize(
+    ("files", "command"),
+    [(FEATURES_FILES, "gtc features"), (DATASET_FILES, "tools/make_dataset.py"), (IMPORT_FILES, "gtc import")],
+)
+def test_a_folder_that_a_command_has_not_finished(folder, files, command):
+    """Of raw files, or of vectors alone; a crash after the manifest leaves both files."""
+    write_raw(folder)
+    config = catalog_config(folder, f"{folder}/catalog")
+    build_catalog.inspect_raw_data(config)
+    storage.write_json(f"{folder}/{files.marker}", {})
+    with pytest.raises(
+        InputError, match=rf"{folder} is not complete: {command} is writing it, or was interrupted; run"
+    ):
+        build_catalog.inspect_raw_data(config)
+    storage.write_json(f"{folder}/{files.manifest}", {})
+    build_catalog.inspect_raw_data(config)
