@@ -38,7 +38,8 @@ OBJECT_STORE_BYTES = 400 << 20
 
 def pytest_collection_modifyitems(items):
     """Run the slowest files first: two processes share the tests by file, so the last file should be short."""
-    slow = ["test_train.py", "test_faults.py", "test_job.py", "test_build_catalog.py", "test_tools.py"]
+    slow = ["test_faults.py", "test_job.py", "test_compile.py", "test_train.py", "test_search_settings.py"]
+    slow += ["test_resume.py", "test_tools.py", "test_build_catalog.py", "test_api.py"]
     slow += ["test_refusals.py"]
     items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))
 

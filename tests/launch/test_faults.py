@@ -156,7 +156,7 @@ def test_rerun_a_finished_run_is_reported_and_another_configuration_is_refused(u
 
 
 @pytest.mark.long
-def test_a_finished_run_goes_on_with_more_epochs_on_fewer_ranks(undisturbed, catalog):
+def test_a_finished_run_goes_on_with_more_epochs_on_fewer_ranks(ray_local, undisturbed, catalog):
     run, same = undisturbed[2] / "runs/r", command(undisturbed[2], catalog, 2)
     longer = EPOCHS + 1
     assert train.main([*same, f"train.epochs={longer}", "cluster.workers=1"]) == 0

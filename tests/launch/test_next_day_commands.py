@@ -1,5 +1,6 @@
 """The next day by the commands, on two ranks of Ray, with runs in object storage."""
 
+import pytest
 from grown import two_days
 from small import write_config
 from trainings import train_without_ray
@@ -11,6 +12,7 @@ from gtc_dist.data import storage
 KEYS = ["train.epochs=1", "train.batch_size=128", "model.user_hop=false", "cluster.workers=2", "eval.metric=ndcg@20"]
 
 
+@pytest.mark.long  # tests/warm_start and tests/final_fit train without Ray
 def test_a_run_starts_from_yesterdays_and_is_fitted_to_train_and_valid(ray_local, s3, tmp_path, capsys):
     before, today = two_days(tmp_path)
     earlier = train_without_ray(write_config(tmp_path, before.uri, f"{s3}/runs"), *KEYS, "train.epochs=2")
